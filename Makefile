@@ -1,0 +1,95 @@
+# Everything this project does, on a machine that has make and Python 3.11 or later.
+# `make demo` and `make test` install what they need into .venv first; a second call does not install again
+# unless pyproject.toml has changed.
+#
+#   PYTHON=python3.12        the interpreter to make the environment from
+#   SYSTEM_SITE_PACKAGES=1   the new environment also sees PYTHON's own packages, so a torch that is there is used
+#   VENV=path                an environment of your own instead of .venv (venv, virtualenv or conda)
+
+PYTHON ?= python3
+VENV ?= .venv
+SYSTEM_SITE_PACKAGES ?=
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+
+# Keeps mkdocs from advertising in its output.
+export NO_MKDOCS_2_WARNING = 1
+
+BIN := $(VENV)/bin
+RUN := $(BIN)/python
+STAMP := $(VENV)/.bgd-plugin-installed
+PINNED := $(VENV)/.bgd-plugin-pinned.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow check format docs docs-serve bench-em bench-fashion wheel clean distclean
+
+help:
+	@sed -n 's/^## //p' $(MAKEFILE_LIST)
+
+## make install        make .venv and install the project into it, with all that the other targets need
+install: $(STAMP)
+
+# A torch that is already there stays (`pip` would else take a newer one to suit a newer torchvision); where there is
+# none, torch and torchvision come from one pip call, as torchvision's own pin demands.
+$(STAMP): pyproject.toml
+	@$(RUN) -m pip --version >/dev/null 2>&1 || { \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "$(PYTHON) is missing or older than 3.11: name another, e.g. make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }; \
+	  $(PYTHON) -m venv $(if $(SYSTEM_SITE_PACKAGES),--system-site-packages) $(VENV) \
+	    || { echo "no virtual environment could be made (on Debian: apt-get install python3-venv)"; exit 1; }; }
+	@$(RUN) -c 'from importlib.metadata import distributions as d; \
+	  print(*[f"torch=={torch.version}" for torch in d(name="torch")][:1])' > $(PINNED)
+	$(RUN) -m pip install --constraint $(PINNED) --editable ".[demo,dev]"
+	$(RUN) -m pip install --no-deps "foolbox>=3.3,<4"
+	@touch $@
+
+## make demo           compress an ImageNet network, answer 20 photos with it, write an HTML report
+demo: $(STAMP)
+	$(BIN)/bgd-plugin demo $(DEMO_ARGS)
+
+## make test           the tests, in minutes
+test: $(STAMP)
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+## make test-slow      the slow tests and the measured bounds
+test-slow: $(STAMP)
+	$(RUN) -m pytest -m "slow or benchmark" $(PYTEST_ARGS)
+
+## make check          format, lint, types, import floors, docs
+check: $(STAMP)
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy --strict bgd_plugin adapters
+	$(RUN) -c 'from importlinter.cli import lint_imports_command as run; run()'
+	$(RUN) -m mkdocs build --strict
+
+## make format         let ruff format and repair
+format: $(STAMP)
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+## make docs           the documentation, into site/
+docs: $(STAMP)
+	$(RUN) -m mkdocs build --strict
+
+## make docs-serve     the documentation on a local port
+docs-serve: $(STAMP)
+	$(RUN) -m mkdocs serve
+
+## make bench-em       the fast EM against a literal one: objective, codes, time, memory
+## make bench-fashion  ResNet-18 on Fashion-MNIST after each stage of the paper's routine
+bench-em bench-fashion: bench-%: $(STAMP)
+	$(RUN) -m tests.benchmarks.$* $(BENCH_ARGS)
+
+## make wheel          build dist/*.whl
+wheel: $(STAMP)
+	$(RUN) -m pip wheel --no-deps --wheel-dir dist .
+
+## make clean          remove what was built and cached; `make distclean` also removes .venv
+clean:
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv

@@ -1,0 +1,34 @@
+"""Product quantization of trained networks, by what their layers compute on real inputs."""
+
+from bgd_plugin.adapters import load_adapter
+from bgd_plugin.checkpoint import load, materialize, save
+from bgd_plugin.config import BGDConfig, DistillationConfig, FinetuningConfig, LayerConfig
+from bgd_plugin.errors import BGDError, CalibrationError, CheckpointError, ConfigError, TraceError
+from bgd_plugin.passes import BGDPass
+from bgd_plugin.plan import Plan, plan
+from bgd_plugin.quantize import Quantized, quantize
+from bgd_plugin.report import Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BGDConfig",
+    "BGDError",
+    "BGDPass",
+    "CalibrationError",
+    "CheckpointError",
+    "ConfigError",
+    "DistillationConfig",
+    "FinetuningConfig",
+    "LayerConfig",
+    "Plan",
+    "Quantized",
+    "Report",
+    "TraceError",
+    "load",
+    "load_adapter",
+    "materialize",
+    "plan",
+    "quantize",
+    "save",
+]

@@ -1,0 +1,29 @@
+"""Calibration: the network's live values on the user's data, node by node, and what the fit needs to know of them."""
+
+from bgd_plugin.calibration.batches import (
+    Batch,
+    Forward,
+    collect_batches,
+    grouped,
+    iterate_batches,
+    logits_of,
+    require_rewalkable,
+)
+from bgd_plugin.calibration.statistics import InputSample, PooledGram, layer_inputs, pooled_gram, sampled_inputs
+from bgd_plugin.calibration.walk import Walk
+
+__all__ = [
+    "Batch",
+    "Forward",
+    "InputSample",
+    "PooledGram",
+    "Walk",
+    "collect_batches",
+    "grouped",
+    "iterate_batches",
+    "layer_inputs",
+    "logits_of",
+    "pooled_gram",
+    "require_rewalkable",
+    "sampled_inputs",
+]

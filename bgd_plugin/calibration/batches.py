@@ -1,0 +1,185 @@
+"""The user's calibration data as plain call arguments, and the logits out of whatever a network returns."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from bgd_plugin.errors import CalibrationError
+
+__all__ = ["Batch", "Forward", "collect_batches", "iterate_batches", "logits_of", "require_rewalkable"]
+
+Forward = Callable[[nn.Module, Any], Any]
+
+_LOGITS = ("logits", "out")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The arguments of one call of the network."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def placeholders(self, graph: fx.Graph) -> dict[fx.Node, Any]:
+        """The value of each input node of a graph.
+
+        Raises:
+            CalibrationError: an input that the graph does not have, or a needed one that is missing.
+        """
+        nodes = [node for node in graph.nodes if node.op == "placeholder"]
+        names = {str(node.target): node for node in nodes}
+        unknown = sorted(set(self.kwargs) - set(names))
+        if unknown or len(self.args) > len(nodes):
+            raise CalibrationError(
+                f"a calibration batch gives {', '.join(unknown) or f'{len(self.args)} inputs'}; the network takes "
+                f"{', '.join(names)}: give a batch of these, or forward=callable(model, batch)"
+            )
+        values = dict(zip(nodes, self.args, strict=False)) | {names[k]: v for k, v in self.kwargs.items()}
+        for node in nodes:
+            if node not in values:
+                if not node.args:
+                    raise CalibrationError(f"a calibration batch lacks the network's input {str(node.target)!r}")
+                values[node] = node.args[0]
+        return values
+
+    @property
+    def size(self) -> int:
+        """Samples in the batch: the first dimension of its first tensor."""
+        tensors = [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor) and t.ndim]
+        return tensors[0].shape[0] if tensors else 1
+
+
+def collect_batches(
+    calibration: Iterable[Any], model: nn.Module, *, device: torch.device, forward: Forward | None
+) -> list[Batch]:
+    """All batches of the calibration data, on `device`.
+
+    Raises:
+        CalibrationError: no batch at all, or a batch of a form that is not understood.
+    """
+    batches = list(iterate_batches(calibration, model, device=device, forward=forward))
+    if not batches:
+        raise CalibrationError(
+            "the calibration data is empty: give an iterable of batches, such as a DataLoader "
+            "(an iterator that was walked before is empty too)"
+        )
+    return batches
+
+
+def iterate_batches(
+    calibration: Iterable[Any], model: nn.Module, *, device: torch.device, forward: Forward | None
+) -> Iterator[Batch]:
+    """The batches of one walk over the calibration data."""
+    if isinstance(calibration, (Tensor, str, Mapping)) or not isinstance(calibration, Iterable):
+        raise CalibrationError(
+            f"calibration is a {type(calibration).__name__}: give an iterable of batches, for one batch [batch]"
+        )
+    for index, item in enumerate(calibration):
+        batch = _captured(model, item, forward) if forward else _batch(item, index)
+        if not batch.size:
+            raise CalibrationError(f"calibration batch {index} holds no sample")
+        yield _on(batch, device)
+
+
+def require_rewalkable(calibration: Iterable[Any], purpose: str) -> None:
+    """Refuse an iterator where the data is walked more than once.
+
+    Raises:
+        CalibrationError: `calibration` is its own iterator.
+    """
+    if isinstance(calibration, Iterator):
+        raise CalibrationError(
+            f"the calibration data is a {type(calibration).__name__}, which can be walked only once, and {purpose} walks it "
+            "again: give a DataLoader or a list of batches"
+        )
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in a network's output: a tensor, a mapping's or object's `logits` or `out`, a sequence's first tensor.
+
+    Raises:
+        CalibrationError: nothing of the kind is there.
+    """
+    if isinstance(output, Tensor):
+        return output
+    for name in _LOGITS:
+        value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return value
+    if isinstance(output, Sequence) and output and isinstance(output[0], Tensor):
+        return output[0]
+    raise CalibrationError(
+        f"the network returns a {type(output).__name__} without logits: distillation and finetuning need a tensor, "
+        f"a first tensor, or a field named {' or '.join(_LOGITS)}; set distillation=None and finetuning=None to go without"
+    )
+
+
+def _batch(item: Any, index: int) -> Batch:
+    if isinstance(item, Tensor):
+        return Batch((item,))
+    if isinstance(item, Mapping) and item and all(isinstance(key, str) for key in item):
+        return Batch((), dict(item))
+    if isinstance(item, Sequence) and not isinstance(item, str) and item and isinstance(item[0], Tensor):
+        return Batch((item[0],))
+    raise CalibrationError(
+        f"calibration batch {index} is a {type(item).__name__}: give a tensor, a sequence whose first item is the input "
+        "tensor, or a mapping of keyword arguments; anything else goes through forward=callable(model, batch)"
+    )
+
+
+class _Called(BaseException):
+    """Carries the arguments of a call out of the user's `forward`; not an Exception, so that nothing swallows it."""
+
+
+class _Recorder(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = [model]  # in a list: not a submodule
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise _Called(args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_model"][0], name)
+
+
+def _captured(model: nn.Module, item: Any, forward: Forward) -> Batch:
+    """The arguments with which the user's `forward` calls the network."""
+    try:
+        forward(_Recorder(model), item)
+    except _Called as call:
+        args, kwargs = call.args
+        return Batch(args, kwargs)
+    raise CalibrationError("forward(model, batch) returned without calling the model")
+
+
+def _on(batch: Batch, device: torch.device) -> Batch:
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(device), (batch.args, batch.kwargs))
+    return Batch(args, kwargs)
+
+
+def grouped(batches: Iterable[Batch], batch_size: int) -> Iterator[list[Batch]]:
+    """Runs of batches that hold at least `batch_size` samples together (the last one may hold fewer)."""
+    group: list[Batch] = []
+    for batch in batches:
+        group.append(batch)
+        if sum(b.size for b in group) >= batch_size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def endless(indices: Callable[[], Iterable[int]]) -> Iterator[int]:
+    """Walk after walk over indices."""
+    return itertools.chain.from_iterable(indices() for _ in itertools.count())

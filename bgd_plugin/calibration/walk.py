@@ -1,0 +1,193 @@
+"""One walk over a graph with all calibration batches at once.
+
+Computing the inputs of layer after layer from the images on would cost a forward pass for each layer. A graph is in
+order: keep the live values of all batches, advance node by node, and free what no later node reads. The whole calibration
+then costs one forward pass.
+
+Two networks can walk side by side: the *student*, whose layers are replaced on the way, and the *reference*, which stays
+float. Until their first difference they share their values.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from bgd_plugin.calibration.batches import Batch
+from bgd_plugin.errors import CalibrationError
+
+__all__ = ["Values", "Walk", "run_node"]
+
+Values = dict[str, Any]
+
+_IN_PLACE_OPERATORS = frozenset(
+    (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior, operator.setitem)
+)
+
+
+class Walk:
+    """Live values of the student, and of the reference where one is given, by node name and batch.
+
+    Args:
+        student: the graph that is walked; its modules may be replaced between two nodes.
+        batches: the calibration data.
+        reference: the same graph with float modules that never change.
+    """
+
+    def __init__(self, student: fx.GraphModule, batches: Sequence[Batch], reference: fx.GraphModule | None = None) -> None:
+        self.student = student
+        self.reference = reference
+        self.order: list[fx.Node] = list(student.graph.nodes)
+        self.position = 0
+        inputs = [batch.placeholders(student.graph) for batch in batches]
+        self.student_values: list[Values] = [{node.name: value for node, value in i.items()} for i in inputs]
+        self.reference_values: list[Values] = [dict(values) for values in self.student_values]
+        self._placeholders = [node.name for node in self.order if node.op == "placeholder"]
+        self._differs: set[str] = set()
+        self._changed: set[str] = set()
+        self._last_use = _last_uses(self.order)
+
+    @property
+    def batch_count(self) -> int:
+        """Number of batches."""
+        return len(self.student_values)
+
+    def nodes(self) -> Iterator[fx.Node]:
+        """The nodes that compute something, each before it runs; it runs when the loop asks for the next one."""
+        for position, node in enumerate(self.order):
+            self.position = position
+            if node.op in ("call_module", "call_function", "call_method", "get_attr"):
+                yield node
+                self._advance(node)
+
+    def mark_changed(self, target: str) -> None:
+        """The student's module at `target` is no longer the reference's."""
+        self._changed.add(target)
+
+    def differs(self, node: fx.Node) -> bool:
+        """Whether student and reference have different values at a node that has run."""
+        return node.name in self._differs
+
+    def pairs(self, node: fx.Node) -> Iterator[tuple[Any, Any]]:
+        """Student and reference values of a node that is live, batch by batch."""
+        for mine, theirs in zip(self.student_values, self.reference_values, strict=True):
+            yield mine[node.name], theirs[node.name]
+
+    def student_value(self, node: fx.Node, batch: int) -> Any:
+        """The student's value at `node`: the live one, or one computed ahead with the modules as they are now."""
+        values = self.student_values[batch]
+        if node.name in values:
+            return values[node.name]
+        ahead = dict(values)
+        for later in self.order[self.position :]:
+            run_node(self.student, later, ahead, protected=values)
+            if later is node:
+                return ahead[node.name]
+        raise AssertionError(f"{node.name} is not live and does not come later")
+
+    def finish(self, batch: int) -> Any:
+        """The student's output for one batch, from the live values on. Gradients flow."""
+        values = dict(self.student_values[batch])
+        for node in self.order[self.position :]:
+            if node.op == "output":
+                return pytree.tree_map_only(fx.Node, lambda n: values[n.name], node.args[0])
+            run_node(self.student, node, values, protected=self.student_values[batch])
+            for dead in self._last_use.get(node.name, ()):
+                values.pop(dead, None)
+        raise AssertionError("the graph has no output")
+
+    @torch.no_grad()
+    def _advance(self, node: fx.Node) -> None:
+        differs = (node.op == "call_module" and str(node.target) in self._changed) or any(
+            n.name in self._differs for n in node.all_input_nodes
+        )
+        if differs:
+            self._differs.add(node.name)
+        for mine, theirs in zip(self.student_values, self.reference_values, strict=True):
+            protected = theirs if differs else {n: mine[n] for n in self._placeholders if n in mine}
+            run_node(self.student, node, mine, protected=protected)
+            if self.reference is not None:
+                if differs:
+                    inputs = {n: theirs[n] for n in self._placeholders if n in theirs}
+                    run_node(self.reference, node, theirs, protected=inputs)
+                else:
+                    theirs[node.name] = mine[node.name]
+            for dead in self._last_use.get(node.name, ()):
+                mine.pop(dead, None)
+                theirs.pop(dead, None)
+
+
+def run_node(graph_module: fx.GraphModule, node: fx.Node, values: Values, *, protected: Values) -> None:
+    """Compute a node's value into `values`; values that are also in `protected` are not written to.
+
+    Raises:
+        CalibrationError: the network raises at this node.
+    """
+    if node.op in ("placeholder", "output"):
+        return
+    module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    inputs = {n: values[n.name] for n in node.all_input_nodes}
+    if protected and _writes_in_place(node, module):
+        inputs = {n: _own(value, protected.get(n.name)) for n, value in inputs.items()}
+    args, kwargs = pytree.tree_map_only(fx.Node, inputs.__getitem__, (_plain(node.args), _plain(node.kwargs)))
+    try:
+        values[node.name] = _call(graph_module, node, module, args, kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise CalibrationError(
+            f"the network fails on a calibration batch, at {node.name!r}"
+            f"{f' (layer {node.target!r})' if module is not None else ''}: {error}"
+        ) from error
+
+
+def _call(graph_module: fx.GraphModule, node: fx.Node, module: nn.Module | None, args: Any, kwargs: Any) -> Any:
+    if module is not None:
+        return module(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    if node.op == "get_attr":
+        value: Any = graph_module
+        for atom in str(node.target).split("."):
+            value = getattr(value, atom)
+        return value
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def _plain(arguments: Any) -> Any:
+    """fx keeps arguments in immutable lists and dicts; plain ones are what functions expect."""
+    return fx.node.map_aggregate(arguments, lambda x: x)
+
+
+def _own(value: Any, other: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) and value is other else value
+
+
+def _writes_in_place(node: fx.Node, module: nn.Module | None) -> bool:
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    if node.op == "call_method":
+        name = str(node.target)
+        return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+    name = getattr(node.target, "__name__", "")
+    in_place_argument = bool(node.kwargs.get("inplace")) or any(a is True for a in node.args)
+    return node.target in _IN_PLACE_OPERATORS or in_place_argument or (name.endswith("_") and not name.endswith("__"))
+
+
+def _last_uses(order: list[fx.Node]) -> dict[str, list[str]]:
+    """For each node, the names of the values that no later node reads."""
+    last: dict[str, str] = {}
+    for node in order:
+        last[node.name] = node.name
+        for used in node.all_input_nodes:
+            last[used.name] = node.name
+    outputs = {n.name for node in order if node.op == "output" for n in node.all_input_nodes}
+    dead: dict[str, list[str]] = {}
+    for name, user in last.items():
+        if name not in outputs:
+            dead.setdefault(user, []).append(name)
+    return dead

@@ -1,0 +1,266 @@
+"""Settings: frozen, checked where they are made, and versioned as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bgd_plugin.errors import ConfigError
+
+__all__ = ["FAMILIES", "BGDConfig", "DistillationConfig", "FinetuningConfig", "LayerConfig"]
+
+CONFIG_VERSION = 1
+MAX_CODEBOOK_SIZE = 65536
+
+Override = tuple[str, "LayerConfig | None"]
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """How one layer is quantized.
+
+    Args:
+        block_size: weights in a block (d); must divide the weights of a row.
+        codebook_size: codewords in the layer's codebook (k); a power of two from 2 to 65536. Layers with few blocks get
+            the largest power of two strictly below a quarter of their blocks.
+    """
+
+    block_size: int
+    codebook_size: int = 256
+
+    def __post_init__(self) -> None:
+        _check(
+            isinstance(self.block_size, int) and self.block_size >= 1,
+            f"block_size={self.block_size!r}: give a whole number of at least 1",
+        )
+        k = self.codebook_size
+        _check(
+            isinstance(k, int) and 2 <= k <= MAX_CODEBOOK_SIZE and k & (k - 1) == 0,
+            f"codebook_size={k!r}: give a power of two from 2 to {MAX_CODEBOOK_SIZE}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """Training of one layer's codewords against the teacher's logits, right after the layer is quantized.
+
+    Codes and every other layer stay as they are. The defaults are the paper's (section 3.2 of arXiv 1907.05686).
+
+    Args:
+        steps: gradient steps for each layer.
+        batch_size: samples in a step; calibration batches are added up until they reach it.
+        learning_rate, momentum, weight_decay: of SGD.
+    """
+
+    steps: int = 2500
+    batch_size: int = 128
+    learning_rate: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _check(self.steps >= 1, f"distillation: steps={self.steps}: give at least 1, or distillation=None for none")
+        _check(self.batch_size >= 1, f"distillation: batch_size={self.batch_size}: give at least 1")
+        _check(self.learning_rate > 0, f"distillation: learning_rate={self.learning_rate}: give a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuningConfig:
+    """Training of all codewords together against the teacher's logits, after the last layer; batch-norm statistics update.
+
+    Give `epochs` (walks over the calibration data) or `steps`, not both; neither means 9 epochs. The learning rate falls to
+    a tenth after each third of the run. The defaults are the paper's (section 3.3 of arXiv 1907.05686).
+
+    Args:
+        epochs: walks over the calibration data.
+        steps: gradient steps, walking over the calibration data as often as needed.
+        learning_rate, momentum, weight_decay: of SGD.
+    """
+
+    epochs: int | None = None
+    steps: int | None = None
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _check(
+            self.epochs is None or self.steps is None,
+            f"finetuning: epochs={self.epochs} and steps={self.steps}: give one of the two",
+        )
+        for name in ("epochs", "steps"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, f"finetuning: {name}={value}: give at least 1, or finetuning=None for none")
+        _check(self.learning_rate > 0, f"finetuning: learning_rate={self.learning_rate}: give a positive number")
+
+
+# The kinds of layer that have a setting of their own. `first_layer` and `depthwise_conv` stay float unless they are set.
+FAMILIES = ("conv", "pointwise_conv", "depthwise_conv", "linear", "first_layer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BGDConfig:
+    """What to quantize, and how.
+
+    Args:
+        method: how codebook and codes are fitted; "em" is the paper's (expectation-maximisation on the layer's inputs).
+        conv, pointwise_conv, depthwise_conv, linear, first_layer: setting for each kind of layer; None keeps it float.
+            A default block size that does not divide a layer gives way to the largest one below it that does; a block
+            size that you set is taken at its word, and is an error where it does not divide.
+        overrides: pairs of a glob on layer names and a setting (None keeps the layer float); the first match wins, and a
+            glob that matches nothing is an error.
+        em_iterations: upper bound of the EM iterations of a layer.
+        batchnorm: "matched" moves the statistics of each batch norm so that its output keeps the float network's mean and
+            variance on the calibration data; "reestimate" replaces them by the calibration data's; "keep" leaves them.
+        distillation: per-layer training of the codewords, or None.
+        finetuning: training of all codewords after the last layer, or None.
+        seed: of every random choice.
+    """
+
+    method: Literal["em"] = "em"
+    conv: LayerConfig | None = LayerConfig(block_size=9)
+    pointwise_conv: LayerConfig | None = LayerConfig(block_size=4)
+    depthwise_conv: LayerConfig | None = None
+    linear: LayerConfig | None = LayerConfig(block_size=4)
+    first_layer: LayerConfig | None = None
+    overrides: tuple[Override, ...] = ()
+    em_iterations: int = 100
+    batchnorm: Literal["matched", "reestimate", "keep"] = "matched"
+    distillation: DistillationConfig | None = None
+    finetuning: FinetuningConfig | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.method in ("em",), f"method={self.method!r}: give 'em'")
+        _check(
+            self.batchnorm in ("matched", "reestimate", "keep"),
+            f"batchnorm={self.batchnorm!r}: give 'matched', 'reestimate' or 'keep'",
+        )
+        _check(self.em_iterations >= 1, f"em_iterations={self.em_iterations}: give at least 1")
+        for family in FAMILIES:
+            value = getattr(self, family)
+            _check(
+                value is None or isinstance(value, LayerConfig),
+                f"{family}={value!r}: give a LayerConfig, or None to keep these layers float",
+            )
+        object.__setattr__(self, "overrides", _checked_overrides(self.overrides))
+
+    @classmethod
+    def paper(
+        cls,
+        regime: Literal["small", "large"] = "small",
+        *,
+        codebook_size: int = 256,
+        fc_codebook_size: int = 2048,
+        pointwise_block_size: int | None = None,
+        **fields: Any,
+    ) -> BGDConfig:
+        """The paper's method and block sizes.
+
+        Args:
+            regime: "small" has blocks of 9 (3×3) and 4 (1×1), "large" blocks of 18 and 8; linear layers have 4 in both.
+            codebook_size: codewords for convolutions.
+            fc_codebook_size: codewords for linear layers (the paper: 2048 for ResNet-18, 1024 for ResNet-50).
+            pointwise_block_size: for 1×1 convolutions; the paper's large ResNet-18 has 4.
+            **fields: any field of `BGDConfig`.
+
+        **Source**: arXiv 1907.05686, section 4.1 and table 1.
+        """
+        _check(regime in ("small", "large"), f"regime={regime!r}: give 'small' or 'large'")
+        small = regime == "small"
+        pointwise = pointwise_block_size if pointwise_block_size is not None else (4 if small else 8)
+        settings: dict[str, Any] = {
+            "method": "em",
+            "conv": LayerConfig(block_size=9 if small else 18, codebook_size=codebook_size),
+            "pointwise_conv": LayerConfig(block_size=pointwise, codebook_size=codebook_size),
+            "linear": LayerConfig(block_size=4, codebook_size=fc_codebook_size),
+            "batchnorm": "keep",
+            "distillation": DistillationConfig(),
+            "finetuning": FinetuningConfig(epochs=9),
+        }
+        return cls(**(settings | fields))
+
+    def is_default(self, family: str) -> bool:
+        """Whether the block size of a family is the library's default, not one that the user chose."""
+        default = _DEFAULT_BLOCK_SIZES.get(family)
+        value: LayerConfig | None = getattr(self, family)
+        return value is not None and value.block_size == default
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers, with the version of the layout."""
+        return {"version": CONFIG_VERSION} | dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> BGDConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: an unknown field, a wrong value, or a version newer than this library's.
+        """
+        fields = dict(values)
+        version = fields.pop("version", CONFIG_VERSION)
+        _check(
+            isinstance(version, int) and version <= CONFIG_VERSION,
+            f"the settings have version {version!r}, this library reads up to {CONFIG_VERSION}: upgrade bgd-plugin",
+        )
+        for family in FAMILIES:
+            if family in fields:
+                fields[family] = _nested(LayerConfig, fields[family], family)
+        for name, kind in (("distillation", DistillationConfig), ("finetuning", FinetuningConfig)):
+            if name in fields:
+                fields[name] = _nested(kind, fields[name], name)
+        if "overrides" in fields:
+            fields["overrides"] = tuple((p, _nested(LayerConfig, v, f"override {p!r}")) for p, v in fields["overrides"])
+        result: BGDConfig = _nested(cls, fields, "BGDConfig")
+        return result
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> BGDConfig:
+        """The inverse of `to_json`."""
+        return cls.from_dict(json.loads(text))
+
+
+def _nested(kind: type[Any], values: Any, where: str) -> Any:
+    """An instance of `kind` from a mapping; None and finished instances pass."""
+    if values is None or isinstance(values, kind):
+        return values
+    _check(isinstance(values, Mapping), f"{where}: found {values!r}, give the fields of {kind.__name__}")
+    known = {f.name for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - known)
+    _check(not unknown, f"{where}: unknown {', '.join(unknown)}; {kind.__name__} has {', '.join(sorted(known))}")
+    return kind(**values)
+
+
+def _checked_overrides(overrides: Any) -> tuple[Override, ...]:
+    checked = []
+    for entry in overrides:
+        _check(
+            isinstance(entry, (tuple, list)) and len(entry) == 2 and isinstance(entry[0], str),
+            f"overrides: found {entry!r}, give pairs of a glob and a LayerConfig or None",
+        )
+        pattern, layer = entry
+        _check(
+            layer is None or isinstance(layer, LayerConfig),
+            f"override {pattern!r}: found {layer!r}, give a LayerConfig, or None to keep the layers float",
+        )
+        checked.append((pattern, layer))
+    return tuple(checked)
+
+
+_DEFAULT_BLOCK_SIZES = {
+    f.name: f.default.block_size
+    for f in dataclasses.fields(BGDConfig)
+    if f.name in FAMILIES and isinstance(f.default, LayerConfig)
+}

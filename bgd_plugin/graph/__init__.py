@@ -1,0 +1,21 @@
+"""The graph of a network: trace it, find the layers in it, put modules in their place."""
+
+from bgd_plugin.graph.find import FoundLayer, LeftLayer, call_geometry, call_input, find_layers
+from bgd_plugin.graph.replace import isolate_weights_, materialize_, module_paths, swap_
+from bgd_plugin.graph.tracer import PQTracer, copy_module, set_modes, trace
+
+__all__ = [
+    "FoundLayer",
+    "LeftLayer",
+    "PQTracer",
+    "call_geometry",
+    "call_input",
+    "copy_module",
+    "find_layers",
+    "isolate_weights_",
+    "materialize_",
+    "module_paths",
+    "set_modes",
+    "swap_",
+    "trace",
+]

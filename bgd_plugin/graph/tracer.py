@@ -1,0 +1,113 @@
+"""Tracing: a network becomes a graph in which every layer that we replace is one node."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+
+from bgd_plugin.errors import TraceError
+from bgd_plugin.nn import FloatWeight, PQModule
+
+__all__ = ["PQTracer", "copy_module", "set_modes", "trace"]
+
+logger = logging.getLogger(__name__)
+
+_SWAPPABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+class PQTracer(fx.Tracer):
+    """A tracer that stops at our own modules, and at subclasses of Conv and Linear that run their parent's forward.
+
+    Without the first rule a second pass would walk into the decoding of a weight; a subclass with a forward of its own is
+    walked into, and found by its functional call.
+    """
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, (PQModule, FloatWeight)):
+            return True
+        for base in _SWAPPABLE:
+            if isinstance(m, base):
+                return type(m).forward is base.forward
+        return super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(model: nn.Module) -> fx.GraphModule:
+    """The graph of `model`, over the same modules and parameters.
+
+    A `GraphModule` is passed on as it is. The graph follows the branches of evaluation mode; `model` gets its mode back.
+
+    Raises:
+        TraceError: naming the smallest submodule that cannot be traced, and what to do about it.
+    """
+    if isinstance(model, fx.GraphModule):
+        return model
+    modes = {path: module.training for path, module in model.named_modules()}
+    model.eval()
+    try:
+        result = _traced(model)
+    finally:
+        set_modes(model, modes)
+    set_modes(result, modes)
+    return result
+
+
+def set_modes(model: nn.Module, modes: dict[str, bool]) -> None:
+    """Set the training mode of each module by its path; paths that are not in `modes` follow the root."""
+    for path, module in model.named_modules():
+        module.training = modes.get(path, modes[""])
+
+
+def _traced(model: nn.Module) -> fx.GraphModule:
+    tracer = PQTracer()
+    try:
+        graph = tracer.trace(model)
+    except Exception as error:  # a tracer runs the user's forward: anything may come out of it
+        culprit, cause = _smallest_untraceable(model, "", error)
+        where = f"submodule {culprit!r} ({_type_at(model, culprit)})" if culprit else f"{type(model).__name__} itself"
+        raise TraceError(
+            f"the network does not trace: {where} raises {type(cause).__name__}: {cause}. "
+            "Its forward depends on the values of its inputs, or runs code that torch.fx does not follow. Quantize the "
+            "parts that do trace (bgd_plugin.quantize on a submodule), or pass a GraphModule from a tracer of your own "
+            "in which that part is a leaf"
+        ) from error
+    return fx.GraphModule(model, graph, type(model).__name__)
+
+
+def _type_at(model: nn.Module, name: str) -> str:
+    return type(model.get_submodule(name)).__name__
+
+
+def _smallest_untraceable(model: nn.Module, prefix: str, error: Exception) -> tuple[str, Exception]:
+    """Name and error of the deepest submodule that does not trace by itself."""
+    tracer = PQTracer()
+    for name, child in model.named_children():
+        path = f"{prefix}.{name}" if prefix else name
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            found = _smallest_untraceable(child, path, error)
+            if found[0] != path:
+                return found
+            continue
+        if tracer.is_leaf_module(child, path):
+            continue
+        try:
+            PQTracer().trace(child)
+        except Exception as inner:  # as above: the user's own forward
+            return _smallest_untraceable(child, path, inner)
+    return prefix, error
+
+
+def copy_module(model: nn.Module, *, share_tensors: bool = False) -> Any:
+    """A copy whose modules can be changed without touching `model`.
+
+    Args:
+        share_tensors: keep the very parameters and buffers, so that the copy costs no memory; never write into them.
+    """
+    memo: dict[int, Any] = {}
+    if share_tensors:
+        memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    duplicate: Callable[..., Any] = copy.deepcopy
+    return duplicate(model, memo)

@@ -1,0 +1,20 @@
+"""Product-quantized modules: they hold a codebook and codes, and decode the weight when they run."""
+
+from bgd_plugin.nn.base import PQModule
+from bgd_plugin.nn.conv import PQConv1d, PQConv2d, PQConv3d
+from bgd_plugin.nn.convert import materialized, quantized, restored_parameter
+from bgd_plugin.nn.linear import PQLinear
+from bgd_plugin.nn.weight import FloatWeight, PQWeight
+
+__all__ = [
+    "FloatWeight",
+    "PQConv1d",
+    "PQConv2d",
+    "PQConv3d",
+    "PQLinear",
+    "PQModule",
+    "PQWeight",
+    "materialized",
+    "quantized",
+    "restored_parameter",
+]

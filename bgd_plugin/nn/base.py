@@ -1,0 +1,58 @@
+"""What every product-quantized module has: a codebook, codes, and a weight decoded from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bgd_plugin.pq.blocks import decode
+from bgd_plugin.pq.packing import code_dtype
+
+__all__ = ["PQModule"]
+
+
+class PQModule(nn.Module):
+    """A weight of shape `weight_shape`, held as codewords and codes.
+
+    The weight is decoded at every use, so autograd reaches the codebook, and nothing but the codes is kept.
+
+    Attributes:
+        codebook: parameter `[codebook_size, block_size]`.
+        codes: integer buffer `[rows, blocks_per_row]`, in the smallest type that holds them.
+    """
+
+    codebook: nn.Parameter
+    codes: Tensor
+
+    def __init__(self, codebook: Tensor, codes: Tensor, weight_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.weight_shape = torch.Size(weight_shape)
+        self.codebook = nn.Parameter(codebook)
+        self.register_buffer("codes", codes.to(code_dtype(codebook.shape[0])))
+
+    @property
+    def codebook_size(self) -> int:
+        """Codewords in the codebook."""
+        return self.codebook.shape[0]
+
+    @property
+    def block_size(self) -> int:
+        """Weights in a block."""
+        return self.codebook.shape[1]
+
+    @property
+    def code_bits(self) -> int:
+        """Bits that a code takes in a file."""
+        return max(1, math.ceil(math.log2(self.codebook_size)))
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weight `[*weight_shape]`, differentiable with respect to the codebook."""
+        return decode(self.codebook, self.codes, self.weight_shape)
+
+    def pq_repr(self) -> str:
+        """The quantization part of `extra_repr`."""
+        return f"block_size={self.block_size}, codebook_size={self.codebook_size}"

@@ -1,0 +1,50 @@
+"""From float modules to product-quantized ones and back: one table, both ways."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from bgd_plugin.nn.base import PQModule
+from bgd_plugin.nn.conv import PQConv, PQConv1d, PQConv2d, PQConv3d
+from bgd_plugin.nn.linear import PQLinear
+from bgd_plugin.nn.weight import FloatWeight, PQWeight
+
+__all__ = ["materialized", "quantized", "restored_parameter"]
+
+
+def quantized(module: nn.Module, codebook: Tensor, codes: Tensor) -> PQModule:
+    """The product-quantized module that stands for a float one; bias and training mode are taken over.
+
+    Args:
+        module: a Conv1d/2d/3d, Linear or FloatWeight.
+        codebook: `[codebook_size, block_size]`.
+        codes: `[rows, blocks_per_row]`.
+    """
+    result: PQModule
+    match module:
+        case nn.Linear():
+            result = PQLinear(codebook, codes, module)
+        case nn.Conv1d():
+            result = PQConv1d(codebook, codes, module)
+        case nn.Conv2d():
+            result = PQConv2d(codebook, codes, module)
+        case nn.Conv3d():
+            result = PQConv3d(codebook, codes, module)
+        case FloatWeight():
+            result = PQWeight(codebook, codes, module)
+        case _:
+            raise TypeError(f"no product-quantized module stands for {type(module).__name__}")
+    return result.train(module.training)
+
+
+def materialized(module: PQLinear | PQConv) -> nn.Module:
+    """The ordinary module with the decoded weight; the bias is shared with `module`."""
+    result = module.to_float()
+    result.weight = restored_parameter(module)
+    result.bias = module.bias
+    return result.train(module.training)
+
+
+def restored_parameter(module: PQModule) -> nn.Parameter:
+    """The decoded weight as a parameter of its own."""
+    return nn.Parameter(module.weight.detach().clone(), requires_grad=module.codebook.requires_grad)

@@ -1,0 +1,32 @@
+"""The product-quantized linear layer."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bgd_plugin.nn.base import PQModule
+
+__all__ = ["PQLinear"]
+
+
+class PQLinear(PQModule):
+    """`nn.Linear` with a decoded weight."""
+
+    def __init__(self, codebook: Tensor, codes: Tensor, like: nn.Linear) -> None:
+        super().__init__(codebook, codes, like.weight.shape)
+        self.in_features = like.in_features
+        self.out_features = like.out_features
+        self.bias = like.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., in_features]` to `[..., out_features]`."""
+        return F.linear(input, self.weight, self.bias)
+
+    def to_float(self) -> nn.Linear:
+        """The ordinary module with the decoded weight."""
+        return nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.pq_repr()}"

@@ -1,0 +1,39 @@
+"""Weights that a graph uses as plain tensors, as modules that return them.
+
+A graph that calls `F.conv2d(x, self.weight, ...)` reads the weight by a `get_attr` node. Putting a module that *returns* the
+weight in its place leaves the call, with all its arguments, as it was.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from bgd_plugin.nn.base import PQModule
+
+__all__ = ["FloatWeight", "PQWeight"]
+
+
+class FloatWeight(nn.Module):
+    """Returns a float weight; stands where a `PQWeight` will stand."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self) -> Tensor:
+        """The weight."""
+        return self.weight
+
+
+class PQWeight(PQModule):
+    """Returns the decoded weight."""
+
+    def __init__(self, codebook: Tensor, codes: Tensor, like: FloatWeight) -> None:
+        super().__init__(codebook, codes, like.weight.shape)
+
+    def forward(self) -> Tensor:
+        """The decoded weight `[*weight_shape]`."""
+        return self.weight
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight_shape)}, {self.pq_repr()}"

@@ -1,0 +1,270 @@
+"""Which layers are quantized, into what, and how many bytes that takes; why the others are left alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from bgd_plugin.config import FAMILIES, BGDConfig, LayerConfig
+from bgd_plugin.errors import ConfigError
+from bgd_plugin.graph import FoundLayer, LeftLayer, copy_module, find_layers, isolate_weights_, swap_, trace
+from bgd_plugin.nn import PQModule, quantized
+from bgd_plugin.storage import file_size, state_bytes, stored
+from bgd_plugin.tables import mib, table
+
+__all__ = ["Plan", "PlannedLayer", "SkippedLayer", "make_plan", "paper_bytes", "plan"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedLayer:
+    """A layer that will be quantized.
+
+    Attributes:
+        name: the layer's name.
+        target: path of the module that is replaced.
+        kind: "conv1d", "conv2d", "conv3d" or "linear".
+        family: whose setting of `BGDConfig` applied.
+        weight_shape: `[C_out, C_in / groups, *kernel]` or `[C_out, C_in]`.
+        block_size, codebook_size: as they will be, after the bounds of the layer.
+        calls: names of the graph nodes that compute with it.
+        note: what differs from the setting, and why; empty where nothing does.
+    """
+
+    name: str
+    target: str
+    kind: str
+    family: str
+    weight_shape: tuple[int, ...]
+    block_size: int
+    codebook_size: int
+    calls: tuple[str, ...]
+    note: str = ""
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return math.prod(self.weight_shape)
+
+    @property
+    def rows(self) -> int:
+        """Output channels."""
+        return self.weight_shape[0]
+
+    @property
+    def blocks_per_row(self) -> int:
+        """Blocks in a row."""
+        return self.weights // self.rows // self.block_size
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a code."""
+        return int(math.log2(self.codebook_size))
+
+    @property
+    def compressed_bytes(self) -> int:
+        """Packed codes and a codebook in half precision."""
+        codes = -(-self.rows * self.blocks_per_row * self.code_bits // 8)
+        return codes + 2 * self.codebook_size * self.block_size
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Codes and codebook, shared out over the weights."""
+        return 8 * self.compressed_bytes / self.weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippedLayer:
+    """A layer that stays float, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What `quantize` will do, and the bytes it will come to.
+
+    Attributes:
+        layers, skipped: in the order in which they run.
+        original_bytes: all parameters and buffers of the float network.
+        compressed_bytes: length of the file that `save` will write.
+        paper_bytes: the paper's own accounting: codes, codebooks in half precision, every other parameter in single
+            precision; batch-norm statistics are not counted.
+    """
+
+    layers: tuple[PlannedLayer, ...]
+    skipped: tuple[SkippedLayer, ...]
+    original_bytes: int
+    compressed_bytes: int
+    paper_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """Original over compressed bytes."""
+        return self.original_bytes / self.compressed_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self) | {"ratio": self.ratio}
+
+    def __str__(self) -> str:
+        rows = [
+            [x.name, x.kind, "×".join(map(str, x.weight_shape)), x.block_size, x.codebook_size]
+            + [f"{x.bits_per_weight:.2f}", mib(x.compressed_bytes), x.note]
+            for x in self.layers
+        ]
+        header = ["layer", "kind", "weight", "block", "codebook", "bits/weight", "size", "note"]
+        lines = [table(header, rows)]
+        if self.skipped:
+            lines += ["", table(["left float", "reason"], [[s.name, s.reason] for s in self.skipped])]
+        lines += [
+            "",
+            f"{len(self.layers)} layers quantized, {len(self.skipped)} left float: "
+            f"{mib(self.original_bytes)} → {mib(self.compressed_bytes)} ({self.ratio:.1f}×); "
+            f"by the paper's accounting {mib(self.paper_bytes)}",
+        ]
+        return "\n".join(lines)
+
+
+def plan(model: nn.Module, config: BGDConfig | None = None) -> Plan:
+    """What `quantize(model, ..., config)` will do, without data. The model may be on the meta device.
+
+    Raises:
+        ConfigError: a block size that does not divide its layer, a glob that matches nothing, no layer to quantize.
+        TraceError: the network does not trace.
+    """
+    return make_plan(trace(copy_module(model, share_tensors=True)), config or BGDConfig(), original=model)[0]
+
+
+def make_plan(
+    graph_module: fx.GraphModule, config: BGDConfig, *, original: nn.Module
+) -> tuple[Plan, list[FoundLayer]]:
+    """The plan for a graph, and the found layers that it quantizes, in the same order."""
+    found, left = find_layers(graph_module)
+    _check_globs(config, found, left)
+    skipped = [SkippedLayer(name=layer.name, reason=layer.reason) for layer in left]
+    chosen: list[tuple[FoundLayer, PlannedLayer]] = []
+    for index, layer in enumerate(found):
+        outcome = _planned(layer, config, is_first=index == 0)
+        if isinstance(outcome, PlannedLayer):
+            chosen.append((layer, outcome))
+        else:
+            skipped.append(outcome)
+    skipped += _unreached(original, graph_module)
+    if not chosen:
+        reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:5]) or "it has no convolution and no linear layer"
+        raise ConfigError(f"no layer of the network can be quantized: {reasons}")
+    layers = tuple(p for _, p in chosen)
+    sketch = _sketch(graph_module, chosen)
+    result = Plan(
+        layers=layers,
+        skipped=tuple(skipped),
+        original_bytes=state_bytes(original.state_dict()),
+        compressed_bytes=file_size(stored(sketch)),
+        paper_bytes=paper_bytes(sketch),
+    )
+    return result, [f for f, _ in chosen]
+
+
+def paper_bytes(model: nn.Module) -> int:
+    """Size by the paper's accounting (arXiv 1907.05686, section 4.1), in bytes.
+
+    `log2(k) / d` bits for each quantized weight, codebooks in half precision, every other parameter in single precision.
+    """
+    layers = [module for module in model.modules() if isinstance(module, PQModule)]
+    codebooks = {id(layer.codebook) for layer in layers}
+    bits = sum(layer.codes.numel() * layer.code_bits + 16 * layer.codebook.numel() for layer in layers)
+    bits += sum(32 * p.numel() for p in model.parameters() if id(p) not in codebooks)
+    return -(-bits // 8)
+
+
+def _check_globs(config: BGDConfig, found: list[FoundLayer], left: list[LeftLayer]) -> None:
+    names = [layer.name for layer in (*found, *left)]
+    for pattern, _ in config.overrides:
+        if not fnmatch.filter(names, pattern):
+            raise ConfigError(f"override {pattern!r} matches no layer; the network has {_some(names)}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _planned(layer: FoundLayer, config: BGDConfig, *, is_first: bool) -> PlannedLayer | SkippedLayer:
+    setting, reason, adapts = _setting(layer, config, is_first=is_first)
+    if setting is None:
+        return SkippedLayer(name=layer.name, reason=reason)
+    rows, columns = layer.weight.shape[0], math.prod(layer.weight.shape[1:])
+    block_size, notes = setting.block_size, []
+    if columns % block_size:
+        divisors = [d for d in range(1, columns + 1) if columns % d == 0]
+        if not adapts:
+            near = sorted(sorted(divisors, key=lambda d: abs(d - block_size))[:2])
+            raise ConfigError(
+                f"layer {layer.name!r}: {columns} weights per row do not divide into blocks of {block_size}; "
+                f"use {' or '.join(map(str, near))}, or exclude the layer with an override ({layer.name!r}, None)"
+            )
+        block_size = max(d for d in divisors if d <= setting.block_size)
+        notes.append(f"block {setting.block_size} → {block_size}: {columns} weights per row")
+        if block_size == 1 and columns > 1:
+            return SkippedLayer(name=layer.name, reason=f"{columns} weights per row do not divide into blocks")
+    blocks = rows * columns // block_size
+    codebook_size = min(setting.codebook_size, _largest_codebook(blocks))
+    if codebook_size < 2:
+        return SkippedLayer(name=layer.name, reason=f"only {blocks} blocks, too few for a codebook")
+    if codebook_size < setting.codebook_size:
+        notes.append(f"codebook {setting.codebook_size} → {codebook_size}: {blocks} blocks")
+    return PlannedLayer(
+        name=layer.name,
+        target=layer.target,
+        kind=layer.kind,
+        family=layer.family,
+        weight_shape=tuple(layer.weight.shape),
+        block_size=block_size,
+        codebook_size=codebook_size,
+        calls=layer.calls,
+        note="; ".join(notes),
+    )
+
+
+def _setting(layer: FoundLayer, config: BGDConfig, *, is_first: bool) -> tuple[LayerConfig | None, str, bool]:
+    """The setting that applies, the reason if there is none, and whether its block size may give way."""
+    for pattern, setting in config.overrides:
+        if fnmatch.fnmatchcase(layer.name, pattern):
+            return setting, f"override {pattern!r}", False
+    family = "first_layer" if is_first else layer.family
+    assert family in FAMILIES
+    setting = getattr(config, family)
+    return setting, f"{family}=None", config.is_default(family)
+
+
+def _largest_codebook(blocks: int) -> int:
+    """The largest power of two strictly below a quarter of the blocks; 0 if there is none."""
+    return int(2 ** (math.ceil(math.log2(blocks / 4)) - 1)) if blocks > 4 else 0
+
+
+def _unreached(original: nn.Module, graph_module: fx.GraphModule) -> list[SkippedLayer]:
+    """Weights of the network that its graph in evaluation mode never uses."""
+    used = {id(p) for p in graph_module.parameters()}
+    return [
+        SkippedLayer(name=name, reason="not used in evaluation mode: not part of the compressed network")
+        for name, p in original.named_parameters()
+        if p.ndim > 1 and id(p) not in used
+    ]
+
+
+def _sketch(graph_module: fx.GraphModule, chosen: list[tuple[FoundLayer, PlannedLayer]]) -> fx.GraphModule:
+    """The compressed network with empty codebooks and codes, for its sizes alone."""
+    sketch: fx.GraphModule = copy_module(graph_module, share_tensors=True)
+    isolate_weights_(sketch, [found for found, _ in chosen])
+    for found, planned in chosen:
+        dtype = found.weight.dtype
+        codebook = torch.empty(planned.codebook_size, planned.block_size, dtype=dtype, device="meta")
+        codes = torch.empty(planned.rows, planned.blocks_per_row, dtype=torch.int64, device="meta")
+        swap_(sketch, found.target, quantized(sketch.get_submodule(found.target), codebook, codes))
+    return sketch

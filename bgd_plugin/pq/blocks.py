@@ -1,0 +1,189 @@
+"""Everything that cuts weights and inputs into blocks, or puts them together again.
+
+A layer's weight `[C_out, ...]` is read as a matrix `[rows = C_out, D]`, D = (C_in / groups) · prod(kernel_size), and
+each row is cut into runs of `block_size` weights, the blocks. Inputs are unfolded to `[positions, D]` with the same
+order of columns, so that a convolution is `unfolded @ matrix.T` and block i of a row meets columns i·d … (i+1)·d − 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["Geometry", "decode", "from_blocks", "sample_inputs", "to_blocks", "unfold_inputs"]
+
+
+def to_blocks(weight: Tensor, block_size: int) -> Tensor:
+    """Cut a weight into blocks: `[C_out, ...]` -> `[rows, blocks_per_row, block_size]`, a view where that is possible.
+
+    Raises:
+        ValueError: the weights of a row do not divide into blocks of this size.
+    """
+    rows = weight.shape[0]
+    per_row = math.prod(weight.shape[1:])
+    if block_size < 1 or per_row % block_size:
+        raise ValueError(f"{per_row} weights per row do not divide into blocks of {block_size}")
+    return weight.reshape(rows, per_row // block_size, block_size)
+
+
+def from_blocks(blocks: Tensor, shape: Sequence[int]) -> Tensor:
+    """Put blocks `[rows, blocks_per_row, block_size]` together to a weight of the given shape; undoes `to_blocks`."""
+    return blocks.reshape(tuple(shape))
+
+
+def decode(codebook: Tensor, codes: Tensor, shape: Sequence[int]) -> Tensor:
+    """The weight that a codebook and codes stand for.
+
+    Differentiable in the codebook: a codeword's gradient is the *sum* of the gradients of its blocks.
+
+    Args:
+        codebook: `[codebook_size, block_size]`.
+        codes: `[rows, blocks_per_row]`, any integer type.
+        shape: the weight's shape, `[C_out, ...]`.
+    """
+    if codes.dtype not in (torch.int32, torch.int64):
+        codes = codes.to(torch.int32)
+    return from_blocks(functional.embedding(codes, codebook), shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """How a layer reads its input: all that unfolding needs, in torch's words. All tuples have one item per dimension.
+
+    A linear layer is the case without spatial dimensions, `Geometry.linear()`.
+    """
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    """Positions added (before, after) each spatial dimension."""
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str = "zeros"
+    """`zeros`, `reflect`, `replicate` or `circular`."""
+
+    def __post_init__(self) -> None:
+        """Refuse a padding mode that torch does not have."""
+        if self.padding_mode not in ("zeros", "reflect", "replicate", "circular"):
+            raise ValueError(f"padding mode {self.padding_mode!r} is not zeros, reflect, replicate or circular")
+
+    @classmethod
+    def linear(cls) -> Geometry:
+        """The geometry of a linear layer."""
+        return cls(kernel_size=(), stride=(), padding=(), dilation=(), groups=1)
+
+    @classmethod
+    def of(
+        cls,
+        kernel_size: Sequence[int],
+        stride: int | Sequence[int],
+        padding: int | str | Sequence[int],
+        dilation: int | Sequence[int],
+        groups: int,
+        padding_mode: str = "zeros",
+    ) -> Geometry:
+        """From the forms that `torch.nn.ConvNd` and `torch.nn.functional.convNd` take.
+
+        `len(kernel_size)` gives the number of spatial dimensions; a single number stands for all of them. For
+        `padding="same"` the odd position goes after, as in torch.
+        """
+        kernel = tuple(kernel_size)
+        steps, dilations = _per_dimension(stride, len(kernel)), _per_dimension(dilation, len(kernel))
+        if padding == "same":
+            if any(step != 1 for step in steps):
+                raise ValueError("padding 'same' needs a stride of 1")
+            totals = [d * (k - 1) for k, d in zip(kernel, dilations, strict=True)]
+            pads = tuple((total // 2, total - total // 2) for total in totals)
+        elif isinstance(padding, str):
+            if padding != "valid":
+                raise ValueError(f"padding {padding!r} is not 'same' or 'valid'")
+            pads = ((0, 0),) * len(kernel)
+        else:
+            pads = tuple((p, p) for p in _per_dimension(padding, len(kernel)))
+        return cls(
+            kernel_size=kernel,
+            stride=steps,
+            padding=pads,
+            dilation=dilations,
+            groups=groups,
+            padding_mode=padding_mode,
+        )
+
+
+def _per_dimension(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
+    """One number per spatial dimension; a single one stands for all."""
+    values = (value,) * dimensions if isinstance(value, int) else tuple(value)
+    if len(values) == 1:
+        values *= dimensions
+    if len(values) != dimensions:
+        raise ValueError(f"{values} does not fit {dimensions} spatial dimensions")
+    return values
+
+
+def unfold_inputs(x: Tensor, geometry: Geometry) -> Tensor:
+    """The rows a layer's weight matrix is multiplied with.
+
+    Args:
+        x: `[batch, C_in, *spatial]` or `[C_in, *spatial]`; for a linear layer `[..., C_in]`.
+        geometry: how the layer reads its input.
+
+    Returns:
+        `[groups, positions, (C_in / groups) · prod(kernel_size)]`, columns in the order of `weight.reshape(C_out, -1)`.
+        Group g's outputs are `unfolded[g] @ matrix_of_group_g.T`.
+    """
+    windows = _windows(x, geometry)
+    channel = len(geometry.kernel_size) + 1
+    positions, columns = math.prod(windows.shape[:channel]), math.prod(windows.shape[channel:]) // geometry.groups
+    per_group = windows.shape[channel] // geometry.groups
+    grouped = windows.reshape(*windows.shape[:channel], geometry.groups, per_group, *windows.shape[channel + 1 :])
+    return grouped.movedim(channel, 0).reshape(geometry.groups, positions, columns)
+
+
+def sample_inputs(x: Tensor, geometry: Geometry, count: int, generator: torch.Generator) -> Tensor:
+    """`unfold_inputs` at no more than `count` positions, chosen at random without repetition, in ascending order.
+
+    Only the chosen rows are gathered: memory is `count · C_in · prod(kernel_size)`, never the whole unfolded input.
+
+    Returns:
+        `[groups, min(count, positions), (C_in / groups) · prod(kernel_size)]`.
+    """
+    windows = _windows(x, geometry)
+    places = windows.shape[: len(geometry.kernel_size) + 1]
+    positions = math.prod(places)
+    if positions <= count:
+        return unfold_inputs(x, geometry)
+    chosen = torch.randperm(positions, generator=generator, device=generator.device)[:count].sort().values
+    rows = windows[torch.unravel_index(chosen.to(x.device), places)]
+    return rows.reshape(count, geometry.groups, -1).movedim(1, 0).contiguous()
+
+
+def _windows(x: Tensor, geometry: Geometry) -> Tensor:
+    """A view on the padded input: `[batch, *output positions, C_in, *kernel_size]` (linear: `[positions, C_in]`)."""
+    dimensions = len(geometry.kernel_size)
+    if dimensions == 0:
+        return x.reshape(-1, x.shape[-1])
+    if x.dim() == dimensions + 1:
+        x = x.unsqueeze(0)
+    if x.dim() != dimensions + 2:
+        raise ValueError(f"an input of shape {tuple(x.shape)} does not suit {dimensions} spatial dimensions")
+    windows = _pad(x, geometry)
+    for i in range(dimensions):
+        span = geometry.dilation[i] * (geometry.kernel_size[i] - 1) + 1
+        if windows.shape[2 + i] < span:
+            raise ValueError(f"an input of shape {tuple(x.shape)} is smaller than the kernel {geometry.kernel_size}")
+        windows = windows.unfold(2 + i, span, geometry.stride[i])[..., :: geometry.dilation[i]]
+    return windows.movedim(1, dimensions + 1)
+
+
+def _pad(x: Tensor, geometry: Geometry) -> Tensor:
+    """Pad all spatial dimensions of `[batch, C_in, *spatial]`; `functional.pad` wants the last dimension first."""
+    pads = [amount for pair in reversed(geometry.padding) for amount in pair]
+    if not any(pads):
+        return x
+    mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
+    return functional.pad(x, pads, mode=mode)

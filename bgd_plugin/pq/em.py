@@ -1,0 +1,114 @@
+"""The paper's EM, run as k-means in the space where the layer's inputs are white."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bgd_plugin.pq.kmeans import cluster_sums, kmeans
+
+__all__ = ["Fit", "fit_em", "reconstruction_objective"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """A codebook, the codes that go with it, and how good they are."""
+
+    codebook: Tensor
+    """`[codebook_size, block_size]`, dtype and device of the blocks."""
+    codes: Tensor
+    """int64 `[rows, blocks_per_row]`."""
+    objective: float
+    """Σ_v (v − c)ᵀ G (v − c) of what is returned."""
+    history: tuple[float, ...]
+    """The objective after each iteration, as the iterations see it (with the floor under G's eigenvalues)."""
+
+
+@torch.no_grad()
+def fit_em(blocks: Tensor, gram: Tensor, codebook_size: int, iterations: int, *, generator: torch.Generator) -> Fit:
+    """Choose a codebook and codes that minimize Σ_v ‖x̃ (v − c_{a(v)})‖², x̃ `[n, d]` the pooled input blocks.
+
+    With G = x̃ᵀx̃ = L Lᵀ the distance is ‖(v − c) L‖², so this is k-means on the points v L, and its cost does not
+    depend on n. The M-step, least squares of x̃ c against x̃ v over a cluster's blocks v, has the normal equations
+    G (c − v̄) = 0: where G has full rank the cluster's mean v̄ is the one solution, and where it has not, v̄ is the
+    solution that also fits the directions which the inputs do not show. So codewords are means of blocks always.
+    The start is `codebook_size` blocks drawn at random, without repetition of an index.
+
+    Args:
+        blocks: `[rows, blocks_per_row, d]`; computed in float64 if they are that, else in float32.
+        gram: `[d, d]`, G = Σ x_iᵀ x_i over all block positions, any float type; its scale does not matter for codes.
+        codebook_size: k, no more than there are blocks.
+        iterations: at most so many; it ends when the objective no longer falls.
+        generator: for the start, and for clusters that become empty.
+
+    Raises:
+        ValueError: fewer blocks than codewords, NaN or Inf in blocks or Gram, or a Gram of another size.
+
+    **Source**: Stock et al., arXiv 1907.05686, section 3 (E-step and M-step); the Gram form is ours.
+    """
+    _check(blocks, gram, codebook_size)
+    flat = blocks.flatten(0, 1)
+    flat = flat if flat.dtype == torch.float64 else flat.float()
+    chosen = torch.randperm(flat.shape[0], generator=generator, device=generator.device)[:codebook_size].to(flat.device)
+    root, scale = _root(gram, flat.dtype)
+    root = root.to(flat)
+    found = kmeans(flat @ root, flat[chosen] @ root, iterations, generator=generator)
+    counts = torch.bincount(found.codes, minlength=codebook_size).unsqueeze(1)
+    means = cluster_sums(flat, found.codes, codebook_size) / counts.clamp(min=1)
+    codebook = torch.where(counts > 0, means, flat[chosen]).to(blocks.dtype)
+    codes = found.codes.view(blocks.shape[:2])
+    return Fit(
+        codebook=codebook,
+        codes=codes,
+        objective=reconstruction_objective(blocks, codebook, codes, gram),
+        history=tuple(value * scale for value in found.history),
+    )
+
+
+@torch.no_grad()
+def reconstruction_objective(blocks: Tensor, codebook: Tensor, codes: Tensor, gram: Tensor) -> float:
+    """Σ_v (v − c_{a(v)})ᵀ G (v − c_{a(v)}), without the whole difference in memory; sums are taken in float64.
+
+    Args:
+        blocks: `[rows, blocks_per_row, d]`.
+        codebook: `[codebook_size, d]`.
+        codes: int64 `[rows, blocks_per_row]`.
+        gram: `[d, d]`.
+    """
+    scatter = torch.zeros(gram.shape, dtype=torch.float64, device=blocks.device)
+    flat, codes = blocks.flatten(0, 1), codes.flatten()
+    for part, part_codes in zip(torch.split(flat, 8192), torch.split(codes, 8192), strict=True):
+        difference = (part - functional.embedding(part_codes, codebook)).double()
+        scatter.addmm_(difference.T, difference)
+    return float((scatter * gram.to(scatter)).sum())
+
+
+def _root(gram: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """L and s with s · L Lᵀ = G, float64 `[d, d]` and a number; s makes L's entries of the order of 1.
+
+    An eigendecomposition, since Cholesky's fails on what happens here: dead channels, fewer inputs than d, zero
+    everywhere. Eigenvalues below the rounding of `dtype` are lifted to it, so that directions without any energy
+    still decide between codewords that are equal otherwise; no energy at all means plain k-means.
+    """
+    symmetric = (gram.double() + gram.double().T) / 2
+    trace = float(symmetric.trace())
+    if trace <= 0:
+        return torch.eye(len(gram), dtype=torch.float64, device=gram.device), 1.0
+    scale = trace / len(gram)
+    values, vectors = torch.linalg.eigh(symmetric / scale)
+    return vectors * values.clamp(min=len(gram) * torch.finfo(dtype).eps).sqrt(), scale
+
+
+def _check(blocks: Tensor, gram: Tensor, codebook_size: int) -> None:
+    count, block_size = blocks.shape[0] * blocks.shape[1], blocks.shape[2]
+    if not 1 <= codebook_size <= count:
+        raise ValueError(f"{count} blocks are fewer than {codebook_size} codewords")
+    if gram.shape != (block_size, block_size):
+        raise ValueError(f"the Gram is {tuple(gram.shape)} and does not suit blocks of {block_size}")
+    if not bool(torch.isfinite(gram).all()):
+        raise ValueError("the inputs hold NaN or Inf")
+    if not bool(torch.isfinite(blocks).all()):
+        raise ValueError("the weights hold NaN or Inf")

@@ -1,0 +1,295 @@
+"""The one transform: a float network in, a compressed one out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from tqdm import tqdm
+
+from bgd_plugin.calibration import (
+    Batch,
+    Forward,
+    Walk,
+    collect_batches,
+    iterate_batches,
+    layer_inputs,
+    logits_of,
+    require_rewalkable,
+    sampled_inputs,
+)
+from bgd_plugin.config import BGDConfig
+from bgd_plugin.errors import ConfigError
+from bgd_plugin.fitting import FITTERS, FittedLayer, output_error, storable
+from bgd_plugin.graph import FoundLayer, copy_module, isolate_weights_, set_modes, swap_, trace
+from bgd_plugin.nn import PQModule, quantized
+from bgd_plugin.plan import Plan, PlannedLayer, make_plan, paper_bytes
+from bgd_plugin.report import LayerReport, Report
+from bgd_plugin.run import Run
+from bgd_plugin.storage import file_size, stored
+from bgd_plugin.training import correct_batchnorm_, distill_, finetune_, is_batchnorm
+from bgd_plugin.training.finetuning import total_steps
+
+__all__ = ["Quantized", "quantize"]
+
+logger = logging.getLogger(__name__)
+
+_ERROR_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What `quantize` returns."""
+
+    model: fx.GraphModule
+    report: Report
+
+
+@dataclass(kw_only=True)
+class _Job:
+    """Everything that the steps of one call share."""
+
+    student: fx.GraphModule
+    reference: fx.GraphModule
+    teacher: nn.Module
+    config: BGDConfig
+    plan: Plan
+    found: list[FoundLayer]
+    batches: list[Batch]
+    run: Run
+    bar: Any
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Add the seconds of a block to a step's."""
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
+
+    def generator(self, name: str) -> torch.Generator:
+        """Random numbers of a layer, the same whichever layers were done before."""
+        return torch.Generator().manual_seed((self.config.seed << 32) ^ zlib.crc32(name.encode()))
+
+
+def quantize(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    config: BGDConfig | None = None,
+    *,
+    teacher: nn.Module | None = None,
+    forward: Forward | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Quantized:
+    """Compress a network by product quantization of its weights, keeping what its layers compute on real inputs.
+
+    Args:
+        model: the float network; it is left untouched.
+        calibration: batches of unlabelled inputs. A batch is a tensor, a sequence whose first item is the input, or a
+            mapping of keyword arguments. Finetuning walks it several times.
+        config: what to quantize and how; `BGDConfig()` if not given.
+        teacher: network whose logits distillation and finetuning follow; the float model if not given.
+        forward: `callable(model, batch)` for batches of any other form.
+        checkpoint: folder for the finished layers; a call with the same arguments goes on from them.
+        progress: show a progress bar.
+
+    Returns:
+        the compressed network, and a report.
+
+    Raises:
+        BGDError: one of its subclasses; the message names the layer, what was found, and what to do.
+    """
+    config = config or BGDConfig()
+    _check_model(model)
+    if config.finetuning:
+        require_rewalkable(calibration, "finetuning")
+    student = trace(copy_module(model))
+    modes = {path: module.training for path, module in student.named_modules()}
+    plan, found = make_plan(student, config, original=model)
+    isolate_weights_(student, found)
+    student.eval()
+    device = next(student.parameters()).device
+    batches = collect_batches(calibration, model, device=device, forward=forward)
+    with _progress_bar(config, plan, batches, progress) as bar:
+        job = _Job(
+            student=student,
+            reference=copy_module(student, share_tensors=True),
+            teacher=_teacher(teacher or model, device),
+            config=config,
+            plan=plan,
+            found=found,
+            batches=batches,
+            run=Run.open(checkpoint, model, config, batches),
+            bar=bar,
+        )
+        errors = _quantize_layers(job)
+        if config.finetuning:
+            _finetune(job, calibration, forward)
+    _restore(student, model, found, modes)
+    return Quantized(student, _report(job, errors))
+
+
+def _check_model(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ConfigError(f"{name!r} is on the meta device, without values: such a network can be planned, not quantized")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ConfigError(f"{name!r} of the network holds NaN or infinite values: repair the network first")
+
+
+def _progress_bar(config: BGDConfig, plan: Plan, batches: list[Batch], progress: bool) -> Any:
+    steps = len(plan.layers) * (1 + (config.distillation.steps if config.distillation else 0))
+    steps += total_steps(config.finetuning, len(batches)) if config.finetuning else 0
+    return tqdm(total=steps, disable=not progress, desc="quantize", unit="step", dynamic_ncols=True)
+
+
+def _teacher(model: nn.Module, device: torch.device) -> nn.Module:
+    """A copy in evaluation mode on `device`; the user's network keeps its own mode and device."""
+    parameter = next(model.parameters(), None)
+    moves = parameter is not None and parameter.device != device
+    copied: nn.Module = copy_module(model, share_tensors=not moves)
+    return (copied.to(device) if moves else copied).eval()
+
+
+def _quantize_layers(job: _Job) -> dict[str, float]:
+    """Layer after layer, in one walk over the graph; returns each layer's relative output error."""
+    job.student.requires_grad_(False)
+    walk = Walk(job.student, job.batches, job.reference if job.config.batchnorm != "keep" else None)
+    first_nodes = {_first_node(walk, found): index for index, found in enumerate(job.found)}
+    logits = _teacher_logits(job)
+    errors: dict[str, float] = {}
+    corrected = 0
+    for node in walk.nodes():
+        if node.name in first_nodes:
+            index = first_nodes[node.name]
+            planned = job.plan.layers[index]
+            job.bar.set_description(planned.name)
+            errors[planned.name] = _quantize_layer(job, walk, index, logits)
+        elif job.config.batchnorm != "keep" and is_batchnorm(job.student, node):
+            with job.timed("batch norm"):
+                if correct_batchnorm_(walk, node, job.config.batchnorm):
+                    walk.mark_changed(str(node.target))
+                    corrected += 1
+    if job.config.batchnorm != "keep":
+        what = f"{corrected} corrected" if corrected else "nothing to correct, no batch norm follows a quantized layer"
+        job.notes.append(f"batch norm ({job.config.batchnorm}): {what}")
+    return errors
+
+
+def _first_node(walk: Walk, layer: FoundLayer) -> str:
+    """The node before which a layer is fitted: its first call, or the node that reads its weight for that call."""
+    for node in walk.order:
+        if (node.op == "call_module" and node.target == layer.target) or node.name == layer.calls[0]:
+            return node.name
+    raise AssertionError(f"{layer.name} has no node")
+
+
+def _quantize_layer(job: _Job, walk: Walk, index: int, logits: list[Tensor]) -> float:
+    """Fit one layer, put it in its place, distill it; returns its relative output error."""
+    found, planned, config = job.found[index], job.plan.layers[index], job.config
+    generator = job.generator(planned.name)
+    inputs = layer_inputs(walk, planned.name, planned.calls)
+    batches = len(job.batches) * len(planned.calls)
+    with job.timed("calibrate"):
+        sample = sampled_inputs(inputs, _ERROR_ROWS, batches, planned.name, generator)
+    fit = job.run.finished(index)
+    is_new = fit is None
+    if fit is None:
+        with job.timed("fit"):
+            fit = FITTERS[config.method](found.weight, inputs, planned, config, generator)
+    layer = quantized(job.student.get_submodule(planned.target), fit.codebook.to(found.weight), fit.codes.to(found.weight.device))
+    swap_(job.student, planned.target, layer)
+    walk.mark_changed(planned.target)
+    if config.distillation:
+        if is_new:
+            with job.timed("distill"):
+                distill_(walk, layer, logits, config.distillation, generator, job.bar.update)
+            fit = _rounded(layer)
+        else:
+            job.bar.update(config.distillation.steps)
+    if is_new:
+        job.run.store(index, fit.codebook, fit.codes)
+    job.bar.update()
+    layer.requires_grad_(False)
+    return output_error(found.weight, fit, sample)
+
+
+def _rounded(layer: PQModule) -> FittedLayer:
+    """The layer after training, its codebook rounded to the type in which it is stored."""
+    codebook = layer.codebook.detach()
+    codebook.copy_(storable(codebook, codebook.dtype))
+    return FittedLayer(codebook=codebook, codes=layer.codes)
+
+
+@torch.no_grad()
+def _teacher_logits(job: _Job) -> list[Tensor]:
+    """The teacher's answer to each calibration batch, where distillation needs it."""
+    if not job.config.distillation:
+        return []
+    with job.timed("teacher"):
+        return [logits_of(job.teacher(*batch.args, **batch.kwargs)) for batch in job.batches]
+
+
+def _finetune(job: _Job, calibration: Iterable[Any], forward: Forward | None) -> None:
+    assert job.config.finetuning
+    device = next(job.student.parameters()).device
+
+    def epoch() -> Iterator[Batch]:
+        return iterate_batches(calibration, job.student, device=device, forward=forward)
+
+    job.bar.set_description("finetune")
+    with job.timed("finetune"):
+        loss = finetune_(job.student, job.teacher, epoch, len(job.batches), job.config.finetuning, job.bar.update)
+    for module in job.student.modules():
+        if isinstance(module, PQModule):
+            _rounded(module)
+    job.notes.append(f"finetuning: final loss {loss:.4g}")
+
+
+def _restore(student: fx.GraphModule, model: nn.Module, found: list[FoundLayer], modes: dict[str, bool]) -> None:
+    """Give the student the training modes and the gradient flags of the user's network."""
+    set_modes(student, modes)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(flags.get(name, True))
+    for layer in found:
+        module: Any = student.get_submodule(layer.target)
+        module.codebook.requires_grad_(layer.weight.requires_grad)
+
+
+def _report(job: _Job, errors: dict[str, float]) -> Report:
+    content = stored(job.student)
+    layers = tuple(_layer_report(planned, errors[planned.name]) for planned in job.plan.layers)
+    return Report(
+        layers=layers,
+        skipped=job.plan.skipped,
+        original_bytes=job.plan.original_bytes,
+        compressed_bytes=file_size(content),
+        paper_bytes=paper_bytes(job.student),
+        seconds=job.seconds,
+        notes=tuple(job.notes),
+    )
+
+
+def _layer_report(planned: PlannedLayer, error: float) -> LayerReport:
+    return LayerReport(
+        name=planned.name,
+        kind=planned.kind,
+        block_size=planned.block_size,
+        codebook_size=planned.codebook_size,
+        weights=planned.weights,
+        bits_per_weight=planned.bits_per_weight,
+        compressed_bytes=planned.compressed_bytes,
+        relative_error=error,
+        note=planned.note,
+    )

@@ -1,0 +1,102 @@
+"""A run's progress on disk: each finished layer, so that a run that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from bgd_plugin.calibration import Batch
+from bgd_plugin.checkpoint import write_atomically
+from bgd_plugin.config import BGDConfig
+from bgd_plugin.errors import CheckpointError
+from bgd_plugin.fitting import FittedLayer
+
+__all__ = ["Run"]
+
+_DESCRIPTION = "run.json"
+
+
+class Run:
+    """The finished layers of one `quantize` call, in a folder; without a folder nothing is kept.
+
+    A layer's file holds its codebook and codes as they were when the layer was done.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    @classmethod
+    def open(
+        cls, folder: str | os.PathLike[str] | None, model: nn.Module, config: BGDConfig, batches: Sequence[Batch]
+    ) -> Run:
+        """Begin a run, or go on with the one in `folder`.
+
+        Raises:
+            CheckpointError: the folder holds a run of another network, other settings or other calibration data.
+        """
+        if folder is None:
+            return cls(None)
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        description = {
+            "config": config.to_dict(),
+            "network": _digest(model.state_dict().values()),
+            "calibration": _digest(t for b in batches for t in pytree.tree_leaves((b.args, b.kwargs))),
+        }
+        description = json.loads(json.dumps(description))
+        file = path / _DESCRIPTION
+        if file.exists():
+            _require_same(path, json.loads(file.read_text()), description)
+        else:
+            write_atomically(file, json.dumps(description, indent=2).encode())
+        return cls(path)
+
+    def finished(self, index: int) -> FittedLayer | None:
+        """Codebook and codes of a layer that an earlier call finished."""
+        file = self._file(index)
+        if file is None or not file.exists():
+            return None
+        try:
+            tensors = safetensors.torch.load_file(str(file))
+            return FittedLayer(codebook=tensors["codebook"], codes=tensors["codes"])
+        except (safetensors.SafetensorError, KeyError) as error:
+            raise CheckpointError(f"{file} is damaged ({error}): delete it, the layer will be fitted again") from error
+
+    def store(self, index: int, codebook: Tensor, codes: Tensor) -> None:
+        """Keep a finished layer."""
+        file = self._file(index)
+        if file is not None:
+            tensors = {"codebook": codebook.detach().cpu().contiguous(), "codes": codes.detach().cpu().contiguous()}
+            write_atomically(file, safetensors.torch.save(tensors))
+
+    def _file(self, index: int) -> Path | None:
+        return None if self.folder is None else self.folder / f"layer-{index:04d}.safetensors"
+
+
+def _require_same(folder: Path, found: dict[str, object], wanted: dict[str, object]) -> None:
+    different = [key for key in wanted if found.get(key) != wanted[key]]
+    if different:
+        raise CheckpointError(
+            f"{folder} holds a run with another {' and another '.join(different)}: give the same as then, or an empty folder"
+        )
+
+
+def _digest(values: object) -> str:
+    """A fingerprint of tensors, and of how they print for anything else."""
+    digest = hashlib.sha256()
+    for value in values:  # type: ignore[attr-defined]
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype}{list(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else b"")
+            digest.update(str(value.item()).encode() if value.ndim == 0 else b"")
+        else:
+            digest.update(repr(value).encode())
+    return digest.hexdigest()

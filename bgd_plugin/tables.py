@@ -1,0 +1,30 @@
+"""Plain text tables, and sizes as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["mib", "table"]
+
+
+def mib(size_bytes: float) -> str:
+    """Bytes as MiB; small sizes as KiB."""
+    return f"{size_bytes / 2**20:.3f} MiB" if size_bytes >= 2**20 / 10 else f"{size_bytes / 2**10:.2f} KiB"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns of text: numbers to the right, words to the left; empty columns are left out."""
+    cells = [list(header)] + [[str(cell) for cell in row] for row in rows]
+    keep = [i for i in range(len(header)) if not rows or any(row[i] for row in cells[1:])]
+    cells = [[row[i] for i in keep] for row in cells]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(keep))]
+    right = [bool(rows) and all(_is_number(row[i]) for row in cells[1:]) for i in range(len(keep))]
+    lines = [
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
+        for row in cells
+    ]
+    return "\n".join([lines[0], "  ".join("─" * w for w in widths), *lines[1:]])
+
+
+def _is_number(text: str) -> bool:
+    return text[:1].isdigit() or text[:1] in "+-" or text == ""

@@ -1,0 +1,82 @@
+"""Batch-norm correction: the statistics follow the inputs that a compressed network really sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from bgd_plugin.calibration import Walk
+from bgd_plugin.graph import call_input
+
+__all__ = ["correct_batchnorm_", "is_batchnorm"]
+
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+# How far a correction may move a scale: beyond it, the calibration data says more about itself than about the network.
+_SCALE_BOUNDS = (0.05, 20.0)
+
+
+def is_batchnorm(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node runs a batch norm that has running statistics."""
+    if node.op != "call_module":
+        return False
+    module = graph_module.get_submodule(str(node.target))
+    return isinstance(module, _BatchNorm) and module.running_mean is not None
+
+
+@torch.no_grad()
+def correct_batchnorm_(walk: Walk, node: fx.Node, mode: Literal["matched", "reestimate"]) -> bool:
+    """Correct the statistics of the student's batch norm at `node`; nothing else is touched. Returns whether it moved.
+
+    "matched" keeps, for each channel, the mean and the variance that the float network's batch norm gives on the
+    calibration data. With input moments (m, v) in the float network and (m', v') in the student, and shipped statistics
+    (μ, σ²):
+
+        σ'² = σ² · v' / v        μ' = m' − (m − μ) · √(v' / v)
+
+    The shipped statistics, made from a whole training set, stay the reference: only the *change* that compression made is
+    carried over. "reestimate" takes m' and v' as they are. Channels that are constant in both networks keep their variance.
+    """
+    if not walk.differs(call_input(node)):
+        return False
+    norm: Any = walk.student.get_submodule(str(node.target))
+    student, reference = _moments(walk, call_input(node))
+    # new tensors, not new values: the reference may share the old ones
+    norm.running_mean, norm.running_var = (t.to(norm.running_mean) for t in _corrected(norm, student, reference, mode))
+    return True
+
+
+def _corrected(
+    norm: Any, student: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor], mode: str
+) -> tuple[Tensor, Tensor]:
+    if mode == "reestimate":
+        return student
+    tiny = 1e-3 * norm.eps
+    low, high = _SCALE_BOUNDS
+    scale = ((student[1] + tiny) / (reference[1] + tiny)).sqrt().clamp(low, high)
+    mean = student[0] - (reference[0] - norm.running_mean.double()) * scale
+    # eps stands under the same root as the variance: scale both, so that the output's variance is kept
+    variance = (norm.running_var.double() + norm.eps) * scale.square() - norm.eps
+    return mean, variance.clamp(min=0)
+
+
+def _moments(walk: Walk, node: fx.Node) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Mean and variance of each channel, in the student and in the reference."""
+    pairs: list[Iterator[Tensor]] = [(p[i] for p in walk.pairs(node)) for i in (0, 1)]
+    student, reference = (_channel_moments(values) for values in pairs)
+    return student, reference
+
+
+def _channel_moments(values: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and variance over batch and positions of `[batch, channels, ...]` values, summed in double precision."""
+    count, total, squares = 0, 0.0, 0.0
+    for value in values:
+        x = value.transpose(0, 1).flatten(1).float()
+        count += x.shape[1]
+        center = x.mean(dim=1)
+        total = total + x.shape[1] * center.double()
+        squares = squares + ((x - center[:, None]).square().sum(dim=1)).double() + x.shape[1] * center.double().square()
+    mean = torch.as_tensor(total) / count
+    return mean, (torch.as_tensor(squares) / count - mean.square()).clamp(min=0)

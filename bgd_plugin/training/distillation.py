@@ -1,0 +1,85 @@
+"""Distillation of one layer's codewords, right after the layer is quantized."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from bgd_plugin.calibration import Walk, logits_of
+from bgd_plugin.config import DistillationConfig
+from bgd_plugin.errors import CalibrationError
+from bgd_plugin.nn import PQModule
+from bgd_plugin.training.loss import kl_to_teacher, mean_gradients_
+
+__all__ = ["distill_"]
+
+logger = logging.getLogger(__name__)
+
+
+def distill_(
+    walk: Walk,
+    layer: PQModule,
+    teacher_logits: Sequence[Tensor],
+    config: DistillationConfig,
+    generator: torch.Generator,
+    on_step: Callable[[], None] = lambda: None,
+) -> float:
+    """Train the layer's codebook so that the network's logits come near the teacher's; codes and all else stay fixed.
+
+    Lower layers are finished, so their outputs are the live values of the walk: each step runs only the part of the
+    network from this layer on.
+
+    Args:
+        walk: stands at the layer's node, which has not run yet.
+        layer: the student's module there.
+        teacher_logits: of each calibration batch.
+        on_step: called after each step.
+
+    Returns:
+        the mean loss of the last tenth of the steps.
+
+    Raises:
+        CalibrationError: the loss is not finite.
+
+    **Source**: arXiv 1907.05686, section 3.2, "codeword finetuning".
+    """
+    optimizer = torch.optim.SGD(
+        [layer.codebook], lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+    layer.codebook.requires_grad_(True)
+    order: list[int] = []
+    losses: list[float] = []
+    for _ in range(config.steps):
+        optimizer.zero_grad(set_to_none=True)
+        batches = _next_batches(order, teacher_logits, config.batch_size, generator)
+        samples = sum(teacher_logits[b].shape[0] for b in batches)
+        loss_of_step = 0.0
+        for b in batches:
+            loss = kl_to_teacher(logits_of(walk.finish(b)), teacher_logits[b]) * (teacher_logits[b].shape[0] / samples)
+            loss.backward()  # type: ignore[no-untyped-call]
+            loss_of_step += float(loss)
+        if not loss_of_step < float("inf"):
+            raise CalibrationError(f"distillation: the loss is {loss_of_step}; lower learning_rate={config.learning_rate}")
+        mean_gradients_([layer])
+        optimizer.step()
+        losses.append(loss_of_step)
+        on_step()
+    tail = losses[-max(1, len(losses) // 10) :]
+    return sum(tail) / len(tail)
+
+
+def _next_batches(
+    order: list[int], teacher_logits: Sequence[Tensor], batch_size: int, generator: torch.Generator
+) -> list[int]:
+    """Calibration batches for one step, drawn from walk after shuffled walk; `order` holds what is left of the walk."""
+    chosen: list[int] = []
+    while not chosen or sum(teacher_logits[b].shape[0] for b in chosen) < batch_size:
+        if not order:
+            order.extend(torch.randperm(len(teacher_logits), generator=generator).tolist())
+        chosen.append(order.pop())
+        if len(chosen) == len(teacher_logits):
+            break
+    return chosen

@@ -1,0 +1,51 @@
+"""The loss of distillation, and the gradient of a codeword."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bgd_plugin.errors import CalibrationError
+from bgd_plugin.nn import PQModule
+
+__all__ = ["codebooks", "kl_to_teacher", "mean_gradients_"]
+
+
+def kl_to_teacher(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher ‖ student) of the logits at temperature 1, averaged over samples (and tokens or pixels).
+
+    Args:
+        student, teacher: logits of one shape: `[batch, classes]`, `[batch, tokens, classes]` or
+            `[batch, classes, height, width]`.
+
+    **Source**: arXiv 1907.05686, section 3.3.
+    """
+    if student.shape != teacher.shape:
+        raise CalibrationError(
+            f"the teacher's logits have shape {list(teacher.shape)}, the network's {list(student.shape)}: "
+            "the teacher must answer the same question with the same classes"
+        )
+    dim = 1 if student.ndim in (2, 4) else -1
+    classes = student.shape[dim]
+    p = F.log_softmax(teacher.movedim(dim, -1).reshape(-1, classes).float(), dim=1)
+    q = F.log_softmax(student.movedim(dim, -1).reshape(-1, classes).float(), dim=1)
+    return F.kl_div(q, p, reduction="batchmean", log_target=True)
+
+
+def codebooks(modules: Iterable[nn.Module]) -> list[PQModule]:
+    """The product-quantized modules among `modules`, each once."""
+    return list({id(m): m for m in modules if isinstance(m, PQModule)}.values())
+
+
+def mean_gradients_(layers: Iterable[PQModule]) -> None:
+    """Turn each codeword's gradient from the sum over its blocks into their mean, in place.
+
+    **Source**: arXiv 1907.05686, equation 9.
+    """
+    for layer in layers:
+        if layer.codebook.grad is not None:
+            counts = torch.bincount(layer.codes.reshape(-1).long(), minlength=layer.codebook_size)
+            layer.codebook.grad /= counts.clamp(min=1)[:, None]

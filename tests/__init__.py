@@ -1,0 +1,1 @@
+"""The tests mirror the package; `tests.benchmarks` holds scripts that are run by hand."""
