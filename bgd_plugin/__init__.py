@@ -1,8 +1,8 @@
 """Product quantization of trained networks, by what their layers compute on real inputs."""
 
-from bgd_plugin.adapters import load_adapter
 from bgd_plugin.checkpoint import load, materialize, save
 from bgd_plugin.config import BGDConfig, DistillationConfig, FinetuningConfig, LayerConfig
+from bgd_plugin.discovery import load_adapter
 from bgd_plugin.errors import BGDError, CalibrationError, CheckpointError, ConfigError, TraceError
 from bgd_plugin.passes import BGDPass
 from bgd_plugin.plan import Plan, plan

@@ -33,7 +33,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
         CheckpointError: the network has no product-quantized layer, or holds state that is not tensors.
     """
     if not any(isinstance(module, PQModule) for module in model.modules()):
-        raise CheckpointError("the network has no product-quantized layer: save what bgd_plugin.quantize returns as .model")
+        raise CheckpointError(
+            "the network has no product-quantized layer: save what bgd_plugin.quantize returns as .model"
+        )
     content = file_bytes(stored(model))
     write_atomically(Path(path), content)
     return len(content)
@@ -88,7 +90,9 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
             text = (file.metadata() or {}).get(METADATA_KEY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error}): it is truncated, damaged or foreign") from error
+        raise CheckpointError(
+            f"{path}: not a whole safetensors file ({error}): it is truncated, damaged or foreign"
+        ) from error
     if text is None:
         raise CheckpointError(f"{path}: a safetensors file, but not one that bgd_plugin.save wrote")
     try:
@@ -148,7 +152,9 @@ def _checked_layers(
         match entry:
             case [str(), int(d), int(k), list(saved)] if saved != shape:
                 problems.append(f"layer {target!r}: weight {saved} in the file, {shape} in the network")
-            case [str(), int(d), int(k), list()] if codebook is not None and list(codebook.shape) == [k, d] and d and k > 1:
+            case [str(), int(d), int(k), list()] if (
+                codebook is not None and list(codebook.shape) == [k, d] and d and k > 1
+            ):
                 if found[target].weight[0].numel() % d:
                     problems.append(f"layer {target!r}: blocks of {d} do not divide its rows")
                 layers[target] = (d, k)
@@ -205,7 +211,9 @@ def _unpacked(name: str, packed: Tensor, module: PQModule, problems: list[str]) 
         return None
     codes = unpack(packed, bits, count)
     if count and int(codes.max()) >= module.codebook_size:
-        problems.append(f"{name!r}: code {int(codes.max())} is out of range, the codebook has {module.codebook_size} codewords")
+        problems.append(
+            f"{name!r}: code {int(codes.max())} is out of range, the codebook has {module.codebook_size} codewords"
+        )
         return None
     return codes.reshape(module.codes.shape).to(module.codes.dtype)
 
@@ -213,7 +221,11 @@ def _unpacked(name: str, packed: Tensor, module: PQModule, problems: list[str]) 
 def _widened(name: str, value: Tensor, wanted: Tensor, original: Any, problems: list[str]) -> Tensor | None:
     """The stored tensor in the network's type: the same one, or a wider one that it was narrowed from without loss."""
     expected = str(wanted.dtype).removeprefix("torch.")
-    narrowed = {"float32": (torch.float16,), "float64": (torch.float16,), "int64": (torch.uint8, torch.int16, torch.int32)}
+    narrowed = {
+        "float32": (torch.float16,),
+        "float64": (torch.float16,),
+        "int64": (torch.uint8, torch.int16, torch.int32),
+    }
     is_same = value.dtype == wanted.dtype and original in (None, expected)
     is_narrowed = value.dtype in narrowed.get(expected, ()) and original in (None, expected)
     if value.shape != wanted.shape or not (is_same or is_narrowed):
@@ -237,4 +249,6 @@ def _require_no_meta(network: nn.Module) -> None:
     """Buffers that are not part of a state dict have no values if `like` had none."""
     names = [name for name, t in (*network.named_parameters(), *network.named_buffers()) if t.is_meta]
     if names:
-        raise BGDError(f"{', '.join(names)}: not part of a saved state, and `like` is on the meta device: build it on the CPU")
+        raise BGDError(
+            f"{', '.join(names)}: not part of a saved state, and `like` is on the meta device: build it on the CPU"
+        )

@@ -74,10 +74,12 @@ class DistillationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuningConfig:
-    """Training of all codewords together against the teacher's logits, after the last layer; batch-norm statistics update.
+    """Training of all codewords together against the teacher's logits, after the last layer.
 
-    Give `epochs` (walks over the calibration data) or `steps`, not both; neither means 9 epochs. The learning rate falls to
-    a tenth after each third of the run. The defaults are the paper's (section 3.3 of arXiv 1907.05686).
+    Batch-norm statistics update on the way.
+
+    Give `epochs` (walks over the calibration data) or `steps`, not both; neither means 9 epochs. The learning rate
+    falls to a tenth after each third of the run. The defaults are the paper's (section 3.3 of arXiv 1907.05686).
 
     Args:
         epochs: walks over the calibration data.
@@ -98,11 +100,13 @@ class FinetuningConfig:
         )
         for name in ("epochs", "steps"):
             value = getattr(self, name)
-            _check(value is None or value >= 1, f"finetuning: {name}={value}: give at least 1, or finetuning=None for none")
+            _check(
+                value is None or value >= 1, f"finetuning: {name}={value}: give at least 1, or finetuning=None for none"
+            )
         _check(self.learning_rate > 0, f"finetuning: learning_rate={self.learning_rate}: give a positive number")
 
 
-# The kinds of layer that have a setting of their own. `first_layer` and `depthwise_conv` stay float unless they are set.
+# The kinds of layer that have a setting of their own; `first_layer` and `depthwise_conv` stay float unless set.
 FAMILIES = ("conv", "pointwise_conv", "depthwise_conv", "linear", "first_layer")
 
 
@@ -115,11 +119,11 @@ class BGDConfig:
         conv, pointwise_conv, depthwise_conv, linear, first_layer: setting for each kind of layer; None keeps it float.
             A default block size that does not divide a layer gives way to the largest one below it that does; a block
             size that you set is taken at its word, and is an error where it does not divide.
-        overrides: pairs of a glob on layer names and a setting (None keeps the layer float); the first match wins, and a
-            glob that matches nothing is an error.
+        overrides: pairs of a glob on layer names and a setting (None keeps the layer float); the first match wins,
+        and a glob that matches nothing is an error.
         em_iterations: upper bound of the EM iterations of a layer.
-        batchnorm: "matched" moves the statistics of each batch norm so that its output keeps the float network's mean and
-            variance on the calibration data; "reestimate" replaces them by the calibration data's; "keep" leaves them.
+        batchnorm: "matched" moves the statistics of each batch norm so that its output keeps the float network's mean
+        and variance on the calibration data; "reestimate" replaces them by the calibration data's; "keep" leaves them.
         distillation: per-layer training of the codewords, or None.
         finetuning: training of all codewords after the last layer, or None.
         seed: of every random choice.

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bgd_plugin.calibration import InputSample
-from bgd_plugin.calibration.statistics import Inputs, pooled_gram
+from bgd_plugin.calibration import InputSample, LayerInputs, PooledGram, pooled_gram
 from bgd_plugin.config import BGDConfig
+from bgd_plugin.nn import storable
 from bgd_plugin.plan import PlannedLayer
-from bgd_plugin.pq.blocks import decode, to_blocks
+from bgd_plugin.pq.blocks import to_blocks
 from bgd_plugin.pq.em import fit_em
 
-__all__ = ["FITTERS", "FittedLayer", "output_error", "storable"]
+__all__ = ["METHODS", "FittedLayer", "Method", "output_error"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,38 +28,38 @@ class FittedLayer:
     codes: Tensor
 
 
-Fitter = Callable[[Tensor, Inputs, PlannedLayer, BGDConfig, torch.Generator], FittedLayer]
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to fit layers, in two steps: collect statistics of the inputs, then solve for codebook and codes."""
+
+    collect: Callable[[LayerInputs, PlannedLayer, BGDConfig], Any]
+    solve: Callable[[Tensor, Any, PlannedLayer, BGDConfig, torch.Generator], FittedLayer]
 
 
-def _em(
-    weight: Tensor, inputs: Inputs, layer: PlannedLayer, config: BGDConfig, generator: torch.Generator
+def _collect_em(inputs: LayerInputs, layer: PlannedLayer, config: BGDConfig) -> PooledGram:
+    return pooled_gram(inputs, layer.block_size)
+
+
+def _solve_em(
+    weight: Tensor, statistics: PooledGram, layer: PlannedLayer, config: BGDConfig, generator: torch.Generator
 ) -> FittedLayer:
     """The paper's EM on the pooled Gram of the inputs (arXiv 1907.05686, section 3.2)."""
-    statistics = pooled_gram(inputs, layer.block_size, layer.name)
     blocks = to_blocks(weight.detach().float(), layer.block_size)
     fit = fit_em(blocks, statistics.gram, layer.codebook_size, config.em_iterations, generator=generator)
-    return FittedLayer(codebook=storable(fit.codebook, weight.dtype), codes=fit.codes)
+    return FittedLayer(codebook=storable(fit.codebook).to(weight.dtype), codes=fit.codes)
 
 
-FITTERS: dict[str, Fitter] = {"em": _em}
-
-
-def storable(codebook: Tensor, dtype: torch.dtype) -> Tensor:
-    """The codebook rounded to half precision, in which it is stored; as it is where its values do not fit."""
-    half = codebook.half()
-    fits = bool(torch.isfinite(half).all()) and float(half.abs().max()) >= float(codebook.abs().max()) / 2
-    return (half if fits else codebook).to(dtype)
+METHODS: dict[str, Method] = {"em": Method(collect=_collect_em, solve=_solve_em)}
 
 
 @torch.no_grad()
-def output_error(weight: Tensor, fit: FittedLayer, sample: InputSample) -> float:
+def output_error(weight: Tensor, decoded: Tensor, sample: InputSample) -> float:
     """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on a sample of the layer's inputs; 0 where the layer's output is all zero.
 
     Args:
-        weight: `[C_out, C_in / groups, *kernel]` or `[C_out, C_in]`.
+        weight, decoded: W and Ŵ, `[C_out, C_in / groups, *kernel]` or `[C_out, C_in]`.
         sample: rows `[groups, positions, columns]`.
     """
-    decoded = decode(fit.codebook, fit.codes, weight.shape)
     groups, _, columns = sample.rows.shape
     exact = weight.float().reshape(groups, -1, columns)
     difference = exact - decoded.float().reshape(groups, -1, columns)

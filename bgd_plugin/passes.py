@@ -21,8 +21,8 @@ __all__ = ["BGDPass"]
 class BGDPass(PassBase):
     """`quantize` under the contract of `torch.fx.passes.infra.pass_base.PassBase`.
 
-    The graph module that goes in is left as it is; the result holds a new one. A graph in which every layer is quantized
-    already comes out unmodified, so a pass manager may run the pass more than once.
+    The graph module that goes in is left as it is; the result holds a new one. A graph in which every layer is
+    quantized already comes out unmodified, so a pass manager may run the pass more than once.
 
     Attributes:
         report: of the last call that changed something.
@@ -43,7 +43,9 @@ class BGDPass(PassBase):
             ConfigError: it is not a graph module.
         """
         if not isinstance(graph_module, fx.GraphModule):
-            raise ConfigError(f"BGDPass works on a GraphModule, found {type(graph_module).__name__}: trace the network first")
+            raise ConfigError(
+                f"BGDPass works on a GraphModule, found {type(graph_module).__name__}: trace the network first"
+            )
         graph_module.graph.lint()
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:

@@ -142,9 +142,7 @@ def plan(model: nn.Module, config: BGDConfig | None = None) -> Plan:
     return make_plan(trace(copy_module(model, share_tensors=True)), config or BGDConfig(), original=model)[0]
 
 
-def make_plan(
-    graph_module: fx.GraphModule, config: BGDConfig, *, original: nn.Module
-) -> tuple[Plan, list[FoundLayer]]:
+def make_plan(graph_module: fx.GraphModule, config: BGDConfig, *, original: nn.Module) -> tuple[Plan, list[FoundLayer]]:
     """The plan for a graph, and the found layers that it quantizes, in the same order."""
     found, left = find_layers(graph_module)
     _check_globs(config, found, left)
@@ -175,7 +173,8 @@ def make_plan(
 def paper_bytes(model: nn.Module) -> int:
     """Size by the paper's accounting (arXiv 1907.05686, section 4.1), in bytes.
 
-    `log2(k) / d` bits for each quantized weight, codebooks in half precision, every other parameter in single precision.
+    `log2(k) / d` bits for each quantized weight, codebooks in half precision, every other parameter in single
+    precision.
     """
     layers = [module for module in model.modules() if isinstance(module, PQModule)]
     codebooks = {id(layer.codebook) for layer in layers}
@@ -185,7 +184,7 @@ def paper_bytes(model: nn.Module) -> int:
 
 
 def _check_globs(config: BGDConfig, found: list[FoundLayer], left: list[LeftLayer]) -> None:
-    names = [layer.name for layer in (*found, *left)]
+    names = [layer.name for layer in found] + [layer.name for layer in left]
     for pattern, _ in config.overrides:
         if not fnmatch.filter(names, pattern):
             raise ConfigError(f"override {pattern!r} matches no layer; the network has {_some(names)}")
@@ -250,11 +249,11 @@ def _largest_codebook(blocks: int) -> int:
 
 def _unreached(original: nn.Module, graph_module: fx.GraphModule) -> list[SkippedLayer]:
     """Weights of the network that its graph in evaluation mode never uses."""
-    used = {id(p) for p in graph_module.parameters()}
+    used = {name for name, _ in graph_module.named_parameters(remove_duplicate=False)}
     return [
         SkippedLayer(name=name, reason="not used in evaluation mode: not part of the compressed network")
         for name, p in original.named_parameters()
-        if p.ndim > 1 and id(p) not in used
+        if p.ndim > 1 and name not in used
     ]
 
 

@@ -18,19 +18,19 @@ from tqdm import tqdm
 from bgd_plugin.calibration import (
     Batch,
     Forward,
+    LayerInputs,
     Walk,
     collect_batches,
     iterate_batches,
-    layer_inputs,
     logits_of,
     require_rewalkable,
     sampled_inputs,
 )
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import ConfigError
-from bgd_plugin.fitting import FITTERS, FittedLayer, output_error, storable
+from bgd_plugin.fitting import METHODS, FittedLayer, output_error
 from bgd_plugin.graph import FoundLayer, copy_module, isolate_weights_, set_modes, swap_, trace
-from bgd_plugin.nn import PQModule, quantized
+from bgd_plugin.nn import quantized
 from bgd_plugin.plan import Plan, PlannedLayer, make_plan, paper_bytes
 from bgd_plugin.report import LayerReport, Report
 from bgd_plugin.run import Run
@@ -142,7 +142,9 @@ def quantize(
 def _check_model(model: nn.Module) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
-            raise ConfigError(f"{name!r} is on the meta device, without values: such a network can be planned, not quantized")
+            raise ConfigError(
+                f"{name!r} is on the meta device, without values: such a network can be planned, not quantized"
+            )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ConfigError(f"{name!r} of the network holds NaN or infinite values: repair the network first")
 
@@ -172,14 +174,13 @@ def _quantize_layers(job: _Job) -> dict[str, float]:
     for node in walk.nodes():
         if node.name in first_nodes:
             index = first_nodes[node.name]
-            planned = job.plan.layers[index]
-            job.bar.set_description(planned.name)
-            errors[planned.name] = _quantize_layer(job, walk, index, logits)
+            errors[job.plan.layers[index].name] = _quantize_layer(job, walk, index, logits)
         elif job.config.batchnorm != "keep" and is_batchnorm(job.student, node):
             with job.timed("batch norm"):
                 if correct_batchnorm_(walk, node, job.config.batchnorm):
                     walk.mark_changed(str(node.target))
                     corrected += 1
+    job.seconds["forward"] = walk.seconds
     if job.config.batchnorm != "keep":
         what = f"{corrected} corrected" if corrected else "nothing to correct, no batch norm follows a quantized layer"
         job.notes.append(f"batch norm ({job.config.batchnorm}): {what}")
@@ -197,38 +198,38 @@ def _first_node(walk: Walk, layer: FoundLayer) -> str:
 def _quantize_layer(job: _Job, walk: Walk, index: int, logits: list[Tensor]) -> float:
     """Fit one layer, put it in its place, distill it; returns its relative output error."""
     found, planned, config = job.found[index], job.plan.layers[index], job.config
+    job.bar.set_description(planned.name)
     generator = job.generator(planned.name)
-    inputs = layer_inputs(walk, planned.name, planned.calls)
-    batches = len(job.batches) * len(planned.calls)
-    with job.timed("calibrate"):
-        sample = sampled_inputs(inputs, _ERROR_ROWS, batches, planned.name, generator)
-    fit = job.run.finished(index)
-    is_new = fit is None
-    if fit is None:
-        with job.timed("fit"):
-            fit = FITTERS[config.method](found.weight, inputs, planned, config, generator)
-    layer = quantized(job.student.get_submodule(planned.target), fit.codebook.to(found.weight), fit.codes.to(found.weight.device))
+    inputs = LayerInputs(walk, planned.name, planned.calls)
+    with job.timed("statistics"):
+        sample = sampled_inputs(inputs, _ERROR_ROWS, job.generator(f"{planned.name} sample"))
+    finished = job.run.finished(index)
+    fit = finished or _fit(job, found, planned, inputs, generator)
+    layer = quantized(
+        job.student.get_submodule(planned.target), fit.codebook.to(found.weight), fit.codes.to(found.weight.device)
+    )
     swap_(job.student, planned.target, layer)
     walk.mark_changed(planned.target)
-    if config.distillation:
-        if is_new:
-            with job.timed("distill"):
-                distill_(walk, layer, logits, config.distillation, generator, job.bar.update)
-            fit = _rounded(layer)
-        else:
-            job.bar.update(config.distillation.steps)
-    if is_new:
-        job.run.store(index, fit.codebook, fit.codes)
+    if config.distillation and finished is None:
+        with job.timed("distill"):
+            distill_(walk, layer, logits, config.distillation, generator, job.bar.update)
+    if finished is None:
+        job.run.store(index, layer.codebook, layer.codes)
+    elif config.distillation:
+        job.bar.update(config.distillation.steps)
     job.bar.update()
     layer.requires_grad_(False)
-    return output_error(found.weight, fit, sample)
+    return output_error(found.weight, layer.weight, sample)
 
 
-def _rounded(layer: PQModule) -> FittedLayer:
-    """The layer after training, its codebook rounded to the type in which it is stored."""
-    codebook = layer.codebook.detach()
-    codebook.copy_(storable(codebook, codebook.dtype))
-    return FittedLayer(codebook=codebook, codes=layer.codes)
+def _fit(
+    job: _Job, found: FoundLayer, planned: PlannedLayer, inputs: LayerInputs, generator: torch.Generator
+) -> FittedLayer:
+    method = METHODS[job.config.method]
+    with job.timed("statistics"):
+        statistics = method.collect(inputs, planned, job.config)
+    with job.timed("fit"):
+        return method.solve(found.weight, statistics, planned, job.config, generator)
 
 
 @torch.no_grad()
@@ -250,9 +251,6 @@ def _finetune(job: _Job, calibration: Iterable[Any], forward: Forward | None) ->
     job.bar.set_description("finetune")
     with job.timed("finetune"):
         loss = finetune_(job.student, job.teacher, epoch, len(job.batches), job.config.finetuning, job.bar.update)
-    for module in job.student.modules():
-        if isinstance(module, PQModule):
-            _rounded(module)
     job.notes.append(f"finetuning: final loss {loss:.4g}")
 
 

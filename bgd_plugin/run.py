@@ -85,7 +85,8 @@ def _require_same(folder: Path, found: dict[str, object], wanted: dict[str, obje
     different = [key for key in wanted if found.get(key) != wanted[key]]
     if different:
         raise CheckpointError(
-            f"{folder} holds a run with another {' and another '.join(different)}: give the same as then, or an empty folder"
+            f"{folder} holds a run with another {' and another '.join(different)}: "
+            "give the same as then, or an empty folder"
         )
 
 

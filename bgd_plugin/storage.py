@@ -1,7 +1,8 @@
 """How a network lies in a file: which tensors, in which types, under which header. Sizes are those of real files.
 
-A file is a safetensors file. Codes are packed to `log2(codebook_size)` bits; every other tensor is stored in the narrowest
-type that holds its values *exactly*, so reading it back loses nothing. Tensors that are one and the same are stored once.
+A file is a safetensors file. Codes are packed to `log2(codebook_size)` bits; every other tensor is stored in the
+narrowest type that holds its values *exactly*, so reading it back loses nothing. Tensors that are one and the same
+are stored once.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def stored(model: nn.Module) -> Stored:
     names: dict[tuple[Any, ...], str] = {}
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
-            raise CheckpointError(f"{name!r} of the network's state is a {type(value).__name__}, not a tensor: cannot be saved")
+            raise CheckpointError(
+                f"{name!r} of the network's state is a {type(value).__name__}, not a tensor: cannot be saved"
+            )
         first = names.setdefault(_identity(name, value), name)
         if first != name:
             aliases[name] = first

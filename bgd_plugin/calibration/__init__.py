@@ -9,19 +9,19 @@ from bgd_plugin.calibration.batches import (
     logits_of,
     require_rewalkable,
 )
-from bgd_plugin.calibration.statistics import InputSample, PooledGram, layer_inputs, pooled_gram, sampled_inputs
+from bgd_plugin.calibration.statistics import InputSample, LayerInputs, PooledGram, pooled_gram, sampled_inputs
 from bgd_plugin.calibration.walk import Walk
 
 __all__ = [
     "Batch",
     "Forward",
     "InputSample",
+    "LayerInputs",
     "PooledGram",
     "Walk",
     "collect_batches",
     "grouped",
     "iterate_batches",
-    "layer_inputs",
     "logits_of",
     "pooled_gram",
     "require_rewalkable",

@@ -96,8 +96,8 @@ def require_rewalkable(calibration: Iterable[Any], purpose: str) -> None:
     """
     if isinstance(calibration, Iterator):
         raise CalibrationError(
-            f"the calibration data is a {type(calibration).__name__}, which can be walked only once, and {purpose} walks it "
-            "again: give a DataLoader or a list of batches"
+            f"the calibration data is a {type(calibration).__name__}, which can be walked only once, and {purpose} "
+            "walks it again: give a DataLoader or a list of batches"
         )
 
 
@@ -117,7 +117,8 @@ def logits_of(output: Any) -> Tensor:
         return output[0]
     raise CalibrationError(
         f"the network returns a {type(output).__name__} without logits: distillation and finetuning need a tensor, "
-        f"a first tensor, or a field named {' or '.join(_LOGITS)}; set distillation=None and finetuning=None to go without"
+        f"a first tensor, or a field named {' or '.join(_LOGITS)}; "
+        "set distillation=None and finetuning=None to go without"
     )
 
 
@@ -129,8 +130,8 @@ def _batch(item: Any, index: int) -> Batch:
     if isinstance(item, Sequence) and not isinstance(item, str) and item and isinstance(item[0], Tensor):
         return Batch((item[0],))
     raise CalibrationError(
-        f"calibration batch {index} is a {type(item).__name__}: give a tensor, a sequence whose first item is the input "
-        "tensor, or a mapping of keyword arguments; anything else goes through forward=callable(model, batch)"
+        f"calibration batch {index} is a {type(item).__name__}: give a tensor, a sequence whose first item is the "
+        "input tensor, or a mapping of keyword arguments; anything else goes through forward=callable(model, batch)"
     )
 
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from bgd_plugin.calibration.walk import Walk
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import call_geometry, call_input
-from bgd_plugin.pq.blocks import Geometry, sample_inputs, unfold_inputs
+from bgd_plugin.pq.blocks import Geometry, input_blocks, sample_inputs
 
-__all__ = ["InputSample", "PooledGram", "layer_inputs", "pooled_gram", "sampled_inputs"]
+__all__ = ["InputSample", "LayerInputs", "PooledGram", "pooled_gram", "sampled_inputs"]
 
 _CHUNK_ELEMENTS = 4_000_000
-
-Inputs = Callable[[], Iterator[tuple[Tensor, Geometry]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,29 +38,41 @@ class InputSample:
     rows: Tensor
 
 
-def layer_inputs(walk: Walk, name: str, calls: tuple[str, ...]) -> Inputs:
-    """The inputs of a layer, call by call and batch by batch, as a function that walks over them anew each time.
+class LayerInputs:
+    """The inputs of a layer, call by call and batch by batch; each walk over them starts anew.
 
-    Raises (while walking):
-        CalibrationError: the input is not a tensor, or not finite.
+    Args:
+        walk: stands at the layer's first call.
+        name: the layer's, for errors.
+        calls: names of the nodes that compute with the layer's weight.
     """
-    nodes = {node.name: node for node in walk.order}
 
-    def inputs() -> Iterator[tuple[Tensor, Geometry]]:
-        for call in calls:
-            node: fx.Node = nodes[call]
-            geometry = call_geometry(walk.student, node)
-            for batch in range(walk.batch_count):
-                value = walk.student_value(call_input(node), batch)
+    def __init__(self, walk: Walk, name: str, calls: Sequence[str]) -> None:
+        self.name = name
+        self._walk = walk
+        nodes = {node.name: node for node in walk.order}
+        self._calls = [nodes[call] for call in calls]
+
+    def __len__(self) -> int:
+        return len(self._calls) * self._walk.batch_count
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Geometry]]:
+        """Each input, and how the call walks over it.
+
+        Raises:
+            CalibrationError: an input is not a tensor.
+        """
+        for node in self._calls:
+            geometry = call_geometry(self._walk.student, node)
+            for batch in range(self._walk.batch_count):
+                value = self._walk.student_value(call_input(node), batch)
                 if not isinstance(value, Tensor):
-                    raise CalibrationError(f"layer {name!r}: its input is a {type(value).__name__}, not a tensor")
+                    raise CalibrationError(f"layer {self.name!r}: its input is a {type(value).__name__}, not a tensor")
                 yield value, geometry
-
-    return inputs
 
 
 @torch.no_grad()
-def pooled_gram(inputs: Inputs, block_size: int, name: str) -> PooledGram:
+def pooled_gram(inputs: LayerInputs, block_size: int) -> PooledGram:
     """Σ x̃ᵀx̃ / n over every block of every input; nothing larger than a chunk of unfolded inputs is ever held.
 
     Raises:
@@ -72,29 +82,29 @@ def pooled_gram(inputs: Inputs, block_size: int, name: str) -> PooledGram:
     """
     total: Tensor | None = None
     count = 0
-    for value, geometry in inputs():
+    for value, geometry in inputs:
         for piece in _pieces(value, geometry):
-            blocks = unfold_inputs(piece, geometry).reshape(-1, block_size).float()
-            part = blocks.mT @ blocks
-            total = part.double() if total is None else total + part
-            count += blocks.shape[0]
+            blocks = input_blocks(piece, geometry, block_size).float()
+            part = (blocks @ blocks.mT).double()
+            total = part if total is None else total + part
+            count += blocks.shape[1]
     if total is None or not count:
-        raise CalibrationError(f"layer {name!r}: no input reached it during calibration")
-    _require_finite(total, name)
+        raise CalibrationError(f"layer {inputs.name!r}: no input reached it during calibration")
+    _require_finite(total, inputs.name)
     return PooledGram(gram=total / count, count=count)
 
 
 @torch.no_grad()
-def sampled_inputs(inputs: Inputs, rows: int, batches: int, name: str, generator: torch.Generator) -> InputSample:
-    """About `rows` rows of unfolded inputs, spread over all batches.
+def sampled_inputs(inputs: LayerInputs, rows: int, generator: torch.Generator) -> InputSample:
+    """About `rows` rows of unfolded inputs, spread over all batches and calls.
 
-    Args:
-        batches: how many inputs there are to share the rows.
+    Raises:
+        CalibrationError: naming the layer whose inputs are not finite.
     """
-    share = max(1, -(-rows // max(1, batches)))
-    samples = [sample_inputs(value, geometry, share, generator).float() for value, geometry in inputs()]
+    share = max(1, -(-rows // len(inputs)))
+    samples = [sample_inputs(value, geometry, share, generator).float() for value, geometry in inputs]
     sample = torch.cat(samples, dim=1)
-    _require_finite(sample, name)
+    _require_finite(sample, inputs.name)
     return InputSample(rows=sample)
 
 
@@ -107,7 +117,7 @@ def _pieces(value: Tensor, geometry: Geometry) -> Iterator[Tensor]:
     for size in geometry.kernel_size:
         kernel *= size
     per_sample = max(1, value[:1].numel() * kernel)
-    yield from value.split(max(1, _CHUNK_ELEMENTS // per_sample))
+    yield from torch.split(value, max(1, _CHUNK_ELEMENTS // per_sample))
 
 
 def _require_finite(statistic: Tensor, name: str) -> None:

@@ -17,8 +17,18 @@ from bgd_plugin.pq.blocks import Geometry
 
 __all__ = ["FoundLayer", "LeftLayer", "attribute", "call_geometry", "call_input", "find_layers"]
 
-_MODULES: dict[type[nn.Module], str] = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d", nn.Linear: "linear"}
-_FUNCTIONS: dict[Callable[..., Any], str] = {F.conv1d: "conv1d", F.conv2d: "conv2d", F.conv3d: "conv3d", F.linear: "linear"}
+_MODULES: dict[type[nn.Module], str] = {
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.Conv3d: "conv3d",
+    nn.Linear: "linear",
+}
+_FUNCTIONS: dict[Callable[..., Any], str] = {
+    F.conv1d: "conv1d",
+    F.conv2d: "conv2d",
+    F.conv3d: "conv3d",
+    F.linear: "linear",
+}
 _CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _CONV_DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
@@ -55,7 +65,7 @@ class LeftLayer:
 
 
 def find_layers(graph_module: fx.GraphModule) -> tuple[list[FoundLayer], list[LeftLayer]]:
-    """All layers of a graph in the order in which they run, and all weights that are left alone, each with its reason."""
+    """All layers of a graph in the order in which they run, and all weights left alone, each with its reason."""
     calls = _group_calls(graph_module)
     users = _users_of_parameters(graph_module)
     found: list[FoundLayer] = []
@@ -128,7 +138,7 @@ def _is_functional(node: fx.Node) -> bool:
 
 
 def _group_calls(graph_module: fx.GraphModule) -> dict[str, list[fx.Node]]:
-    """Calls that compute with one weight, under its path (the module's, or the parameter's), in order of the first call."""
+    """Calls that compute with one weight, under the module's or the parameter's path, in order of the first call."""
     calls: dict[str, list[fx.Node]] = {}
     path_of: dict[int, str] = {}
     for node in graph_module.graph.nodes:
@@ -189,7 +199,9 @@ def _examine(
         return LeftLayer(name=name, reason="its weight is parametrized (torch.nn.utils.parametrize)")
     weight = owner._parameters.get(attribute)
     if weight is None:
-        return LeftLayer(name=name, reason="its weight is not a parameter (a pruning mask or a norm computes it): bake it first")
+        return LeftLayer(
+            name=name, reason="its weight is not a parameter (a pruning mask or a norm computes it): bake it first"
+        )
     if not weight.is_floating_point():
         return LeftLayer(name=name, reason=f"its weight has dtype {weight.dtype}")
     others = sorted(users.get(id(weight), set()) - {target, "its calls"})

@@ -22,8 +22,8 @@ _SWAPPABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 class PQTracer(fx.Tracer):
     """A tracer that stops at our own modules, and at subclasses of Conv and Linear that run their parent's forward.
 
-    Without the first rule a second pass would walk into the decoding of a weight; a subclass with a forward of its own is
-    walked into, and found by its functional call.
+    Without the first rule a second pass would walk into the decoding of a weight; a subclass with a forward of its
+    own is walked into, and found by its functional call.
     """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -38,7 +38,8 @@ class PQTracer(fx.Tracer):
 def trace(model: nn.Module) -> fx.GraphModule:
     """The graph of `model`, over the same modules and parameters.
 
-    A `GraphModule` is passed on as it is. The graph follows the branches of evaluation mode; `model` gets its mode back.
+    A `GraphModule` is passed on as it is. The graph follows the branches of evaluation mode; `model` gets its mode
+    back.
 
     Raises:
         TraceError: naming the smallest submodule that cannot be traced, and what to do about it.

@@ -1,6 +1,6 @@
 """Product-quantized modules: they hold a codebook and codes, and decode the weight when they run."""
 
-from bgd_plugin.nn.base import PQModule
+from bgd_plugin.nn.base import PQModule, storable
 from bgd_plugin.nn.conv import PQConv1d, PQConv2d, PQConv3d
 from bgd_plugin.nn.convert import materialized, quantized, restored_parameter
 from bgd_plugin.nn.linear import PQLinear
@@ -17,4 +17,5 @@ __all__ = [
     "materialized",
     "quantized",
     "restored_parameter",
+    "storable",
 ]

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from bgd_plugin.pq.blocks import decode
 from bgd_plugin.pq.packing import code_dtype
 
-__all__ = ["PQModule"]
+__all__ = ["PQModule", "storable"]
+
+
+def storable(codebook: Tensor) -> Tensor:
+    """The codebook rounded to half precision, in which it is stored; as it is where its values do not fit."""
+    half = codebook.half()
+    largest = float(codebook.abs().max())
+    fits = bool(torch.isfinite(half).all()) and float(half.abs().max()) >= largest / 2
+    return half.to(codebook.dtype) if fits else codebook
 
 
 class PQModule(nn.Module):
@@ -52,6 +60,11 @@ class PQModule(nn.Module):
     def weight(self) -> Tensor:
         """The decoded weight `[*weight_shape]`, differentiable with respect to the codebook."""
         return decode(self.codebook, self.codes, self.weight_shape)
+
+    @torch.no_grad()
+    def round_codebook_(self) -> None:
+        """Round the codebook to the type in which it is stored."""
+        self.codebook.copy_(storable(self.codebook))
 
     def pq_repr(self) -> str:
         """The quantization part of `extra_repr`."""

@@ -1,7 +1,7 @@
 """Weights that a graph uses as plain tensors, as modules that return them.
 
-A graph that calls `F.conv2d(x, self.weight, ...)` reads the weight by a `get_attr` node. Putting a module that *returns* the
-weight in its place leaves the call, with all its arguments, as it was.
+A graph that calls `F.conv2d(x, self.weight, ...)` reads the weight by a `get_attr` node. Putting a module that
+*returns* the weight in its place leaves the call, with all its arguments, as it was.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["Geometry", "decode", "from_blocks", "sample_inputs", "to_blocks", "unfold_inputs"]
+__all__ = ["Geometry", "decode", "from_blocks", "input_blocks", "sample_inputs", "to_blocks", "unfold_inputs"]
 
 
 def to_blocks(weight: Tensor, block_size: int) -> Tensor:
@@ -160,6 +160,21 @@ def sample_inputs(x: Tensor, geometry: Geometry, count: int, generator: torch.Ge
     chosen = torch.randperm(positions, generator=generator, device=generator.device)[:count].sort().values
     rows = windows[torch.unravel_index(chosen.to(x.device), places)]
     return rows.reshape(count, geometry.groups, -1).movedim(1, 0).contiguous()
+
+
+def input_blocks(x: Tensor, geometry: Geometry, block_size: int) -> Tensor:
+    """Every block of every unfolded input, one a column: `[block_size, count]`, in no particular order.
+
+    Where blocks are whole channels the kernel's offsets become rows, so that what is copied are long runs of the input;
+    that is several times faster than cutting up `unfold_inputs`.
+    """
+    area = math.prod(geometry.kernel_size)
+    dimensions = len(geometry.kernel_size)
+    if dimensions == 0 or block_size % area:
+        return unfold_inputs(x, geometry).reshape(-1, block_size).mT
+    windows = _windows(x, geometry).unflatten(dimensions + 1, (-1, block_size // area))
+    first = [dimensions + 2, *range(dimensions + 3, 2 * dimensions + 3)]
+    return windows.permute(*first, 0, dimensions + 1, *range(1, dimensions + 1)).reshape(block_size, -1)
 
 
 def _windows(x: Tensor, geometry: Geometry) -> Tensor:

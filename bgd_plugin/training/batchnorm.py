@@ -36,8 +36,9 @@ def correct_batchnorm_(walk: Walk, node: fx.Node, mode: Literal["matched", "rees
 
         σ'² = σ² · v' / v        μ' = m' − (m − μ) · √(v' / v)
 
-    The shipped statistics, made from a whole training set, stay the reference: only the *change* that compression made is
-    carried over. "reestimate" takes m' and v' as they are. Channels that are constant in both networks keep their variance.
+    The shipped statistics, made from a whole training set, stay the reference: only the *change* that compression
+    made is carried over. "reestimate" takes m' and v' as they are. Channels that are constant in both networks keep
+    their variance.
     """
     if not walk.differs(call_input(node)):
         return False
@@ -71,12 +72,13 @@ def _moments(walk: Walk, node: fx.Node) -> tuple[tuple[Tensor, Tensor], tuple[Te
 
 def _channel_moments(values: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and variance over batch and positions of `[batch, channels, ...]` values, summed in double precision."""
-    count, total, squares = 0, 0.0, 0.0
+    count = 0
+    total, squares = torch.zeros(()), torch.zeros(())
     for value in values:
         x = value.transpose(0, 1).flatten(1).float()
         count += x.shape[1]
         center = x.mean(dim=1)
         total = total + x.shape[1] * center.double()
         squares = squares + ((x - center[:, None]).square().sum(dim=1)).double() + x.shape[1] * center.double().square()
-    mean = torch.as_tensor(total) / count
-    return mean, (torch.as_tensor(squares) / count - mean.square()).clamp(min=0)
+    mean = total / count
+    return mean, (squares / count - mean.square()).clamp(min=0)

@@ -62,11 +62,14 @@ def distill_(
             loss.backward()  # type: ignore[no-untyped-call]
             loss_of_step += float(loss)
         if not loss_of_step < float("inf"):
-            raise CalibrationError(f"distillation: the loss is {loss_of_step}; lower learning_rate={config.learning_rate}")
+            raise CalibrationError(
+                f"distillation: the loss is {loss_of_step}; lower learning_rate={config.learning_rate}"
+            )
         mean_gradients_([layer])
         optimizer.step()
         losses.append(loss_of_step)
         on_step()
+    layer.round_codebook_()
     tail = losses[-max(1, len(losses) // 10) :]
     return sum(tail) / len(tail)
 

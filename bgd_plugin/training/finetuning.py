@@ -67,7 +67,9 @@ def finetune_(
             optimizer.zero_grad(set_to_none=True)
             loss = kl_to_teacher(logits_of(student(*batch.args, **batch.kwargs)), target)
             if not float(loss) < float("inf"):
-                raise CalibrationError(f"finetuning: the loss is {float(loss)}; lower learning_rate={config.learning_rate}")
+                raise CalibrationError(
+                    f"finetuning: the loss is {float(loss)}; lower learning_rate={config.learning_rate}"
+                )
             loss.backward()  # type: ignore[no-untyped-call]
             mean_gradients_(layers)
             optimizer.step()
@@ -76,6 +78,8 @@ def finetune_(
             on_step()
     finally:
         student.eval()
+    for layer in layers:
+        layer.round_codebook_()
     tail = losses[-max(1, len(losses) // 10) :]
     return sum(tail) / len(tail)
 
@@ -87,7 +91,9 @@ def _endless(epochs: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
             empty = False
             yield batch
         if empty:
-            raise CalibrationError("the calibration data is empty on a second walk: give a DataLoader or a list of batches")
+            raise CalibrationError(
+                "the calibration data is empty on a second walk: give a DataLoader or a list of batches"
+            )
 
 
 def _batchnorms_train(student: nn.Module) -> None:

@@ -5,8 +5,8 @@ benchmarks call `load_or_train`, which reuses the file. The network is torchvisi
 that the byte counts are those of the ResNet-18 that everybody knows; the 28 px images go in at their native size.
 
 On a machine shared with other work set `OMP_WAIT_POLICY=PASSIVE`: threads that wait then leave their core to the
-others. Training is plain float32: bfloat16 autocast was measured slower at this image size, on a CPU with bfloat16 units,
-because the last stage works on a single pixel.
+others. Training is plain float32: bfloat16 autocast was measured slower at this image size, on a CPU with bfloat16
+units, because the last stage works on a single pixel.
 """
 
 import argparse

@@ -1,0 +1,140 @@
+"""Encoding with error feedback: what one block of a row loses, the blocks after it make good where they can."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = ["damped", "diagonal_blocks", "encode_with_feedback", "grouped", "nearest"]
+
+_SCRATCH = 1 << 18
+"""Distances held at once; 1 MiB of float32 stays in a core's second-level cache."""
+
+
+@torch.no_grad()
+def encode_with_feedback(weight: Tensor, codebook: Tensor, gram: Tensor, *, damping: float) -> Tensor:
+    """Codes for a layer's rows, block by block, each choice passed on to the blocks still to come.
+
+    With the damped Gram H = V Vᵀ, V upper triangular, U = V⁻¹ gives H⁻¹ = Uᵀ U, and the rows from I on of U give the
+    inverse of H restricted to the blocks from I on. So for block I:
+
+    * the metric, with all later blocks free to answer, is (H⁻¹_II)⁻¹ = V_II V_IIᵀ: choose the codeword nearest to w_I
+      after both are multiplied by V_II;
+    * the answer of the later blocks J is w_J ← w_J − e_I (H⁻¹_II)⁻¹ H⁻¹_IJ = w_J − e_I V_II U_IJ, e_I = w_I − c.
+
+    Both factors come from one Cholesky factorization in float64; the row operations are in the weight's dtype.
+
+    Args:
+        weight: `[rows, columns]`, float32 or float64; groups' rows follow one another.
+        codebook: `[codebook_size, block_size]`, shared by all groups.
+        gram: `[groups, columns, columns]`, H of each group's inputs; a single matrix stands for one group.
+        damping: added to H's diagonal, in units of its mean; more than 0, since few inputs leave H singular.
+
+    Returns:
+        int64 `[rows, columns / block_size]`.
+
+    Raises:
+        ValueError: shapes that do not go together, or no damping.
+
+    **Source**: Frantar et al., GPTQ, arXiv 2210.17323, section 3; van Baalen et al., GPTVQ, arXiv 2402.15319, for
+    blocks.
+    """
+    if not damping > 0:
+        raise ValueError(f"error feedback needs a damping above 0, not {damping}")
+    rows, grams = grouped(weight, gram)
+    block_size = codebook.shape[1]
+    if rows.shape[2] % block_size:
+        raise ValueError(f"{rows.shape[2]} weights per row do not divide into blocks of {block_size}")
+    root, inverse = _factors(damped(grams, damping))
+    root, inverse = root.to(weight), inverse.to(weight)
+    rest = rows.clone()
+    codes = torch.empty(*rows.shape[:2], rows.shape[2] // block_size, dtype=torch.int64, device=weight.device)
+    for block in range(codes.shape[2]):
+        here = slice(block * block_size, (block + 1) * block_size)
+        metric = root[:, here, here]
+        codes[:, :, block] = nearest(rest[:, :, here], metric, codebook)
+        error = rest[:, :, here] - codebook[codes[:, :, block]].to(rest)
+        rest[:, :, here.stop :] -= error @ (metric @ inverse[:, here, here.stop :])
+    return codes.flatten(0, 1)
+
+
+def grouped(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight as `[groups, rows_per_group, columns]` and the Gram as `[groups, columns, columns]`.
+
+    Raises:
+        ValueError: the two do not go together.
+    """
+    grams = gram if gram.dim() == 3 else gram.unsqueeze(0)
+    groups, columns = grams.shape[0], weight.shape[1]
+    if grams.shape[1:] != (columns, columns) or weight.shape[0] % groups:
+        raise ValueError(f"a Gram of shape {tuple(gram.shape)} does not suit a weight of {tuple(weight.shape)}")
+    return weight.reshape(groups, -1, columns), grams
+
+
+def damped(gram: Tensor, damping: float) -> Tensor:
+    """H + damping · mean(diag H) · I per group, symmetric, float64; the identity for a group without any input.
+
+    Args:
+        gram: `[groups, columns, columns]`.
+    """
+    symmetric = (gram.double() + gram.double().mT) / 2
+    level = symmetric.diagonal(dim1=1, dim2=2).mean(1).clamp(min=0)
+    identity = torch.eye(gram.shape[1], dtype=torch.float64, device=gram.device)
+    added = torch.where(level > 0, damping * level, torch.ones_like(level))
+    return symmetric + added[:, None, None] * identity
+
+
+def diagonal_blocks(gram: Tensor, block_size: int) -> Tensor:
+    """The Gram of each block position: `[groups, columns, columns]` -> `[groups, blocks_per_row, d, d]`."""
+    groups, columns = gram.shape[:2]
+    squares = gram.reshape(groups, columns // block_size, block_size, columns // block_size, block_size)
+    return squares.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def nearest(points: Tensor, metric: Tensor, codebook: Tensor) -> Tensor:
+    """The codeword with the least ‖(point − codeword) metric‖, for each point.
+
+    Args:
+        points: `[groups, n, d]`.
+        metric: `[groups, d, d]`, multiplied from the right.
+        codebook: `[codebook_size, d]`, the same for all groups.
+
+    Returns:
+        int64 `[groups, n]`.
+    """
+    # Differences of large numbers are what single precision gets wrong: measure from the codebook's mean.
+    centre = codebook.mean(0)
+    moved = (points - centre.to(points)) @ metric
+    words = (codebook - centre).to(points) @ metric
+    norms = words.square().sum(2).unsqueeze(1)
+    codes = torch.empty(points.shape[:2], dtype=torch.int64, device=points.device)
+    for groups, rows in _pieces(points.shape[0], points.shape[1], codebook.shape[0]):
+        distances = torch.baddbmm(norms[groups], moved[groups, rows], words[groups].mT, alpha=-2)
+        if distances.device.type == "cpu":  # numpy's is several times as fast as torch's
+            codes[groups, rows] = torch.from_numpy(distances.numpy().argmin(2))
+        else:
+            codes[groups, rows] = distances.argmin(2)
+    return codes
+
+
+def _pieces(groups: int, rows: int, codewords: int) -> Iterator[tuple[slice, slice]]:
+    """Runs of groups and rows whose distances fit in the scratch."""
+    row_step = max(1, min(rows, _SCRATCH // codewords))
+    group_step = max(1, _SCRATCH // (codewords * row_step))
+    for group in range(0, groups, group_step):
+        for row in range(0, rows, row_step):
+            yield slice(group, group + group_step), slice(row, row + row_step)
+
+
+def _factors(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """V and V⁻¹, both upper triangular `[groups, columns, columns]`, with gram = V Vᵀ.
+
+    Cholesky gives a lower triangle; of the matrix with rows and columns reversed it is V reversed.
+    """
+    lower = torch.linalg.cholesky(gram.flip((1, 2)))
+    root = lower.flip((1, 2))
+    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device).expand_as(root)
+    return root, torch.linalg.solve_triangular(root, identity, upper=True)

@@ -1,0 +1,227 @@
+"""Fit a layer's codebook and codes to its whole input Gram: start, error feedback, least squares, coordinate
+descent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bgd_plugin.pq.em import fit_em
+from bgd_plugin.pq.feedback import damped, diagonal_blocks, encode_with_feedback, grouped, nearest
+from bgd_plugin.pq.least_squares import output_objective, refine_codes, solve_codebook
+
+__all__ = ["FullFit", "fit_full", "fit_positions", "positions_as_groups"]
+
+_STILL = 1e-4
+"""A round that lowers the objective by less than this fraction is the last one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullFit:
+    """A codebook, the codes that go with it, and the way there."""
+
+    codebook: Tensor
+    """`[codebook_size, block_size]`, the weight's dtype."""
+    codes: Tensor
+    """int64 `[rows, blocks_per_row]`."""
+    objective: float
+    """tr((W − Ŵ) H (W − Ŵ)ᵀ) of what is returned, without damping, on the fitted Gram."""
+    history: tuple[float, ...]
+    """The damped objective after error feedback, then after each half round; it never rises."""
+    heldout: tuple[float, ...]
+    """The objective on the held-out Gram at the same points; empty without one."""
+    chosen: int
+    """Which point of `history` is returned."""
+    notes: tuple[str, ...]
+    """What did not go as asked, in words."""
+
+
+@torch.no_grad()
+def fit_full(
+    weight: Tensor,
+    gram: Tensor,
+    heldout_gram: Tensor | None,
+    codebook_size: int,
+    block_size: int,
+    *,
+    damping: float = 0.01,
+    rounds: int = 4,
+    start_iterations: int = 20,
+    least_squares_iterations: int = 30,
+    row_weights: Tensor | None = None,
+    generator: torch.Generator,
+) -> FullFit:
+    """Minimize Σ_groups tr((W − Ŵ) H (W − Ŵ)ᵀ) over one codebook for the layer and all codes.
+
+    Start by k-means under each block position's own metric, encode with error feedback, then up to `rounds` times:
+    the codebook by least squares, and a sweep of coordinate descent on the codes. Where rows are few this fits the
+    calibration set and not the layer, so the point with the least loss on held-out inputs is returned, and a round
+    after which that loss has risen is the last.
+
+    Args:
+        weight: `[rows, columns]`, groups' rows one after another; float64 is kept, all else computed in float32.
+        gram: `[groups, columns, columns]` (or a matrix, for one group), second moments of the inputs of the fit.
+        heldout_gram: the same of inputs that `gram` has not seen; None: the fitted objective decides.
+        codebook_size: k, no more than there are blocks.
+        block_size: d.
+        damping: on the Gram's diagonal, in units of its mean. Where positions are fewer than columns it must be
+            large: about 1.0 for a last linear layer on some hundred images.
+        rounds: least squares and coordinate descent, at most so often.
+        start_iterations: of k-means, and again under the positions' own metrics.
+        least_squares_iterations: conjugate gradient steps in each round.
+        row_weights: `[rows]`, what a row's loss counts for in the codebook; all alike when not given.
+        generator: for the start.
+
+    Raises:
+        ValueError: shapes that do not go together, fewer blocks than codewords, NaN or Inf.
+    """
+    rows, grams = grouped(weight, gram)
+    _check(rows, grams, block_size)
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    flat = rows.flatten(0, 1)
+    hessian = damped(grams, damping)
+    codebook = _start(rows, hessian, codebook_size, block_size, start_iterations, generator)
+    codes = encode_with_feedback(flat, codebook, grams, damping=damping)
+    trail = _Trail(flat, hessian, None if heldout_gram is None else grouped(weight, heldout_gram)[1], row_weights)
+    trail.add(codebook, codes)
+    for _ in range(rounds):
+        codebook = solve_codebook(
+            flat, codes, hessian, codebook, iterations=least_squares_iterations, row_weights=row_weights
+        )
+        trail.add(codebook, codes)
+        codes, changed = refine_codes(flat, codebook, codes, hessian)
+        trail.add(codebook, codes)
+        if not changed or trail.is_done():
+            break
+    codebook, codes = trail.best
+    return FullFit(
+        codebook=codebook.to(weight.dtype),
+        codes=codes,
+        objective=output_objective(flat, codebook, codes, grams),
+        history=tuple(trail.history),
+        heldout=tuple(trail.heldout),
+        chosen=trail.chosen,
+        notes=_notes(codes, codebook_size, grams),
+    )
+
+
+class _Trail:
+    """The points of a fit, their losses, and the best of them: by held-out loss where there is one."""
+
+    def __init__(self, weight: Tensor, gram: Tensor, heldout_gram: Tensor | None, row_weights: Tensor | None) -> None:
+        self._weight, self._gram, self._heldout_gram, self._row_weights = weight, gram, heldout_gram, row_weights
+        self.history: list[float] = []
+        self.heldout: list[float] = []
+        self.chosen = -1
+        self.best: tuple[Tensor, Tensor]
+
+    def add(self, codebook: Tensor, codes: Tensor) -> None:
+        self.history.append(output_objective(self._weight, codebook, codes, self._gram, self._row_weights))
+        if self._heldout_gram is not None:
+            loss = output_objective(self._weight, codebook, codes, self._heldout_gram, self._row_weights)
+            self.heldout.append(loss)
+        losses = self._losses()
+        if self.chosen < 0 or losses[-1] < losses[self.chosen]:
+            self.chosen, self.best = len(losses) - 1, (codebook, codes)
+
+    def is_done(self) -> bool:
+        """Whether the last round brought next to nothing, or harm, on the data that decides."""
+        losses = self._losses()
+        return losses[-1] > losses[-3] * (1 - _STILL)
+
+    def _losses(self) -> list[float]:
+        return self.history if self._heldout_gram is None else self.heldout
+
+
+def _start(
+    rows: Tensor, grams: Tensor, codebook_size: int, block_size: int, iterations: int, generator: torch.Generator
+) -> Tensor:
+    """K-means under the pooled metric, then some steps of it under each position's own.
+
+    Returns:
+        `[codebook_size, block_size]`.
+    """
+    positions, metrics = positions_as_groups(rows, diagonal_blocks(grams, block_size))
+    start = fit_em(positions, metrics.mean(0), codebook_size, max(1, iterations), generator=generator).codebook
+    return fit_positions(positions, metrics, start, iterations)[0]
+
+
+def positions_as_groups(rows: Tensor, metrics: Tensor) -> tuple[Tensor, Tensor]:
+    """Each block position of each group as a group of its own, with rows of one block.
+
+    Args:
+        rows: `[groups, rows_per_group, columns]`.
+        metrics: `[groups, blocks_per_row, d, d]`.
+
+    Returns:
+        blocks `[groups · blocks_per_row, rows_per_group, d]` and metrics `[groups · blocks_per_row, d, d]`.
+    """
+    blocks = rows.reshape(*rows.shape[:2], -1, metrics.shape[3]).transpose(1, 2)
+    return blocks.flatten(0, 1), metrics.flatten(0, 1)
+
+
+@torch.no_grad()
+def fit_positions(blocks: Tensor, metrics: Tensor, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """K-means where each position p measures by its own Gram: min Σ_p Σ_v (v − c_a)ᵀ H_p (v − c_a).
+
+    The nearest codeword under H_p, then for each codeword the least squares of its members, d equations:
+    (Σ_members H_p) c = Σ_members H_p v. Neither step raises the objective (but for a ridge of 1e-6, which keeps a
+    codeword near where it was in directions that no member's inputs show). It serves as a start, and as the whole fit
+    where a layer is too wide for its full Gram. A codeword without members stays where it is.
+
+    Args:
+        blocks: `[positions, rows_per_position, d]`.
+        metrics: `[positions, d, d]`, symmetric, positive definite.
+        start: `[codebook_size, d]`.
+        iterations: so many.
+
+    Returns:
+        codebook `[codebook_size, d]`, and codes `[positions, rows_per_position]`, the nearest ones.
+    """
+    metrics = metrics.double()
+    roots = torch.linalg.cholesky(metrics).to(blocks)
+    codebook, pulls = start.to(blocks), blocks @ metrics.to(blocks)
+    size, width = codebook.shape
+    identity = torch.eye(width, dtype=torch.float64, device=blocks.device)
+    codes = nearest(blocks, roots, codebook)
+    for _ in range(iterations):
+        counts = _counts(codes, size)
+        matrices = (counts.T @ metrics.flatten(1)).view(size, width, width)
+        sums = torch.zeros_like(codebook).index_add_(0, codes.flatten(), pulls.flatten(0, 1)).double()
+        ridge = 1e-6 * matrices.diagonal(dim1=1, dim2=2).mean(1) + (counts.sum(0) == 0)
+        matrices = matrices + ridge[:, None, None] * identity
+        sums = sums + ridge.unsqueeze(1) * codebook.double()
+        codebook = torch.linalg.solve(matrices, sums.unsqueeze(2)).squeeze(2).to(blocks)
+        codes = nearest(blocks, roots, codebook)
+    return codebook, codes
+
+
+def _counts(codes: Tensor, codebook_size: int) -> Tensor:
+    """How often each position `[positions, n]` uses each codeword: float64 `[positions, codebook_size]`."""
+    positions = codes.shape[0]
+    offsets = codebook_size * torch.arange(positions, device=codes.device).unsqueeze(1)
+    counts = torch.bincount((codes + offsets).flatten(), minlength=positions * codebook_size)
+    return counts.view(positions, codebook_size).double()
+
+
+def _check(rows: Tensor, grams: Tensor, block_size: int) -> None:
+    if block_size < 1 or rows.shape[2] % block_size:
+        raise ValueError(f"{rows.shape[2]} weights per row do not divide into blocks of {block_size}")
+    if not bool(torch.isfinite(rows).all()):
+        raise ValueError("the weights hold NaN or Inf")
+    if not bool(torch.isfinite(grams).all()):
+        raise ValueError("the inputs hold NaN or Inf")
+
+
+def _notes(codes: Tensor, codebook_size: int, grams: Tensor) -> tuple[str, ...]:
+    notes = []
+    used = int(torch.bincount(codes.flatten(), minlength=codebook_size).count_nonzero())
+    if used < codebook_size:
+        notes.append(f"{codebook_size - used} of {codebook_size} codewords are not used")
+    silent = int((grams.diagonal(dim1=1, dim2=2) <= 0).sum())
+    if silent:
+        notes.append(f"{silent} of {grams.shape[0] * grams.shape[1]} input columns are always zero")
+    return tuple(notes)

@@ -1,0 +1,154 @@
+"""The codebook and the codes under a layer's whole input Gram, each by steps that never raise the objective.
+
+The objective is what the layer's outputs lose, tr((W − Ŵ) H (W − Ŵ)ᵀ), summed over groups.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bgd_plugin.pq.feedback import diagonal_blocks, grouped, nearest
+
+__all__ = ["output_objective", "refine_codes", "solve_codebook"]
+
+_ROWS = 4096
+
+
+@torch.no_grad()
+def output_objective(
+    weight: Tensor, codebook: Tensor, codes: Tensor, gram: Tensor, row_weights: Tensor | None = None
+) -> float:
+    """tr(R (W − Ŵ) H (W − Ŵ)ᵀ) in float64, R the diagonal of `row_weights`.
+
+    Args:
+        weight: `[rows, columns]`.
+        codebook: `[codebook_size, block_size]`.
+        codes: int64 `[rows, blocks_per_row]`.
+        gram: `[groups, columns, columns]` or, for one group, `[columns, columns]`.
+        row_weights: `[rows]`; all ones when not given.
+    """
+    rows, grams = grouped(weight, gram)
+    difference = (rows - codebook[codes].to(rows).reshape(rows.shape)).double()
+    grams = grams.double()
+    losses = torch.cat([((part @ grams) * part).sum(2) for part in difference.split(_ROWS, dim=1)], dim=1).flatten()
+    return float(losses.sum() if row_weights is None else (losses * row_weights.double()).sum())
+
+
+@torch.no_grad()
+def solve_codebook(
+    weight: Tensor,
+    codes: Tensor,
+    gram: Tensor,
+    start: Tensor,
+    *,
+    iterations: int = 30,
+    tolerance: float = 1e-12,
+    row_weights: Tensor | None = None,
+) -> Tensor:
+    """The codebook that minimizes `output_objective` for fixed codes, by conjugate gradients from `start`.
+
+    The unknowns are all codebook_size · block_size numbers at once, since H ties the blocks of a row together. With S
+    the linear map from a codebook to Ŵ, the normal equations are Sᵀ(R S(C) H) = Sᵀ(R W H): a product by the normal
+    matrix is a decode, a product by H and a sum over the blocks of each codeword; the matrix itself is never formed.
+    Preconditioned by the mean diagonal block of H and each codeword's count. An unused codeword stays where it is.
+
+    Args:
+        weight: `[rows, columns]`; the arithmetic is in its dtype.
+        codes: int64 `[rows, blocks_per_row]`.
+        gram: `[groups, columns, columns]` or `[columns, columns]`.
+        start: `[codebook_size, block_size]`.
+        iterations: at most so many.
+        tolerance: ends when the residual's (preconditioned) squared norm has fallen by this factor.
+        row_weights: `[rows]`, not negative.
+
+    Returns:
+        `[codebook_size, block_size]`, in `start`'s dtype; its objective is never above `start`'s.
+
+    **Source**: Hestenes and Stiefel, J. Res. NBS 49 (1952), for the conjugate gradients.
+    """
+    rows, grams = grouped(weight, gram)
+    grams = grams.to(rows)
+    scale = None if row_weights is None else row_weights.to(rows).reshape(*rows.shape[:2], 1)
+    flat_codes, block_size = codes.flatten(), start.shape[1]
+
+    def collect(outputs: Tensor) -> Tensor:
+        """Sᵀ(R · H), `[codebook_size, block_size]`, of a matrix `[groups, rows_per_group, columns]`."""
+        product = outputs @ grams
+        product = product if scale is None else product * scale
+        return torch.zeros_like(change).index_add_(0, flat_codes, product.reshape(-1, block_size))
+
+    change = torch.zeros_like(start, dtype=rows.dtype)
+    residual = collect(rows - start[codes].to(rows).reshape(rows.shape))
+    precondition = _Preconditioner(grams, flat_codes, start)
+    direction = precondition(residual)
+    norm = first = float((residual * direction).sum())
+    for _ in range(iterations):
+        image = collect(direction[codes].reshape(rows.shape))
+        curvature = float((direction * image).sum())
+        if not norm > tolerance * first or not curvature > 0:
+            break
+        change += norm / curvature * direction
+        residual -= norm / curvature * image
+        conditioned = precondition(residual)
+        previous, norm = norm, float((residual * conditioned).sum())
+        direction = conditioned + norm / previous * direction
+    solved = (start.to(change) + change).to(start.dtype)
+    before = output_objective(weight, start, codes, gram, row_weights)
+    # Rounding may spoil the last steps where there is nothing left to gain.
+    return solved if output_objective(weight, solved, codes, gram, row_weights) <= before else start.clone()
+
+
+class _Preconditioner:
+    """(mean diagonal block of H)⁻¹ / count of each codeword; symmetric and positive, as conjugate gradients need."""
+
+    def __init__(self, grams: Tensor, flat_codes: Tensor, start: Tensor) -> None:
+        block_size = start.shape[1]
+        mean = diagonal_blocks(grams, block_size).mean((0, 1)).double()
+        level = mean.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+        identity = torch.eye(block_size, dtype=torch.float64, device=grams.device)
+        self._inverse = torch.linalg.inv(mean / level + 1e-4 * identity).to(grams)
+        self._counts = torch.bincount(flat_codes, minlength=start.shape[0]).clamp(min=1).unsqueeze(1).to(grams)
+
+    def __call__(self, residual: Tensor) -> Tensor:
+        return residual @ self._inverse / self._counts
+
+
+@torch.no_grad()
+def refine_codes(weight: Tensor, codebook: Tensor, codes: Tensor, gram: Tensor) -> tuple[Tensor, int]:
+    """One sweep of coordinate descent: block by block, the best codeword of each row while its other blocks stand.
+
+    With E = W − Ŵ and G = E H, block I of a row is best replaced by the codeword nearest, in the metric H_II, to
+    ŵ_I + G_I H_II⁻¹, and G follows by a rank-d update. Rows do not meet, so all rows move at once. A row changes only
+    where that lowers its loss: the objective does not rise.
+
+    Args:
+        weight: `[rows, columns]`; the arithmetic is in its dtype.
+        codebook: `[codebook_size, block_size]`.
+        codes: int64 `[rows, blocks_per_row]`.
+        gram: `[groups, columns, columns]` or `[columns, columns]`, with positive definite diagonal blocks (damped).
+
+    Returns:
+        the new codes, and how many differ from the old.
+    """
+    rows, grams = grouped(weight, gram)
+    block_size, words = codebook.shape[1], codebook.to(rows)
+    roots = torch.linalg.cholesky(diagonal_blocks(grams.double(), block_size))
+    grams = grams.to(rows)
+    new = codes.reshape(*rows.shape[:2], -1).clone()
+    slope = (rows - words[new].reshape(rows.shape)) @ grams
+    changed = 0
+    for block in range(new.shape[2]):
+        here = slice(block * block_size, (block + 1) * block_size)
+        root = roots[:, block]
+        old = words[new[:, :, block]]
+        step = torch.cholesky_solve(slope[:, :, here].mT.double(), root).mT.to(rows)
+        metric = root.to(rows)
+        choice = nearest(old + step, metric, words)
+        moved = words[choice] - old
+        better = ((moved - step) @ metric).square().sum(2) < (step @ metric).square().sum(2)
+        moved = torch.where(better.unsqueeze(2), moved, torch.zeros_like(moved))
+        changed += int((better & (choice != new[:, :, block])).sum())
+        new[:, :, block] = torch.where(better, choice, new[:, :, block])
+        slope -= moved @ grams[:, here, :]
+    return new.flatten(0, 1), changed
