@@ -115,12 +115,16 @@ class BGDConfig:
     """What to quantize, and how.
 
     Args:
-        method: how codebook and codes are fitted; "em" is the paper's (expectation-maximisation on the layer's inputs).
+        method: how codebook and codes are fitted; "full" works with all correlations of a layer's inputs, "em" is
+            the paper's (expectation-maximisation on one pooled Gram matrix).
         conv, pointwise_conv, depthwise_conv, linear, first_layer: setting for each kind of layer; None keeps it float.
             A default block size that does not divide a layer gives way to the largest one below it that does; a block
             size that you set is taken at its word, and is an error where it does not divide.
         overrides: pairs of a glob on layer names and a setting (None keeps the layer float); the first match wins,
         and a glob that matches nothing is an error.
+        rounds: of least squares and coordinate descent in method "full".
+        asymmetric_step: how far method "full" moves its aim from the layer's own weight (0) towards the weight that
+            gives the float network's outputs on the student's inputs (1).
         em_iterations: upper bound of the EM iterations of a layer.
         batchnorm: "matched" moves the statistics of each batch norm so that its output keeps the float network's mean
         and variance on the calibration data; "reestimate" replaces them by the calibration data's; "keep" leaves them.
@@ -129,7 +133,7 @@ class BGDConfig:
         seed: of every random choice.
     """
 
-    method: Literal["em"] = "em"
+    method: Literal["full", "em"] = "em"
     conv: LayerConfig | None = LayerConfig(block_size=9)
     pointwise_conv: LayerConfig | None = LayerConfig(block_size=4)
     depthwise_conv: LayerConfig | None = None
@@ -137,13 +141,18 @@ class BGDConfig:
     first_layer: LayerConfig | None = None
     overrides: tuple[Override, ...] = ()
     em_iterations: int = 100
+    rounds: int = 2
+    asymmetric_step: float = 0.5
     batchnorm: Literal["matched", "reestimate", "keep"] = "matched"
     distillation: DistillationConfig | None = None
     finetuning: FinetuningConfig | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(self.method in ("em",), f"method={self.method!r}: give 'em'")
+        _check(self.method in ("full", "em"), f"method={self.method!r}: give 'full' or 'em'")
+        _check(self.rounds >= 0, f"rounds={self.rounds}: give 0 or more")
+        step = self.asymmetric_step
+        _check(0 <= step <= 1, f"asymmetric_step={step}: give a number from 0 to 1")
         _check(
             self.batchnorm in ("matched", "reestimate", "keep"),
             f"batchnorm={self.batchnorm!r}: give 'matched', 'reestimate' or 'keep'",

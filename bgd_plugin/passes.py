@@ -10,8 +10,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import ConfigError
-from bgd_plugin.graph import find_layers
-from bgd_plugin.nn import PQModule
+from bgd_plugin.plan import is_finished
 from bgd_plugin.quantize import quantize
 from bgd_plugin.report import Report
 
@@ -21,8 +20,8 @@ __all__ = ["BGDPass"]
 class BGDPass(PassBase):
     """`quantize` under the contract of `torch.fx.passes.infra.pass_base.PassBase`.
 
-    The graph module that goes in is left as it is; the result holds a new one. A graph in which every layer is
-    quantized already comes out unmodified, so a pass manager may run the pass more than once.
+    The graph module that goes in is left as it is; the result holds a new one. A graph in which every layer
+    that the settings name is quantized already comes out unmodified, so a pass manager may run the pass more than once.
 
     Attributes:
         report: of the last call that changed something.
@@ -50,8 +49,7 @@ class BGDPass(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Quantize; see `bgd_plugin.quantize`."""
-        is_done = any(isinstance(module, PQModule) for module in graph_module.modules())
-        if is_done and not find_layers(graph_module)[0]:
+        if is_finished(graph_module, self.config):
             return PassResult(graph_module, False)
         result = quantize(graph_module, self.calibration, self.config, **self.options)
         self.report = result.report

@@ -18,7 +18,7 @@ from bgd_plugin.nn import PQModule, quantized
 from bgd_plugin.storage import file_size, state_bytes, stored
 from bgd_plugin.tables import mib, table
 
-__all__ = ["Plan", "PlannedLayer", "SkippedLayer", "make_plan", "paper_bytes", "plan"]
+__all__ = ["Plan", "PlannedLayer", "SkippedLayer", "is_finished", "make_plan", "paper_bytes", "plan"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +148,9 @@ def make_plan(graph_module: fx.GraphModule, config: BGDConfig, *, original: nn.M
     _check_globs(config, found, left)
     skipped = [SkippedLayer(name=layer.name, reason=layer.reason) for layer in left]
     chosen: list[tuple[FoundLayer, PlannedLayer]] = []
-    for index, layer in enumerate(found):
-        outcome = _planned(layer, config, is_first=index == 0)
+    first = _first_layer(graph_module, found)
+    for layer in found:
+        outcome = _planned(layer, config, is_first=layer is first)
         if isinstance(outcome, PlannedLayer):
             chosen.append((layer, outcome))
         else:
@@ -168,6 +169,25 @@ def make_plan(graph_module: fx.GraphModule, config: BGDConfig, *, original: nn.M
         paper_bytes=paper_bytes(sketch),
     )
     return result, [f for f, _ in chosen]
+
+
+def is_finished(graph_module: fx.GraphModule, config: BGDConfig) -> bool:
+    """Whether a graph has quantized layers, and no other one that the settings would quantize."""
+    if not any(isinstance(module, PQModule) for module in graph_module.modules()):
+        return False
+    found, _ = find_layers(graph_module)
+    first = _first_layer(graph_module, found)
+    return not any(isinstance(_planned(layer, config, is_first=layer is first), PlannedLayer) for layer in found)
+
+
+def _first_layer(graph_module: fx.GraphModule, found: list[FoundLayer]) -> FoundLayer | None:
+    """The network's first layer, if it is still float."""
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), PQModule):
+            return None
+        if found and node.name == found[0].calls[0]:
+            return found[0]
+    return None
 
 
 def paper_bytes(model: nn.Module) -> int:

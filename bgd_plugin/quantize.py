@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
@@ -28,14 +29,23 @@ from bgd_plugin.calibration import (
 )
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import ConfigError
-from bgd_plugin.fitting import METHODS, FittedLayer, output_error
-from bgd_plugin.graph import FoundLayer, copy_module, isolate_weights_, set_modes, swap_, trace
-from bgd_plugin.nn import quantized
+from bgd_plugin.fitting import METHODS, FittedLayer, LayerContext, output_error
+from bgd_plugin.graph import (
+    FoundLayer,
+    copy_module,
+    following,
+    isolate_weights_,
+    layer_has_bias,
+    set_modes,
+    swap_,
+    trace,
+)
+from bgd_plugin.nn import PQModule, quantized
 from bgd_plugin.plan import Plan, PlannedLayer, make_plan, paper_bytes
 from bgd_plugin.report import LayerReport, Report
 from bgd_plugin.run import Run
 from bgd_plugin.storage import file_size, stored
-from bgd_plugin.training import correct_batchnorm_, distill_, finetune_, is_batchnorm
+from bgd_plugin.training import absorb_row_scale_, correct_batchnorm_, distill_, finetune_, is_batchnorm
 from bgd_plugin.training.finetuning import total_steps
 
 __all__ = ["Quantized", "quantize"]
@@ -78,7 +88,7 @@ class _Job:
 
     def generator(self, name: str) -> torch.Generator:
         """Random numbers of a layer, the same whichever layers were done before."""
-        return torch.Generator().manual_seed((self.config.seed << 32) ^ zlib.crc32(name.encode()))
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.config.seed} {name}".encode()))
 
 
 def quantize(
@@ -129,7 +139,7 @@ def quantize(
             plan=plan,
             found=found,
             batches=batches,
-            run=Run.open(checkpoint, model, config, batches),
+            run=Run.open(checkpoint, model, config, batches, teacher),
             bar=bar,
         )
         errors = _quantize_layers(job)
@@ -166,7 +176,7 @@ def _teacher(model: nn.Module, device: torch.device) -> nn.Module:
 def _quantize_layers(job: _Job) -> dict[str, float]:
     """Layer after layer, in one walk over the graph; returns each layer's relative output error."""
     job.student.requires_grad_(False)
-    walk = Walk(job.student, job.batches, job.reference if job.config.batchnorm != "keep" else None)
+    walk = Walk(job.student, job.batches, job.reference if _needs_reference(job.config) else None)
     first_nodes = {_first_node(walk, found): index for index, found in enumerate(job.found)}
     logits = _teacher_logits(job)
     errors: dict[str, float] = {}
@@ -187,6 +197,10 @@ def _quantize_layers(job: _Job) -> dict[str, float]:
     return errors
 
 
+def _needs_reference(config: BGDConfig) -> bool:
+    return config.batchnorm == "matched" or config.method == "full"
+
+
 def _first_node(walk: Walk, layer: FoundLayer) -> str:
     """The node before which a layer is fitted: its first call, or the node that reads its weight for that call."""
     for node in walk.order:
@@ -203,33 +217,64 @@ def _quantize_layer(job: _Job, walk: Walk, index: int, logits: list[Tensor]) -> 
     inputs = LayerInputs(walk, planned.name, planned.calls)
     with job.timed("statistics"):
         sample = sampled_inputs(inputs, _ERROR_ROWS, job.generator(f"{planned.name} sample"))
+    module = job.student.get_submodule(planned.target)
     finished = job.run.finished(index)
-    fit = finished or _fit(job, found, planned, inputs, generator)
-    layer = quantized(
-        job.student.get_submodule(planned.target), fit.codebook.to(found.weight), fit.codes.to(found.weight.device)
-    )
+    fit = finished or _fit(job, walk, found, planned, inputs, generator)
+    layer = quantized(module, fit.codebook.to(found.weight), fit.codes.to(found.weight.device))
     swap_(job.student, planned.target, layer)
+    _apply_shifts(job, layer, found, fit)
     walk.mark_changed(planned.target)
     if config.distillation and finished is None:
         with job.timed("distill"):
             distill_(walk, layer, logits, config.distillation, generator, job.bar.update)
     if finished is None:
-        job.run.store(index, layer.codebook, layer.codes)
+        job.run.store(index, dataclasses.replace(fit, codebook=layer.codebook, codes=layer.codes))
     elif config.distillation:
         job.bar.update(config.distillation.steps)
     job.bar.update()
     layer.requires_grad_(False)
-    return output_error(found.weight, layer.weight, sample)
+    return output_error(found.weight, _unscaled(layer.weight, fit.row_scale), sample)
 
 
 def _fit(
-    job: _Job, found: FoundLayer, planned: PlannedLayer, inputs: LayerInputs, generator: torch.Generator
+    job: _Job,
+    walk: Walk,
+    found: FoundLayer,
+    planned: PlannedLayer,
+    inputs: LayerInputs,
+    generator: torch.Generator,
 ) -> FittedLayer:
     method = METHODS[job.config.method]
+    has_bias = layer_has_bias(job.student, found)
+    context = LayerContext(
+        layer=planned,
+        weight=found.weight,
+        inputs=inputs,
+        following=following(walk.reference or walk.student, found.calls, has_bias=has_bias),
+        has_bias=has_bias,
+        config=job.config,
+    )
     with job.timed("statistics"):
-        statistics = method.collect(inputs, planned, job.config)
+        statistics = method.collect(context, generator)
     with job.timed("fit"):
-        return method.solve(found.weight, statistics, planned, job.config, generator)
+        return method.solve(context, statistics, generator)
+
+
+@torch.no_grad()
+def _apply_shifts(job: _Job, layer: PQModule, found: FoundLayer, fit: FittedLayer) -> None:
+    """Give the layer's neighbours what the fit left to them: a factor on each row, and a shift of the bias."""
+    if fit.row_scale is not None:
+        target = following(job.student, found.calls, has_bias=False).batchnorm
+        absorb_row_scale_(job.student.get_submodule(str(target)), fit.row_scale)
+    bias = getattr(layer, "bias", None)
+    if fit.bias_shift is not None and bias is not None:
+        layer.bias = torch.nn.Parameter(bias + fit.bias_shift.to(bias), requires_grad=False)
+
+
+def _unscaled(weight: Tensor, row_scale: Tensor | None) -> Tensor:
+    if row_scale is None:
+        return weight
+    return weight / row_scale.to(weight).reshape(-1, *(1 for _ in weight.shape[1:]))
 
 
 @torch.no_grad()
@@ -238,7 +283,7 @@ def _teacher_logits(job: _Job) -> list[Tensor]:
     if not job.config.distillation:
         return []
     with job.timed("teacher"):
-        return [logits_of(job.teacher(*batch.args, **batch.kwargs)) for batch in job.batches]
+        return [logits_of(batch.call(job.teacher)) for batch in job.batches]
 
 
 def _finetune(job: _Job, calibration: Iterable[Any], forward: Forward | None) -> None:
@@ -257,12 +302,12 @@ def _finetune(job: _Job, calibration: Iterable[Any], forward: Forward | None) ->
 def _restore(student: fx.GraphModule, model: nn.Module, found: list[FoundLayer], modes: dict[str, bool]) -> None:
     """Give the student the training modes and the gradient flags of the user's network."""
     set_modes(student, modes)
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(flags.get(name, True))
     for layer in found:
         module: Any = student.get_submodule(layer.target)
-        module.codebook.requires_grad_(layer.weight.requires_grad)
+        module.codebook.requires_grad_(flags[layer.target if layer.functional else f"{layer.target}.weight"])
 
 
 def _report(job: _Job, errors: dict[str, float]) -> Report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -35,12 +36,18 @@ class Run:
 
     @classmethod
     def open(
-        cls, folder: str | os.PathLike[str] | None, model: nn.Module, config: BGDConfig, batches: Sequence[Batch]
+        cls,
+        folder: str | os.PathLike[str] | None,
+        model: nn.Module,
+        config: BGDConfig,
+        batches: Sequence[Batch],
+        teacher: nn.Module | None = None,
     ) -> Run:
         """Begin a run, or go on with the one in `folder`.
 
         Raises:
-            CheckpointError: the folder holds a run of another network, other settings or other calibration data.
+            CheckpointError: the folder holds a run of another network, other settings, other calibration data or
+                another teacher.
         """
         if folder is None:
             return cls(None)
@@ -50,11 +57,12 @@ class Run:
             "config": config.to_dict(),
             "network": _digest(model.state_dict().values()),
             "calibration": _digest(t for b in batches for t in pytree.tree_leaves((b.args, b.kwargs))),
+            "teacher": _digest((teacher or model).state_dict().values()),
         }
         description = json.loads(json.dumps(description))
         file = path / _DESCRIPTION
         if file.exists():
-            _require_same(path, json.loads(file.read_text()), description)
+            _require_same(path, _read(file), description)
         else:
             write_atomically(file, json.dumps(description, indent=2).encode())
         return cls(path)
@@ -66,19 +74,35 @@ class Run:
             return None
         try:
             tensors = safetensors.torch.load_file(str(file))
-            return FittedLayer(codebook=tensors["codebook"], codes=tensors["codes"])
+            return FittedLayer(
+                codebook=tensors["codebook"],
+                codes=tensors["codes"],
+                row_scale=tensors.get("row_scale"),
+                bias_shift=tensors.get("bias_shift"),
+            )
         except (safetensors.SafetensorError, KeyError) as error:
             raise CheckpointError(f"{file} is damaged ({error}): delete it, the layer will be fitted again") from error
 
-    def store(self, index: int, codebook: Tensor, codes: Tensor) -> None:
+    def store(self, index: int, fit: FittedLayer) -> None:
         """Keep a finished layer."""
         file = self._file(index)
         if file is not None:
-            tensors = {"codebook": codebook.detach().cpu().contiguous(), "codes": codes.detach().cpu().contiguous()}
+            values = {f.name: getattr(fit, f.name) for f in dataclasses.fields(fit)}
+            tensors = {k: v.detach().cpu().contiguous() for k, v in values.items() if isinstance(v, Tensor)}
             write_atomically(file, safetensors.torch.save(tensors))
 
     def _file(self, index: int) -> Path | None:
         return None if self.folder is None else self.folder / f"layer-{index:04d}.safetensors"
+
+
+def _read(file: Path) -> dict[str, object]:
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged ({error}): begin again in an empty folder") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} is damaged: begin again in an empty folder")
+    return found
 
 
 def _require_same(folder: Path, found: dict[str, object], wanted: dict[str, object]) -> None:

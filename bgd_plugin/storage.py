@@ -122,7 +122,7 @@ def _packed(layer: PQModule) -> Tensor:
 def _narrowest(value: Tensor, *, is_codebook: bool) -> Tensor:
     """The value in the narrowest type that holds it exactly; on the meta device, codebooks count as half precision."""
     if value.is_meta:
-        return value.half() if is_codebook and value.dtype == torch.float32 else value
+        return value.half() if is_codebook and value.dtype in (torch.float32, torch.float64) else value
     if value.dtype in (torch.float32, torch.float64):
         half = value.half()
         return half if torch.equal(half.to(value.dtype), value) else value

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from bgd_plugin import BGDConfig
 
+# Networks this small are slower on several threads, and very much slower where other work shares the cores.
+torch.set_num_threads(1)
+
 __all__ = [
     "ConvOfItsOwn",
     "FunctionalNet",

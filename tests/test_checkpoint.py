@@ -244,7 +244,7 @@ def _code_out_of_range(tensors: dict[str, Tensor], header: dict[str, Any]) -> No
 
 
 def _drop(name: str) -> Callable[[dict[str, Tensor], dict[str, Any]], None]:
-    return lambda tensors, header: tensors.pop(name) and None
+    return lambda tensors, header: tensors.__delitem__(name)
 
 
 def _put(name: str, value: Tensor) -> Callable[[dict[str, Tensor], dict[str, Any]], None]:

@@ -9,7 +9,15 @@ from bgd_plugin.calibration.batches import (
     logits_of,
     require_rewalkable,
 )
-from bgd_plugin.calibration.statistics import InputSample, LayerInputs, PooledGram, pooled_gram, sampled_inputs
+from bgd_plugin.calibration.statistics import (
+    InputSample,
+    LayerInputs,
+    PairedRows,
+    PooledGram,
+    paired_rows,
+    pooled_gram,
+    sampled_inputs,
+)
 from bgd_plugin.calibration.walk import Walk
 
 __all__ = [
@@ -17,12 +25,14 @@ __all__ = [
     "Forward",
     "InputSample",
     "LayerInputs",
+    "PairedRows",
     "PooledGram",
     "Walk",
     "collect_batches",
     "grouped",
     "iterate_batches",
     "logits_of",
+    "paired_rows",
     "pooled_gram",
     "require_rewalkable",
     "sampled_inputs",

@@ -49,6 +49,11 @@ class Batch:
                 values[node] = node.args[0]
         return values
 
+    def call(self, model: nn.Module) -> Any:
+        """What `model` answers; it gets copies of the tensors, since it may work on its input in place."""
+        args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (self.args, self.kwargs))
+        return model(*args, **kwargs)
+
     @property
     def size(self) -> int:
         """Samples in the batch: the first dimension of its first tensor."""

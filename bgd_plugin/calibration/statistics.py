@@ -13,7 +13,7 @@ from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import call_geometry, call_input
 from bgd_plugin.pq.blocks import Geometry, input_blocks, sample_inputs
 
-__all__ = ["InputSample", "LayerInputs", "PooledGram", "pooled_gram", "sampled_inputs"]
+__all__ = ["InputSample", "LayerInputs", "PairedRows", "PooledGram", "paired_rows", "pooled_gram", "sampled_inputs"]
 
 _CHUNK_ELEMENTS = 4_000_000
 
@@ -38,6 +38,14 @@ class InputSample:
     rows: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class PairedRows:
+    """Rows of unfolded inputs at the same places in two networks: both `[groups, positions, columns]`."""
+
+    student: Tensor
+    reference: Tensor
+
+
 class LayerInputs:
     """The inputs of a layer, call by call and batch by batch; each walk over them starts anew.
 
@@ -52,6 +60,11 @@ class LayerInputs:
         self._walk = walk
         nodes = {node.name: node for node in walk.order}
         self._calls = [nodes[call] for call in calls]
+
+    @property
+    def batch_count(self) -> int:
+        """Number of batches."""
+        return self._walk.batch_count
 
     def __len__(self) -> int:
         return len(self._calls) * self._walk.batch_count
@@ -69,6 +82,43 @@ class LayerInputs:
                 if not isinstance(value, Tensor):
                     raise CalibrationError(f"layer {self.name!r}: its input is a {type(value).__name__}, not a tensor")
                 yield value, geometry
+
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor, Geometry]]:
+        """The student's input, the float network's, and how the call walks over them; the first call only.
+
+        Later calls have no value in the float network yet.
+        """
+        node = self._calls[0]
+        geometry = call_geometry(self._walk.student, node)
+        for mine, theirs in self._walk.pairs(call_input(node)):
+            if not isinstance(mine, Tensor):
+                raise CalibrationError(f"layer {self.name!r}: its input is a {type(mine).__name__}, not a tensor")
+            yield mine, theirs, geometry
+
+
+@torch.no_grad()
+def paired_rows(inputs: LayerInputs, rows: int, generator: torch.Generator) -> PairedRows:
+    """About `rows` rows of unfolded inputs, spread over all batches, at the same places in student and float network.
+
+    Rows are in the order of the samples, so that the last ones are of images that the first ones have not seen.
+
+    Raises:
+        CalibrationError: naming the layer whose inputs are not finite.
+    """
+    share = max(1, -(-rows // max(1, inputs.batch_count)))
+    student, reference = [], []
+    for mine, theirs, geometry in inputs.pairs():
+        state = generator.get_state()
+        student.append(sample_inputs(mine, geometry, share, generator).float())
+        if theirs is mine:
+            reference.append(student[-1])
+            continue
+        generator.set_state(state)
+        reference.append(sample_inputs(theirs, geometry, share, generator).float())
+    result = PairedRows(student=torch.cat(student, dim=1), reference=torch.cat(reference, dim=1))
+    _require_finite(result.student, inputs.name)
+    _require_finite(result.reference, inputs.name)
+    return result
 
 
 @torch.no_grad()

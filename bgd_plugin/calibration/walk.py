@@ -54,7 +54,7 @@ class Walk:
         inputs = [batch.placeholders(student.graph) for batch in batches]
         self.student_values: list[Values] = [{node.name: value for node, value in i.items()} for i in inputs]
         self.reference_values: list[Values] = [dict(values) for values in self.student_values]
-        self._placeholders = [node.name for node in self.order if node.op == "placeholder"]
+        self._given: list[Values] = [dict(values) for values in self.student_values]  # the user's own tensors
         self._differs: set[str] = set()
         self._changed: set[str] = set()
         self._last_use = _last_uses(self.order)
@@ -94,7 +94,7 @@ class Walk:
             return values[node.name]
         ahead = dict(values)
         for later in self.order[self.position :]:
-            run_node(self.student, later, ahead, protected=values)
+            run_node(self.student, later, ahead, protected=(values, self._given[batch]))
             if later is node:
                 return ahead[node.name]
         raise AssertionError(f"{node.name} is not live and does not come later")
@@ -105,7 +105,7 @@ class Walk:
         for node in self.order[self.position :]:
             if node.op == "output":
                 return pytree.tree_map_only(fx.Node, lambda n: values[n.name], node.args[0])
-            run_node(self.student, node, values, protected=self.student_values[batch])
+            run_node(self.student, node, values, protected=(self.student_values[batch], self._given[batch]))
             for dead in self._last_use.get(node.name, ()):
                 values.pop(dead, None)
         raise AssertionError("the graph has no output")
@@ -117,22 +117,24 @@ class Walk:
         )
         if differs:
             self._differs.add(node.name)
-        for mine, theirs in zip(self.student_values, self.reference_values, strict=True):
-            protected = theirs if differs else {n: mine[n] for n in self._placeholders if n in mine}
-            run_node(self.student, node, mine, protected=protected)
+        for mine, theirs, given in zip(self.student_values, self.reference_values, self._given, strict=True):
+            run_node(self.student, node, mine, protected=(given, theirs) if differs else (given,))
             if self.reference is not None:
                 if differs:
-                    inputs = {n: theirs[n] for n in self._placeholders if n in theirs}
-                    run_node(self.reference, node, theirs, protected=inputs)
+                    run_node(self.reference, node, theirs, protected=(given, mine))
+                    # what was written in place has become two values, too
+                    self._differs.update(name for name in mine if mine[name] is not theirs.get(name))
                 else:
-                    theirs[node.name] = mine[node.name]
+                    theirs.update({name: value for name, value in mine.items() if name not in self._differs})
             for dead in self._last_use.get(node.name, ()):
                 mine.pop(dead, None)
                 theirs.pop(dead, None)
 
 
-def run_node(graph_module: fx.GraphModule, node: fx.Node, values: Values, *, protected: Values) -> None:
-    """Compute a node's value into `values`; values that are also in `protected` are not written to.
+def run_node(
+    graph_module: fx.GraphModule, node: fx.Node, values: Values, *, protected: tuple[Values, ...] = ()
+) -> None:
+    """Compute a node's value into `values`; the memory of values that are also in `protected` is not written to.
 
     Raises:
         CalibrationError: the network raises at this node.
@@ -140,9 +142,9 @@ def run_node(graph_module: fx.GraphModule, node: fx.Node, values: Values, *, pro
     if node.op in ("placeholder", "output"):
         return
     module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if _writes_in_place(node, module):
+        _own_memory_(values, [n.name for n in node.all_input_nodes], protected)
     inputs = {n: values[n.name] for n in node.all_input_nodes}
-    if protected and _writes_in_place(node, module):
-        inputs = {n: _own(value, protected.get(n.name)) for n, value in inputs.items()}
     args, kwargs = pytree.tree_map_only(fx.Node, inputs.__getitem__, (_plain(node.args), _plain(node.kwargs)))
     try:
         values[node.name] = _call(graph_module, node, module, args, kwargs)
@@ -172,13 +174,28 @@ def _plain(arguments: Any) -> Any:
     return fx.node.map_aggregate(arguments, lambda x: x)
 
 
-def _own(value: Any, other: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) and value is other else value
+def _own_memory_(values: Values, inputs: list[str], protected: tuple[Values, ...]) -> None:
+    """Give `inputs` memory of their own where they share it with protected values; their views move along."""
+    taken = {_memory(t).data_ptr() for t in pytree.tree_leaves(protected) if isinstance(t, Tensor)}
+    read = [t for t in pytree.tree_leaves([values[name] for name in inputs]) if isinstance(t, Tensor)]
+    shared = {_memory(t).data_ptr(): _memory(t) for t in read if _memory(t).data_ptr() in taken}
+    moved = {pointer: memory.clone() for pointer, memory in shared.items()}  # type: ignore[no-untyped-call]
+
+    def own(t: Tensor) -> Tensor:
+        memory = moved.get(_memory(t).data_ptr())
+        return t if memory is None else t.new_empty(0).set_(memory, t.storage_offset(), t.size(), t.stride())
+
+    if moved:
+        values.update({name: pytree.tree_map_only(Tensor, own, value) for name, value in values.items()})
+
+
+def _memory(tensor: Tensor) -> torch.UntypedStorage:
+    return tensor.untyped_storage()
 
 
 def _writes_in_place(node: fx.Node, module: nn.Module | None) -> bool:
     if module is not None:
-        return bool(getattr(module, "inplace", False))
+        return any(getattr(part, "inplace", False) for part in module.modules())
     if node.op == "call_method":
         name = str(node.target)
         return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"

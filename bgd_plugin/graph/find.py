@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from bgd_plugin.nn import PQModule
 from bgd_plugin.pq.blocks import Geometry
 
-__all__ = ["FoundLayer", "LeftLayer", "attribute", "call_geometry", "call_input", "find_layers"]
+__all__ = ["FoundLayer", "LeftLayer", "attribute", "call_geometry", "call_input", "find_layers", "layer_has_bias"]
 
 _MODULES: dict[type[nn.Module], str] = {
     nn.Conv1d: "conv1d",
@@ -104,6 +104,14 @@ def call_geometry(graph_module: fx.GraphModule, node: fx.Node) -> Geometry:
     weight = values["weight"]
     shape = _weight_shape(graph_module, weight)
     return Geometry.of(tuple(shape[2:]), values["stride"], values["padding"], values["dilation"], values["groups"])
+
+
+def layer_has_bias(graph_module: fx.GraphModule, layer: FoundLayer) -> bool:
+    """Whether a layer adds a bias, its module's or the one given to its call."""
+    if not layer.functional:
+        return getattr(graph_module.get_submodule(layer.target), "bias", None) is not None
+    call = next(node for node in graph_module.graph.nodes if node.name == layer.calls[0])
+    return _conv_arguments(call).get("bias") is not None
 
 
 def _conv_arguments(node: fx.Node) -> dict[str, Any]:

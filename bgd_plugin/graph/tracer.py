@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from bgd_plugin.errors import TraceError
 from bgd_plugin.nn import FloatWeight, PQModule
@@ -107,8 +107,10 @@ def copy_module(model: nn.Module, *, share_tensors: bool = False) -> Any:
     Args:
         share_tensors: keep the very parameters and buffers, so that the copy costs no memory; never write into them.
     """
-    memo: dict[int, Any] = {}
+    # weights that a hook computes at each call (pruning masks, norms) refuse to be copied with their history
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    memo: dict[int, Any] = {id(t): t.detach() for t in attributes if isinstance(t, Tensor) and t.grad_fn is not None}
     if share_tensors:
-        memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        memo |= {id(t): t for t in (*model.parameters(), *model.buffers())}
     duplicate: Callable[..., Any] = copy.deepcopy
     return duplicate(model, memo)

@@ -172,7 +172,9 @@ def input_blocks(x: Tensor, geometry: Geometry, block_size: int) -> Tensor:
     dimensions = len(geometry.kernel_size)
     if dimensions == 0 or block_size % area:
         return unfold_inputs(x, geometry).reshape(-1, block_size).mT
-    windows = _windows(x, geometry).unflatten(dimensions + 1, (-1, block_size // area))
+    views = _windows(x, geometry)
+    before, after = views.shape[: dimensions + 1], views.shape[dimensions + 2 :]
+    windows = views.reshape(*before, -1, block_size // area, *after)
     first = [dimensions + 2, *range(dimensions + 3, 2 * dimensions + 3)]
     return windows.permute(*first, 0, dimensions + 1, *range(1, dimensions + 1)).reshape(block_size, -1)
 

@@ -31,7 +31,9 @@ def output_objective(
     rows, grams = grouped(weight, gram)
     difference = (rows - codebook[codes].to(rows).reshape(rows.shape)).double()
     grams = grams.double()
-    losses = torch.cat([((part @ grams) * part).sum(2) for part in difference.split(_ROWS, dim=1)], dim=1).flatten()
+    losses = torch.cat(
+        [((part @ grams) * part).sum(2) for part in torch.split(difference, _ROWS, dim=1)], dim=1
+    ).flatten()
     return float(losses.sum() if row_weights is None else (losses * row_weights.double()).sum())
 
 
@@ -107,11 +109,12 @@ class _Preconditioner:
         mean = diagonal_blocks(grams, block_size).mean((0, 1)).double()
         level = mean.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
         identity = torch.eye(block_size, dtype=torch.float64, device=grams.device)
-        self._inverse = torch.linalg.inv(mean / level + 1e-4 * identity).to(grams)
+        self._inverse: Tensor = torch.linalg.inv(mean / level + 1e-4 * identity).to(grams)
         self._counts = torch.bincount(flat_codes, minlength=start.shape[0]).clamp(min=1).unsqueeze(1).to(grams)
 
     def __call__(self, residual: Tensor) -> Tensor:
-        return residual @ self._inverse / self._counts
+        conditioned: Tensor = residual @ self._inverse / self._counts
+        return conditioned
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from bgd_plugin.calibration import Walk
 from bgd_plugin.graph import call_input
 
-__all__ = ["correct_batchnorm_", "is_batchnorm"]
+__all__ = ["absorb_row_scale_", "correct_batchnorm_", "is_batchnorm"]
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 # How far a correction may move a scale: beyond it, the calibration data says more about itself than about the network.
@@ -34,7 +34,7 @@ def correct_batchnorm_(walk: Walk, node: fx.Node, mode: Literal["matched", "rees
     calibration data. With input moments (m, v) in the float network and (m', v') in the student, and shipped statistics
     (μ, σ²):
 
-        σ'² = σ² · v' / v        μ' = m' − (m − μ) · √(v' / v)
+        σ'² = σ² · v' / v        μ' = m' − (m − μ) · σ' / σ
 
     The shipped statistics, made from a whole training set, stay the reference: only the *change* that compression
     made is carried over. "reestimate" takes m' and v' as they are. Channels that are constant in both networks keep
@@ -43,31 +43,45 @@ def correct_batchnorm_(walk: Walk, node: fx.Node, mode: Literal["matched", "rees
     if not walk.differs(call_input(node)):
         return False
     norm: Any = walk.student.get_submodule(str(node.target))
-    student, reference = _moments(walk, call_input(node))
+    student = _channel_moments(walk.student_value(call_input(node), batch) for batch in range(walk.batch_count))
+    if mode == "matched":
+        assert walk.reference is not None
+        shipped: Any = walk.reference.get_submodule(str(node.target))
+        reference = _channel_moments(theirs for _, theirs in walk.pairs(call_input(node)))
+        student = _matched(norm, shipped, student, reference)
     # new tensors, not new values: the reference may share the old ones
-    norm.running_mean, norm.running_var = (t.to(norm.running_mean) for t in _corrected(norm, student, reference, mode))
+    norm.running_mean, norm.running_var = (t.to(norm.running_mean) for t in student)
     return True
 
 
-def _corrected(
-    norm: Any, student: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor], mode: str
+@torch.no_grad()
+def absorb_row_scale_(norm: Any, scale: Tensor) -> None:
+    """Let a batch norm take out a factor on each of its input's channels: its output stays what it was.
+
+    Args:
+        norm: the batch norm; its statistics are replaced, its parameters stay.
+        scale: `[channels]`, positive.
+    """
+    scale = scale.to(norm.running_mean)
+    variance = (norm.running_var + norm.eps) * scale.square() - norm.eps
+    norm.running_mean, norm.running_var = norm.running_mean * scale, variance
+
+
+def _matched(
+    norm: Any, shipped: Any, student: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    if mode == "reestimate":
-        return student
+    """Statistics with which the student's output keeps the mean and variance of the reference's, by channel.
+
+    eps stands under the same root as the variance, so σ² means variance + eps here. The student's own σ bounds the move.
+    """
     tiny = 1e-3 * norm.eps
     low, high = _SCALE_BOUNDS
-    scale = ((student[1] + tiny) / (reference[1] + tiny)).sqrt().clamp(low, high)
-    mean = student[0] - (reference[0] - norm.running_mean.double()) * scale
-    # eps stands under the same root as the variance: scale both, so that the output's variance is kept
-    variance = (norm.running_var.double() + norm.eps) * scale.square() - norm.eps
-    return mean, variance.clamp(min=0)
-
-
-def _moments(walk: Walk, node: fx.Node) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Mean and variance of each channel, in the student and in the reference."""
-    pairs: list[Iterator[Tensor]] = [(p[i] for p in walk.pairs(node)) for i in (0, 1)]
-    student, reference = (_channel_moments(values) for values in pairs)
-    return student, reference
+    sigma = (shipped.running_var.double() + shipped.eps).sqrt()
+    own = (norm.running_var.double() + norm.eps).sqrt()
+    wanted = sigma * ((student[1] + tiny) / (reference[1] + tiny)).sqrt()
+    wanted = wanted.clamp(min=low * own, max=high * own)
+    mean = student[0] - (reference[0] - shipped.running_mean.double()) * wanted / sigma
+    return mean, (wanted.square() - norm.eps).clamp(min=0)
 
 
 def _channel_moments(values: Iterator[Tensor]) -> tuple[Tensor, Tensor]:

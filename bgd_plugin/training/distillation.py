@@ -60,7 +60,7 @@ def distill_(
         for b in batches:
             loss = kl_to_teacher(logits_of(walk.finish(b)), teacher_logits[b]) * (teacher_logits[b].shape[0] / samples)
             loss.backward()  # type: ignore[no-untyped-call]
-            loss_of_step += float(loss)
+            loss_of_step += loss.item()
         if not loss_of_step < float("inf"):
             raise CalibrationError(
                 f"distillation: the loss is {loss_of_step}; lower learning_rate={config.learning_rate}"

@@ -63,18 +63,18 @@ def finetune_(
     try:
         for batch in itertools.islice(_endless(epochs), steps):
             with torch.no_grad():
-                target = logits_of(teacher(*batch.args, **batch.kwargs))
+                target = logits_of(batch.call(teacher))
             optimizer.zero_grad(set_to_none=True)
-            loss = kl_to_teacher(logits_of(student(*batch.args, **batch.kwargs)), target)
-            if not float(loss) < float("inf"):
+            loss = kl_to_teacher(logits_of(batch.call(student)), target)
+            if not loss.item() < float("inf"):
                 raise CalibrationError(
-                    f"finetuning: the loss is {float(loss)}; lower learning_rate={config.learning_rate}"
+                    f"finetuning: the loss is {loss.item()}; lower learning_rate={config.learning_rate}"
                 )
             loss.backward()  # type: ignore[no-untyped-call]
             mean_gradients_(layers)
             optimizer.step()
             schedule.step()
-            losses.append(float(loss))
+            losses.append(loss.item())
             on_step()
     finally:
         student.eval()

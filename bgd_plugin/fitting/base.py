@@ -1,0 +1,83 @@
+"""What a method gets, and what it gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bgd_plugin.calibration import InputSample, LayerInputs
+from bgd_plugin.config import BGDConfig
+from bgd_plugin.graph import Following
+from bgd_plugin.plan import PlannedLayer
+
+__all__ = ["FittedLayer", "LayerContext", "Method", "output_error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerContext:
+    """A layer when its turn has come.
+
+    Attributes:
+        layer: its block and codebook size.
+        weight: `[C_out, C_in / groups, *kernel]` or `[C_out, C_in]`.
+        inputs: those of the student, whose lower layers are quantized, and of the float network.
+        following: the batch norm and the clipping activation that the layer's output runs into.
+        has_bias: whether the layer adds a bias of its own.
+        config: of the whole run.
+    """
+
+    layer: PlannedLayer
+    weight: Tensor
+    inputs: LayerInputs
+    following: Following
+    has_bias: bool
+    config: BGDConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedLayer:
+    """What a fit returns.
+
+    Attributes:
+        codebook: `[codebook_size, block_size]`.
+        codes: `[rows, blocks_per_row]`.
+        row_scale: `[rows]`, what each row of the weight was multiplied with before it was quantized; the batch norm
+            that follows takes it out again. None: nothing.
+        bias_shift: `[rows]`, to be added to the layer's bias. None: nothing.
+        note: what did not go as usual, in words.
+    """
+
+    codebook: Tensor
+    codes: Tensor
+    row_scale: Tensor | None = None
+    bias_shift: Tensor | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to fit layers, in two steps: collect statistics of the inputs, then solve for codebook and codes."""
+
+    collect: Callable[[LayerContext, torch.Generator], Any]
+    solve: Callable[[LayerContext, Any, torch.Generator], FittedLayer]
+
+
+@torch.no_grad()
+def output_error(weight: Tensor, decoded: Tensor, sample: InputSample) -> float:
+    """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on a sample of the layer's inputs; 0 where the layer's output is all zero.
+
+    Args:
+        weight, decoded: W and Ŵ, `[C_out, C_in / groups, *kernel]` or `[C_out, C_in]`.
+        sample: rows `[groups, positions, columns]`.
+    """
+    groups, _, columns = sample.rows.shape
+    exact = weight.float().reshape(groups, -1, columns)
+    difference = exact - decoded.float().reshape(groups, -1, columns)
+    kept = float((sample.rows @ exact.mT).square().sum())
+    lost = float((sample.rows @ difference.mT).square().sum())
+    return lost / kept if kept > 0 and math.isfinite(kept) else 0.0

@@ -1,0 +1,121 @@
+"""Beyond the paper: the whole Gram of a layer's inputs, and the float network's outputs as the aim."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bgd_plugin.calibration import PairedRows, PooledGram, paired_rows, pooled_gram
+from bgd_plugin.fitting import em
+from bgd_plugin.fitting.base import FittedLayer, LayerContext, Method
+from bgd_plugin.nn import storable
+from bgd_plugin.pq.full import fit_full
+from bgd_plugin.pq.target import Moments, aim_at_clipped, asymmetric_target, matching_bias
+
+__all__ = ["FULL"]
+
+_MAX_COLUMNS = 8192
+_MIN_ROWS = 32768
+_ROWS_PER_COLUMN = 8
+_HELDOUT = 5  # one row in so many judges the fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Statistics:
+    """Second moments of the rows that the fit sees, of those that judge it, and of both."""
+
+    fitted: Moments
+    heldout: Moments
+    everything: Moments
+    rows: int
+
+
+def _collect(context: LayerContext, generator: torch.Generator) -> _Statistics | PooledGram:
+    columns = context.weight[0].numel()
+    if columns > _MAX_COLUMNS:
+        return pooled_gram(context.inputs, context.layer.block_size)
+    rows = paired_rows(context.inputs, max(_MIN_ROWS, _ROWS_PER_COLUMN * columns), generator)
+    outputs = _targets(context, rows)
+    count = rows.student.shape[1]
+    cut = count - count // _HELDOUT
+    fitted = Moments.of(rows.student[:, :cut], outputs[:, :cut])
+    if cut == count:
+        return _Statistics(fitted=fitted, heldout=fitted, everything=fitted, rows=count)
+    heldout = Moments.of(rows.student[:, cut:], outputs[:, cut:])
+    return _Statistics(fitted=fitted, heldout=heldout, everything=_pooled(fitted, heldout, cut / count), rows=count)
+
+
+def _pooled(first: Moments, second: Moments, share: float) -> Moments:
+    """The moments of two sets of rows together, `share` of them in the first."""
+
+    def mean(a: Tensor, b: Tensor) -> Tensor:
+        return share * a + (1 - share) * b
+
+    return Moments(
+        gram=mean(first.gram, second.gram),
+        mean=mean(first.mean, second.mean),
+        cross=mean(first.cross, second.cross),
+        output_mean=mean(first.output_mean, second.output_mean),
+    )
+
+
+def _targets(context: LayerContext, rows: PairedRows) -> Tensor:
+    """What the layer should give for the student's inputs: `[groups, positions, rows_per_group]`, without a bias."""
+    groups, _, columns = rows.student.shape
+    weight = context.weight.detach().float().reshape(groups, -1, columns)
+    target = rows.reference @ weight.mT
+    following = context.following
+    if following.clip is None or following.affine is None:
+        return target
+    slope, shift = (t.float().reshape(groups, 1, -1) for t in following.affine)
+    slope = torch.where(slope.abs() < 1e-12, 1e-12, slope)
+    own = rows.student @ weight.mT
+    return (aim_at_clipped(target * slope + shift, own * slope + shift, *following.clip) - shift) / slope
+
+
+def _solve(context: LayerContext, statistics: _Statistics | PooledGram, generator: torch.Generator) -> FittedLayer:
+    if isinstance(statistics, PooledGram):
+        pooled = em.EM.solve(context, statistics, generator)
+        note = f"{context.weight[0].numel()} columns: fitted to the pooled Gram of its blocks"
+        return FittedLayer(codebook=pooled.codebook, codes=pooled.codes, note=note)
+    weight = context.weight.detach().float().flatten(1)
+    takes_mean = context.following.batchnorm is not None or context.has_bias
+    damping = min(1.0, 0.05 + 0.2 * weight.shape[1] / statistics.rows)
+    step = context.config.asymmetric_step
+    target = asymmetric_target(weight, statistics.everything, step=step, damping=damping) if step else weight
+    scale = _row_scale(target, statistics.everything) if context.following.takes_row_scale else None
+    rows = target if scale is None else target * scale[:, None]
+    fit = fit_full(
+        rows,
+        _gram(statistics.fitted, centred=takes_mean),
+        _gram(statistics.heldout, centred=takes_mean),
+        context.layer.codebook_size,
+        context.layer.block_size,
+        damping=damping,
+        rounds=context.config.rounds,
+        generator=generator,
+    )
+    codebook = storable(fit.codebook)
+    shift = None
+    if context.has_bias and context.following.batchnorm is None:
+        decoded = torch.nn.functional.embedding(fit.codes, codebook).reshape(weight.shape)
+        shift = matching_bias(decoded, statistics.everything)
+    return FittedLayer(codebook=codebook.to(context.weight.dtype), codes=fit.codes, row_scale=scale, bias_shift=shift)
+
+
+def _gram(moments: Moments, *, centred: bool) -> Tensor:
+    return moments.centred()[0] if centred else moments.gram
+
+
+def _row_scale(target: Tensor, moments: Moments) -> Tensor:
+    """One over the standard deviation of each row's output: every row's error then counts the same; `[rows]`."""
+    covariance = moments.centred()[0]
+    rows = target.double().reshape(covariance.shape[0], -1, covariance.shape[1])
+    deviation = ((rows @ covariance) * rows).sum(2).clamp(min=0).sqrt().flatten()
+    alive = deviation > 1e-3 * deviation.mean()
+    return torch.where(alive, deviation, deviation.mean().clamp(min=1e-12)).reciprocal().float()
+
+
+FULL = Method(collect=_collect, solve=_solve)

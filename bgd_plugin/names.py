@@ -1,0 +1,189 @@
+"""From the name that a user types to a network.
+
+Names are `torchvision:resnet18`, `timm:NAME`, `transformers:PATH`, or `package.module:callable`.
+
+Every framework is imported where its own kind of name is met, so none of them need be installed for the others.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bgd_plugin.errors import BGDError, CheckpointError, ConfigError
+
+__all__ = ["NamedModel", "named_model"]
+
+_FORMS = "torchvision:NAME, timm:NAME, transformers:PATH or package.module:callable"
+# Where training scripts keep the state dict in what they save.
+_STATE_KEYS = ("state_dict", "model", "model_state_dict")
+# Wrappers whose name stands before every key.
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedModel:
+    """A network, in evaluation mode.
+
+    Attributes:
+        transform: the preprocessing (PIL image to tensor) that belongs to the weights, where they bring one.
+        has_weights: False where the weights are known to be random.
+    """
+
+    model: nn.Module
+    transform: Callable[[Any], Tensor] | None = None
+    has_weights: bool = True
+
+
+def named_model(name: str, weights: str | None = None, *, only_shapes: bool = False) -> NamedModel:
+    """The network of that name.
+
+    Args:
+        name: in one of the forms above. A `callable` is called without arguments and returns a module.
+        weights: a state dict in a file (safetensors, or what `torch.save` writes), or the name of weights that
+            the framework itself knows, such as `DEFAULT`; these may be downloaded.
+        only_shapes: the weights do not matter, so the network may be on the meta device.
+
+    Raises:
+        BGDError: a name of no known form, a package or network that is not there, weights that do not fit.
+    """
+    kind, _, rest = name.partition(":")
+    if not kind or not rest:
+        raise ConfigError(f"model {name!r}: give {_FORMS}")
+    own_weights = None if weights is None or Path(weights).is_file() else weights
+    if own_weights and (Path(own_weights).suffix or os.sep in own_weights):
+        raise ConfigError(f"weights {own_weights!r}: there is no such file")
+    build = {"torchvision": _torchvision, "timm": _timm, "transformers": _transformers}.get(kind)
+    if build:
+        found = build(rest, own_weights, only_shapes and weights is None)
+    elif own_weights:
+        raise ConfigError(f"weights {own_weights!r}: there is no such file, and {name!r} has no weights by name")
+    else:
+        found = NamedModel(model=_called(kind, rest))
+    if weights is not None and own_weights is None:
+        _load_state_(found.model, Path(weights))
+        found = NamedModel(model=found.model)
+    found.model.eval()
+    return found
+
+
+def _torchvision(name: str, weights: str | None, only_shapes: bool) -> NamedModel:
+    models = _imported("torchvision.models", "vision")
+    if name not in models.list_models():
+        raise ConfigError(f"torchvision has no model {name!r}; it has {_near(name, models.list_models())}")
+    if weights is None:
+        with torch.device("meta" if only_shapes else "cpu"):
+            return NamedModel(model=models.get_model(name, weights=None), has_weights=False)
+    known = models.get_model_weights(name)
+    if weights not in known.__members__ and weights != "DEFAULT":
+        raise ConfigError(f"{name!r} has no weights {weights!r}; it has DEFAULT, {', '.join(known.__members__)}")
+    chosen = known[weights]
+    try:
+        return NamedModel(model=models.get_model(name, weights=chosen), transform=chosen.transforms())
+    except OSError as error:
+        raise BGDError(
+            f"weights {weights!r} of {name!r} cannot be downloaded ({error}): give --weights a file that you have"
+        ) from error
+
+
+def _timm(name: str, weights: str | None, only_shapes: bool) -> NamedModel:
+    timm = _imported("timm", None)
+    if weights not in (None, "DEFAULT"):
+        raise ConfigError(f"timm models have weights DEFAULT, or a file: found {weights!r}")
+    try:
+        model = timm.create_model(name, pretrained=weights == "DEFAULT")
+    except (RuntimeError, OSError) as error:
+        raise BGDError(f"timm model {name!r}: {error}") from error
+    config = timm.data.resolve_model_data_config(model)
+    return NamedModel(
+        model=model, transform=timm.data.create_transform(**config, is_training=False), has_weights=weights is not None
+    )
+
+
+def _transformers(path: str, weights: str | None, only_shapes: bool) -> NamedModel:
+    transformers = _imported("transformers", None)
+    if weights not in (None, "DEFAULT"):
+        raise ConfigError(f"transformers models bring their weights in their folder: found {weights!r}")
+    try:
+        return NamedModel(model=transformers.AutoModelForImageClassification.from_pretrained(path))
+    except (OSError, ValueError) as error:
+        raise BGDError(f"transformers model {path!r}: {' '.join(str(error).split())}") from error
+
+
+def _called(module_name: str, path: str) -> nn.Module:
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: a console script does not see the current folder
+    try:
+        value: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"model '{module_name}:{path}': {error}; known forms are {_FORMS}") from error
+    for atom in path.split("."):
+        if not hasattr(value, atom):
+            raise ConfigError(f"model '{module_name}:{path}': {module_name} has no {path!r}")
+        value = getattr(value, atom)
+    if not isinstance(value, nn.Module):
+        value = value() if callable(value) else value
+    if not isinstance(value, nn.Module):
+        raise ConfigError(f"model '{module_name}:{path}' is a {type(value).__name__}: give what returns a torch module")
+    return value
+
+
+def _imported(name: str, extra: str | None) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        wanted = f"'bgd-plugin[{extra}]'" if extra else package
+        raise BGDError(f"{package} cannot be imported ({error}): pip install {wanted}") from error
+
+
+def _near(name: str, known: list[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, known, n=5, cutoff=0.5) or sorted(known)[:5]
+    return f"{', '.join(near)} and {len(known) - len(near)} more"
+
+
+def _load_state_(model: nn.Module, path: Path) -> None:
+    """Load a state dict strictly.
+
+    Raises:
+        CheckpointError: the file is no state dict, or does not fit.
+    """
+    state = _state_dict(path)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the network: {' '.join(str(error).split())[:1000]}") from error
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    import pickle
+
+    import safetensors
+    import safetensors.torch
+
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = safetensors.torch.load_file(str(path))
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} holds no plain state dict: {str(error).splitlines()[0]}") from error
+    for key in _STATE_KEYS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(k, str) for k in content):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}: give a state dict")
+    for prefix in _PREFIXES:
+        if content and all(k.startswith(prefix) for k in content):
+            content = {k.removeprefix(prefix): v for k, v in content.items()}
+    return dict(content)

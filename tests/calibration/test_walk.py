@@ -1,0 +1,196 @@
+"""The one walk over the graph gives what plain forward passes give, for student and reference, in place or not."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from bgd_plugin import CalibrationError
+from bgd_plugin.calibration import Batch, Walk
+from bgd_plugin.graph import copy_module, trace
+from tests.networks import SmallResNet, images, randomized, vectors
+
+
+class InPlace(nn.Module):
+    """In-place operators of each kind, on values that are used again later, and on views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        kept = y
+        y += self.b(y)
+        y = self.c(self.relu(y)) + kept
+        z = y.flatten(1)
+        z.mul_(0.5)
+        z = F.relu(z, inplace=True) + y
+        return torch.clamp_(z, max=3.0) + x.view(-1, 12)
+
+
+class OnTheInput(nn.Module):
+    """Works in place on its input, of which a part is used again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(x, inplace=True)
+        return self.b(self.a(y)) + self.c(x)
+
+
+class Hidden(nn.Module):
+    """In place inside a part that is one node in its graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12)
+        self.leaf = nn.Sequential(nn.ReLU(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.leaf(x)
+        return self.c(self.b(self.a(y))) + x
+
+
+class _LeafTracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name == "leaf" or super().is_leaf_module(m, module_qualified_name)
+
+
+NETWORKS = {
+    "resnet": (SmallResNet, images(2), "conv1", "conv2"),
+    "in place": (InPlace, vectors(2), "a", "b"),
+    "on the input": (OnTheInput, vectors(2), "a", "c"),
+    "hidden": (lambda: fx.GraphModule(model := Hidden(), _LeafTracer().trace(model)), vectors(2), "a", "c"),
+}
+
+
+def _setting(network: str) -> tuple[Any, list[Tensor], str, str]:
+    kind, data, first, second = NETWORKS[network]
+    return trace(randomized(kind())), data, first, second
+
+
+def _outputs(model: nn.Module, data: list[Tensor]) -> list[Tensor]:
+    with torch.no_grad():
+        return [model(batch.clone()) for batch in data]
+
+
+def _same(found: list[Any], expected: list[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@torch.no_grad()
+def _change(walk: Walk, target: str) -> None:
+    """Put another layer into the student, as quantization does."""
+    new = copy.deepcopy(walk.student.get_submodule(target))
+    new.weight.mul_(-1.5)
+    setattr(walk.student, target, new)
+    walk.mark_changed(target)
+
+
+@pytest.mark.parametrize("with_reference", [True, False])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_output_from_any_point_on_is_that_of_a_forward_pass(network: str, with_reference: bool) -> None:
+    student, data, first, second = _setting(network)
+    reference = copy_module(student, share_tensors=True) if with_reference else None
+    walk = Walk(student, [Batch((batch,)) for batch in data], reference)
+    for node in walk.nodes():
+        if node.target in (first, second):
+            _change(walk, str(node.target))
+        expected = _outputs(student, data)
+        for _ in range(2):  # looking ahead changes nothing that it or the walk finds later
+            with torch.no_grad():
+                assert _same([walk.finish(i) for i in range(2)], expected), node.name
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_reference_has_the_values_of_the_float_network(network: str) -> None:
+    student, data, first, second = _setting(network)
+    reference = copy_module(student, share_tensors=True)
+    expected = _outputs(reference, data)
+    walk = Walk(student, [Batch((batch,)) for batch in data], reference)
+    for node in walk.nodes():
+        if node.target in (first, second):
+            _change(walk, str(node.target))
+    (output,) = [node for node in student.graph.nodes if node.op == "output"]
+    pairs = list(walk.pairs(output.args[0]))
+    assert _same([theirs for _, theirs in pairs], expected)
+    assert _same([mine for mine, _ in pairs], _outputs(student, data))
+    assert not _same([mine for mine, _ in pairs], expected)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_calibration_data_is_not_written_to(network: str) -> None:
+    student, data, first, _ = _setting(network)
+    before = copy.deepcopy(data)
+    walk = Walk(student, [Batch((batch,)) for batch in data], copy_module(student, share_tensors=True))
+    for node in walk.nodes():
+        if node.target == first:
+            _change(walk, first)
+        with torch.no_grad():
+            walk.finish(0)
+    assert _same(list(data), before)
+
+
+def test_gradients_flow_from_the_output_to_the_layer_at_hand() -> None:
+    student, data, first, _ = _setting("resnet")
+    student.requires_grad_(False)
+    walk = Walk(student, [Batch((batch,)) for batch in data])
+    for node in walk.nodes():
+        if node.target == first:
+            break
+    layer = student.get_submodule(first).requires_grad_(True)
+    walk.finish(0).square().sum().backward()
+    found = layer.weight.grad.clone()
+    layer.weight.grad = None
+    student(data[0]).square().sum().backward()
+    torch.testing.assert_close(found, layer.weight.grad)
+
+
+def test_a_value_that_is_computed_ahead_is_that_of_a_forward_pass() -> None:
+    model = trace(nn.Sequential(nn.Linear(12, 8), nn.ReLU(inplace=True), nn.Linear(8, 4)))
+    data = vectors(1)
+    walk = Walk(model, [Batch((data[0],))])
+    for node in walk.nodes():
+        if node.target == "0":
+            later = next(n for n in walk.order if n.target == "1")
+            assert torch.equal(walk.student_value(later, 0), model.get_submodule("0")(data[0]).relu())
+
+
+def test_until_the_first_change_the_two_share_their_values() -> None:
+    student, data, first, _ = _setting("resnet")
+    walk = Walk(student, [Batch((data[0],))], copy_module(student, share_tensors=True))
+    differing = []
+    for node in walk.nodes():
+        if node.target == first:
+            _change(walk, first)
+        differing += [n.name for n in walk.order[: walk.position] if walk.differs(n) and n.name not in differing]
+    assert differing[0] == first
+    assert "bn1" not in differing
+    assert "down" not in differing
+    assert "fc" in [n.name for n in walk.order if walk.differs(n)]
+
+
+def test_values_that_no_later_node_reads_are_freed() -> None:
+    student, data, _, _ = _setting("resnet")
+    walk = Walk(student, [Batch((data[0],))])
+    most = 0
+    for _ in walk.nodes():
+        most = max(most, len(walk.student_values[0]))
+    assert most <= 4
+    assert len(walk.order) > 12
+
+
+def test_a_network_that_fails_on_a_batch_names_the_node() -> None:
+    model = trace(nn.Sequential(nn.Linear(12, 8), nn.Linear(9, 4)))
+    walk = Walk(model, [Batch((vectors()[0],))])
+    with pytest.raises(CalibrationError, match=r"the network fails on a calibration batch, at '_?1' \(layer '1'\): "):
+        list(walk.nodes())
