@@ -206,7 +206,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
 def test_a_truncated_file(saved: Path, keep: int) -> None:
     saved.write_bytes(saved.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match="not a whole safetensors file .* it is truncated, damaged or foreign"):
+    with pytest.raises(CheckpointError, match=r"not a whole safetensors file .* it is truncated, damaged or foreign"):
         bgd.load(saved, like=SmallResNet())
 
 

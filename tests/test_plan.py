@@ -112,7 +112,9 @@ def test_an_override_reaches_the_first_layer() -> None:
 
 
 def test_a_glob_that_matches_nothing_is_an_error_with_the_names_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"override 'layer9\.\*' matches no layer; the network has stem, conv1, conv2"):
+    with pytest.raises(
+        ConfigError, match=r"override 'layer9\.\*' matches no layer; the network has stem, conv1, conv2"
+    ):
         bgd.plan(SmallResNet(), em(overrides=(("layer9.*", None),)))
 
 

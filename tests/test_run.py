@@ -76,7 +76,9 @@ def test_the_report_of_a_resumed_run_has_the_same_errors(model: nn.Module, tmp_p
 
 def test_other_settings_are_refused(model: nn.Module, tmp_path: Path) -> None:
     _bytes(tmp_path, em(), model)
-    with pytest.raises(CheckpointError, match="holds a run with another config: give the same as then, or an empty fol"):
+    with pytest.raises(
+        CheckpointError, match="holds a run with another config: give the same as then, or an empty fol"
+    ):
         _bytes(tmp_path, em(seed=1), model)
 
 
@@ -100,7 +102,9 @@ def test_another_teacher_is_refused_where_it_is_used(model: nn.Module, tmp_path:
 
 def test_every_difference_is_named_at_once(model: nn.Module, tmp_path: Path) -> None:
     _bytes(tmp_path, em(), model)
-    with pytest.raises(CheckpointError, match="another config and another network and another calibration and another teacher"):
+    with pytest.raises(
+        CheckpointError, match="another config and another network and another calibration and another teacher"
+    ):
         _bytes(tmp_path, em(seed=1), randomized(SmallResNet()), images(seed=9))
 
 

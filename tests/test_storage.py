@@ -119,7 +119,7 @@ def test_integers_are_stored_in_the_narrowest_type(values: list[int]) -> None:
     kept = stored(module).tensors["x"]
     assert kept.tolist() == values
     low, high = min(values), max(values)
-    one, two, four = 0 <= low and high < 256, -(2**15) <= low and high < 2**15, -(2**31) <= low and high < 2**31
+    one, two, four = low >= 0 and high < 256, low >= -(2**15) and high < 2**15, low >= -(2**31) and high < 2**31
     assert kept.element_size() == (1 if one else 2 if two else 4 if four else 8)
 
 

@@ -63,7 +63,8 @@ def distill_(
             loss_of_step += loss.item()
         if not loss_of_step < float("inf"):
             raise CalibrationError(
-                f"distillation: the loss is {loss_of_step}; lower learning_rate={config.learning_rate}"
+                f"distillation of layer {str(walk.order[walk.position].target)!r}: the loss is {loss_of_step}; "
+                f"lower learning_rate={config.learning_rate}"
             )
         mean_gradients_([layer])
         optimizer.step()

@@ -41,7 +41,9 @@ def test_the_plain_forms_of_a_batch(item: Any, args: Any, kwargs: Any) -> None:
 
 @pytest.mark.parametrize("item", ["text", 3, {}, [], ["text"], {1: X}, None])
 def test_a_batch_of_another_form_says_which_forms_there_are(item: Any) -> None:
-    expected = f"calibration batch 1 is a {type(item).__name__}: give a tensor, a sequence whose first item is the input"
+    expected = (
+        f"calibration batch 1 is a {type(item).__name__}: give a tensor, a sequence whose first item is the input"
+    )
     with pytest.raises(CalibrationError, match=expected):
         _collect([X, item])
 

@@ -37,7 +37,10 @@ def _literal_gram(rows: Tensor, block_size: int) -> Tensor:
 
 @settings(max_examples=15)
 @given(
-    kernel=st.integers(1, 3), stride=st.integers(1, 2), padding=st.integers(0, 1), groups=st.sampled_from([1, 2]),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 2),
+    padding=st.integers(0, 1),
+    groups=st.sampled_from([1, 2]),
     block=st.sampled_from([1, 2, "kernel", "row"]),
 )
 def test_the_pooled_gram_is_that_of_the_unfolded_inputs(

@@ -85,7 +85,10 @@ def test_modules_that_share_a_weight_are_left_alone() -> None:
     model[1].weight = model[0].weight
     found, left = find_layers(trace(model))
     assert found == []
-    assert {x.name: x.reason for x in left} == {"0": "its weight is also used by 1", "1": "its weight is also used by 0"}
+    assert {x.name: x.reason for x in left} == {
+        "0": "its weight is also used by 1",
+        "1": "its weight is also used by 0",
+    }
 
 
 def test_a_module_whose_weight_a_function_reads_is_left_alone() -> None:

@@ -100,6 +100,17 @@ def test_only_the_directions_the_inputs_show_count() -> None:
         assert fit.objective < 0.9 * reconstruction_objective(blocks, plain.codebook, plain.codes, gram)
 
 
+def test_directions_without_energy_decide_between_what_is_equal_otherwise() -> None:
+    """The inputs show the first of four weights only, and that one has two values: 30 codewords are left over."""
+    blocks = torch.randn(64, 8, 4, generator=_generator())
+    blocks[..., 0] = blocks[..., 0].sign()
+    fit = fit_em(blocks, torch.diag(torch.tensor([5.0, 0.0, 0.0, 0.0])), 32, 50, generator=_generator())
+    assert fit.objective < 1e-6
+    assert len(set(fit.codes.flatten().tolist())) == 32
+    hidden = (blocks - fit.codebook[fit.codes])[..., 1:].square().mean()
+    assert hidden < 0.5 * blocks[..., 1:].square().mean()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_inputs_of_zero_mean_plain_k_means(dtype: torch.dtype) -> None:
     blocks, _ = _layer("3x3 d=9", dtype)

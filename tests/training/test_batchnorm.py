@@ -58,7 +58,9 @@ def test_reestimated_outputs_are_normalized() -> None:
 def test_nothing_but_the_statistics_behind_a_quantized_layer_moves(mode: Any) -> None:
     model, data = randomized(SmallResNet()), images()
     state = _quantized(model, data, mode).state_dict()
-    moved = {name for name, value in model.state_dict().items() if name in state and not torch.equal(state[name], value)}
+    moved = {
+        name for name, value in model.state_dict().items() if name in state and not torch.equal(state[name], value)
+    }
     assert moved == {f"{norm}.{part}" for norm in ("bn2", "bn3") for part in ("running_mean", "running_var")}
 
 

@@ -1,0 +1,35 @@
+"""Importing the library is quick and brings in nothing that a user of it may not have."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _run(code: str) -> str:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "adapters")])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def test_it_imports_no_optional_package() -> None:
+    optional = ("matplotlib", "torchvision", "typer", "PIL", "scipy", "sklearn", "faiss", "timm", "transformers")
+    code = f"import sys, bgd_plugin; print([m for m in {optional} if m in sys.modules])"
+    assert _run(code) == "[]"
+
+
+def test_it_takes_little_time_beyond_torch() -> None:
+    """Processor time, the least of three: 0.3 s is the promise, the rest is room for slow machines."""
+    code = "import time, torch; t = time.process_time(); import bgd_plugin; print(time.process_time() - t)"
+    seconds = []
+    for _ in range(3):
+        seconds.append(float(_run(code)))
+        if seconds[-1] <= 0.3:
+            break
+    assert min(seconds) <= 0.6, seconds

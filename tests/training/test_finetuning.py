@@ -1,0 +1,126 @@
+"""Global finetuning: codebooks and batch-norm statistics move towards the teacher, and nothing else does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bgd_plugin as bgd
+from bgd_plugin import CalibrationError, FinetuningConfig
+from bgd_plugin.calibration import Batch
+from bgd_plugin.training import finetune_, kl_to_teacher
+from bgd_plugin.training.finetuning import total_steps
+from tests.networks import PlainNet, SmallResNet, em, images, randomized, vectors
+
+
+def _student(model: nn.Module, data: list[Tensor]) -> Any:
+    return bgd.quantize(model, data, em(), progress=False).model.requires_grad_(False)
+
+
+def _finetune(student: nn.Module, teacher: nn.Module, data: list[Tensor], config: FinetuningConfig) -> list[int]:
+    steps: list[int] = []
+    batches = [Batch((batch,)) for batch in data]
+    finetune_(student, teacher, lambda: batches, len(batches), config, lambda: steps.append(1))
+    return steps
+
+
+@torch.no_grad()
+def _loss(student: nn.Module, teacher: nn.Module, data: list[Tensor]) -> float:
+    return sum(float(kl_to_teacher(student(x), teacher(x))) for x in data)
+
+
+def test_the_loss_falls() -> None:
+    teacher, data = PlainNet().eval(), vectors(4)
+    student = _student(teacher, data)
+    before = _loss(student, teacher, data)
+    _finetune(student, teacher, data, FinetuningConfig(epochs=10, learning_rate=0.5))
+    assert _loss(student, teacher, data) < 0.8 * before
+
+
+def test_codebooks_and_batch_norm_statistics_move_and_nothing_else() -> None:
+    teacher, data = randomized(SmallResNet()), images()
+    student = _student(teacher, data)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    _finetune(student, teacher, data, FinetuningConfig(steps=3))
+    moved = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
+    norms = {f"{n}.{b}" for n in ("bn1", "bn2", "bn3") for b in ("running_mean", "running_var", "num_batches_tracked")}
+    assert moved == {f"{layer}.codebook" for layer in ("conv1", "conv2", "down", "fc")} | norms
+
+
+def test_the_first_step_is_that_of_sgd_on_the_mean_gradients() -> None:
+    teacher, data = PlainNet().eval(), vectors(1)
+    student = _student(teacher, data)
+    layers = [student.get_submodule(name) for name in ("2", "4")]
+    starts = [layer.codebook.detach().clone() for layer in layers]
+    weights = [layer.weight.detach().clone().requires_grad_(True) for layer in layers]
+    hidden = torch.relu(student.get_submodule("0")(data[0]))
+    hidden = torch.relu(hidden @ weights[0].T + layers[0].bias)
+    with torch.no_grad():
+        target = teacher(data[0])
+    kl_to_teacher(hidden @ weights[1].T + layers[1].bias, target).backward()
+    _finetune(student, teacher, data, FinetuningConfig(steps=1, learning_rate=0.5, weight_decay=0.0))
+    for layer, start, weight in zip(layers, starts, weights, strict=True):
+        blocks = weight.grad.reshape(*layer.codes.shape, 4)
+        for code in layer.codes.unique().tolist():
+            expected = start[code] - 0.5 * blocks[layer.codes == code].mean(0)
+            torch.testing.assert_close(layer.codebook[code].detach(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_it_ends_in_evaluation_mode_even_if_it_fails() -> None:
+    teacher, data = randomized(SmallResNet()), images()
+    student = _student(teacher, data)
+    with pytest.raises(CalibrationError):
+        _finetune(student, nn.Sequential(nn.Flatten(), nn.Linear(192, 7)), data, FinetuningConfig(steps=3))
+    assert not any(module.training for module in student.modules())
+
+
+@pytest.mark.parametrize(
+    ("config", "steps"),
+    [
+        (FinetuningConfig(), 9 * 4),
+        (FinetuningConfig(epochs=2), 2 * 4),
+        (FinetuningConfig(steps=6), 6),
+        (FinetuningConfig(steps=1), 1),
+    ],
+)
+def test_epochs_and_steps(config: FinetuningConfig, steps: int) -> None:
+    teacher, data = PlainNet().eval(), vectors(4)
+    assert len(_finetune(_student(teacher, data), teacher, data, config)) == steps == total_steps(config, 4)
+
+
+def test_the_learning_rate_falls_to_a_tenth_after_each_third(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    step = torch.optim.SGD.step
+
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", recorded)
+    teacher, data = PlainNet().eval(), vectors(1)
+    _finetune(_student(teacher, data), teacher, data, FinetuningConfig(steps=6, learning_rate=0.1))
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+def test_a_loss_that_is_not_finite_says_what_to_lower() -> None:
+    teacher, data = PlainNet().eval(), vectors(2)
+    student = _student(teacher, data)
+    teacher[4].bias.data.fill_(float("nan"))
+    with pytest.raises(CalibrationError, match=r"finetuning: the loss is nan; lower learning_rate=0\.01"):
+        _finetune(student, teacher, data, FinetuningConfig(steps=2))
+
+
+def test_data_that_is_empty_on_a_second_walk_says_so() -> None:
+    teacher, data = PlainNet().eval(), vectors(1)
+    walks = iter([[Batch((data[0],))], []])
+    with pytest.raises(CalibrationError, match="the calibration data is empty on a second walk: give a DataLoader"):
+        finetune_(_student(teacher, data), teacher, lambda: next(walks), 1, FinetuningConfig(steps=2))
+
+
+def test_the_report_gives_the_final_loss() -> None:
+    config = em(finetuning=FinetuningConfig(steps=2))
+    report = bgd.quantize(PlainNet(), vectors(), config, progress=False).report
+    assert any(note.startswith("finetuning: final loss ") for note in report.notes)
