@@ -36,6 +36,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
         raise CheckpointError(
             "the network has no product-quantized layer: save what bgd_plugin.quantize returns as .model"
         )
+    if not Path(path).parent.is_dir():
+        raise CheckpointError(f"{path}: there is no folder {Path(path).parent}")
     content = file_bytes(stored(model))
     write_atomically(Path(path), content)
     return len(content)

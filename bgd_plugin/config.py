@@ -23,6 +23,11 @@ def _check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _counts(value: Any) -> bool:
+    """Whether something is a whole number of at least 1."""
+    return isinstance(value, int) and value >= 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
     """How one layer is quantized.
@@ -67,8 +72,10 @@ class DistillationConfig:
     weight_decay: float = 1e-4
 
     def __post_init__(self) -> None:
-        _check(self.steps >= 1, f"distillation: steps={self.steps}: give at least 1, or distillation=None for none")
-        _check(self.batch_size >= 1, f"distillation: batch_size={self.batch_size}: give at least 1")
+        _check(
+            _counts(self.steps), f"distillation: steps={self.steps!r}: give at least 1, or distillation=None for none"
+        )
+        _check(_counts(self.batch_size), f"distillation: batch_size={self.batch_size!r}: give at least 1")
         _check(self.learning_rate > 0, f"distillation: learning_rate={self.learning_rate}: give a positive number")
 
 
@@ -101,7 +108,8 @@ class FinetuningConfig:
         for name in ("epochs", "steps"):
             value = getattr(self, name)
             _check(
-                value is None or value >= 1, f"finetuning: {name}={value}: give at least 1, or finetuning=None for none"
+                value is None or _counts(value),
+                f"finetuning: {name}={value!r}: give at least 1, or finetuning=None for none",
             )
         _check(self.learning_rate > 0, f"finetuning: learning_rate={self.learning_rate}: give a positive number")
 
@@ -133,7 +141,7 @@ class BGDConfig:
         seed: of every random choice.
     """
 
-    method: Literal["full", "em"] = "em"
+    method: Literal["full", "em"] = "full"
     conv: LayerConfig | None = LayerConfig(block_size=9)
     pointwise_conv: LayerConfig | None = LayerConfig(block_size=4)
     depthwise_conv: LayerConfig | None = None
@@ -157,7 +165,7 @@ class BGDConfig:
             self.batchnorm in ("matched", "reestimate", "keep"),
             f"batchnorm={self.batchnorm!r}: give 'matched', 'reestimate' or 'keep'",
         )
-        _check(self.em_iterations >= 1, f"em_iterations={self.em_iterations}: give at least 1")
+        _check(_counts(self.em_iterations), f"em_iterations={self.em_iterations}: give at least 1")
         for family in FAMILIES:
             value = getattr(self, family)
             _check(
@@ -218,6 +226,7 @@ class BGDConfig:
         Raises:
             ConfigError: an unknown field, a wrong value, or a version newer than this library's.
         """
+        _check(isinstance(values, Mapping), f"the settings are a {type(values).__name__}: give a mapping")
         fields = dict(values)
         version = fields.pop("version", CONFIG_VERSION)
         _check(
@@ -231,7 +240,7 @@ class BGDConfig:
             if name in fields:
                 fields[name] = _nested(kind, fields[name], name)
         if "overrides" in fields:
-            fields["overrides"] = tuple((p, _nested(LayerConfig, v, f"override {p!r}")) for p, v in fields["overrides"])
+            fields["overrides"] = tuple(_nested_override(entry) for entry in fields["overrides"])
         result: BGDConfig = _nested(cls, fields, "BGDConfig")
         return result
 
@@ -242,7 +251,11 @@ class BGDConfig:
     @classmethod
     def from_json(cls, text: str) -> BGDConfig:
         """The inverse of `to_json`."""
-        return cls.from_dict(json.loads(text))
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"the settings are not JSON ({error})") from error
+        return cls.from_dict(values)
 
 
 def _nested(kind: type[Any], values: Any, where: str) -> Any:
@@ -254,6 +267,13 @@ def _nested(kind: type[Any], values: Any, where: str) -> Any:
     unknown = sorted(set(values) - known)
     _check(not unknown, f"{where}: unknown {', '.join(unknown)}; {kind.__name__} has {', '.join(sorted(known))}")
     return kind(**values)
+
+
+def _nested_override(entry: Any) -> Any:
+    """An override whose setting may still be a mapping; what else is wrong with it is found later."""
+    if isinstance(entry, (tuple, list)) and len(entry) == 2:
+        return entry[0], _nested(LayerConfig, entry[1], f"override {entry[0]!r}")
+    return entry
 
 
 def _checked_overrides(overrides: Any) -> tuple[Override, ...]:

@@ -36,11 +36,11 @@ from bgd_plugin.tables import mib, table
 
 __all__ = ["CONFIG", "calibration", "network", "photos", "run"]
 
-# The demo's setting, all of it: blocks of 2 in the 1×1 convolutions, where nearly all weights are, and in the head.
+# The demo's setting, all of it: blocks of 2 in the 1×1 convolutions, where most weights are, of 4 in the head.
 CONFIG = BGDConfig(
     method="em",
     pointwise_conv=LayerConfig(block_size=2, codebook_size=256),
-    linear=LayerConfig(block_size=2, codebook_size=256),
+    linear=LayerConfig(block_size=4, codebook_size=256),
 )
 CROPS_PER_PHOTO = 6
 # What the network was trained with: (x - 127) / 128 on values from 0 to 255.
@@ -56,9 +56,9 @@ figure { margin: 0; background: var(--card); border: 1px solid var(--line); bord
 figure img { display: block; width: 100%; aspect-ratio: 1; object-fit: cover; }
 figcaption { padding: .55rem .75rem .7rem; font-size: .82rem; line-height: 1.35; }
 figcaption b { display: block; font-size: .9rem; margin-bottom: .3rem; }
-.answer { display: flex; gap: .45rem; } .answer span:last-child { margin-left: auto; color: var(--soft); }
-.answer i { font-style: normal; color: var(--soft); min-width: 5.6em; }
-.good { color: var(--good); } .bad { color: var(--bad); }
+.answer { display: flex; flex-wrap: wrap; column-gap: .45rem; margin-top: .25rem; }
+.answer i { font-style: normal; color: var(--soft); width: 100%; font-size: .72rem; }
+.answer span:last-child { margin-left: auto; color: var(--soft); } .good { color: var(--good); } .bad { color: var(--bad); }
 .answer .good::before { content: "✓ "; } .answer .bad::before { content: "✗ "; }
 """
 
@@ -118,7 +118,7 @@ def run(output: Path) -> dict[str, Any]:
     crops = sum(len(batch) for batch in batches)
     _say(f"\n2. Quantize, on {crops} random crops of {len(files)} photos, without labels:\n")
     result = quantize(model, batches, CONFIG)
-    print(result.report)
+    print(_fit_in_short(result.report))
     folder = output / "photos"
     folder.mkdir(parents=True, exist_ok=True)
     for path in files:
@@ -165,6 +165,19 @@ def _summary(report: Report, found: dict[str, Any], crops: int, seconds: float) 
         "ratio": report.ratio,
         "seconds": seconds,
     }
+
+
+def _fit_in_short(report: Report) -> str:
+    worst = max(report.layers, key=lambda layer: layer.relative_error)
+    middle = sorted(layer.relative_error for layer in report.layers)[len(report.layers) // 2]
+    return "\n".join(
+        [
+            f"relative error of the layers' outputs: {middle:.2%} in the middle, {worst.relative_error:.2%} at the most "
+            f"({worst.name})",
+            *report.notes,
+            ", ".join(f"{step} {seconds:.1f} s" for step, seconds in report.seconds.items()),
+        ]
+    )
 
 
 def _side_by_side(summary: dict[str, Any]) -> str:

@@ -96,7 +96,8 @@ def layer_sections(report: Report) -> list[str]:
     sections = [
         "<h2>Bytes and error, layer by layer</h2>",
         '<p class="note">Left: what the layer weighs in float (pale) and compressed (solid). Right: the relative error '
-        "of the layer's outputs on the calibration data, ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖². In the order in which the layers run.</p>",
+        "of the layer's outputs on the calibration data, ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖². In the order in which "
+        "the layers run.</p>",
         f'<div class="box">{bars(layers)}</div>',
         details("Figures of each layer", _layer_table(layers)),
     ]

@@ -45,7 +45,7 @@ from bgd_plugin.plan import Plan, PlannedLayer, make_plan, paper_bytes
 from bgd_plugin.report import LayerReport, Report
 from bgd_plugin.run import Run
 from bgd_plugin.storage import file_size, stored
-from bgd_plugin.training import absorb_row_scale_, correct_batchnorm_, distill_, finetune_, is_batchnorm
+from bgd_plugin.training import absorb_row_scale_, correct_batchnorm_, distill_, finetune_, is_batchnorm, kl_to_teacher
 from bgd_plugin.training.finetuning import total_steps
 
 __all__ = ["Quantized", "quantize"]
@@ -142,11 +142,13 @@ def quantize(
             run=Run.open(checkpoint, model, config, batches, teacher),
             bar=bar,
         )
-        errors = _quantize_layers(job)
+        if teacher is not None:
+            _check_teacher(job)
+        results = _quantize_layers(job)
         if config.finetuning:
             _finetune(job, calibration, forward)
     _restore(student, model, found, modes)
-    return Quantized(student, _report(job, errors))
+    return Quantized(student, _report(job, results))
 
 
 def _check_model(model: nn.Module) -> None:
@@ -155,7 +157,8 @@ def _check_model(model: nn.Module) -> None:
             raise ConfigError(
                 f"{name!r} is on the meta device, without values: such a network can be planned, not quantized"
             )
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        is_learnt = isinstance(tensor, nn.Parameter) or name.endswith(("running_mean", "running_var"))
+        if is_learnt and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ConfigError(f"{name!r} of the network holds NaN or infinite values: repair the network first")
 
 
@@ -173,18 +176,28 @@ def _teacher(model: nn.Module, device: torch.device) -> nn.Module:
     return (copied.to(device) if moves else copied).eval()
 
 
-def _quantize_layers(job: _Job) -> dict[str, float]:
-    """Layer after layer, in one walk over the graph; returns each layer's relative output error."""
+@torch.no_grad()
+def _check_teacher(job: _Job) -> None:
+    """Compare a teacher's logits with the network's on one batch, before any work is done."""
+    if not (job.config.distillation or job.config.finetuning):
+        job.notes.append("the teacher was not used: neither distillation nor finetuning is on")
+        return
+    batch = job.batches[0]
+    kl_to_teacher(logits_of(batch.call(job.reference)), logits_of(batch.call(job.teacher)))
+
+
+def _quantize_layers(job: _Job) -> list[LayerReport]:
+    """Layer after layer, in one walk over the graph."""
     job.student.requires_grad_(False)
     walk = Walk(job.student, job.batches, job.reference if _needs_reference(job.config) else None)
     first_nodes = {_first_node(walk, found): index for index, found in enumerate(job.found)}
     logits = _teacher_logits(job)
-    errors: dict[str, float] = {}
+    reports: list[LayerReport] = []
     corrected = 0
     for node in walk.nodes():
         if node.name in first_nodes:
             index = first_nodes[node.name]
-            errors[job.plan.layers[index].name] = _quantize_layer(job, walk, index, logits)
+            reports.append(_quantize_layer(job, walk, index, logits))
         elif job.config.batchnorm != "keep" and is_batchnorm(job.student, node):
             with job.timed("batch norm"):
                 if correct_batchnorm_(walk, node, job.config.batchnorm):
@@ -194,7 +207,7 @@ def _quantize_layers(job: _Job) -> dict[str, float]:
     if job.config.batchnorm != "keep":
         what = f"{corrected} corrected" if corrected else "nothing to correct, no batch norm follows a quantized layer"
         job.notes.append(f"batch norm ({job.config.batchnorm}): {what}")
-    return errors
+    return reports
 
 
 def _needs_reference(config: BGDConfig) -> bool:
@@ -209,8 +222,8 @@ def _first_node(walk: Walk, layer: FoundLayer) -> str:
     raise AssertionError(f"{layer.name} has no node")
 
 
-def _quantize_layer(job: _Job, walk: Walk, index: int, logits: list[Tensor]) -> float:
-    """Fit one layer, put it in its place, distill it; returns its relative output error."""
+def _quantize_layer(job: _Job, walk: Walk, index: int, logits: list[Tensor]) -> LayerReport:
+    """Fit one layer, put it in its place, distill it."""
     found, planned, config = job.found[index], job.plan.layers[index], job.config
     job.bar.set_description(planned.name)
     generator = job.generator(planned.name)
@@ -218,7 +231,7 @@ def _quantize_layer(job: _Job, walk: Walk, index: int, logits: list[Tensor]) -> 
     with job.timed("statistics"):
         sample = sampled_inputs(inputs, _ERROR_ROWS, job.generator(f"{planned.name} sample"))
     module = job.student.get_submodule(planned.target)
-    finished = job.run.finished(index)
+    finished = job.run.finished(index, planned)
     fit = finished or _fit(job, walk, found, planned, inputs, generator)
     layer = quantized(module, fit.codebook.to(found.weight), fit.codes.to(found.weight.device))
     swap_(job.student, planned.target, layer)
@@ -233,7 +246,8 @@ def _quantize_layer(job: _Job, walk: Walk, index: int, logits: list[Tensor]) -> 
         job.bar.update(config.distillation.steps)
     job.bar.update()
     layer.requires_grad_(False)
-    return output_error(found.weight, _unscaled(layer.weight, fit.row_scale), sample)
+    error = output_error(found.weight, _unscaled(layer.weight, fit.row_scale), sample)
+    return _layer_report(planned, error, fit.note)
 
 
 def _fit(
@@ -310,11 +324,10 @@ def _restore(student: fx.GraphModule, model: nn.Module, found: list[FoundLayer],
         module.codebook.requires_grad_(flags[layer.target if layer.functional else f"{layer.target}.weight"])
 
 
-def _report(job: _Job, errors: dict[str, float]) -> Report:
+def _report(job: _Job, layers: list[LayerReport]) -> Report:
     content = stored(job.student)
-    layers = tuple(_layer_report(planned, errors[planned.name]) for planned in job.plan.layers)
     return Report(
-        layers=layers,
+        layers=tuple(layers),
         skipped=job.plan.skipped,
         original_bytes=job.plan.original_bytes,
         compressed_bytes=file_size(content),
@@ -324,7 +337,7 @@ def _report(job: _Job, errors: dict[str, float]) -> Report:
     )
 
 
-def _layer_report(planned: PlannedLayer, error: float) -> LayerReport:
+def _layer_report(planned: PlannedLayer, error: float, note: str) -> LayerReport:
     return LayerReport(
         name=planned.name,
         kind=planned.kind,
@@ -334,5 +347,5 @@ def _layer_report(planned: PlannedLayer, error: float) -> LayerReport:
         bits_per_weight=planned.bits_per_weight,
         compressed_bytes=planned.compressed_bytes,
         relative_error=error,
-        note=planned.note,
+        note="; ".join(filter(None, (planned.note, note))),
     )

@@ -19,6 +19,7 @@ from bgd_plugin.checkpoint import write_atomically
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import CheckpointError
 from bgd_plugin.fitting import FittedLayer
+from bgd_plugin.plan import PlannedLayer
 
 __all__ = ["Run"]
 
@@ -67,20 +68,28 @@ class Run:
             write_atomically(file, json.dumps(description, indent=2).encode())
         return cls(path)
 
-    def finished(self, index: int) -> FittedLayer | None:
-        """Codebook and codes of a layer that an earlier call finished."""
+    def finished(self, index: int, layer: PlannedLayer) -> FittedLayer | None:
+        """Codebook and codes of a layer that an earlier call finished.
+
+        Raises:
+            CheckpointError: the layer's file is damaged.
+        """
         file = self._file(index)
         if file is None or not file.exists():
             return None
         try:
             tensors = safetensors.torch.load_file(str(file))
+            found = list(tensors["codebook"].shape), list(tensors["codes"].shape)
+            wanted = [layer.codebook_size, layer.block_size], [layer.rows, layer.blocks_per_row]
+            if found != wanted:
+                raise ValueError(f"shapes {found}, expected {wanted}")
             return FittedLayer(
                 codebook=tensors["codebook"],
                 codes=tensors["codes"],
                 row_scale=tensors.get("row_scale"),
                 bias_shift=tensors.get("bias_shift"),
             )
-        except (safetensors.SafetensorError, KeyError) as error:
+        except (safetensors.SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(f"{file} is damaged ({error}): delete it, the layer will be fitted again") from error
 
     def store(self, index: int, fit: FittedLayer) -> None:

@@ -72,7 +72,8 @@ def _matched(
 ) -> tuple[Tensor, Tensor]:
     """Statistics with which the student's output keeps the mean and variance of the reference's, by channel.
 
-    eps stands under the same root as the variance, so σ² means variance + eps here. The student's own σ bounds the move.
+    eps stands under the same root as the variance, so σ² means variance + eps here; the student's own σ bounds the
+    move.
     """
     tiny = 1e-3 * norm.eps
     low, high = _SCALE_BOUNDS

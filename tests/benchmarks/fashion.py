@@ -1,8 +1,8 @@
 """ResNet-18 on Fashion-MNIST at the paper's block sizes: test accuracy after every stage of the paper's routine.
 
-Run `python -m tests.benchmarks.fashion` (about half an hour on two cores for two seeds and both regimes). Stages add up:
-EM alone, + batch-norm correction, + distillation of each layer's codewords, + finetuning of all codewords. No label is
-used after the float network's training; accuracies are of all 10,000 test images. `--docs` writes the table and the plot.
+Run `python -m tests.benchmarks.fashion`. Stages add up: EM alone, + batch-norm correction, + distillation of each
+layer's codewords, + finetuning of all codewords. No label is used after the float network's training; accuracies are of
+all 10,000 test images. `--docs` writes the table and the plot.
 """
 
 import argparse

@@ -1,0 +1,333 @@
+"""The command line: each command on tiny networks and generated images, and what it says to mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import bgd_plugin as bgd
+from bgd_plugin.cli import app
+from bgd_plugin.options import Regime, settings_from, with_distillation, with_finetuning
+
+pytest.importorskip("PIL", reason="Pillow is not installed")
+from PIL import Image
+
+RUNNER = CliRunner()
+NET = f"{__name__}:net"
+SMALL = ["--size", "8", "--resize", "8", "--batch-size", "4"]
+
+
+class Net(nn.Module):
+    """Three classes by mean colour: the pointwise layer and the head are exact after quantization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.conv = nn.Conv2d(8, 16, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.fc = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.relu(self.norm(self.conv(torch.relu(self.stem(x))))).mean((2, 3)))
+
+
+def net() -> nn.Module:
+    """The same network at each call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return Net()
+
+
+def number() -> int:
+    """No network."""
+    return 3
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of this module, as it is typed on the command line, leads here."""
+    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or _this_module())
+
+
+def _this_module() -> Any:
+    import types
+
+    module = types.ModuleType(__name__)
+    module.__dict__.update(globals())
+    return module
+
+
+def _image(path: Path, seed: int, size: tuple[int, int] = (12, 9)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = torch.randint(0, 256, (*size, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    Image.fromarray(values.numpy()).save(path)
+
+
+@pytest.fixture
+def flat(tmp_path: Path) -> Path:
+    for i in range(6):
+        _image(tmp_path / "flat" / f"photo_{i:02d}_{i % 3}.png", i)
+    return tmp_path / "flat"
+
+
+@pytest.fixture
+def file(tmp_path: Path, flat: Path) -> Path:
+    path = tmp_path / "net.safetensors"
+    done = RUNNER.invoke(app, ["quantize", NET, "--calibration", str(flat), "--output", str(path), *SMALL])
+    assert done.exit_code == 0, done.output
+    return path
+
+
+def _fails(arguments: list[str], *words: str) -> None:
+    done = RUNNER.invoke(app, arguments)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("bgd-plugin: ")
+    assert "Traceback" not in done.output
+    for word in words:
+        assert word in done.stderr
+
+
+def test_plan_as_table_and_as_json() -> None:
+    text = RUNNER.invoke(app, ["plan", NET])
+    assert text.exit_code == 0
+    assert "layers quantized" in text.stdout
+    values = json.loads(RUNNER.invoke(app, ["plan", NET, "--json", "--override", "fc=float"]).stdout)
+    assert [layer["name"] for layer in values["layers"]] == ["conv"]
+    assert {"name": "fc", "reason": "override 'fc'"} in values["skipped"]
+
+
+def test_plan_of_a_torchvision_network() -> None:
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    arguments = ["plan", "torchvision:resnet18", "--regime", "paper-large", "--pointwise-block-size", "4", "--json"]
+    done = RUNNER.invoke(app, arguments)
+    assert json.loads(done.stdout)["paper_bytes"] / 2**20 == pytest.approx(1.029, rel=0.002)
+
+
+def test_quantize_writes_the_file_and_the_reports(tmp_path: Path, flat: Path) -> None:
+    out, page, report = tmp_path / "a.safetensors", tmp_path / "a.html", tmp_path / "a.json"
+    arguments = ["quantize", NET, "--calibration", str(flat), "--output", str(out), *SMALL]
+    arguments += ["--report", str(page), "--json", str(report), "--seed", "1", "--override", "conv=9,4"]
+    done = RUNNER.invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    values = json.loads(report.read_text())
+    assert values["compressed_bytes"] == out.stat().st_size
+    assert values["layers"][0]["codebook_size"] == 4
+    assert page.read_text().startswith("<!doctype html>")
+    assert "layers quantized" in done.stdout
+
+
+def test_quantize_says_json_alone_on_stdout(tmp_path: Path, flat: Path) -> None:
+    arguments = ["quantize", NET, "--calibration", str(flat), "--output", str(tmp_path / "a"), *SMALL, "--json", "-"]
+    assert json.loads(RUNNER.invoke(app, arguments).stdout)["layers"]
+
+
+def test_quantize_trains_with_a_teacher(tmp_path: Path, flat: Path) -> None:
+    arguments = ["quantize", NET, "--calibration", str(flat), "--output", str(tmp_path / "a"), *SMALL, "--json", "-"]
+    arguments += ["--distill-steps", "1", "--finetune-epochs", "2", "--images", "4", "--teacher", NET]
+    values = json.loads(RUNNER.invoke(app, arguments).stdout)
+    assert {"distill", "finetune"} <= set(values["seconds"])
+
+
+def test_the_same_command_writes_the_same_bytes(tmp_path: Path, flat: Path, file: Path) -> None:
+    again = tmp_path / "again.safetensors"
+    RUNNER.invoke(app, ["quantize", NET, "--calibration", str(flat), "--output", str(again), *SMALL])
+    assert again.read_bytes() == file.read_bytes()
+
+
+def test_quantize_goes_on_after_ctrl_c(tmp_path: Path, flat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    arguments = ["quantize", NET, "--calibration", str(flat), "--output", str(tmp_path / "a"), *SMALL]
+    monkeypatch.setattr(bgd, "quantize", stopped)
+    done = RUNNER.invoke(app, arguments)
+    assert done.exit_code == 130
+    assert "with --checkpoint FOLDER the same command goes on" in done.stderr
+    done = RUNNER.invoke(app, [*arguments, "--checkpoint", "run"])
+    assert done.exit_code == 130
+    assert "goes on from the last finished layer in run" in done.stderr
+    assert not (tmp_path / "a").exists()
+
+
+def test_inspect_adds_up_to_the_file(file: Path) -> None:
+    values = json.loads(RUNNER.invoke(app, ["inspect", str(file), "--json"]).stdout)
+    assert sum(values["parts_bytes"].values()) == values["file_bytes"] == file.stat().st_size
+    assert [layer["name"] for layer in values["layers"]] == ["conv", "fc"]
+    assert values["layers"][0]["weight_shape"] == [16, 8, 3, 3]
+    text = RUNNER.invoke(app, ["inspect", str(file)]).stdout
+    assert "whole file" in text
+    assert "16×8×3×3" in text
+
+
+def test_evaluate_counts_what_the_networks_answer(file: Path, flat: Path) -> None:
+    done = RUNNER.invoke(app, ["evaluate", NET, str(file), "--images", str(flat), *SMALL, "--float", "--json"])
+    values = json.loads(done.stdout)
+    assert values["images"] == 6
+    for which in ("float", "compressed"):
+        given = values[which]["answers"]
+        assert [answer["label"] for answer in given] == [0, 1, 2, 0, 1, 2]
+        assert values[which]["top1"] == sum(a["classes"][0] == a["label"] for a in given) / 6
+        assert values[which]["top5"] == 1.0
+    text = RUNNER.invoke(app, ["evaluate", NET, str(file), "--images", str(flat), *SMALL]).stdout
+    assert "compressed" in text
+    assert "float" not in text
+
+
+def test_evaluate_answers_as_the_loaded_network(file: Path, flat: Path) -> None:
+    from bgd_plugin.images import Preprocessing, opened
+
+    values = json.loads(
+        RUNNER.invoke(app, ["evaluate", NET, str(file), "--images", str(flat), *SMALL, "--json"]).stdout
+    )
+    inputs = torch.stack([Preprocessing(size=8, resize=8)(opened(path)) for path in sorted(flat.iterdir())])
+    with torch.no_grad():
+        expected = bgd.load(file, like=net().eval())(inputs).argmax(1).tolist()
+    assert [answer["classes"][0] for answer in values["compressed"]["answers"]] == expected
+
+
+def test_folders_of_classes_are_numbered_by_name(tmp_path: Path) -> None:
+    from bgd_plugin.images import labelled
+
+    for i, name in enumerate(("zebra", "ant", "bee")):
+        _image(tmp_path / name / "1.png", i)
+    assert {path.parent.name: label for path, label in labelled(tmp_path)} == {"ant": 0, "bee": 1, "zebra": 2}
+
+
+def test_preprocessing_equals_torchvisions() -> None:
+    transforms = pytest.importorskip("torchvision.transforms", reason="torchvision is not installed")
+    from bgd_plugin.images import Preprocessing
+
+    values = torch.randint(0, 256, (37, 50, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    image, ours = Image.fromarray(values.numpy()), Preprocessing(size=20, resize=25)
+    steps = [transforms.Resize(25), transforms.CenterCrop(20), transforms.ToTensor()]
+    theirs = transforms.Compose([*steps, transforms.Normalize(ours.mean, ours.std)])
+    torch.testing.assert_close(ours(image), theirs(image))
+
+
+def test_training_walks_see_all_images_in_random_crops(flat: Path) -> None:
+    from bgd_plugin.images import CalibrationImages, Preprocessing
+
+    data = CalibrationImages(flat, Preprocessing(size=8, resize=8), images=4, batch_size=4)
+    assert data.steps_per_epoch == 2
+    walks = [torch.cat(list(data)) for _ in range(3)]
+    assert [len(walk) for walk in walks] == [4, 6, 6]
+    assert not torch.equal(walks[1], walks[2])
+    again = CalibrationImages(flat, Preprocessing(size=8, resize=8), images=4, batch_size=4)
+    assert all(torch.equal(torch.cat(list(again)), walk) for walk in walks)
+
+
+def test_weights_come_from_files(tmp_path: Path, flat: Path, file: Path) -> None:
+    import safetensors.torch
+
+    from bgd_plugin.names import named_model
+
+    state = {k: v + 1 for k, v in net().state_dict().items()}
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "net.pth")
+    safetensors.torch.save_file(state, tmp_path / "plain.safetensors")
+    for name in ("net.pth", "plain.safetensors"):
+        found = named_model(NET, str(tmp_path / name)).model
+        assert torch.equal(found.state_dict()["fc.weight"], state["fc.weight"])
+        assert not found.training
+
+
+def test_weights_that_are_no_state_dict(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    _fails(["plan", NET, "--weights", str(tmp_path / "module.pth")], "no plain state dict")
+    _fails(["plan", NET, "--weights", str(tmp_path / "text.pth")], "no plain state dict")
+    _fails(["plan", NET, "--weights", str(tmp_path / "other.pth")], "does not fit the network", "stem.weight")
+    _fails(["plan", NET, "--weights", str(tmp_path / "none.pth")], "there is no such file")
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("resnet18", "give torchvision:NAME"),
+        ("no_such_package:net", "No module named 'no_such_package'"),
+        ("torch:no_such_net", "torch has no 'no_such_net'"),
+        (f"{__name__}:number", "is a int"),
+    ],
+)
+def test_names_that_lead_nowhere(name: str, word: str) -> None:
+    _fails(["plan", name], word)
+
+
+def test_a_torchvision_name_that_is_nearly_right() -> None:
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    _fails(["plan", "torchvision:resnet19"], "no model 'resnet19'", "resnet18")
+
+
+def test_mistakes_in_options(tmp_path: Path, flat: Path, file: Path) -> None:
+    quantize = ["quantize", NET, "--calibration", str(flat), "--output", str(tmp_path / "a")]
+    (tmp_path / "bad.json").write_text("{")
+    _fails(["plan", NET, "--override", "conv"], "GLOB=block,codebook")
+    _fails(["plan", NET, "--override", "nothing*=float"], "matches no layer")
+    _fails(["plan", NET, "--config", str(tmp_path / "bad.json")], "bad.json")
+    _fails(["plan", NET, "--config", str(tmp_path / "bad.json"), "--regime", "paper-small"], "one of the two")
+    _fails([*quantize, "--mean", "1,2"], "three numbers")
+    _fails([*quantize, "--size", "300"], "size=300")
+    _fails([*quantize, "--device", "toaster"], "--device")
+    _fails([*quantize, "--report", str(tmp_path / "no" / "a.html")], "there is no folder")
+    _fails(["inspect", str(tmp_path / "bad.json")], "not a whole safetensors file")
+    _fails(["inspect", str(tmp_path / "none")], "there is no such file")
+    assert not (tmp_path / "a").exists()
+
+
+def test_mistakes_in_folders(tmp_path: Path, flat: Path, file: Path) -> None:
+    evaluate = ["evaluate", NET, str(file), *SMALL, "--images"]
+    (tmp_path / "empty").mkdir()
+    _image(tmp_path / "unlabelled" / "cat.png", 0)
+    _image(tmp_path / "beyond" / "7.png", 0)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "1.png").write_text("no image")
+    _image(tmp_path / "mixed" / "1.png", 0)
+    _image(tmp_path / "mixed" / "ant" / "1.png", 0)
+    _fails([*evaluate, str(tmp_path / "none")], "there is no such folder")
+    _fails([*evaluate, str(tmp_path / "empty")], "no image in it")
+    _fails([*evaluate, str(tmp_path / "unlabelled")], "'cat.png' has no label")
+    _fails([*evaluate, str(tmp_path / "beyond")], "label 7", "3 classes")
+    _fails([*evaluate, str(tmp_path / "broken")], "cannot be read as an image")
+    _fails([*evaluate, str(tmp_path / "mixed")], "one or the other")
+
+
+def test_options_become_settings(tmp_path: Path) -> None:
+    paper = settings_from(Regime.paper_small, None, ["fc=float", "layer4.*=18"], 1024, 8)
+    assert paper.linear == bgd.LayerConfig(block_size=4, codebook_size=1024)
+    assert paper.pointwise_conv == bgd.LayerConfig(block_size=8)
+    assert paper.overrides == (("fc", None), ("layer4.*", bgd.LayerConfig(block_size=18)))
+    assert with_distillation(paper, 7, True).distillation == bgd.DistillationConfig(steps=7)
+    assert with_distillation(paper, 7, False).distillation is None
+    assert with_finetuning(paper, None, True, 10).finetuning == bgd.FinetuningConfig(steps=90)
+    assert with_finetuning(paper, 2, True, 10).finetuning == bgd.FinetuningConfig(steps=20)
+    assert with_finetuning(paper, 2, False, 10).finetuning is None
+    assert with_finetuning(bgd.BGDConfig(), None, True, 10).finetuning is None
+    (tmp_path / "a.json").write_text(paper.to_json())
+    assert settings_from(Regime.default, tmp_path / "a.json", None, None, None) == paper
+
+
+def test_help_names_the_commands() -> None:
+    done = RUNNER.invoke(app, ["--help"])
+    assert done.exit_code == 0
+    for command in ("plan", "quantize", "inspect", "evaluate", "demo"):
+        assert command in done.stdout
+
+
+def test_help_imports_no_framework() -> None:
+    code = (
+        "import sys\nfrom bgd_plugin.cli import app\n"
+        "try:\n    app(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print([m for m in ('torchvision', 'PIL', 'timm', 'transformers', 'matplotlib') if m in sys.modules])\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(bgd.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
