@@ -38,6 +38,8 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # `| head` has seen enough: not a mistake
+            raise
         except (BGDError, OSError) as error:
             typer.echo(f"bgd-plugin: {error}", err=True)
             raise typer.Exit(2) from error

@@ -52,13 +52,15 @@ _INSTALL = "pip install 'bgd-plugin[demo]' && pip install --no-deps 'foolbox>=3.
 
 _STYLE = """
 .photos { display: grid; grid-template-columns: repeat(auto-fill, minmax(185px, 1fr)); gap: .9rem; margin-top: .8rem; }
+.photos + .note { margin-top: 1rem; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
 figure img { display: block; width: 100%; aspect-ratio: 1; object-fit: cover; }
 figcaption { padding: .55rem .75rem .7rem; font-size: .82rem; line-height: 1.35; }
 figcaption b { display: block; font-size: .9rem; margin-bottom: .3rem; }
 .answer { display: flex; flex-wrap: wrap; column-gap: .45rem; margin-top: .25rem; }
 .answer i { font-style: normal; color: var(--soft); width: 100%; font-size: .72rem; }
-.answer span:last-child { margin-left: auto; color: var(--soft); } .good { color: var(--good); } .bad { color: var(--bad); }
+.answer span:last-child { margin-left: auto; color: var(--soft); }
+.good { color: var(--good); } .bad { color: var(--bad); }
 .answer .good::before { content: "✓ "; } .answer .bad::before { content: "✗ "; }
 """
 
@@ -172,8 +174,8 @@ def _fit_in_short(report: Report) -> str:
     middle = sorted(layer.relative_error for layer in report.layers)[len(report.layers) // 2]
     return "\n".join(
         [
-            f"relative error of the layers' outputs: {middle:.2%} in the middle, {worst.relative_error:.2%} at the most "
-            f"({worst.name})",
+            f"relative error of the layers' outputs: {middle:.2%} in the middle, "
+            f"{worst.relative_error:.2%} at the most ({worst.name})",
             *report.notes,
             ", ".join(f"{step} {seconds:.1f} s" for step, seconds in report.seconds.items()),
         ]

@@ -30,7 +30,7 @@ def inspected(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path}: the layers in its header are damaged ({error!r})") from error
     quantized = {f"{layer['name']}.{part}" for layer in layers for part in ("codes", "codebook")}
-    others = [
+    others: list[dict[str, Any]] = [
         {"name": name, "shape": list(t.shape), "dtype": _dtype(t), "bytes": _bytes(t)}
         for name, t in sorted(tensors.items())
         if name not in quantized

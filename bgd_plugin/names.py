@@ -61,18 +61,25 @@ def named_model(name: str, weights: str | None = None, *, only_shapes: bool = Fa
     own_weights = None if weights is None or Path(weights).is_file() else weights
     if own_weights and (Path(own_weights).suffix or os.sep in own_weights):
         raise ConfigError(f"weights {own_weights!r}: there is no such file")
-    build = {"torchvision": _torchvision, "timm": _timm, "transformers": _transformers}.get(kind)
-    if build:
-        found = build(rest, own_weights, only_shapes and weights is None)
-    elif own_weights:
-        raise ConfigError(f"weights {own_weights!r}: there is no such file, and {name!r} has no weights by name")
-    else:
-        found = NamedModel(model=_called(kind, rest))
+    with torch.random.fork_rng(devices=[]):  # weights that stay random are the same at each call
+        torch.manual_seed(0)
+        found = _built(name, weights, own_weights, only_shapes=only_shapes)
     if weights is not None and own_weights is None:
         _load_state_(found.model, Path(weights))
         found = NamedModel(model=found.model)
     found.model.eval()
     return found
+
+
+def _built(name: str, weights: str | None, own_weights: str | None, *, only_shapes: bool) -> NamedModel:
+    """The network, with `own_weights` where its framework knows them by that name."""
+    kind, _, rest = name.partition(":")
+    build = {"torchvision": _torchvision, "timm": _timm, "transformers": _transformers}.get(kind)
+    if build:
+        return build(rest, own_weights, only_shapes and weights is None)
+    if own_weights:
+        raise ConfigError(f"weights {own_weights!r}: there is no such file, and {name!r} has no weights by name")
+    return NamedModel(model=_called(kind, rest))
 
 
 def _torchvision(name: str, weights: str | None, only_shapes: bool) -> NamedModel:

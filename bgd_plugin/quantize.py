@@ -33,7 +33,7 @@ from bgd_plugin.fitting import METHODS, FittedLayer, LayerContext, output_error
 from bgd_plugin.graph import (
     FoundLayer,
     copy_module,
-    following,
+    following_batchnorm,
     isolate_weights_,
     layer_has_bias,
     set_modes,
@@ -232,7 +232,7 @@ def _quantize_layer(job: _Job, walk: Walk, index: int, logits: list[Tensor]) -> 
         sample = sampled_inputs(inputs, _ERROR_ROWS, job.generator(f"{planned.name} sample"))
     module = job.student.get_submodule(planned.target)
     finished = job.run.finished(index, planned)
-    fit = finished or _fit(job, walk, found, planned, inputs, generator)
+    fit = finished or _fit(job, found, planned, inputs, generator)
     layer = quantized(module, fit.codebook.to(found.weight), fit.codes.to(found.weight.device))
     swap_(job.student, planned.target, layer)
     _apply_shifts(job, layer, found, fit)
@@ -252,20 +252,18 @@ def _quantize_layer(job: _Job, walk: Walk, index: int, logits: list[Tensor]) -> 
 
 def _fit(
     job: _Job,
-    walk: Walk,
     found: FoundLayer,
     planned: PlannedLayer,
     inputs: LayerInputs,
     generator: torch.Generator,
 ) -> FittedLayer:
     method = METHODS[job.config.method]
-    has_bias = layer_has_bias(job.student, found)
     context = LayerContext(
         layer=planned,
         weight=found.weight,
         inputs=inputs,
-        following=following(walk.reference or walk.student, found.calls, has_bias=has_bias),
-        has_bias=has_bias,
+        has_batchnorm=following_batchnorm(job.student, found.calls) is not None,
+        has_bias=layer_has_bias(job.student, found),
         config=job.config,
     )
     with job.timed("statistics"):
@@ -278,7 +276,7 @@ def _fit(
 def _apply_shifts(job: _Job, layer: PQModule, found: FoundLayer, fit: FittedLayer) -> None:
     """Give the layer's neighbours what the fit left to them: a factor on each row, and a shift of the bias."""
     if fit.row_scale is not None:
-        target = following(job.student, found.calls, has_bias=False).batchnorm
+        target = following_batchnorm(job.student, found.calls)
         absorb_row_scale_(job.student.get_submodule(str(target)), fit.row_scale)
     bias = getattr(layer, "bias", None)
     if fit.bias_shift is not None and bias is not None:

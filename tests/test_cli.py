@@ -27,7 +27,7 @@ SMALL = ["--size", "8", "--resize", "8", "--batch-size", "4"]
 
 
 class Net(nn.Module):
-    """Three classes by mean colour: the pointwise layer and the head are exact after quantization."""
+    """A stem that stays float, and two layers that are quantized."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,20 +50,6 @@ def net() -> nn.Module:
 def number() -> int:
     """No network."""
     return 3
-
-
-@pytest.fixture(autouse=True)
-def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The name of this module, as it is typed on the command line, leads here."""
-    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or _this_module())
-
-
-def _this_module() -> Any:
-    import types
-
-    module = types.ModuleType(__name__)
-    module.__dict__.update(globals())
-    return module
 
 
 def _image(path: Path, seed: int, size: tuple[int, int] = (12, 9)) -> None:
@@ -237,6 +223,17 @@ def test_weights_come_from_files(tmp_path: Path, flat: Path, file: Path) -> None
         found = named_model(NET, str(tmp_path / name)).model
         assert torch.equal(found.state_dict()["fc.weight"], state["fc.weight"])
         assert not found.training
+
+
+def test_random_weights_are_the_same_at_each_call() -> None:
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    from bgd_plugin.names import named_model
+
+    before = torch.get_rng_state()
+    one, two = (named_model("torchvision:squeezenet1_1") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
+    assert not one.has_weights
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_weights_that_are_no_state_dict(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from bgd_plugin.calibration import InputSample, LayerInputs
 from bgd_plugin.config import BGDConfig
-from bgd_plugin.graph import Following
 from bgd_plugin.plan import PlannedLayer
 
 __all__ = ["FittedLayer", "LayerContext", "Method", "output_error"]
@@ -26,7 +25,7 @@ class LayerContext:
         layer: its block and codebook size.
         weight: `[C_out, C_in / groups, *kernel]` or `[C_out, C_in]`.
         inputs: those of the student, whose lower layers are quantized, and of the float network.
-        following: the batch norm and the clipping activation that the layer's output runs into.
+        has_batchnorm: whether a batch norm alone reads the layer's output.
         has_bias: whether the layer adds a bias of its own.
         config: of the whole run.
     """
@@ -34,7 +33,7 @@ class LayerContext:
     layer: PlannedLayer
     weight: Tensor
     inputs: LayerInputs
-    following: Following
+    has_batchnorm: bool
     has_bias: bool
     config: BGDConfig
 

@@ -7,18 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bgd_plugin.calibration import PairedRows, PooledGram, paired_rows, pooled_gram
+from bgd_plugin.calibration import PooledGram, paired_rows, pooled_gram
 from bgd_plugin.fitting import em
 from bgd_plugin.fitting.base import FittedLayer, LayerContext, Method
 from bgd_plugin.nn import storable
 from bgd_plugin.pq.full import fit_full
-from bgd_plugin.pq.target import Moments, aim_at_clipped, asymmetric_target, matching_bias
+from bgd_plugin.pq.target import Moments, asymmetric_target, matching_bias
 
 __all__ = ["FULL"]
 
 _MAX_COLUMNS = 8192
 _MIN_ROWS = 32768
 _ROWS_PER_COLUMN = 8
+_DAMPING = 0.2  # in units of the Gram's mean diagonal; twice as much where there are as many columns as rows
 _HELDOUT = 5  # one row in so many judges the fit
 
 
@@ -37,7 +38,8 @@ def _collect(context: LayerContext, generator: torch.Generator) -> _Statistics |
     if columns > _MAX_COLUMNS:
         return pooled_gram(context.inputs, context.layer.block_size)
     rows = paired_rows(context.inputs, max(_MIN_ROWS, _ROWS_PER_COLUMN * columns), generator)
-    outputs = _targets(context, rows)
+    groups = rows.student.shape[0]
+    outputs = rows.reference @ context.weight.detach().float().reshape(groups, -1, columns).mT
     count = rows.student.shape[1]
     cut = count - count // _HELDOUT
     fitted = Moments.of(rows.student[:, :cut], outputs[:, :cut])
@@ -61,31 +63,17 @@ def _pooled(first: Moments, second: Moments, share: float) -> Moments:
     )
 
 
-def _targets(context: LayerContext, rows: PairedRows) -> Tensor:
-    """What the layer should give for the student's inputs: `[groups, positions, rows_per_group]`, without a bias."""
-    groups, _, columns = rows.student.shape
-    weight = context.weight.detach().float().reshape(groups, -1, columns)
-    target = rows.reference @ weight.mT
-    following = context.following
-    if following.clip is None or following.affine is None:
-        return target
-    slope, shift = (t.float().reshape(groups, 1, -1) for t in following.affine)
-    slope = torch.where(slope.abs() < 1e-12, 1e-12, slope)
-    own = rows.student @ weight.mT
-    return (aim_at_clipped(target * slope + shift, own * slope + shift, *following.clip) - shift) / slope
-
-
 def _solve(context: LayerContext, statistics: _Statistics | PooledGram, generator: torch.Generator) -> FittedLayer:
     if isinstance(statistics, PooledGram):
         pooled = em.EM.solve(context, statistics, generator)
         note = f"{context.weight[0].numel()} columns: fitted to the pooled Gram of its blocks"
         return FittedLayer(codebook=pooled.codebook, codes=pooled.codes, note=note)
     weight = context.weight.detach().float().flatten(1)
-    takes_mean = context.following.batchnorm is not None or context.has_bias
-    damping = min(1.0, 0.05 + 0.2 * weight.shape[1] / statistics.rows)
+    takes_mean = context.has_batchnorm or context.has_bias
+    damping = min(1.0, _DAMPING * (1 + weight.shape[1] / statistics.rows))
     step = context.config.asymmetric_step
     target = asymmetric_target(weight, statistics.everything, step=step, damping=damping) if step else weight
-    scale = _row_scale(target, statistics.everything) if context.following.takes_row_scale else None
+    scale = _row_scale(target, statistics.everything) if context.has_batchnorm and not context.has_bias else None
     rows = target if scale is None else target * scale[:, None]
     fit = fit_full(
         rows,
@@ -99,7 +87,7 @@ def _solve(context: LayerContext, statistics: _Statistics | PooledGram, generato
     )
     codebook = storable(fit.codebook)
     shift = None
-    if context.has_bias and context.following.batchnorm is None:
+    if context.has_bias and not context.has_batchnorm:
         decoded = torch.nn.functional.embedding(fit.codes, codebook).reshape(weight.shape)
         shift = matching_bias(decoded, statistics.everything)
     return FittedLayer(codebook=codebook.to(context.weight.dtype), codes=fit.codes, row_scale=scale, bias_shift=shift)

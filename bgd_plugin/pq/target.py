@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bgd_plugin.pq.feedback import damped
 
-__all__ = ["Moments", "aim_at_clipped", "aim_at_sum", "asymmetric_target", "matching_bias"]
+__all__ = ["Moments", "asymmetric_target", "matching_bias"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,30 +92,3 @@ def matching_bias(weight: Tensor, moments: Moments) -> Tensor:
     grouped_weight = weight.double().reshape(moments.mean.shape[0], -1, weight.shape[1])
     produced = (grouped_weight @ moments.mean.double().unsqueeze(2)).squeeze(2)
     return (moments.output_mean.double() - produced).flatten().to(weight.dtype)
-
-
-def aim_at_sum(teacher: Tensor, teacher_other: Tensor, student_other: Tensor) -> Tensor:
-    """The *residual target*: the output that gives a sum the teacher's value although its other term has drifted.
-
-    For a layer whose output z is added to a skip value s: z + s_student = z_teacher + s_teacher.
-
-    Args:
-        teacher: the layer's output in the float network.
-        teacher_other: the other term there.
-        student_other: the other term in the student; all of one shape.
-    """
-    return teacher + (teacher_other - student_other)
-
-
-def aim_at_clipped(teacher: Tensor, student: Tensor, low: float = 0.0, high: float = float("inf")) -> Tensor:
-    """The target before a clipping activation: nothing to mend where both networks are clipped at the same end.
-
-    There the two differ before the activation and not after it, so the student's own value is the target and the
-    residual is zero. (ReLU: low 0; ReLU6: low 0, high 6.)
-
-    Args:
-        teacher: the float network's value before the activation.
-        student: the same place in the student, computed with the layer's float weight.
-    """
-    agree = ((teacher <= low) & (student <= low)) | ((teacher >= high) & (student >= high))
-    return torch.where(agree, student, teacher)
