@@ -24,6 +24,7 @@ from tests.benchmarks.fashion_data import FashionData, input_batches, load_fashi
 from tests.benchmarks.fashion_network import FloatNetwork, accuracy_percent, load_or_train
 
 STAGES = ("EM", "+ batch norm", "+ distillation", "+ finetuning")
+_SETTINGS = ("images", "batch_size", "distillation_steps", "finetuning_images", "finetuning_epochs")
 _DOCS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 
 
@@ -47,10 +48,10 @@ def run(network: FloatNetwork, regime: str, data: FashionData, options: argparse
     for stage, config in configs.items():
         start = time.perf_counter()
         result = bgd.quantize(network.model, calibration, config, progress=options.progress)
-        rows.append(_row(network, regime, stage, result.model, data, time.perf_counter() - start))
+        rows.append(_row(network, regime, stage, result.model, data, options, time.perf_counter() - start))
     start = time.perf_counter()
     _finetune(result.model, network.model, data, options)
-    rows.append(_row(network, regime, STAGES[3], result.model, data, time.perf_counter() - start))
+    rows.append(_row(network, regime, STAGES[3], result.model, data, options, time.perf_counter() - start))
     return rows
 
 
@@ -69,7 +70,13 @@ def _finetune(student: nn.Module, teacher: nn.Module, data: FashionData, options
 
 
 def _row(
-    network: FloatNetwork, regime: str, stage: str, model: nn.Module, data: FashionData, seconds: float
+    network: FloatNetwork,
+    regime: str,
+    stage: str,
+    model: nn.Module,
+    data: FashionData,
+    options: argparse.Namespace,
+    seconds: float,
 ) -> dict[str, Any]:
     accuracy = accuracy_percent(model.eval(), data)
     print(f"seed {network.seed} {regime} {stage}: {accuracy:.2f}% ({seconds:.0f} s)", flush=True)
@@ -80,7 +87,8 @@ def _row(
         "float": network.test_accuracy_percent,
         "accuracy": accuracy,
         "bytes": file_size(stored(model)),
-        "seconds": seconds,
+        "seconds": round(seconds, 1),
+        "settings": {name: getattr(options, name) for name in _SETTINGS},
     }
 
 
@@ -141,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--finetuning-images", type=int, default=20000, help="training images, without labels")
     parser.add_argument("--finetuning-epochs", type=int, default=3, help="paper: 9")
     parser.add_argument("--progress", action="store_true")
-    parser.add_argument("--docs", action="store_true", help="write the table and the plot into docs/benchmarks")
+    parser.add_argument("--docs", action="store_true", help="merge the rows into docs/benchmarks, and draw the plot")
     options = parser.parse_args(arguments)
     data = load_fashion_mnist(options.data)
     rows: list[dict[str, Any]] = []
@@ -151,13 +159,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows += run(network, regime, data, options)
     print(summary(rows))
     if options.docs:
-        _DOCS.mkdir(parents=True, exist_ok=True)
-        (_DOCS / "fashion.json").write_text(json.dumps({"settings": _settings(options), "rows": rows}, indent=1))
-        plot(rows, _DOCS / "fashion.png")
+        _write_docs(rows)
 
 
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    return {k: v for k, v in vars(options).items() if k not in ("data", "docs", "progress")}
+def _write_docs(rows: list[dict[str, Any]]) -> None:
+    """Put the rows in the place of those of the same seeds and regimes, and draw all of them."""
+    _DOCS.mkdir(parents=True, exist_ok=True)
+    file = _DOCS / "fashion.json"
+    fresh = {(row["seed"], row["regime"]) for row in rows}
+    kept = [r for r in json.loads(file.read_text()) if (r["seed"], r["regime"]) not in fresh] if file.exists() else []
+    rows = sorted(kept + rows, key=lambda row: (row["regime"] != "small", row["seed"]))
+    file.write_text(json.dumps(rows, indent=1) + "\n")
+    plot(rows, _DOCS / "fashion.png")
+    print(summary(rows))
 
 
 if __name__ == "__main__":
