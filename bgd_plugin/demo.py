@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from bgd_plugin.checkpoint import save
-from bgd_plugin.config import BGDConfig, LayerConfig
+from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import BGDError
 from bgd_plugin.html import cards, layer_sections, page
 from bgd_plugin.images import Preprocessing, opened
@@ -36,12 +36,8 @@ from bgd_plugin.tables import mib, table
 
 __all__ = ["CONFIG", "calibration", "network", "photos", "run"]
 
-# The demo's setting, all of it: blocks of 2 in the 1×1 convolutions, where most weights are, of 4 in the head.
-CONFIG = BGDConfig(
-    method="em",
-    pointwise_conv=LayerConfig(block_size=2, codebook_size=256),
-    linear=LayerConfig(block_size=4, codebook_size=256),
-)
+# The demo's setting: the library's defaults.
+CONFIG = BGDConfig()
 CROPS_PER_PHOTO = 6
 # What the network was trained with: (x - 127) / 128 on values from 0 to 255.
 PREPROCESSING = Preprocessing(

@@ -53,7 +53,7 @@ def test_aims_at_the_float_outputs() -> None:
 
 @pytest.mark.parametrize("batchnorm", ["matched", "reestimate", "keep"])
 def test_scaled_rows_are_taken_out_by_the_batch_norm(batchnorm: str) -> None:
-    """The rows are quantized at unit output; whatever the correction, the output stays near."""
+    """Whatever the correction, the output stays near."""
     model, data = randomized(SmallResNet()).eval(), images(6)
     result = bgd.quantize(model, data, _config("full", batchnorm=batchnorm), progress=False)
     with torch.no_grad():
