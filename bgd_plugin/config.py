@@ -138,6 +138,8 @@ class BGDConfig:
         and variance on the calibration data; "reestimate" replaces them by the calibration data's; "keep" leaves them.
         distillation: per-layer training of the codewords, or None.
         finetuning: training of all codewords after the last layer, or None.
+        float_storage: what stays float (first layer, norms, biases) is rounded to this type at the end, and stored in
+            it.
         seed: of every random choice.
     """
 
@@ -154,6 +156,7 @@ class BGDConfig:
     batchnorm: Literal["matched", "reestimate", "keep"] = "matched"
     distillation: DistillationConfig | None = None
     finetuning: FinetuningConfig | None = None
+    float_storage: Literal["float16", "float32"] = "float16"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -164,6 +167,10 @@ class BGDConfig:
         _check(
             self.batchnorm in ("matched", "reestimate", "keep"),
             f"batchnorm={self.batchnorm!r}: give 'matched', 'reestimate' or 'keep'",
+        )
+        _check(
+            self.float_storage in ("float16", "float32"),
+            f"float_storage={self.float_storage!r}: give 'float16' or 'float32'",
         )
         _check(_counts(self.em_iterations), f"em_iterations={self.em_iterations}: give at least 1")
         for family in FAMILIES:
@@ -204,6 +211,7 @@ class BGDConfig:
             "pointwise_conv": LayerConfig(block_size=pointwise, codebook_size=codebook_size),
             "linear": LayerConfig(block_size=4, codebook_size=fc_codebook_size),
             "batchnorm": "keep",
+            "float_storage": "float32",
             "distillation": DistillationConfig(),
             "finetuning": FinetuningConfig(epochs=9),
         }

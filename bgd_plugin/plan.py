@@ -15,7 +15,7 @@ from bgd_plugin.config import FAMILIES, BGDConfig, LayerConfig
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.graph import FoundLayer, LeftLayer, copy_module, find_layers, isolate_weights_, swap_, trace
 from bgd_plugin.nn import PQModule, quantized
-from bgd_plugin.storage import file_size, state_bytes, stored
+from bgd_plugin.storage import file_size, round_floats_, state_bytes, stored
 from bgd_plugin.tables import mib, table
 
 __all__ = ["Plan", "PlannedLayer", "SkippedLayer", "is_finished", "make_plan", "paper_bytes", "plan"]
@@ -161,12 +161,15 @@ def make_plan(graph_module: fx.GraphModule, config: BGDConfig, *, original: nn.M
         raise ConfigError(f"no layer of the network can be quantized: {reasons}")
     layers = tuple(p for _, p in chosen)
     sketch = _sketch(graph_module, chosen)
+    paper = paper_bytes(sketch)
+    if config.float_storage == "float16":
+        round_floats_(sketch)
     result = Plan(
         layers=layers,
         skipped=tuple(skipped),
         original_bytes=state_bytes(original.state_dict()),
         compressed_bytes=file_size(stored(sketch)),
-        paper_bytes=paper_bytes(sketch),
+        paper_bytes=paper,
     )
     return result, [f for f, _ in chosen]
 

@@ -44,7 +44,7 @@ from bgd_plugin.nn import PQModule, quantized
 from bgd_plugin.plan import Plan, PlannedLayer, make_plan, paper_bytes
 from bgd_plugin.report import LayerReport, Report
 from bgd_plugin.run import Run
-from bgd_plugin.storage import file_size, stored
+from bgd_plugin.storage import file_size, round_floats_, stored
 from bgd_plugin.training import absorb_row_scale_, correct_batchnorm_, distill_, finetune_, is_batchnorm, kl_to_teacher
 from bgd_plugin.training.finetuning import total_steps
 
@@ -147,6 +147,8 @@ def quantize(
         results = _quantize_layers(job)
         if config.finetuning:
             _finetune(job, calibration, forward)
+    if config.float_storage == "float16":
+        round_floats_(student)
     _restore(student, model, found, modes)
     return Quantized(student, _report(job, results))
 

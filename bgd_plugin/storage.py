@@ -17,10 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from bgd_plugin.errors import CheckpointError
-from bgd_plugin.nn import PQModule
+from bgd_plugin.nn import PQModule, storable
 from bgd_plugin.pq.packing import pack
 
-__all__ = ["FORMAT_VERSION", "METADATA_KEY", "Stored", "file_bytes", "file_size", "state_bytes", "stored"]
+__all__ = [
+    "FORMAT_VERSION",
+    "METADATA_KEY",
+    "Stored",
+    "file_bytes",
+    "file_size",
+    "round_floats_",
+    "state_bytes",
+    "stored",
+]
 
 FORMAT_VERSION = 1
 METADATA_KEY = "bgd_plugin"
@@ -99,6 +108,29 @@ def state_bytes(state: Mapping[str, Any]) -> int:
     """Bytes of all parameters and buffers, shared ones counted once."""
     distinct = {_identity(name, t): t for name, t in state.items() if isinstance(t, Tensor)}
     return sum(t.numel() * t.element_size() for t in distinct.values())
+
+
+@torch.no_grad()
+def round_floats_(model: nn.Module) -> None:
+    """Round every parameter and saved buffer to half precision, in which it then takes half the bytes.
+
+    Tensors whose values half precision cannot hold stay as they are. New tensors take the place of the old ones, which
+    others may share; what is shared within `model` stays so. On the meta device only the type changes.
+    """
+    rounded: dict[int, Any] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.dtype in (torch.float32, torch.float64):
+                value = rounded.setdefault(id(parameter), nn.Parameter(_rounded(parameter), parameter.requires_grad))
+                module._parameters[name] = value
+        for name, buffer in module._buffers.items():
+            is_saved = buffer is not None and name not in module._non_persistent_buffers_set
+            if is_saved and buffer is not None and buffer.dtype in (torch.float32, torch.float64):
+                module._buffers[name] = rounded.setdefault(id(buffer), _rounded(buffer))
+
+
+def _rounded(value: Tensor) -> Tensor:
+    return value.detach().half() if value.is_meta else storable(value.detach()).clone()
 
 
 def _layer_header(layer: PQModule) -> list[Any]:

@@ -125,7 +125,7 @@ def vectors(batches: int = 3, batch: int = 8, features: int = 12, seed: int = 1)
 
 def em(**fields: Any) -> BGDConfig:
     """The paper's fit with few iterations, no training, batch norm as it is; fields change that."""
-    return BGDConfig(**({"method": "em", "em_iterations": 8, "batchnorm": "keep"} | fields))
+    return BGDConfig(**({"method": "em", "em_iterations": 8, "batchnorm": "keep", "float_storage": "float32"} | fields))
 
 
 @torch.no_grad()
