@@ -22,7 +22,7 @@ STAMP := $(VENV)/.bgd-plugin-installed
 PINNED := $(VENV)/.bgd-plugin-pinned.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format docs docs-serve bench-em bench-fashion bench-resnet18 wheel clean distclean
+.PHONY: help install demo test test-slow check format docs docs-serve bench-em bench-fashion bench-fashion_methods bench-resnet18 wheel clean distclean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -79,8 +79,9 @@ docs-serve: $(STAMP)
 
 ## make bench-em       the fast EM against a literal one: objective, codes, time, memory
 ## make bench-fashion  ResNet-18 on Fashion-MNIST after each stage of the paper's routine
+## make bench-fashion_methods EM and the default method on the same network, without training
 ## make bench-resnet18 a whole ResNet-18 at 224 px: CPU time, calibration work, memory
-bench-em bench-fashion bench-resnet18: bench-%: $(STAMP)
+bench-em bench-fashion bench-fashion_methods bench-resnet18: bench-%: $(STAMP)
 	$(RUN) -m tests.benchmarks.$* $(BENCH_ARGS)
 
 ## make wheel          build dist/*.whl
