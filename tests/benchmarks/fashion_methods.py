@@ -1,6 +1,6 @@
 """EM and the default method side by side on the Fashion-MNIST ResNet-18: 256 unlabelled images, no training.
 
-Run `python -m tests.benchmarks.fashion_methods`. Both methods have the paper's block and codebook sizes, the same images and
+Run `python -m tests.benchmarks.fashion_methods`. Both have the paper's block and codebook sizes, the same images and
 the same batch-norm correction; accuracies are of all 10,000 test images.
 """
 
