@@ -209,7 +209,7 @@ def paper_bytes(model: nn.Module) -> int:
 def _check_globs(config: BGDConfig, found: list[FoundLayer], left: list[LeftLayer]) -> None:
     names = [layer.name for layer in found] + [layer.name for layer in left]
     for pattern, _ in config.overrides:
-        if not fnmatch.filter(names, pattern):
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise ConfigError(f"override {pattern!r} matches no layer; the network has {_some(names)}")
 
 

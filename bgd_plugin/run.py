@@ -78,7 +78,9 @@ class Run:
         if file is None or not file.exists():
             return None
         try:
-            tensors = safetensors.torch.load_file(str(file))
+            with safetensors.safe_open(str(file), framework="pt") as content:
+                note = (content.metadata() or {}).get("note", "")
+                tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (no mapping)
             found = list(tensors["codebook"].shape), list(tensors["codes"].shape)
             wanted = [layer.codebook_size, layer.block_size], [layer.rows, layer.blocks_per_row]
             if found != wanted:
@@ -88,6 +90,7 @@ class Run:
                 codes=tensors["codes"],
                 row_scale=tensors.get("row_scale"),
                 bias_shift=tensors.get("bias_shift"),
+                note=note,
             )
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(f"{file} is damaged ({error}): delete it, the layer will be fitted again") from error
@@ -98,7 +101,7 @@ class Run:
         if file is not None:
             values = {f.name: getattr(fit, f.name) for f in dataclasses.fields(fit)}
             tensors = {k: v.detach().cpu().contiguous() for k, v in values.items() if isinstance(v, Tensor)}
-            write_atomically(file, safetensors.torch.save(tensors))
+            write_atomically(file, safetensors.torch.save(tensors, metadata={"note": fit.note}))
 
     def _file(self, index: int) -> Path | None:
         return None if self.folder is None else self.folder / f"layer-{index:04d}.safetensors"

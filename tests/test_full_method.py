@@ -129,3 +129,64 @@ def test_same_seed_same_file_and_resumed_run_too(tmp_path: Path) -> None:
         files.append((tmp_path / "net.safetensors").read_bytes())
     assert files[0] == files[1] == files[2]
     assert len(files[0]) == result.report.compressed_bytes
+
+
+def test_a_shared_layer_is_fitted_to_all_its_calls() -> None:
+    """The second call's inputs are of another kind; a fit to the first call's alone would not know them."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 32, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x[:, :32]) + self.layer(x[:, 32:])
+
+    model = Shared().eval()
+    first, second = torch.randn(256, 32), torch.randn(256, 32)
+    first[:, :16] = 0  # the two calls see the two halves of the columns
+    second[:, 16:] = 0
+    config = _config("full", first_layer=_SETTING, asymmetric_step=0.0)
+    result = bgd.quantize(model, [torch.cat([first, second], dim=1)], config, progress=False)
+    decoded = result.model.get_submodule("layer").weight.detach()
+    weight = model.layer.weight.detach()
+    halves = [float((decoded[:, h] - weight[:, h]).norm() / weight[:, h].norm()) for h in (slice(16), slice(16, 32))]
+    assert max(halves) < 1.5 * min(halves), halves
+
+
+def test_a_shared_batch_norm_is_left_and_named() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(8, 8, 1, bias=False), nn.Conv2d(8, 8, 1, bias=False)
+            self.norm = nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.two(self.norm(self.one(x)).relu()))
+
+    model = Shared().eval()
+    small = bgd.LayerConfig(block_size=4, codebook_size=2)
+    config = _config("full", first_layer=small, overrides=(("two", small),))
+    result = bgd.quantize(model, [torch.randn(16, 8, 4, 4)], config, progress=False)
+    assert torch.equal(result.model.get_submodule("norm").running_mean, model.norm.running_mean)
+    assert any("norm" in note and "several places" in note for note in result.report.notes)
+
+
+def test_one_bad_value_among_very_many_is_found() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)).eval()
+    data = torch.randn(20000, 8)
+    data[17777, 3] = float("nan")
+    with pytest.raises(bgd.CalibrationError, match="layer '0': its inputs on the calibration data hold NaN"):
+        bgd.quantize(model, [data], _config("full", first_layer=_SETTING), progress=False)
+
+
+def test_notes_survive_resuming(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8200, 8)).eval()
+    config = bgd.BGDConfig(first_layer=bgd.LayerConfig(block_size=8, codebook_size=16))
+    data = [torch.randn(4, 8200)]
+    notes = [
+        bgd.quantize(model, data, config, checkpoint=tmp_path / "run", progress=False).report.layers[0].note
+        for _ in range(2)
+    ]
+    assert "pooled Gram" in notes[0]
+    assert notes[0] == notes[1]

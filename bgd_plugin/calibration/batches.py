@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -172,20 +171,3 @@ def _captured(model: nn.Module, item: Any, forward: Forward) -> Batch:
 def _on(batch: Batch, device: torch.device) -> Batch:
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(device), (batch.args, batch.kwargs))
     return Batch(args, kwargs)
-
-
-def grouped(batches: Iterable[Batch], batch_size: int) -> Iterator[list[Batch]]:
-    """Runs of batches that hold at least `batch_size` samples together (the last one may hold fewer)."""
-    group: list[Batch] = []
-    for batch in batches:
-        group.append(batch)
-        if sum(b.size for b in group) >= batch_size:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def endless(indices: Callable[[], Iterable[int]]) -> Iterator[int]:
-    """Walk after walk over indices."""
-    return itertools.chain.from_iterable(indices() for _ in itertools.count())

@@ -61,11 +61,6 @@ class LayerInputs:
         nodes = {node.name: node for node in walk.order}
         self._calls = [nodes[call] for call in calls]
 
-    @property
-    def batch_count(self) -> int:
-        """Number of batches."""
-        return self._walk.batch_count
-
     def __len__(self) -> int:
         return len(self._calls) * self._walk.batch_count
 
@@ -84,16 +79,15 @@ class LayerInputs:
                 yield value, geometry
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor, Geometry]]:
-        """The student's input, the float network's, and how the call walks over them; the first call only.
+        """Each input of the student, the float network's at the same place, and how the call walks over them.
 
-        Later calls have no value in the float network yet.
+        Batch by batch, so that the last ones are of samples that the first ones have not seen.
         """
-        node = self._calls[0]
-        geometry = call_geometry(self._walk.student, node)
-        for mine, theirs in self._walk.pairs(call_input(node)):
-            if not isinstance(mine, Tensor):
-                raise CalibrationError(f"layer {self.name!r}: its input is a {type(mine).__name__}, not a tensor")
-            yield mine, theirs, geometry
+        for batch in range(self._walk.batch_count):
+            for node in self._calls:
+                mine = self._walk.student_value(call_input(node), batch)
+                theirs = self._walk.reference_value(call_input(node), batch)
+                yield mine, theirs, call_geometry(self._walk.student, node)
 
 
 @torch.no_grad()
@@ -105,7 +99,7 @@ def paired_rows(inputs: LayerInputs, rows: int, generator: torch.Generator) -> P
     Raises:
         CalibrationError: naming the layer whose inputs are not finite.
     """
-    share = max(1, -(-rows // max(1, inputs.batch_count)))
+    share = max(1, -(-rows // len(inputs)))
     student, reference = [], []
     for mine, theirs, geometry in inputs.pairs():
         state = generator.get_state()
@@ -152,10 +146,11 @@ def sampled_inputs(inputs: LayerInputs, rows: int, generator: torch.Generator) -
         CalibrationError: naming the layer whose inputs are not finite.
     """
     share = max(1, -(-rows // len(inputs)))
-    samples = [sample_inputs(value, geometry, share, generator).float() for value, geometry in inputs]
-    sample = torch.cat(samples, dim=1)
-    _require_finite(sample, inputs.name)
-    return InputSample(rows=sample)
+    samples = []
+    for value, geometry in inputs:
+        _require_finite(value, inputs.name)  # the whole input: what is not sampled counts, too
+        samples.append(sample_inputs(value, geometry, share, generator).float())
+    return InputSample(rows=torch.cat(samples, dim=1))
 
 
 def _pieces(value: Tensor, geometry: Geometry) -> Iterator[Tensor]:

@@ -89,12 +89,19 @@ class Walk:
 
     def student_value(self, node: fx.Node, batch: int) -> Any:
         """The student's value at `node`: the live one, or one computed ahead with the modules as they are now."""
-        values = self.student_values[batch]
+        return self._value(self.student, node, self.student_values[batch], batch)
+
+    def reference_value(self, node: fx.Node, batch: int) -> Any:
+        """The reference's value at `node`, in the same way."""
+        assert self.reference is not None
+        return self._value(self.reference, node, self.reference_values[batch], batch)
+
+    def _value(self, network: fx.GraphModule, node: fx.Node, values: Values, batch: int) -> Any:
         if node.name in values:
             return values[node.name]
         ahead = dict(values)
         for later in self.order[self.position :]:
-            run_node(self.student, later, ahead, protected=(values, self._given[batch]))
+            run_node(network, later, ahead, protected=(values, self._given[batch]))
             if later is node:
                 return ahead[node.name]
         raise AssertionError(f"{node.name} is not live and does not come later")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,6 @@ from bgd_plugin.nn import FloatWeight, PQModule
 
 __all__ = ["PQTracer", "copy_module", "set_modes", "trace"]
 
-logger = logging.getLogger(__name__)
 
 _SWAPPABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 

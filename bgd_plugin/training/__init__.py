@@ -1,8 +1,16 @@
 """Training on unlabelled data: batch-norm correction, distillation of one layer's codewords, finetuning of all."""
 
-from bgd_plugin.training.batchnorm import absorb_row_scale_, correct_batchnorm_, is_batchnorm
+from bgd_plugin.training.batchnorm import absorb_row_scale_, correct_batchnorm_, is_batchnorm, is_shared
 from bgd_plugin.training.distillation import distill_
 from bgd_plugin.training.finetuning import finetune_
 from bgd_plugin.training.loss import kl_to_teacher
 
-__all__ = ["absorb_row_scale_", "correct_batchnorm_", "distill_", "finetune_", "is_batchnorm", "kl_to_teacher"]
+__all__ = [
+    "absorb_row_scale_",
+    "correct_batchnorm_",
+    "distill_",
+    "finetune_",
+    "is_batchnorm",
+    "is_shared",
+    "kl_to_teacher",
+]

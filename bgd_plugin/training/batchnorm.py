@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from bgd_plugin.calibration import Walk
 from bgd_plugin.graph import call_input
 
-__all__ = ["absorb_row_scale_", "correct_batchnorm_", "is_batchnorm"]
+__all__ = ["absorb_row_scale_", "correct_batchnorm_", "is_batchnorm", "is_shared"]
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 # How far a correction may move a scale: beyond it, the calibration data says more about itself than about the network.
@@ -24,6 +24,13 @@ def is_batchnorm(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         return False
     module = graph_module.get_submodule(str(node.target))
     return isinstance(module, _BatchNorm) and module.running_mean is not None
+
+
+def is_shared(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether other nodes run the same module: statistics that serve several inputs can be matched to none of them."""
+    module = graph_module.get_submodule(str(node.target))
+    calls = [n for n in graph_module.graph.nodes if n.op == "call_module"]
+    return sum(graph_module.get_submodule(str(n.target)) is module for n in calls) > 1
 
 
 @torch.no_grad()

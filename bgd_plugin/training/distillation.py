@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,8 +14,6 @@ from bgd_plugin.nn import PQModule
 from bgd_plugin.training.loss import kl_to_teacher, mean_gradients_
 
 __all__ = ["distill_"]
-
-logger = logging.getLogger(__name__)
 
 
 def distill_(

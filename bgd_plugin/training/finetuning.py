@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -16,7 +15,6 @@ from bgd_plugin.training.loss import codebooks, kl_to_teacher, mean_gradients_
 
 __all__ = ["finetune_", "total_steps"]
 
-logger = logging.getLogger(__name__)
 
 _DEFAULT_EPOCHS = 9
 
