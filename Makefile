@@ -5,10 +5,12 @@
 #   PYTHON=python3.12        the interpreter to make the environment from
 #   SYSTEM_SITE_PACKAGES=1   the new environment also sees PYTHON's own packages, so a torch that is there is used
 #   VENV=path                an environment of your own instead of .venv (venv, virtualenv or conda)
+#   FRAMEWORKS=              test without the frameworks of the adapters; their tests are skipped
 
 PYTHON ?= python3
 VENV ?= .venv
 SYSTEM_SITE_PACKAGES ?=
+FRAMEWORKS ?= frameworks
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -20,6 +22,9 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 STAMP := $(VENV)/.bgd-plugin-installed
 PINNED := $(VENV)/.bgd-plugin-pinned.txt
+FRAMEWORKS_STAMP := $(if $(FRAMEWORKS),$(VENV)/.bgd-plugin-frameworks-installed)
+# What is installed for the tests must be there: `required` turns the skipping of an adapter's tests into a failure.
+TEST_ENVIRONMENT := $(if $(FRAMEWORKS),BGD_FRAMEWORKS=required)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow check format docs docs-serve bench-em bench-fashion bench-fashion_methods bench-resnet18 wheel clean distclean
@@ -44,17 +49,23 @@ $(STAMP): pyproject.toml
 	$(RUN) -m pip install --no-deps "foolbox>=3.3,<4"
 	@touch $@
 
+# All frameworks resolve in one environment beside torch; the torch that is there stays as it is.
+$(VENV)/.bgd-plugin-frameworks-installed: $(STAMP)
+	@$(RUN) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(PINNED)
+	$(RUN) -m pip install --constraint $(PINNED) --editable ".[$(FRAMEWORKS)]"
+	@touch $@
+
 ## make demo           compress an ImageNet network, answer 20 photos with it, write an HTML report
 demo: $(STAMP)
 	$(BIN)/bgd-plugin demo $(DEMO_ARGS)
 
-## make test           the tests, in minutes
-test: $(STAMP)
-	$(RUN) -m pytest $(PYTEST_ARGS)
+## make test           the tests, in minutes, those of the adapters against the real frameworks
+test: $(STAMP) $(FRAMEWORKS_STAMP)
+	$(TEST_ENVIRONMENT) $(RUN) -m pytest $(PYTEST_ARGS)
 
 ## make test-slow      the slow tests and the measured bounds
-test-slow: $(STAMP)
-	$(RUN) -m pytest -m "slow or benchmark" $(PYTEST_ARGS)
+test-slow: $(STAMP) $(FRAMEWORKS_STAMP)
+	$(TEST_ENVIRONMENT) $(RUN) -m pytest -m "slow or benchmark" $(PYTEST_ARGS)
 
 ## make check          format, lint, types, import floors, docs
 check: $(STAMP)

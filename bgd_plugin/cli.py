@@ -1,4 +1,4 @@
-"""The command line `bgd-plugin`: plan, quantize, inspect, evaluate, demo.
+"""The command line `bgd-plugin`: plan, quantize, inspect, evaluate, adapters, demo.
 
 Whatever takes long to import is imported by the command that needs it, so that `--help` answers at once. A user's
 mistake is a message and exit code 2; Ctrl-C is a line and exit code 130.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -218,6 +218,23 @@ def evaluate(
     names = [name for name in ("float", "compressed") if name in found]
     rows = [[name, f"{found[name]['top1']:.2%}", f"{found[name]['top5']:.2%}", len(files)] for name in names]
     typer.echo(table(["network", "top-1", "top-5", "images"], rows))
+
+
+@app.command()
+def adapters(as_json: Json = False) -> None:
+    """List the adapters for other frameworks, their versions, and whether they can be imported."""
+    from bgd_plugin.discovery import adapters as installed
+    from bgd_plugin.tables import table
+
+    found = installed()
+    if as_json:
+        typer.echo(json.dumps([asdict(adapter) for adapter in found], indent=2))
+        return
+    if not found:
+        typer.echo("no adapter is installed: is bgd-plugin itself installed, with `pip install`?")
+        return
+    rows = [[a.name, ", ".join(map(str, a.requirements)), a.problem or "can be imported"] for a in found]
+    typer.echo(table(["adapter", "needs", "state"], rows))
 
 
 @app.command()

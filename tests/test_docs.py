@@ -1,6 +1,7 @@
 """The Python snippets of the README and the docs are run, block after block, in one namespace per page.
 
-A block that cannot run here has a comment on the line above its fence: ``<!-- no-run: the reason -->``.
+A block that cannot run here has a comment on the line above its fence: ``<!-- no-run: the reason -->``. A page that
+needs a framework says so anywhere: ``<!-- needs: neural_compressor.torch -->``; without it, the page is skipped.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 FENCE = re.compile(r"^(?P<indent>\s*)(?P<ticks>`{3,}|~{3,})\s*(?P<language>[\w+-]*)(?P<rest>.*)$")
+NEEDS = re.compile(r"^<!--\s*needs:\s*(?P<module>[\w.]+)\s*-->\s*$", flags=re.MULTILINE)
 NO_RUN = re.compile(r"^\s*<!--\s*no-run:(?P<reason>.*)-->\s*$")
 
 
@@ -86,7 +88,10 @@ def run(text: str, name: str) -> dict[str, object]:
 )
 def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run(page.read_text(encoding="utf-8"), str(page))
+    text = page.read_text(encoding="utf-8")
+    for module in NEEDS.findall(text):
+        pytest.importorskip(module, reason=f"{module} is not installed")
+    run(text, str(page))
 
 
 def test_the_readme_has_snippets() -> None:

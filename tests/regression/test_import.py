@@ -19,7 +19,8 @@ def _run(code: str) -> str:
 
 
 def test_it_imports_no_optional_package() -> None:
-    optional = ("matplotlib", "torchvision", "typer", "PIL", "scipy", "sklearn", "faiss", "timm", "transformers")
+    optional = ("matplotlib", "torchvision", "typer", "PIL", "scipy", "sklearn", "faiss", "timm", "packaging")
+    optional += ("accelerate", "modelopt", "neural_compressor", "torchao", "torch_pruning", "transformers")
     code = f"import sys, bgd_plugin; print([m for m in {optional} if m in sys.modules])"
     assert _run(code) == "[]"
 
