@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from bgd_plugin.errors import BGDError, CheckpointError
-from bgd_plugin.graph import FoundLayer, copy_module, find_layers, isolate_weights_, swap_, trace
+from bgd_plugin.graph import FoundLayer, baked, copy_module, find_layers, isolate_weights_, swap_, trace
 from bgd_plugin.nn import PQModule, quantized
+from bgd_plugin.pq.masks import unpack_mask
 from bgd_plugin.pq.packing import code_dtype, unpack
 from bgd_plugin.storage import FORMAT_VERSION, METADATA_KEY, file_bytes, stored
 
@@ -57,14 +58,17 @@ def load(path: str | os.PathLike[str], *, like: nn.Module) -> fx.GraphModule:
         CheckpointError: the file is damaged, foreign or newer, or does not fit `like`; every mismatch is named.
     """
     tensors, header = read_file(path)
-    network = trace(copy_module(like, share_tensors=True))
+    network = trace(copy_module(baked(like), share_tensors=True))
     found = {layer.target: layer for layer in find_layers(network)[0]}
     problems: list[str] = []
     layers = _checked_layers(header, tensors, found, problems)
     _raise_if(problems, path)
     isolate_weights_(network, [found[target] for target in layers])
     for target, (block_size, codebook_size) in layers.items():
-        swap_(network, target, _empty_layer(network.get_submodule(target), found[target], block_size, codebook_size))
+        layer = _empty_layer(network.get_submodule(target), found[target], block_size, codebook_size)
+        if target in header.get("masks", {}):
+            layer.mask = torch.empty(layer.weight_shape, dtype=torch.bool, device="meta")
+        swap_(network, target, layer)
     state = _checked_state(header, tensors, network, problems)
     _raise_if(problems, path)
     network.load_state_dict(state, strict=True, assign=True)
@@ -135,7 +139,7 @@ def _check_header(header: Any, path: Any) -> None:
         raise CheckpointError(
             f"{path}: written in format {version}, this library reads up to {FORMAT_VERSION}: upgrade bgd-plugin"
         )
-    for name, kind in (("layers", dict), ("aliases", dict), ("dtypes", dict)):
+    for name, kind in (("layers", dict), ("aliases", dict), ("dtypes", dict), ("masks", dict)):
         if not isinstance(header.get(name, {}), kind):
             raise CheckpointError(f"{path}: {name!r} in its header is damaged")
 
@@ -162,6 +166,11 @@ def _checked_layers(
                 layers[target] = (d, k)
             case _:
                 problems.append(f"layer {target!r}: its entry or its codebook is damaged or missing")
+    problems += [
+        f"the mask of {target!r} is in the file; it has no such quantized layer"
+        for target in header.get("masks", {})
+        if target not in header.get("layers", {})
+    ]
     return layers
 
 
@@ -196,6 +205,8 @@ def _checked_state(
         path, _, attribute = name.rpartition(".")
         if path in modules and attribute == "codes":
             checked = _unpacked(name, value, modules[path], problems)
+        elif path in modules and attribute == "mask":
+            checked = _unpacked_mask(name, value, header["masks"].get(source.rpartition(".")[0]), wanted, problems)
         else:
             checked = _widened(name, value, wanted, header.get("dtypes", {}).get(name), problems)
         if checked is not None:
@@ -218,6 +229,14 @@ def _unpacked(name: str, packed: Tensor, module: PQModule, problems: list[str]) 
         )
         return None
     return codes.reshape(module.codes.shape).to(module.codes.dtype)
+
+
+def _unpacked_mask(name: str, packed: Tensor, form: Any, wanted: Tensor, problems: list[str]) -> Tensor | None:
+    try:
+        return unpack_mask(packed, str(form), wanted.shape)
+    except ValueError as error:
+        problems.append(f"{name!r}: the mask is damaged ({error})")
+        return None
 
 
 def _widened(name: str, value: Tensor, wanted: Tensor, original: Any, problems: list[str]) -> Tensor | None:

@@ -140,6 +140,8 @@ class BGDConfig:
         finetuning: training of all codewords after the last layer, or None.
         float_storage: what stays float (first layer, norms, biases) is rounded to this type at the end, and stored in
             it.
+        preserve_zeros: weights that are exactly zero, as pruning leaves them, are exactly zero in the decoded weights;
+            which ones they are takes bits of the file. False: they are weights like the others.
         seed: of every random choice.
     """
 
@@ -157,6 +159,7 @@ class BGDConfig:
     distillation: DistillationConfig | None = None
     finetuning: FinetuningConfig | None = None
     float_storage: Literal["float16", "float32"] = "float16"
+    preserve_zeros: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -172,6 +175,7 @@ class BGDConfig:
             self.float_storage in ("float16", "float32"),
             f"float_storage={self.float_storage!r}: give 'float16' or 'float32'",
         )
+        _check(isinstance(self.preserve_zeros, bool), f"preserve_zeros={self.preserve_zeros!r}: give True or False")
         _check(_counts(self.em_iterations), f"em_iterations={self.em_iterations}: give at least 1")
         for family in FAMILIES:
             value = getattr(self, family)

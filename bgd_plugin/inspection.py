@@ -26,10 +26,11 @@ def inspected(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     tensors, header = read_file(path)
     try:
-        layers = [_layer(name, entry, tensors) for name, entry in header.get("layers", {}).items()]
+        masks = header.get("masks", {})
+        layers = [_layer(name, entry, tensors, masks.get(name)) for name, entry in header.get("layers", {}).items()]
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path}: the layers in its header are damaged ({error!r})") from error
-    quantized = {f"{layer['name']}.{part}" for layer in layers for part in ("codes", "codebook")}
+    quantized = {f"{layer['name']}.{part}" for layer in layers for part in ("codes", "codebook", "mask")}
     others: list[dict[str, Any]] = [
         {"name": name, "shape": list(t.shape), "dtype": _dtype(t), "bytes": _bytes(t)}
         for name, t in sorted(tensors.items())
@@ -39,6 +40,7 @@ def inspected(path: str | os.PathLike[str]) -> dict[str, Any]:
     parts = {
         "codes": sum(layer["codes_bytes"] for layer in layers),
         "codebooks": sum(layer["codebook_bytes"] for layer in layers),
+        "masks": sum(layer["mask_bytes"] for layer in layers),
         "float": sum(other["bytes"] for other in others),
     }
     parts["header"] = total - sum(parts.values())
@@ -58,6 +60,7 @@ def inspection_text(content: dict[str, Any]) -> str:
     rows = [
         [x["name"], x["kind"], "×".join(map(str, x["weight_shape"])), x["block_size"], x["codebook_size"]]
         + [f"{x['bits_per_weight']:.2f}", mib(x["codes_bytes"]), mib(x["codebook_bytes"])]
+        + [f"{x['mask']}, {mib(x['mask_bytes'])}" if x["mask"] else ""]
         for x in content["layers"]
     ]
     total = content["file_bytes"]
@@ -68,25 +71,30 @@ def inspection_text(content: dict[str, Any]) -> str:
         [
             *what,
             "",
-            table(["layer", "kind", "weight", "block", "codebook", "bits/weight", "codes", "codebook size"], rows),
+            table(
+                ["layer", "kind", "weight", "block", "codebook", "bits/weight", "codes", "codebook size", "zeros"], rows
+            ),
             "",
             table(["part", "size", "share"], [*parts, ["whole file", mib(total), "100.0%"]]),
         ]
     )
 
 
-def _layer(name: str, entry: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _layer(name: str, entry: Any, tensors: dict[str, Tensor], mask: str | None) -> dict[str, Any]:
     kind, block_size, codebook_size, shape = entry
     codes, codebook = tensors[f"{name}.codes"], tensors[f"{name}.codebook"]
+    mask_bytes = 0 if mask is None else _bytes(tensors[f"{name}.mask"])
     return {
         "name": name,
         "kind": str(kind),
         "weight_shape": [int(side) for side in shape],
         "block_size": int(block_size),
         "codebook_size": int(codebook_size),
-        "bits_per_weight": 8 * (_bytes(codes) + _bytes(codebook)) / math.prod(shape),
+        "bits_per_weight": 8 * (_bytes(codes) + _bytes(codebook) + mask_bytes) / math.prod(shape),
         "codes_bytes": _bytes(codes),
         "codebook_bytes": _bytes(codebook),
+        "mask": mask or "",
+        "mask_bytes": mask_bytes,
     }
 
 

@@ -108,7 +108,9 @@ def _quantize_layer(job: Job, walk: Walk, index: int, logits: list[Tensor]) -> L
     module = job.student.get_submodule(planned.target)
     finished = job.run.finished(index, planned)
     fit = finished or _fit(job, found, planned, inputs, generator)
-    layer = quantized(module, fit.codebook.to(found.weight), fit.codes.to(found.weight.device))
+    layer = quantized(
+        module, fit.codebook.to(found.weight), fit.codes.to(found.weight.device), planned.kept(found.weight)
+    )
     swap_(job.student, planned.target, layer)
     _apply_shifts(job, layer, found, fit)
     walk.mark_changed(planned.target)
@@ -137,6 +139,7 @@ def _fit(
         layer=planned,
         weight=found.weight,
         inputs=inputs,
+        mask=planned.kept(found.weight),
         has_batchnorm=following_batchnorm(job.student, found.calls) is not None,
         has_bias=layer_has_bias(job.student, found),
         config=job.config,

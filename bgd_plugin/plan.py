@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from bgd_plugin.config import FAMILIES, BGDConfig, LayerConfig
 from bgd_plugin.errors import ConfigError
-from bgd_plugin.graph import FoundLayer, LeftLayer, copy_module, find_layers, isolate_weights_, swap_, trace
+from bgd_plugin.graph import FoundLayer, LeftLayer, baked, copy_module, find_layers, isolate_weights_, swap_, trace
 from bgd_plugin.nn import PQModule, quantized
+from bgd_plugin.pq.masks import mask_form, pack_mask
 from bgd_plugin.storage import file_size, round_floats_, state_bytes, stored
 from bgd_plugin.tables import mib, table
 
@@ -33,6 +34,8 @@ class PlannedLayer:
         weight_shape: `[C_out, C_in / groups, *kernel]` or `[C_out, C_in]`.
         block_size, codebook_size: as they will be, after the bounds of the layer.
         calls: names of the graph nodes that compute with it.
+        mask_form, mask_bytes: how the places of the zeros that are preserved are stored (`bgd_plugin.pq.masks`), and
+            their bytes; "" and 0 where there are none.
         note: what differs from the setting, and why; empty where nothing does.
     """
 
@@ -44,6 +47,8 @@ class PlannedLayer:
     block_size: int
     codebook_size: int
     calls: tuple[str, ...]
+    mask_form: str = ""
+    mask_bytes: int = 0
     note: str = ""
 
     @property
@@ -68,14 +73,18 @@ class PlannedLayer:
 
     @property
     def compressed_bytes(self) -> int:
-        """Packed codes and a codebook in half precision."""
+        """Packed codes, a codebook in half precision, and the mask."""
         codes = -(-self.rows * self.blocks_per_row * self.code_bits // 8)
-        return codes + 2 * self.codebook_size * self.block_size
+        return codes + 2 * self.codebook_size * self.block_size + self.mask_bytes
 
     @property
     def bits_per_weight(self) -> float:
-        """Codes and codebook, shared out over the weights."""
+        """Codes, codebook and mask, shared out over the weights."""
         return 8 * self.compressed_bytes / self.weights
+
+    def kept(self, weight: Tensor) -> Tensor | None:
+        """Which weights may differ from zero in the decoded weight, bool of the weight's shape; None: all."""
+        return weight.detach() != 0 if self.mask_form else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +101,7 @@ class Plan:
 
     Attributes:
         layers, skipped: in the order in which they run.
-        original_bytes: all parameters and buffers of the float network.
+        original_bytes: all parameters and buffers of the float network, or of the one that a chain started from.
         compressed_bytes: length of the file that `save` will write.
         paper_bytes: the paper's own accounting: codes, codebooks in half precision, every other parameter in single
             precision; batch-norm statistics are not counted.
@@ -132,17 +141,26 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(model: nn.Module, config: BGDConfig | None = None) -> Plan:
+def plan(model: nn.Module, config: BGDConfig | None = None, *, original_bytes: int | None = None) -> Plan:
     """What `quantize(model, ..., config)` will do, without data. The model may be on the meta device.
+
+    Args:
+        model: the float network; it is left untouched.
+        config: what to quantize and how; `BGDConfig()` if not given.
+        original_bytes: as in `quantize`: the bytes of the network that a chain of steps started from.
 
     Raises:
         ConfigError: a block size that does not divide its layer, a glob that matches nothing, no layer to quantize.
         TraceError: the network does not trace.
     """
-    return make_plan(trace(copy_module(model, share_tensors=True)), config or BGDConfig(), original=model)[0]
+    model = baked(model)
+    graph_module = trace(copy_module(model, share_tensors=True))
+    return make_plan(graph_module, config or BGDConfig(), original=model, original_bytes=original_bytes)[0]
 
 
-def make_plan(graph_module: fx.GraphModule, config: BGDConfig, *, original: nn.Module) -> tuple[Plan, list[FoundLayer]]:
+def make_plan(
+    graph_module: fx.GraphModule, config: BGDConfig, *, original: nn.Module, original_bytes: int | None = None
+) -> tuple[Plan, list[FoundLayer]]:
     """The plan for a graph, and the found layers that it quantizes, in the same order."""
     found, left = find_layers(graph_module)
     _check_globs(config, found, left)
@@ -160,6 +178,11 @@ def make_plan(graph_module: fx.GraphModule, config: BGDConfig, *, original: nn.M
         reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:5]) or "it has no convolution and no linear layer"
         raise ConfigError(f"no layer of the network can be quantized: {reasons}")
     layers = tuple(p for _, p in chosen)
+    if config.preserve_zeros and not any(layer.mask_form for layer in layers):
+        raise ConfigError(
+            "preserve_zeros=True, but none of the layers to be quantized has a weight that is zero: prune the network "
+            "first, or leave the setting out"
+        )
     sketch = _sketch(graph_module, chosen)
     paper = paper_bytes(sketch)
     if config.float_storage == "float16":
@@ -167,11 +190,24 @@ def make_plan(graph_module: fx.GraphModule, config: BGDConfig, *, original: nn.M
     result = Plan(
         layers=layers,
         skipped=tuple(skipped),
-        original_bytes=state_bytes(original.state_dict()),
+        original_bytes=_chain_bytes(original, original_bytes),
         compressed_bytes=file_size(stored(sketch)),
         paper_bytes=paper,
     )
     return result, [f for f, _ in chosen]
+
+
+def _chain_bytes(model: nn.Module, original_bytes: int | None) -> int:
+    """Bytes of the network that is compressed, or of the larger one that it was made from."""
+    own = state_bytes(model.state_dict())
+    if original_bytes is None:
+        return own
+    if not isinstance(original_bytes, int) or original_bytes < own:
+        raise ConfigError(
+            f"original_bytes={original_bytes!r}: the network given has {own} bytes, so the one that it was pruned from "
+            "had at least as many; give that network's plan(dense).original_bytes"
+        )
+    return original_bytes
 
 
 def is_finished(graph_module: fx.GraphModule, config: BGDConfig) -> bool:
@@ -197,11 +233,12 @@ def paper_bytes(model: nn.Module) -> int:
     """Size by the paper's accounting (arXiv 1907.05686, section 4.1), in bytes.
 
     `log2(k) / d` bits for each quantized weight, codebooks in half precision, every other parameter in single
-    precision.
+    precision; masks, which the paper has none of, in the bits that they take.
     """
     layers = [module for module in model.modules() if isinstance(module, PQModule)]
     codebooks = {id(layer.codebook) for layer in layers}
     bits = sum(layer.codes.numel() * layer.code_bits + 16 * layer.codebook.numel() for layer in layers)
+    bits += sum(8 * pack_mask(m.mask, mask_form(m.mask)).numel() for m in layers if m.mask is not None)
     bits += sum(32 * p.numel() for p in model.parameters() if id(p) not in codebooks)
     return -(-bits // 8)
 
@@ -241,6 +278,9 @@ def _planned(layer: FoundLayer, config: BGDConfig, *, is_first: bool) -> Planned
         return SkippedLayer(name=layer.name, reason=f"only {blocks} blocks, too few for a codebook")
     if codebook_size < setting.codebook_size:
         notes.append(f"codebook {setting.codebook_size} → {codebook_size}: {blocks} blocks")
+    form, mask_bytes = _stored_mask(layer) if config.preserve_zeros else ("", 0)
+    if form:
+        notes.append(f"zeros: {form}, {8 * mask_bytes / (rows * columns):.2f} bits/weight")
     return PlannedLayer(
         name=layer.name,
         target=layer.target,
@@ -250,8 +290,24 @@ def _planned(layer: FoundLayer, config: BGDConfig, *, is_first: bool) -> Planned
         block_size=block_size,
         codebook_size=codebook_size,
         calls=layer.calls,
+        mask_form=form,
+        mask_bytes=mask_bytes,
         note="; ".join(notes),
     )
+
+
+def _stored_mask(layer: FoundLayer) -> tuple[str, int]:
+    """Form and bytes of a layer's zeros; "" and 0 if it has none."""
+    if layer.weight.is_meta:
+        raise ConfigError(
+            f"layer {layer.name!r}: preserve_zeros=True, and its weight is on the meta device, where no value is zero: "
+            "give the network with its weights"
+        )
+    mask = layer.weight.detach() != 0
+    if bool(mask.all()):
+        return "", 0
+    form = mask_form(mask)
+    return form, pack_mask(mask, form).numel()
 
 
 def _setting(layer: FoundLayer, config: BGDConfig, *, is_first: bool) -> tuple[LayerConfig | None, str, bool]:
@@ -288,5 +344,6 @@ def _sketch(graph_module: fx.GraphModule, chosen: list[tuple[FoundLayer, Planned
         dtype = found.weight.dtype
         codebook = torch.empty(planned.codebook_size, planned.block_size, dtype=dtype, device="meta")
         codes = torch.empty(planned.rows, planned.blocks_per_row, dtype=torch.int64, device="meta")
-        swap_(sketch, found.target, quantized(sketch.get_submodule(found.target), codebook, codes))
+        module = sketch.get_submodule(found.target)
+        swap_(sketch, found.target, quantized(module, codebook, codes, planned.kept(found.weight)))
     return sketch

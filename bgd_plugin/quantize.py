@@ -23,6 +23,7 @@ from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.graph import (
     FoundLayer,
+    baked,
     copy_module,
     isolate_weights_,
     set_modes,
@@ -56,6 +57,7 @@ def quantize(
     forward: Forward | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    original_bytes: int | None = None,
 ) -> Quantized:
     """Compress a network by product quantization of its weights, keeping what its layers compute on real inputs.
 
@@ -68,6 +70,8 @@ def quantize(
         forward: `callable(model, batch)` for batches of any other form.
         checkpoint: folder for the finished layers; a call with the same arguments goes on from them.
         progress: show a progress bar.
+        original_bytes: where this is the last step of a chain, the bytes of the network the chain started from, such as
+            `plan(dense).original_bytes`: the report's ratio is then that of the whole chain.
 
     Returns:
         the compressed network, and a report.
@@ -76,12 +80,13 @@ def quantize(
         BGDError: one of its subclasses; the message names the layer, what was found, and what to do.
     """
     config = config or BGDConfig()
+    model = baked(model)
     _check_model(model)
     if config.finetuning:
         require_rewalkable(calibration, "finetuning")
     student = trace(copy_module(model))
     modes = {path: module.training for path, module in student.named_modules()}
-    plan, found = make_plan(student, config, original=model)
+    plan, found = make_plan(student, config, original=model, original_bytes=original_bytes)
     isolate_weights_(student, found)
     student.eval()
     device = next(student.parameters()).device

@@ -42,7 +42,7 @@ class Report:
 
     Attributes:
         layers, skipped: in the order in which they run.
-        original_bytes: all parameters and buffers of the float network.
+        original_bytes: all parameters and buffers of the float network, or of the one that a chain started from.
         compressed_bytes: length of the file that `save` writes.
         paper_bytes: size by the paper's own accounting.
         seconds: wall-clock seconds of each step of the work.

@@ -1,8 +1,8 @@
 """How a network lies in a file: which tensors, in which types, under which header. Sizes are those of real files.
 
-A file is a safetensors file. Codes are packed to `log2(codebook_size)` bits; every other tensor is stored in the
-narrowest type that holds its values *exactly*, so reading it back loses nothing. Tensors that are one and the same
-are stored once.
+A file is a safetensors file. Codes are packed to `log2(codebook_size)` bits, masks as `pq.masks` says; every other
+tensor is stored in the narrowest type that holds its values *exactly*, so reading it back loses nothing. Tensors that
+are one and the same are stored once.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bgd_plugin.errors import CheckpointError
 from bgd_plugin.nn import PQModule, storable
+from bgd_plugin.pq.masks import mask_form, pack_mask
 from bgd_plugin.pq.packing import pack
 
 __all__ = [
@@ -62,6 +63,7 @@ def stored(model: nn.Module) -> Stored:
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     dtypes: dict[str, str] = {}
+    masks: dict[str, str] = {}
     names: dict[tuple[Any, ...], str] = {}
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
@@ -76,6 +78,10 @@ def stored(model: nn.Module) -> Stored:
         if path in layers and attribute == "codes":
             tensors[name] = _packed(layers[path])
             continue
+        if path in layers and attribute == "mask":
+            masks[path] = mask_form(value)
+            tensors[name] = pack_mask(value, masks[path])
+            continue
         tensors[name] = _narrowest(value, is_codebook=path in layers and attribute == "codebook")
         if tensors[name].dtype != value.dtype and value.dtype not in (torch.float32, torch.int64):
             dtypes[name] = str(value.dtype).removeprefix("torch.")
@@ -87,6 +93,8 @@ def stored(model: nn.Module) -> Stored:
         header["aliases"] = aliases
     if dtypes:
         header["dtypes"] = dtypes
+    if masks:
+        header["masks"] = masks
     return Stored(tensors=tensors, header=header)
 
 

@@ -174,11 +174,9 @@ def test_a_network_on_the_meta_device_can_only_be_planned() -> None:
         _quantize(model, vectors())
 
 
-def test_a_pruning_mask_says_to_bake_it_first() -> None:
-    from torch.nn.utils import prune
-
-    model = PlainNet()
-    prune.l1_unstructured(model[2], "weight", 0.5)
+def test_a_weight_that_a_hook_computes_says_to_bake_it_first() -> None:
+    model = PlainNet().eval()
+    nn.utils.spectral_norm(model[2])
     result = _quantize(model, vectors())
     assert {s.name: s.reason for s in result.report.skipped}["2"].endswith("bake it first")
 

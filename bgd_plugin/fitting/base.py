@@ -25,6 +25,7 @@ class LayerContext:
         layer: its block and codebook size.
         weight: `[C_out, C_in / groups, *kernel]` or `[C_out, C_in]`.
         inputs: those of the student, whose lower layers are quantized, and of the float network.
+        mask: bool of the weight's shape, false where the decoded weight is to be zero; None: nowhere.
         has_batchnorm: whether a batch norm alone reads the layer's output.
         has_bias: whether the layer adds a bias of its own.
         config: of the whole run.
@@ -33,6 +34,7 @@ class LayerContext:
     layer: PlannedLayer
     weight: Tensor
     inputs: LayerInputs
+    mask: Tensor | None = None
     has_batchnorm: bool
     has_bias: bool
     config: BGDConfig

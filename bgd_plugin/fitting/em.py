@@ -9,6 +9,7 @@ from bgd_plugin.fitting.base import FittedLayer, LayerContext, Method
 from bgd_plugin.nn import storable
 from bgd_plugin.pq.blocks import to_blocks
 from bgd_plugin.pq.em import fit_em
+from bgd_plugin.pq.masked import fit_em_masked
 
 __all__ = ["EM"]
 
@@ -21,7 +22,11 @@ def _solve(context: LayerContext, statistics: PooledGram, generator: torch.Gener
     layer, weight = context.layer, context.weight
     blocks = to_blocks(weight.detach().float(), layer.block_size)
     iterations = context.config.em_iterations
-    fit = fit_em(blocks, statistics.gram, layer.codebook_size, iterations, generator=generator)
+    if context.mask is None:
+        fit = fit_em(blocks, statistics.gram, layer.codebook_size, iterations, generator=generator)
+    else:
+        mask = to_blocks(context.mask, layer.block_size)
+        fit = fit_em_masked(blocks, statistics.gram, mask, layer.codebook_size, iterations, generator=generator)
     return FittedLayer(codebook=storable(fit.codebook).to(weight.dtype), codes=fit.codes)
 
 

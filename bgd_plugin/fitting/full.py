@@ -12,6 +12,7 @@ from bgd_plugin.fitting import em
 from bgd_plugin.fitting.base import FittedLayer, LayerContext, Method
 from bgd_plugin.nn import storable
 from bgd_plugin.pq.full import fit_full
+from bgd_plugin.pq.masked import masked
 from bgd_plugin.pq.target import Moments, asymmetric_target, matching_bias
 
 __all__ = ["FULL"]
@@ -83,12 +84,13 @@ def _solve(context: LayerContext, statistics: _Statistics | PooledGram, generato
         context.layer.block_size,
         damping=damping,
         rounds=context.config.rounds,
+        mask=None if context.mask is None else context.mask.flatten(1),
         generator=generator,
     )
     codebook = storable(fit.codebook)
     shift = None
     if context.has_bias and not context.has_batchnorm:
-        decoded = torch.nn.functional.embedding(fit.codes, codebook).reshape(weight.shape)
+        decoded = masked(torch.nn.functional.embedding(fit.codes, codebook).reshape(weight.shape), context.mask)
         shift = matching_bias(decoded, statistics.everything)
     return FittedLayer(codebook=codebook.to(context.weight.dtype), codes=fit.codes, row_scale=scale, bias_shift=shift)
 

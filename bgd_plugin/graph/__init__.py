@@ -1,5 +1,6 @@
 """The graph of a network: trace it, find the layers in it, put modules in their place."""
 
+from bgd_plugin.graph.bake import baked
 from bgd_plugin.graph.find import FoundLayer, LeftLayer, call_geometry, call_input, find_layers, layer_has_bias
 from bgd_plugin.graph.following import following_batchnorm
 from bgd_plugin.graph.replace import isolate_weights_, materialize_, module_paths, swap_
@@ -9,6 +10,7 @@ __all__ = [
     "FoundLayer",
     "LeftLayer",
     "PQTracer",
+    "baked",
     "call_geometry",
     "call_input",
     "copy_module",

@@ -208,7 +208,7 @@ def _examine(
     weight = owner._parameters.get(attribute)
     if weight is None:
         return LeftLayer(
-            name=name, reason="its weight is not a parameter (a pruning mask or a norm computes it): bake it first"
+            name=name, reason="its weight is not a parameter (a hook, such as a norm's, computes it): bake it first"
         )
     if not weight.is_floating_point():
         return LeftLayer(name=name, reason=f"its weight has dtype {weight.dtype}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bgd_plugin.pq.blocks import decode
+from bgd_plugin.pq.masked import codeword_uses, masked
 from bgd_plugin.pq.packing import code_dtype
 
 __all__ = ["PQModule", "storable"]
@@ -30,16 +31,19 @@ class PQModule(nn.Module):
     Attributes:
         codebook: parameter `[codebook_size, block_size]`.
         codes: integer buffer `[rows, blocks_per_row]`, in the smallest type that holds them.
+        mask: bool buffer `[*weight_shape]`, false where the weight is zero whatever the codeword says; None: nowhere.
     """
 
     codebook: nn.Parameter
     codes: Tensor
+    mask: Tensor | None
 
     def __init__(self, codebook: Tensor, codes: Tensor, weight_shape: Sequence[int]) -> None:
         super().__init__()
         self.weight_shape = torch.Size(weight_shape)
         self.codebook = nn.Parameter(codebook)
         self.register_buffer("codes", codes.to(code_dtype(codebook.shape[0])))
+        self.register_buffer("mask", None)
 
     @property
     def codebook_size(self) -> int:
@@ -59,7 +63,11 @@ class PQModule(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The decoded weight `[*weight_shape]`, differentiable with respect to the codebook."""
-        return decode(self.codebook, self.codes, self.weight_shape)
+        return masked(decode(self.codebook, self.codes, self.weight_shape), self.mask)
+
+    def codeword_uses(self) -> Tensor:
+        """How many weights each number of the codebook stands for, `[codebook_size, block_size]`."""
+        return codeword_uses(self.codes, self.mask, self.codebook_size, self.block_size)
 
     @torch.no_grad()
     def round_codebook_(self) -> None:
@@ -68,4 +76,5 @@ class PQModule(nn.Module):
 
     def pq_repr(self) -> str:
         """The quantization part of `extra_repr`."""
-        return f"block_size={self.block_size}, codebook_size={self.codebook_size}"
+        pruned = "" if self.mask is None else f", zeros={int((~self.mask).sum())}"
+        return f"block_size={self.block_size}, codebook_size={self.codebook_size}{pruned}"

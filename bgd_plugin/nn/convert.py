@@ -12,13 +12,14 @@ from bgd_plugin.nn.weight import FloatWeight, PQWeight
 __all__ = ["materialized", "quantized", "restored_parameter"]
 
 
-def quantized(module: nn.Module, codebook: Tensor, codes: Tensor) -> PQModule:
+def quantized(module: nn.Module, codebook: Tensor, codes: Tensor, mask: Tensor | None = None) -> PQModule:
     """The product-quantized module that stands for a float one; bias and training mode are taken over.
 
     Args:
         module: a Conv1d/2d/3d, Linear or FloatWeight.
         codebook: `[codebook_size, block_size]`.
         codes: `[rows, blocks_per_row]`.
+        mask: bool of the weight's shape, false where the decoded weight is zero; None: nowhere.
     """
     result: PQModule
     match module:
@@ -34,6 +35,7 @@ def quantized(module: nn.Module, codebook: Tensor, codes: Tensor) -> PQModule:
             result = PQWeight(codebook, codes, module)
         case _:
             raise TypeError(f"no product-quantized module stands for {type(module).__name__}")
+    result.mask = mask
     return result.train(module.training)
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from bgd_plugin.pq.kmeans import cluster_sums, kmeans
 
-__all__ = ["Fit", "fit_em", "reconstruction_objective"]
+__all__ = ["Fit", "fit_em", "gram_root", "reconstruction_objective"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def fit_em(blocks: Tensor, gram: Tensor, codebook_size: int, iterations: int, *,
     flat = blocks.flatten(0, 1)
     flat = flat if flat.dtype == torch.float64 else flat.float()
     chosen = torch.randperm(flat.shape[0], generator=generator, device=generator.device)[:codebook_size].to(flat.device)
-    root, scale = _root(gram, flat.dtype)
+    root, scale = gram_root(gram, flat.dtype)
     root = root.to(flat)
     found = kmeans(flat @ root, flat[chosen] @ root, iterations, generator=generator)
     counts = torch.bincount(found.codes, minlength=codebook_size).unsqueeze(1)
@@ -86,7 +86,7 @@ def reconstruction_objective(blocks: Tensor, codebook: Tensor, codes: Tensor, gr
     return float((scatter * gram.to(scatter)).sum())
 
 
-def _root(gram: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
+def gram_root(gram: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
     """L and s with s · L Lᵀ = G, float64 `[d, d]` and a number; s makes L's entries of the order of 1.
 
     An eigendecomposition, since Cholesky's fails on what happens here: dead channels, fewer inputs than d, zero

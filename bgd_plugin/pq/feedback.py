@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from bgd_plugin.pq.masked import masked, nearest_masked
+
 __all__ = ["damped", "diagonal_blocks", "encode_with_feedback", "grouped", "nearest"]
 
 _SCRATCH = 1 << 18
@@ -14,7 +16,9 @@ _SCRATCH = 1 << 18
 
 
 @torch.no_grad()
-def encode_with_feedback(weight: Tensor, codebook: Tensor, gram: Tensor, *, damping: float) -> Tensor:
+def encode_with_feedback(
+    weight: Tensor, codebook: Tensor, gram: Tensor, *, damping: float, mask: Tensor | None = None
+) -> Tensor:
     """Codes for a layer's rows, block by block, each choice passed on to the blocks still to come.
 
     With the damped Gram H = V Vᵀ, V upper triangular, U = V⁻¹ gives H⁻¹ = Uᵀ U, and the rows from I on of U give the
@@ -31,6 +35,7 @@ def encode_with_feedback(weight: Tensor, codebook: Tensor, gram: Tensor, *, damp
         codebook: `[codebook_size, block_size]`, shared by all groups.
         gram: `[groups, columns, columns]`, H of each group's inputs; a single matrix stands for one group.
         damping: added to H's diagonal, in units of its mean; more than 0, since few inputs leave H singular.
+        mask: bool `[rows, columns]`, false where the decoded weight is zero; what that loses is passed on, too.
 
     Returns:
         int64 `[rows, columns / block_size]`.
@@ -49,13 +54,14 @@ def encode_with_feedback(weight: Tensor, codebook: Tensor, gram: Tensor, *, damp
         raise ValueError(f"{rows.shape[2]} weights per row do not divide into blocks of {block_size}")
     root, inverse = _factors(damped(grams, damping))
     root, inverse = root.to(weight), inverse.to(weight)
-    rest = rows.clone()
+    rest, kept = rows.clone(), None if mask is None else mask.reshape(rows.shape)
     codes = torch.empty(*rows.shape[:2], rows.shape[2] // block_size, dtype=torch.int64, device=weight.device)
     for block in range(codes.shape[2]):
         here = slice(block * block_size, (block + 1) * block_size)
         metric = root[:, here, here]
-        codes[:, :, block] = nearest(rest[:, :, here], metric, codebook)
-        error = rest[:, :, here] - codebook[codes[:, :, block]].to(rest)
+        here_kept = None if kept is None else kept[:, :, here]
+        codes[:, :, block] = nearest(rest[:, :, here], metric, codebook, here_kept)
+        error = rest[:, :, here] - masked(codebook[codes[:, :, block]].to(rest), here_kept)
         rest[:, :, here.stop :] -= error @ (metric @ inverse[:, here, here.stop :])
     return codes.flatten(0, 1)
 
@@ -94,17 +100,20 @@ def diagonal_blocks(gram: Tensor, block_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def nearest(points: Tensor, metric: Tensor, codebook: Tensor) -> Tensor:
+def nearest(points: Tensor, metric: Tensor, codebook: Tensor, mask: Tensor | None = None) -> Tensor:
     """The codeword with the least ‖(point − codeword) metric‖, for each point.
 
     Args:
         points: `[groups, n, d]`.
         metric: `[groups, d, d]`, multiplied from the right.
         codebook: `[codebook_size, d]`, the same for all groups.
+        mask: bool `[groups, n, d]`, false where the codeword's number is taken as zero; all true if not given.
 
     Returns:
         int64 `[groups, n]`.
     """
+    if mask is not None:
+        return nearest_masked(points, metric @ metric.mT, codebook, mask)
     # Differences of large numbers are what single precision gets wrong: measure from the codebook's mean.
     centre = codebook.mean(0)
     moved = (points - centre.to(points)) @ metric

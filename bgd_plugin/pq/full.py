@@ -12,6 +12,7 @@ from torch import Tensor
 from bgd_plugin.pq.em import fit_em
 from bgd_plugin.pq.feedback import damped, diagonal_blocks, encode_with_feedback, grouped, nearest
 from bgd_plugin.pq.least_squares import output_objective, refine_codes, solve_codebook
+from bgd_plugin.pq.masked import fit_masked
 
 __all__ = ["FullFit", "fit_full", "fit_positions", "positions_as_groups"]
 
@@ -52,6 +53,7 @@ def fit_full(
     start_iterations: int = 20,
     least_squares_iterations: int = 30,
     row_weights: Tensor | None = None,
+    mask: Tensor | None = None,
     generator: torch.Generator,
 ) -> FullFit:
     """Minimize Σ_groups tr((W − Ŵ) H (W − Ŵ)ᵀ) over one codebook for the layer and all codes.
@@ -73,6 +75,7 @@ def fit_full(
         start_iterations: of k-means, and again under the positions' own metrics.
         least_squares_iterations: conjugate gradient steps in each round.
         row_weights: `[rows]`, what a row's loss counts for in the codebook; all alike when not given.
+        mask: bool `[rows, columns]`, false where the decoded weight is zero; none when not given.
         generator: for the start.
 
     Raises:
@@ -83,16 +86,17 @@ def fit_full(
     rows = rows if rows.dtype == torch.float64 else rows.float()
     flat = rows.flatten(0, 1)
     hessian = damped(grams, damping)
-    codebook = _start(rows, hessian, codebook_size, block_size, start_iterations, generator)
-    codes = encode_with_feedback(flat, codebook, grams, damping=damping)
-    trail = _Trail(flat, hessian, None if heldout_gram is None else grouped(weight, heldout_gram)[1], row_weights)
+    codebook = _start(rows, hessian, mask, codebook_size, block_size, start_iterations, generator)
+    codes = encode_with_feedback(flat, codebook, grams, damping=damping, mask=mask)
+    heldout = None if heldout_gram is None else grouped(weight, heldout_gram)[1]
+    trail = _Trail(flat, hessian, heldout, row_weights, mask)
     trail.add(codebook, codes)
     for _ in range(rounds):
         codebook = solve_codebook(
-            flat, codes, hessian, codebook, iterations=least_squares_iterations, row_weights=row_weights
+            flat, codes, hessian, codebook, iterations=least_squares_iterations, row_weights=row_weights, mask=mask
         )
         trail.add(codebook, codes)
-        codes, changed = refine_codes(flat, codebook, codes, hessian)
+        codes, changed = refine_codes(flat, codebook, codes, hessian, mask)
         trail.add(codebook, codes)
         if not changed or trail.is_done():
             break
@@ -100,7 +104,7 @@ def fit_full(
     return FullFit(
         codebook=codebook.to(weight.dtype),
         codes=codes,
-        objective=output_objective(flat, codebook, codes, grams),
+        objective=output_objective(flat, codebook, codes, grams, mask=mask),
         history=tuple(trail.history),
         heldout=tuple(trail.heldout),
         chosen=trail.chosen,
@@ -111,18 +115,25 @@ def fit_full(
 class _Trail:
     """The points of a fit, their losses, and the best of them: by held-out loss where there is one."""
 
-    def __init__(self, weight: Tensor, gram: Tensor, heldout_gram: Tensor | None, row_weights: Tensor | None) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        gram: Tensor,
+        heldout_gram: Tensor | None,
+        row_weights: Tensor | None,
+        mask: Tensor | None = None,
+    ) -> None:
         self._weight, self._gram, self._heldout_gram, self._row_weights = weight, gram, heldout_gram, row_weights
+        self._mask = mask
         self.history: list[float] = []
         self.heldout: list[float] = []
         self.chosen = -1
         self.best: tuple[Tensor, Tensor]
 
     def add(self, codebook: Tensor, codes: Tensor) -> None:
-        self.history.append(output_objective(self._weight, codebook, codes, self._gram, self._row_weights))
+        self.history.append(self._loss(codebook, codes, self._gram))
         if self._heldout_gram is not None:
-            loss = output_objective(self._weight, codebook, codes, self._heldout_gram, self._row_weights)
-            self.heldout.append(loss)
+            self.heldout.append(self._loss(codebook, codes, self._heldout_gram))
         losses = self._losses()
         if self.chosen < 0 or losses[-1] < losses[self.chosen]:
             self.chosen, self.best = len(losses) - 1, (codebook, codes)
@@ -132,12 +143,21 @@ class _Trail:
         losses = self._losses()
         return losses[-1] > losses[-3] * (1 - _STILL)
 
+    def _loss(self, codebook: Tensor, codes: Tensor, gram: Tensor) -> float:
+        return output_objective(self._weight, codebook, codes, gram, self._row_weights, self._mask)
+
     def _losses(self) -> list[float]:
         return self.history if self._heldout_gram is None else self.heldout
 
 
 def _start(
-    rows: Tensor, grams: Tensor, codebook_size: int, block_size: int, iterations: int, generator: torch.Generator
+    rows: Tensor,
+    grams: Tensor,
+    mask: Tensor | None,
+    codebook_size: int,
+    block_size: int,
+    iterations: int,
+    generator: torch.Generator,
 ) -> Tensor:
     """K-means under the pooled metric, then some steps of it under each position's own.
 
@@ -145,6 +165,9 @@ def _start(
         `[codebook_size, block_size]`.
     """
     positions, metrics = positions_as_groups(rows, diagonal_blocks(grams, block_size))
+    if mask is not None:
+        kept, _ = positions_as_groups(mask.reshape(rows.shape), diagonal_blocks(grams, block_size))
+        return fit_masked(positions, metrics, kept, codebook_size, max(1, 2 * iterations), generator=generator)[0]
     start = fit_em(positions, metrics.mean(0), codebook_size, max(1, iterations), generator=generator).codebook
     return fit_positions(positions, metrics, start, iterations)[0]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.pq.feedback import diagonal_blocks, grouped, nearest
+from bgd_plugin.pq.masked import masked
 
 __all__ = ["output_objective", "refine_codes", "solve_codebook"]
 
@@ -17,7 +18,12 @@ _ROWS = 4096
 
 @torch.no_grad()
 def output_objective(
-    weight: Tensor, codebook: Tensor, codes: Tensor, gram: Tensor, row_weights: Tensor | None = None
+    weight: Tensor,
+    codebook: Tensor,
+    codes: Tensor,
+    gram: Tensor,
+    row_weights: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> float:
     """tr(R (W − Ŵ) H (W − Ŵ)ᵀ) in float64, R the diagonal of `row_weights`.
 
@@ -27,9 +33,10 @@ def output_objective(
         codes: int64 `[rows, blocks_per_row]`.
         gram: `[groups, columns, columns]` or, for one group, `[columns, columns]`.
         row_weights: `[rows]`; all ones when not given.
+        mask: bool `[rows, columns]`, false where Ŵ is zero; none when not given.
     """
     rows, grams = grouped(weight, gram)
-    difference = (rows - codebook[codes].to(rows).reshape(rows.shape)).double()
+    difference = (rows - masked(codebook[codes].to(rows).reshape(rows.shape), mask)).double()
     grams = grams.double()
     losses = torch.cat(
         [((part @ grams) * part).sum(2) for part in torch.split(difference, _ROWS, dim=1)], dim=1
@@ -47,6 +54,7 @@ def solve_codebook(
     iterations: int = 30,
     tolerance: float = 1e-12,
     row_weights: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """The codebook that minimizes `output_objective` for fixed codes, by conjugate gradients from `start`.
 
@@ -63,6 +71,7 @@ def solve_codebook(
         iterations: at most so many.
         tolerance: ends when the residual's (preconditioned) squared norm has fallen by this factor.
         row_weights: `[rows]`, not negative.
+        mask: bool `[rows, columns]`, false where Ŵ is zero; none when not given.
 
     Returns:
         `[codebook_size, block_size]`, in `start`'s dtype; its objective is never above `start`'s.
@@ -77,16 +86,16 @@ def solve_codebook(
     def collect(outputs: Tensor) -> Tensor:
         """Sᵀ(R · H), `[codebook_size, block_size]`, of a matrix `[groups, rows_per_group, columns]`."""
         product = outputs @ grams
-        product = product if scale is None else product * scale
+        product = masked(product if scale is None else product * scale, mask)
         return torch.zeros_like(change).index_add_(0, flat_codes, product.reshape(-1, block_size))
 
     change = torch.zeros_like(start, dtype=rows.dtype)
-    residual = collect(rows - start[codes].to(rows).reshape(rows.shape))
+    residual = collect(rows - masked(start[codes].to(rows).reshape(rows.shape), mask))
     precondition = _Preconditioner(grams, flat_codes, start)
     direction = precondition(residual)
     norm = first = float((residual * direction).sum())
     for _ in range(iterations):
-        image = collect(direction[codes].reshape(rows.shape))
+        image = collect(masked(direction[codes].reshape(rows.shape), mask))
         curvature = float((direction * image).sum())
         if not norm > tolerance * first or not curvature > 0:
             break
@@ -96,9 +105,9 @@ def solve_codebook(
         previous, norm = norm, float((residual * conditioned).sum())
         direction = conditioned + norm / previous * direction
     solved = (start.to(change) + change).to(start.dtype)
-    before = output_objective(weight, start, codes, gram, row_weights)
+    before = output_objective(weight, start, codes, gram, row_weights, mask)
     # Rounding may spoil the last steps where there is nothing left to gain.
-    return solved if output_objective(weight, solved, codes, gram, row_weights) <= before else start.clone()
+    return solved if output_objective(weight, solved, codes, gram, row_weights, mask) <= before else start.clone()
 
 
 class _Preconditioner:
@@ -118,7 +127,9 @@ class _Preconditioner:
 
 
 @torch.no_grad()
-def refine_codes(weight: Tensor, codebook: Tensor, codes: Tensor, gram: Tensor) -> tuple[Tensor, int]:
+def refine_codes(
+    weight: Tensor, codebook: Tensor, codes: Tensor, gram: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, int]:
     """One sweep of coordinate descent: block by block, the best codeword of each row while its other blocks stand.
 
     With E = W − Ŵ and G = E H, block I of a row is best replaced by the codeword nearest, in the metric H_II, to
@@ -130,6 +141,7 @@ def refine_codes(weight: Tensor, codebook: Tensor, codes: Tensor, gram: Tensor) 
         codebook: `[codebook_size, block_size]`.
         codes: int64 `[rows, blocks_per_row]`.
         gram: `[groups, columns, columns]` or `[columns, columns]`, with positive definite diagonal blocks (damped).
+        mask: bool `[rows, columns]`, false where Ŵ is zero; none when not given.
 
     Returns:
         the new codes, and how many differ from the old.
@@ -139,16 +151,18 @@ def refine_codes(weight: Tensor, codebook: Tensor, codes: Tensor, gram: Tensor) 
     roots = torch.linalg.cholesky(diagonal_blocks(grams.double(), block_size))
     grams = grams.to(rows)
     new = codes.reshape(*rows.shape[:2], -1).clone()
-    slope = (rows - words[new].reshape(rows.shape)) @ grams
+    slope = (rows - masked(words[new].reshape(rows.shape), mask)) @ grams
+    kept = None if mask is None else mask.reshape(rows.shape)
     changed = 0
     for block in range(new.shape[2]):
         here = slice(block * block_size, (block + 1) * block_size)
         root = roots[:, block]
-        old = words[new[:, :, block]]
+        here_kept = None if kept is None else kept[:, :, here]
+        old = masked(words[new[:, :, block]], here_kept)
         step = torch.cholesky_solve(slope[:, :, here].mT.double(), root).mT.to(rows)
         metric = root.to(rows)
-        choice = nearest(old + step, metric, words)
-        moved = words[choice] - old
+        choice = nearest(old + step, metric, words, here_kept)
+        moved = masked(words[choice], here_kept) - old
         better = ((moved - step) @ metric).square().sum(2) < (step @ metric).square().sum(2)
         moved = torch.where(better.unsqueeze(2), moved, torch.zeros_like(moved))
         changed += int((better & (choice != new[:, :, block])).sum())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -47,5 +46,4 @@ def mean_gradients_(layers: Iterable[PQModule]) -> None:
     """
     for layer in layers:
         if layer.codebook.grad is not None:
-            counts = torch.bincount(layer.codes.reshape(-1).long(), minlength=layer.codebook_size)
-            layer.codebook.grad /= counts.clamp(min=1)[:, None]
+            layer.codebook.grad /= layer.codeword_uses().clamp(min=1)

@@ -1,0 +1,167 @@
+"""K-means for blocks of which some weights are pruned: what a codeword holds at a pruned place does not count.
+
+A block v has a mask m, and a codeword c stands for m ∘ c there. All distances are ‖v − m∘c‖² in some metric P:
+(v − m∘c)ᵀ P (v − m∘c) = vᵀPv − 2 (m ∘ Pv)·c + Σ_ij m_i m_j P_ij c_i c_j. The last term is linear in the products
+m_i m_j, so that one matrix product gives the distances of many blocks to all codewords, whatever their masks are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bgd_plugin.pq.em import Fit, gram_root
+
+__all__ = ["codeword_uses", "fit_em_masked", "fit_masked", "masked", "nearest_masked"]
+
+_SCRATCH = 1 << 20
+_STILL = 1e-5
+"""An iteration that lowers the objective by less than this fraction is the last one."""
+
+
+def masked(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The values, zero where the mask is false; a mask has as many items in the same order."""
+    return values if mask is None else torch.where(mask.reshape(values.shape), values, 0.0)
+
+
+@torch.no_grad()
+def nearest_masked(points: Tensor, metrics: Tensor, codebook: Tensor, mask: Tensor) -> Tensor:
+    """The codeword with the least (point − mask ∘ codeword)ᵀ P (point − mask ∘ codeword), for each point.
+
+    Args:
+        points: `[groups, n, d]`; also what they hold at pruned places counts.
+        metrics: `[groups, d, d]`, P, symmetric.
+        codebook: `[codebook_size, d]`, the same for all groups.
+        mask: bool `[groups, n, d]`.
+
+    Returns:
+        int64 `[groups, n]`.
+    """
+    words = codebook.to(points)
+    first, second = torch.triu_indices(words.shape[1], words.shape[1], device=points.device)
+    twice = torch.where(first == second, 1.0, 2.0).to(points)
+    products = words[:, first] * words[:, second] * twice
+    codes = torch.empty(points.shape[:2], dtype=torch.int64, device=points.device)
+    step = max(1, _SCRATCH // max(len(words), len(first)))
+    for group, metric in enumerate(metrics.to(points)):
+        table = torch.cat([-2 * words, products * metric[first, second]], dim=1).T
+        for part in range(0, points.shape[1], step):
+            rows = slice(part, part + step)
+            kept = mask[group, rows].to(points)
+            features = torch.cat([points[group, rows] @ metric * kept, kept[:, first] * kept[:, second]], dim=1)
+            codes[group, rows] = (features @ table).argmin(1)
+    return codes
+
+
+@torch.no_grad()
+def fit_masked(
+    blocks: Tensor, metrics: Tensor, mask: Tensor, codebook_size: int, iterations: int, *, generator: torch.Generator
+) -> tuple[Tensor, Tensor, tuple[float, ...]]:
+    """K-means min Σ_p Σ_v (v − m∘c_a)ᵀ P_p (v − m∘c_a), each position p with a metric of its own.
+
+    An iteration moves each codeword to the least squares of its blocks, (Σ P ∘ m mᵀ) c = Σ m ∘ P v, and gives each
+    block its nearest codeword. A codeword that no block chose takes the place of the worst fitted block. No step raises
+    the objective, but for a ridge of 1e-6 that keeps a codeword where no kept weight of its blocks tells it what to be.
+
+    Args:
+        blocks: `[positions, n, d]`.
+        metrics: `[positions, d, d]`, positive definite.
+        mask: bool `[positions, n, d]`, true where a weight is kept.
+        codebook_size: k, no more than there are blocks.
+        iterations: at most so many; it ends when the objective hardly falls.
+        generator: for the start.
+
+    Returns:
+        codebook `[codebook_size, d]`, the nearest codes `[positions, n]`, and the objective after each iteration.
+    """
+    codebook = _start(blocks, mask, codebook_size, generator)
+    codes = nearest_masked(blocks, metrics, codebook, mask)
+    history: list[float] = []
+    for _ in range(iterations):
+        codebook = _least_squares(blocks, metrics, mask, codes, codebook)
+        losses = _losses(blocks, metrics, mask, codebook[codes])
+        history.append(float(losses.sum()))
+        codebook = _filled(blocks, mask, codes, codebook, losses)
+        codes = nearest_masked(blocks, metrics, codebook, mask)
+        if len(history) > 1 and not history[-1] < history[-2] * (1 - _STILL):
+            break
+    return codebook, codes, tuple(history)
+
+
+@torch.no_grad()
+def fit_em_masked(
+    blocks: Tensor, gram: Tensor, mask: Tensor, codebook_size: int, iterations: int, *, generator: torch.Generator
+) -> Fit:
+    """`fit_em` for pruned blocks; `mask` is bool `[rows, blocks_per_row, d]`, the other arguments are the same."""
+    flat = blocks.flatten(0, 1).unsqueeze(0)
+    root, scale = gram_root(gram, torch.float32)
+    metric, kept = (root @ root.T).unsqueeze(0), mask.flatten(0, 1).unsqueeze(0)
+    codebook, codes, history = fit_masked(flat, metric, kept, codebook_size, iterations, generator=generator)
+    return Fit(
+        codebook=codebook.to(blocks.dtype),
+        codes=codes.view(blocks.shape[:2]),
+        objective=scale * float(_losses(flat, metric, kept, codebook[codes]).sum()),
+        history=tuple(scale * value for value in history),
+    )
+
+
+def codeword_uses(codes: Tensor, mask: Tensor | None, codebook_size: int, block_size: int) -> Tensor:
+    """How many weights each number of a codebook stands for: `[codebook_size, block_size]`, float32.
+
+    Args:
+        codes: integers, any shape.
+        mask: the layer's, of as many weights as the codes stand for; None: all are kept.
+    """
+    flat = codes.reshape(-1).long()
+    if mask is None:
+        return torch.bincount(flat, minlength=codebook_size).float().unsqueeze(1).expand(-1, block_size)
+    uses = torch.zeros(codebook_size, block_size, device=codes.device)
+    return uses.index_add_(0, flat, mask.reshape(-1, block_size).float())
+
+
+def _start(blocks: Tensor, mask: Tensor, codebook_size: int, generator: torch.Generator) -> Tensor:
+    """Blocks drawn at random; what is pruned in one of them comes from others that have a weight there."""
+    flat, kept = blocks.flatten(0, 1), mask.flatten(0, 1)
+    start, found = torch.zeros_like(flat[:codebook_size]), torch.zeros_like(kept[:codebook_size])
+    for _ in range(8):
+        chosen = torch.randperm(len(flat), generator=generator, device=generator.device)[:codebook_size].to(flat.device)
+        start = torch.where(found | ~kept[chosen], start, flat[chosen])
+        found = found | kept[chosen]
+    return start
+
+
+def _least_squares(blocks: Tensor, metrics: Tensor, mask: Tensor, codes: Tensor, codebook: Tensor) -> Tensor:
+    size, width = codebook.shape
+    matrices = torch.zeros(size, width, width, dtype=torch.float64, device=blocks.device)
+    sums = torch.zeros_like(codebook)
+    step = max(1, _SCRATCH // width**2)
+    for group, metric in enumerate(metrics.to(blocks)):
+        pairs = torch.zeros(size, width, width, device=blocks.device)
+        for part in range(0, blocks.shape[1], step):
+            rows = slice(part, part + step)
+            kept, chosen = mask[group, rows].to(pairs), codes[group, rows]
+            pairs.index_add_(0, chosen, kept.unsqueeze(2) * kept.unsqueeze(1))
+            sums.index_add_(0, chosen, blocks[group, rows] @ metric * kept)
+        matrices += pairs * metric.double()
+    diagonal = matrices.diagonal(dim1=1, dim2=2)
+    ridge = 1e-6 * diagonal.mean(1) + (diagonal.sum(1) == 0)
+    matrices = matrices + ridge[:, None, None] * torch.eye(width, dtype=torch.float64, device=blocks.device)
+    wanted = sums.double() + ridge.unsqueeze(1) * codebook.double()
+    solved: Tensor = torch.linalg.solve(matrices, wanted.unsqueeze(2)).squeeze(2)
+    return solved.to(blocks)
+
+
+def _losses(blocks: Tensor, metrics: Tensor, mask: Tensor, words: Tensor) -> Tensor:
+    """float64 `[positions, n]`."""
+    difference = (blocks - masked(words, mask)).double()
+    return ((difference @ metrics.double()) * difference).sum(2)
+
+
+def _filled(blocks: Tensor, mask: Tensor, codes: Tensor, codebook: Tensor, losses: Tensor) -> Tensor:
+    """The codebook with the worst fitted blocks in place of the codewords that no block chose."""
+    empty = (torch.bincount(codes.flatten(), minlength=len(codebook)) == 0).nonzero().flatten()
+    worst = losses.flatten().topk(min(len(empty), losses.numel())).indices
+    words = torch.where(mask.flatten(0, 1)[worst], blocks.flatten(0, 1)[worst], codebook[codes.flatten()[worst]])
+    result = codebook.clone()
+    result[empty[: len(worst)]] = words.to(codebook)
+    return result
