@@ -22,6 +22,7 @@ from bgd_plugin.options import (
     Regime,
     preprocessing,
     settings_from,
+    with_budget,
     with_distillation,
     with_finetuning,
 )
@@ -77,6 +78,12 @@ Overrides = Annotated[
     ),
 ]
 FcCodebook = Annotated[int | None, typer.Option(help="codewords of linear layers")]
+TargetSize = Annotated[
+    str | None, typer.Option(help="longest file, such as 5MB or 4.8MiB: sizes are chosen layer by layer to meet it")
+]
+TargetRatio = Annotated[
+    float | None, typer.Option(help="the same as a ratio: how many times smaller the file is to be")
+]
 PointwiseBlock = Annotated[int | None, typer.Option(help="block size of 1x1 convolutions")]
 Size = Annotated[int, typer.Option(help="centre crop, pixels")]
 Resize = Annotated[int, typer.Option(help="shorter side before the crop, pixels")]
@@ -100,6 +107,8 @@ def plan(
     override: Overrides = None,
     fc_codebook_size: FcCodebook = None,
     pointwise_block_size: PointwiseBlock = None,
+    target_size: TargetSize = None,
+    target_ratio: TargetRatio = None,
     as_json: Json = False,
 ) -> None:
     """Say what would be quantized, into what, and how large the file would be. Needs no data."""
@@ -107,6 +116,7 @@ def plan(
     from bgd_plugin.plan import plan as make_plan
 
     settings = settings_from(regime, config, override, fc_codebook_size, pointwise_block_size)
+    settings = with_budget(settings, target_size, target_ratio)
     result = make_plan(named_model(model, weights, only_shapes=True).model, settings)
     typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else str(result))
 
@@ -122,6 +132,8 @@ def quantize(
     override: Overrides = None,
     fc_codebook_size: FcCodebook = None,
     pointwise_block_size: PointwiseBlock = None,
+    target_size: TargetSize = None,
+    target_ratio: TargetRatio = None,
     distill_steps: Annotated[int | None, typer.Option(min=1, help="gradient steps for each layer's codewords")] = None,
     distillation: Annotated[bool, typer.Option(help="whether the settings' distillation is done")] = True,
     finetune_epochs: Annotated[int | None, typer.Option(min=1, help="walks over all images of the folder")] = None,
@@ -148,6 +160,7 @@ def quantize(
     from bgd_plugin.images import CalibrationImages
 
     settings = settings_from(regime, config, override, fc_codebook_size, pointwise_block_size)
+    settings = with_budget(settings, target_size, target_ratio)
     _require_folders(output, report, None if json_file == "-" else json_file)
     settings = settings if seed is None else replace(settings, seed=seed)
     network = _network(model, weights, device)

@@ -114,6 +114,22 @@ class FinetuningConfig:
         _check(self.learning_rate > 0, f"finetuning: learning_rate={self.learning_rate}: give a positive number")
 
 
+def _check_budget(target_bytes: Any, target_ratio: Any) -> None:
+    _check(
+        target_bytes is None or target_ratio is None,
+        f"target_bytes={target_bytes} and target_ratio={target_ratio}: give one of the two",
+    )
+    _check(
+        target_bytes is None or _counts(target_bytes),
+        f"target_bytes={target_bytes!r}: give a whole number of bytes, or None for no budget",
+    )
+    is_ratio = isinstance(target_ratio, (int, float)) and 1 < target_ratio < float("inf")
+    _check(
+        target_ratio is None or is_ratio,
+        f"target_ratio={target_ratio!r}: give how many times smaller the file is to be, a number above 1",
+    )
+
+
 # The kinds of layer that have a setting of their own; `first_layer` and `depthwise_conv` stay float unless set.
 FAMILIES = ("conv", "pointwise_conv", "depthwise_conv", "linear", "first_layer")
 
@@ -142,6 +158,10 @@ class BGDConfig:
             it.
         preserve_zeros: weights that are exactly zero, as pruning leaves them, are exactly zero in the decoded weights;
             which ones they are takes bits of the file. False: they are weights like the others.
+        target_bytes, target_ratio: a budget, one of the two: the longest file there may be, or how many times smaller
+            than the float network it must be. Block and codebook sizes are then chosen layer by layer, by what each
+            layer's error does to the network's output, for the kinds of layer that have the default setting here; kinds
+            with another setting, and layers of an override, stay as they are set.
         seed: of every random choice.
     """
 
@@ -160,6 +180,8 @@ class BGDConfig:
     finetuning: FinetuningConfig | None = None
     float_storage: Literal["float16", "float32"] = "float16"
     preserve_zeros: bool = False
+    target_bytes: int | None = None
+    target_ratio: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -177,6 +199,7 @@ class BGDConfig:
         )
         _check(isinstance(self.preserve_zeros, bool), f"preserve_zeros={self.preserve_zeros!r}: give True or False")
         _check(_counts(self.em_iterations), f"em_iterations={self.em_iterations}: give at least 1")
+        _check_budget(self.target_bytes, self.target_ratio)
         for family in FAMILIES:
             value = getattr(self, family)
             _check(
@@ -221,11 +244,31 @@ class BGDConfig:
         }
         return cls(**(settings | fields))
 
+    @property
+    def has_budget(self) -> bool:
+        """Whether block and codebook sizes are to be chosen."""
+        return self.target_bytes is not None or self.target_ratio is not None
+
+    def budget_bytes(self, original_bytes: int) -> int | None:
+        """The longest file that the budget allows; None without a budget.
+
+        Args:
+            original_bytes: parameters and buffers of the float network.
+        """
+        if self.target_ratio is not None:
+            return int(original_bytes / self.target_ratio)
+        return self.target_bytes
+
+    def has_default_sizes(self, family: str) -> bool:
+        """Whether the setting of a family is the library's own, so that a budget may choose in its place."""
+        value: LayerConfig | None = getattr(self, family)
+        return value is not None and value == _DEFAULTS.get(family)
+
     def is_default(self, family: str) -> bool:
         """Whether the block size of a family is the library's default, not one that the user chose."""
-        default = _DEFAULT_BLOCK_SIZES.get(family)
+        default = _DEFAULTS.get(family)
         value: LayerConfig | None = getattr(self, family)
-        return value is not None and value.block_size == default
+        return value is not None and default is not None and value.block_size == default.block_size
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, with the version of the layout."""
@@ -304,8 +347,8 @@ def _checked_overrides(overrides: Any) -> tuple[Override, ...]:
     return tuple(checked)
 
 
-_DEFAULT_BLOCK_SIZES = {
-    f.name: f.default.block_size
+_DEFAULTS = {
+    f.name: f.default
     for f in dataclasses.fields(BGDConfig)
     if f.name in FAMILIES and isinstance(f.default, LayerConfig)
 }

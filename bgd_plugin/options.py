@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -18,6 +19,7 @@ __all__ = [
     "Regime",
     "preprocessing",
     "settings_from",
+    "with_budget",
     "with_distillation",
     "with_finetuning",
 ]
@@ -74,6 +76,27 @@ def _override(text: str) -> tuple[str, LayerConfig | None]:
     if not pattern or len(sizes) not in (1, 2):
         raise ConfigError(f"--override {text!r}: give GLOB=block,codebook or GLOB=float, such as 'layer4.*=18,256'")
     return pattern, LayerConfig(block_size=sizes[0], codebook_size=sizes[1] if len(sizes) == 2 else 256)
+
+
+_SIZE_UNITS = {"": 1, "B": 1} | {f"{m}B": 1000**i for i, m in enumerate("kMG", 1)}
+_SIZE_UNITS |= {f"{m}iB": 1024**i for i, m in enumerate("KMG", 1)}
+
+
+def with_budget(settings: BGDConfig, size: str | None, ratio: float | None) -> BGDConfig:
+    """The settings with a budget: a size such as "5MB" (millions) or "4.8MiB" (of 1024 KiB), or a ratio."""
+    if size is None and ratio is None:
+        return settings
+    target = None if size is None else _size_bytes(size)
+    return replace(settings, target_bytes=target, target_ratio=ratio)
+
+
+def _size_bytes(text: str) -> int:
+    units = {unit.lower(): factor for unit, factor in _SIZE_UNITS.items()}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if not match or match[2] not in units:
+        known = ", ".join(unit for unit in _SIZE_UNITS if unit)
+        raise ConfigError(f"--target-size {text!r}: give a number and a unit of {known}, such as 5MB; no unit is bytes")
+    return int(float(match[1]) * units[match[2]])
 
 
 def with_distillation(settings: BGDConfig, steps: int | None, wanted: bool) -> BGDConfig:

@@ -5,21 +5,46 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from bgd_plugin.budget import (
+    Choice,
+    Option,
+    Sensitivity,
+    choose,
+    options_of,
+    rated,
+    require_reachable,
+    weight_sensitivity,
+)
 from bgd_plugin.config import FAMILIES, BGDConfig, LayerConfig
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.graph import FoundLayer, LeftLayer, baked, copy_module, find_layers, isolate_weights_, swap_, trace
 from bgd_plugin.nn import PQModule, quantized
 from bgd_plugin.pq.masks import mask_form, pack_mask
+from bgd_plugin.pq.rate import largest_codebook
 from bgd_plugin.storage import file_size, round_floats_, state_bytes, stored
 from bgd_plugin.tables import mib, table
 
-__all__ = ["Plan", "PlannedLayer", "SkippedLayer", "is_finished", "make_plan", "paper_bytes", "plan"]
+__all__ = [
+    "Plan",
+    "PlannedLayer",
+    "SkippedLayer",
+    "free_layers",
+    "is_finished",
+    "make_plan",
+    "paper_bytes",
+    "plan",
+    "require_plannable",
+]
+
+_Chosen = list[tuple[FoundLayer, "PlannedLayer"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +130,7 @@ class Plan:
         compressed_bytes: length of the file that `save` will write.
         paper_bytes: the paper's own accounting: codes, codebooks in half precision, every other parameter in single
             precision; batch-norm statistics are not counted.
+        notes: how a budget was spent.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -112,6 +138,7 @@ class Plan:
     original_bytes: int
     compressed_bytes: int
     paper_bytes: int
+    notes: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -134,6 +161,7 @@ class Plan:
             lines += ["", table(["left float", "reason"], [[s.name, s.reason] for s in self.skipped])]
         lines += [
             "",
+            *self.notes,
             f"{len(self.layers)} layers quantized, {len(self.skipped)} left float: "
             f"{mib(self.original_bytes)} → {mib(self.compressed_bytes)} ({self.ratio:.1f}×); "
             f"by the paper's accounting {mib(self.paper_bytes)}",
@@ -159,13 +187,92 @@ def plan(model: nn.Module, config: BGDConfig | None = None, *, original_bytes: i
 
 
 def make_plan(
-    graph_module: fx.GraphModule, config: BGDConfig, *, original: nn.Module, original_bytes: int | None = None
+    graph_module: fx.GraphModule,
+    config: BGDConfig,
+    *,
+    original: nn.Module,
+    original_bytes: int | None = None,
+    sensitivities: Mapping[str, Sensitivity] | None = None,
 ) -> tuple[Plan, list[FoundLayer]]:
-    """The plan for a graph, and the found layers that it quantizes, in the same order."""
+    """The plan for a graph, and the found layers that it quantizes, in the same order.
+
+    Args:
+        graph_module: the traced network.
+        config: the settings.
+        original: the network as it came, for its size.
+        original_bytes: of the network that a chain of steps started from.
+        sensitivities: of the free layers, where a budget is to be spent; None: by the weights alone.
+    """
+    chosen, skipped = _outcomes(graph_module, config)
+    skipped += _unreached(original, graph_module)
+    _require_some(chosen, skipped, config)
+    original_bytes = _chain_bytes(original, original_bytes)
+    notes: tuple[str, ...] = ()
+    target = config.budget_bytes(original_bytes)
+    if target is not None:
+        chosen, left, notes = _within_budget(_Budget(graph_module, config, chosen, target), sensitivities)
+        skipped += left
+        if not chosen:
+            raise ConfigError(
+                f"a budget of {target:,} bytes has room for every layer in float: no layer is left to quantize; "
+                "ask for less"
+            )
+    sketch = _sketch(graph_module, chosen)
+    paper = paper_bytes(sketch)
+    result = Plan(
+        layers=tuple(p for _, p in chosen),
+        skipped=tuple(skipped),
+        original_bytes=original_bytes,
+        compressed_bytes=_file_size(sketch, config),
+        paper_bytes=paper,
+        notes=notes,
+    )
+    return result, [f for f, _ in chosen]
+
+
+def require_plannable(
+    graph_module: fx.GraphModule, config: BGDConfig, *, original: nn.Module, original_bytes: int | None = None
+) -> None:
+    """Refuse what `make_plan` would refuse, without any choice.
+
+    Raises:
+        ConfigError: as `plan`.
+    """
+    chosen, skipped = _outcomes(graph_module, config)
+    _require_some(chosen, skipped, config)
+    target = config.budget_bytes(_chain_bytes(original, original_bytes))
+    if target is not None:
+        budget = _Budget(graph_module, config, chosen, target)
+        require_reachable(budget.options(), target, budget.file_size)
+
+
+def _require_some(chosen: _Chosen, skipped: list[SkippedLayer], config: BGDConfig) -> None:
+    if not chosen:
+        reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:5]) or "it has no convolution and no linear layer"
+        raise ConfigError(f"no layer of the network can be quantized: {reasons}")
+    if config.preserve_zeros and not any(planned.mask_form for _, planned in chosen):
+        raise ConfigError(
+            "preserve_zeros=True, but none of the layers to be quantized has a weight that is zero: prune the network "
+            "first, or leave the setting out"
+        )
+
+
+def free_layers(graph_module: fx.GraphModule, config: BGDConfig) -> _Chosen:
+    """The layers whose sizes a budget chooses: those without an override whose kind has the default setting."""
+    return [(f, p) for f, p in _outcomes(graph_module, config)[0] if _is_free(f, p, config)]
+
+
+def _is_free(layer: FoundLayer, planned: PlannedLayer, config: BGDConfig) -> bool:
+    is_named = any(fnmatch.fnmatchcase(layer.name, pattern) for pattern, _ in config.overrides)
+    return not is_named and config.has_default_sizes(planned.family)
+
+
+def _outcomes(graph_module: fx.GraphModule, config: BGDConfig) -> tuple[_Chosen, list[SkippedLayer]]:
+    """What the settings say to each layer: how it is quantized, or why it is not."""
     found, left = find_layers(graph_module)
     _check_globs(config, found, left)
     skipped = [SkippedLayer(name=layer.name, reason=layer.reason) for layer in left]
-    chosen: list[tuple[FoundLayer, PlannedLayer]] = []
+    chosen: _Chosen = []
     first = _first_layer(graph_module, found)
     for layer in found:
         outcome = _planned(layer, config, is_first=layer is first)
@@ -173,28 +280,83 @@ def make_plan(
             chosen.append((layer, outcome))
         else:
             skipped.append(outcome)
-    skipped += _unreached(original, graph_module)
-    if not chosen:
-        reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:5]) or "it has no convolution and no linear layer"
-        raise ConfigError(f"no layer of the network can be quantized: {reasons}")
-    layers = tuple(p for _, p in chosen)
-    if config.preserve_zeros and not any(layer.mask_form for layer in layers):
-        raise ConfigError(
-            "preserve_zeros=True, but none of the layers to be quantized has a weight that is zero: prune the network "
-            "first, or leave the setting out"
+    return chosen, skipped
+
+
+class _Budget:
+    """A budget's free layers, and the files that their options make."""
+
+    def __init__(self, graph_module: fx.GraphModule, config: BGDConfig, chosen: _Chosen, target: int) -> None:
+        self.graph_module, self.config, self.chosen, self.target = graph_module, config, chosen, target
+        self.free = [(f, p) for f, p in chosen if _is_free(f, p, config)]
+
+    def options(self) -> list[list[Option]]:
+        return [options_of(p, _float_bytes(f, self.config)) for f, p in self.free]
+
+    def layers(self, picked: Sequence[Option]) -> _Chosen:
+        """All layers to be quantized, the free ones as picked."""
+        by_name = dict(zip((p.name for _, p in self.free), (option.layer for option in picked), strict=True))
+        outcomes = [(f, by_name.get(p.name, p)) for f, p in self.chosen]
+        return [(f, p) for f, p in outcomes if p is not None]
+
+    def file_size(self, picked: Sequence[Option]) -> int:
+        return _file_size(_sketch(self.graph_module, self.layers(picked)), self.config)
+
+
+def _within_budget(
+    budget: _Budget, sensitivities: Mapping[str, Sensitivity] | None
+) -> tuple[_Chosen, list[SkippedLayer], tuple[str, ...]]:
+    """All layers to be quantized, those that the budget leaves float, and how it was spent."""
+    names = [p.name for _, p in budget.free]
+    known = _by_weights(budget.free, budget.config) if sensitivities is None else sensitivities
+    options = [rated(o, known[name]) for o, name in zip(budget.options(), names, strict=True)]
+    choice = choose(options, budget.target, budget.file_size)
+    explained = [_explained(option, known[name]) for option, name in zip(choice.options, names, strict=True)]
+    left = [
+        SkippedLayer(name=name, reason="the budget has room for it in float")
+        for option, name in zip(choice.options, names, strict=True)
+        if option.layer is None
+    ]
+    fixed = len(budget.chosen) - len(budget.free)
+    return budget.layers(explained), left, _budget_notes(choice, budget.target, fixed, sensitivities is not None)
+
+
+def _explained(option: Option, sensitivity: Sensitivity) -> Option:
+    if option.layer is None:
+        return option
+    note = f"budget: {sensitivity.reason}, expected {option.loss:.2g}"
+    notes = "; ".join(filter(None, (note, _mask_note(option.layer))))
+    return dataclasses.replace(option, layer=dataclasses.replace(option.layer, note=notes))
+
+
+def _mask_note(layer: PlannedLayer) -> str:
+    return f"zeros: {layer.mask_form}, {8 * layer.mask_bytes / layer.weights:.2f} bits/weight" if layer.mask_form else ""
+
+
+def _budget_notes(choice: Choice, target: int, fixed: int, measured: bool) -> tuple[str, ...]:
+    spent = f"budget: {choice.file_bytes:,} of {target:,} bytes ({choice.file_bytes / target:.2%})"
+    what = f"sizes of {len(choice.options)} layers chosen for the least sum of losses, {choice.loss:.3g}"
+    kept = f"; {fixed} more as the settings fix them" if fixed else ""
+    notes = [f"{spent}; {what}{kept}"]
+    if not measured:
+        notes.append(
+            "budget: chosen without data, by the weights alone; quantize measures what each layer's error does to the "
+            "output, and may choose otherwise"
         )
-    sketch = _sketch(graph_module, chosen)
-    paper = paper_bytes(sketch)
-    if config.float_storage == "float16":
-        round_floats_(sketch)
-    result = Plan(
-        layers=layers,
-        skipped=tuple(skipped),
-        original_bytes=_chain_bytes(original, original_bytes),
-        compressed_bytes=file_size(stored(sketch)),
-        paper_bytes=paper,
-    )
-    return result, [f for f, _ in chosen]
+    return tuple(notes)
+
+
+def _by_weights(layers: _Chosen, config: BGDConfig) -> dict[str, Sensitivity]:
+    return {p.name: weight_sensitivity(f.weight, _generator(config, p.name)) for f, p in layers}
+
+
+def _generator(config: BGDConfig, name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(f"{config.seed} {name} budget".encode()))
+
+
+def _float_bytes(layer: FoundLayer, config: BGDConfig) -> int:
+    size = layer.weight.element_size()
+    return layer.weight.numel() * (min(size, 2) if config.float_storage == "float16" else size)
 
 
 def _chain_bytes(model: nn.Module, original_bytes: int | None) -> int:
@@ -211,12 +373,20 @@ def _chain_bytes(model: nn.Module, original_bytes: int | None) -> int:
 
 
 def is_finished(graph_module: fx.GraphModule, config: BGDConfig) -> bool:
-    """Whether a graph has quantized layers, and no other one that the settings would quantize."""
+    """Whether a graph has quantized layers, and no other one that the settings would quantize.
+
+    With a budget, a free layer that is still float is one that the budget left so.
+    """
     if not any(isinstance(module, PQModule) for module in graph_module.modules()):
         return False
     found, _ = find_layers(graph_module)
     first = _first_layer(graph_module, found)
-    return not any(isinstance(_planned(layer, config, is_first=layer is first), PlannedLayer) for layer in found)
+    rest = [(layer, _planned(layer, config, is_first=layer is first)) for layer in found]
+    return all(
+        config.has_budget and _is_free(layer, planned, config)
+        for layer, planned in rest
+        if isinstance(planned, PlannedLayer)
+    )
 
 
 def _first_layer(graph_module: fx.GraphModule, found: list[FoundLayer]) -> FoundLayer | None:
@@ -273,7 +443,7 @@ def _planned(layer: FoundLayer, config: BGDConfig, *, is_first: bool) -> Planned
         if block_size == 1 and columns > 1:
             return SkippedLayer(name=layer.name, reason=f"{columns} weights per row do not divide into blocks")
     blocks = rows * columns // block_size
-    codebook_size = min(setting.codebook_size, _largest_codebook(blocks))
+    codebook_size = min(setting.codebook_size, largest_codebook(blocks))
     if codebook_size < 2:
         return SkippedLayer(name=layer.name, reason=f"only {blocks} blocks, too few for a codebook")
     if codebook_size < setting.codebook_size:
@@ -321,11 +491,6 @@ def _setting(layer: FoundLayer, config: BGDConfig, *, is_first: bool) -> tuple[L
     return setting, f"{family}=None", config.is_default(family)
 
 
-def _largest_codebook(blocks: int) -> int:
-    """The largest power of two strictly below a quarter of the blocks; 0 if there is none."""
-    return int(2 ** (math.ceil(math.log2(blocks / 4)) - 1)) if blocks > 4 else 0
-
-
 def _unreached(original: nn.Module, graph_module: fx.GraphModule) -> list[SkippedLayer]:
     """Weights of the network that its graph in evaluation mode never uses."""
     used = {name for name, _ in graph_module.named_parameters(remove_duplicate=False)}
@@ -334,6 +499,13 @@ def _unreached(original: nn.Module, graph_module: fx.GraphModule) -> list[Skippe
         for name, p in original.named_parameters()
         if p.ndim > 1 and name not in used
     ]
+
+
+def _file_size(sketch: fx.GraphModule, config: BGDConfig) -> int:
+    """Length of a sketch's file; what stays float in it is rounded as the settings say."""
+    if config.float_storage == "float16":
+        round_floats_(sketch)
+    return file_size(stored(sketch))
 
 
 def _sketch(graph_module: fx.GraphModule, chosen: list[tuple[FoundLayer, PlannedLayer]]) -> fx.GraphModule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import fx, nn
 from tqdm import tqdm
 
+from bgd_plugin.budget import Sensitivity
 from bgd_plugin.calibration import (
     Batch,
     Forward,
@@ -30,9 +32,10 @@ from bgd_plugin.graph import (
     trace,
 )
 from bgd_plugin.layerwise import Job, quantize_layers
-from bgd_plugin.plan import Plan, make_plan, paper_bytes
+from bgd_plugin.plan import Plan, free_layers, make_plan, paper_bytes, require_plannable
 from bgd_plugin.report import LayerReport, Report
 from bgd_plugin.run import Run
+from bgd_plugin.sensitivity import measure_sensitivities
 from bgd_plugin.storage import file_size, round_floats_, stored
 from bgd_plugin.training import finetune_, kl_to_teacher
 from bgd_plugin.training.finetuning import total_steps
@@ -86,11 +89,18 @@ def quantize(
         require_rewalkable(calibration, "finetuning")
     student = trace(copy_module(model))
     modes = {path: module.training for path, module in student.named_modules()}
-    plan, found = make_plan(student, config, original=model, original_bytes=original_bytes)
-    isolate_weights_(student, found)
     student.eval()
+    require_plannable(student, config, original=model, original_bytes=original_bytes)
     device = next(student.parameters()).device
     batches = collect_batches(calibration, model, device=device, forward=forward)
+    run = Run.open(checkpoint, model, config, batches, teacher)
+    start = time.perf_counter()
+    sensitivities = _sensitivities(student, batches, config, progress) if config.has_budget else None
+    plan, found = make_plan(
+        student, config, original=model, original_bytes=original_bytes, sensitivities=sensitivities
+    )
+    seconds = {"budget": time.perf_counter() - start} if config.has_budget else {}
+    isolate_weights_(student, found)
     with _progress_bar(config, plan, batches, progress) as bar:
         job = Job(
             student=student,
@@ -100,8 +110,10 @@ def quantize(
             plan=plan,
             found=found,
             batches=batches,
-            run=Run.open(checkpoint, model, config, batches, teacher),
+            run=run,
             bar=bar,
+            seconds=seconds,
+            notes=list(plan.notes),
         )
         if teacher is not None:
             _check_teacher(job)
@@ -123,6 +135,15 @@ def _check_model(model: nn.Module) -> None:
         is_learnt = isinstance(tensor, nn.Parameter) or name.endswith(("running_mean", "running_var"))
         if is_learnt and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ConfigError(f"{name!r} of the network holds NaN or infinite values: repair the network first")
+
+
+def _sensitivities(
+    student: fx.GraphModule, batches: list[Batch], config: BGDConfig, progress: bool
+) -> dict[str, Sensitivity]:
+    """What each layer whose size the budget chooses does to the output."""
+    names = [planned.name for _, planned in free_layers(student, config)]
+    with tqdm(total=len(names), disable=not progress, desc="measure", unit="layer", dynamic_ncols=True) as bar:
+        return measure_sensitivities(student, batches, names, config, bar.update)
 
 
 def _progress_bar(config: BGDConfig, plan: Plan, batches: list[Batch], progress: bool) -> Any:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import bgd_plugin as bgd
 from bgd_plugin.cli import app
-from bgd_plugin.options import Regime, settings_from, with_distillation, with_finetuning
+from bgd_plugin.options import Regime, settings_from, with_budget, with_distillation, with_finetuning
 
 pytest.importorskip("PIL", reason="Pillow is not installed")
 from PIL import Image
@@ -328,3 +328,26 @@ def test_help_imports_no_framework() -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(bgd.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("budget", [["--target-size", "3.2kB"], ["--target-ratio", "2"]])
+def test_a_budget_on_the_command_line(tmp_path: Path, flat: Path, budget: list[str]) -> None:
+    out, report = tmp_path / "a.safetensors", tmp_path / "a.json"
+    arguments = ["quantize", NET, "--calibration", str(flat), "--output", str(out), *SMALL, "--json", str(report)]
+    done = RUNNER.invoke(app, [*arguments, *budget])
+    assert done.exit_code == 0, done.output
+    assert "budget: " in done.stdout
+    target = 3200 if budget[0] == "--target-size" else json.loads(report.read_text())["original_bytes"] / 2
+    assert out.stat().st_size <= target
+    assert "chosen without data" in RUNNER.invoke(app, ["plan", NET, *budget]).stdout
+
+
+def test_sizes_with_units() -> None:
+    sizes = {"5MB": 5_000_000, "5 mib": 5 * 2**20, "1.5kB": 1500, "700": 700, "2KiB": 2048, "1GB": 10**9, "9B": 9}
+    for text, size in sizes.items():
+        assert with_budget(bgd.BGDConfig(), text, None).target_bytes == size
+    assert with_budget(bgd.BGDConfig(target_bytes=9), None, 7.5) == bgd.BGDConfig(target_ratio=7.5)
+    for text in ("5 elephants", "MB", "-3MB", "1e6"):
+        _fails(["plan", NET, "--target-size", text], f"--target-size '{text}': give a number and a unit")
+    _fails(["plan", NET, "--target-size", "1MB", "--target-ratio", "3"], "give one of the two")
+    _fails(["plan", NET, "--target-size", "1kB"], "the least possible size is")

@@ -62,6 +62,20 @@ def test_a_stopped_run_ends_in_the_same_bytes(
     assert rest == list(range(finished, 4))  # nothing that was finished is done again
 
 
+def test_a_stopped_run_with_a_budget_makes_the_same_choice(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = em(target_bytes=5000, float_storage="float16")
+    expected = _bytes(None, config, model)
+    with monkeypatch.context() as patch:
+        _stop_after(1, patch)
+        with pytest.raises(KeyboardInterrupt):
+            _bytes(tmp_path / "run", config, model)
+    rest = _stop_after(99, monkeypatch)
+    assert _bytes(tmp_path / "run", config, model) == expected
+    assert rest[0] == 1
+
+
 def test_a_finished_run_can_be_read_again(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = _bytes(tmp_path, em(), model)
     again = _stop_after(0, monkeypatch)

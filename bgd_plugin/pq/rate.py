@@ -1,0 +1,118 @@
+"""How a weight's error falls as its codebook grows: quick fits at a few sizes, and a law between them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bgd_plugin.pq.em import fit_em
+from bgd_plugin.pq.full import fit_positions
+
+__all__ = ["QuickFit", "RateCurve", "largest_codebook", "quick_fit", "rate_curve", "sampled_positions"]
+
+_START_ITERATIONS = 6
+_ITERATIONS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateCurve:
+    """Error by codebook size, for one block size.
+
+    Between two fitted sizes the error is a straight line in log-log; beyond them it follows the law of fine
+    quantization, error ~ k^(−2/d).
+
+    Attributes:
+        block_size: d.
+        points: pairs of a codebook size and the error there, sizes ascending.
+
+    **Source**: Zador, "Asymptotic quantization error of continuous signals", IEEE Trans. Inf. Theory 28 (1982).
+    """
+
+    block_size: int
+    points: tuple[tuple[int, float], ...]
+
+    def error(self, codebook_size: int) -> float:
+        """The error at a codebook size, in the unit of the points."""
+        below = [p for p in self.points if p[0] <= codebook_size]
+        above = [p for p in self.points if p[0] >= codebook_size]
+        if below and above:
+            (k0, e0), (k1, e1) = below[-1], above[0]
+            if k0 == k1 or not e0 > 0 or not e1 > 0:
+                return e0
+            share = math.log(codebook_size / k0) / math.log(k1 / k0)
+            return float(e0 ** (1 - share) * e1**share)
+        k0, e0 = below[-1] if below else above[0]
+        return float(e0 * (k0 / codebook_size) ** (2 / self.block_size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickFit:
+    """A codebook of a few iterations `[codebook_size, d]`, and the mean error of a block with it."""
+
+    codebook: Tensor
+    error: float
+
+
+def largest_codebook(blocks: int) -> int:
+    """The largest power of two strictly below a quarter of the blocks; 0 if there is none."""
+    return int(2 ** (math.ceil(math.log2(blocks / 4)) - 1)) if blocks > 4 else 0
+
+
+@torch.no_grad()
+def quick_fit(blocks: Tensor, metrics: Tensor, codebook_size: int, *, generator: torch.Generator) -> QuickFit:
+    """A rough fit: k-means under the positions' mean metric, then a little of it under each position's own.
+
+    Args:
+        blocks: `[positions, rows, d]`.
+        metrics: `[positions, d, d]`, symmetric, positive definite: what an error at that position counts.
+        codebook_size: k, no more than there are blocks.
+        generator: for the start.
+    """
+    start = fit_em(blocks, metrics.mean(0), codebook_size, _START_ITERATIONS, generator=generator).codebook
+    codebook, codes = fit_positions(blocks, metrics, start, _ITERATIONS)
+    difference = blocks - functional.embedding(codes, codebook)
+    error = float(((difference @ metrics.to(difference)) * difference).sum(dtype=torch.float64))
+    return QuickFit(codebook=codebook, error=error / (blocks.shape[0] * blocks.shape[1]))
+
+
+@torch.no_grad()
+def rate_curve(
+    blocks: Tensor, metrics: Tensor, codebook_sizes: Sequence[int], *, generator: torch.Generator
+) -> RateCurve:
+    """The mean error of a block at some codebook sizes.
+
+    Args:
+        blocks: `[positions, rows, d]`.
+        metrics: `[positions, d, d]`.
+        codebook_sizes: ascending; the error is made to fall from one to the next.
+        generator: for the starts.
+    """
+    points: list[tuple[int, float]] = []
+    for size in codebook_sizes:
+        error = quick_fit(blocks, metrics, size, generator=generator).error
+        points.append((size, min(error, points[-1][1]) if points else error))
+    return RateCurve(block_size=blocks.shape[2], points=tuple(points))
+
+
+def sampled_positions(blocks: Tensor, metrics: Tensor, limit: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Some of the positions, so that about `limit` blocks remain; all of them where there are no more.
+
+    Args:
+        blocks: `[positions, rows, d]`.
+        metrics: `[positions, d, d]`.
+        limit: blocks to keep; a position too long for it gives some of its rows.
+        generator: for the choice.
+    """
+    positions, rows = blocks.shape[:2]
+    if rows > limit:
+        blocks = blocks[:, torch.randperm(rows, generator=generator)[:limit].sort().values.to(blocks.device)]
+    keep = max(1, limit // blocks.shape[1])
+    if positions <= keep:
+        return blocks, metrics
+    chosen = torch.randperm(positions, generator=generator)[:keep].sort().values.to(blocks.device)
+    return blocks[chosen], metrics[chosen]
