@@ -330,7 +330,9 @@ def _explained(option: Option, sensitivity: Sensitivity) -> Option:
 
 
 def _mask_note(layer: PlannedLayer) -> str:
-    return f"zeros: {layer.mask_form}, {8 * layer.mask_bytes / layer.weights:.2f} bits/weight" if layer.mask_form else ""
+    return (
+        f"zeros: {layer.mask_form}, {8 * layer.mask_bytes / layer.weights:.2f} bits/weight" if layer.mask_form else ""
+    )
 
 
 def _budget_notes(choice: Choice, target: int, fixed: int, measured: bool) -> tuple[str, ...]:

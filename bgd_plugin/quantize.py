@@ -96,9 +96,7 @@ def quantize(
     run = Run.open(checkpoint, model, config, batches, teacher)
     start = time.perf_counter()
     sensitivities = _sensitivities(student, batches, config, progress) if config.has_budget else None
-    plan, found = make_plan(
-        student, config, original=model, original_bytes=original_bytes, sensitivities=sensitivities
-    )
+    plan, found = make_plan(student, config, original=model, original_bytes=original_bytes, sensitivities=sensitivities)
     seconds = {"budget": time.perf_counter() - start} if config.has_budget else {}
     isolate_weights_(student, found)
     with _progress_bar(config, plan, batches, progress) as bar:
