@@ -36,5 +36,8 @@ def test_an_adapter_has_a_module_and_an_extra(name: str) -> None:
 def test_every_module_of_the_package_is_declared() -> None:
     package = importlib.util.find_spec("bgd_plugin_adapters")
     assert package and package.submodule_search_locations
-    modules = {path.stem for path in Path(package.submodule_search_locations[0]).glob("[!_]*.py")}
+    folder = Path(package.submodule_search_locations[0])
+    modules = {
+        path.stem for path in [*folder.glob("[!_]*.py"), *(init.parent for init in folder.glob("*/__init__.py"))]
+    }
     assert modules <= set(ADAPTERS)

@@ -1,0 +1,21 @@
+"""`bgd_plugin` as an algorithm of neural-compressor: its configs, its entry points, its files.
+
+`quantize`, `prepare`, `convert`, `autotune` and `save` are neural-compressor's own. What it saves is read back by the
+`load` that stands here, since neural-compressor's own knows only its own algorithms.
+"""
+
+from bgd_plugin_adapters.neural_compressor.algorithm import BGDQuantizer
+from bgd_plugin_adapters.neural_compressor.composition import install as _install_composition
+from bgd_plugin_adapters.neural_compressor.config import BGDConfig, get_default_bgd_config
+from bgd_plugin_adapters.neural_compressor.files import load
+from bgd_plugin_adapters.neural_compressor.model import QuantizedModel
+
+__all__ = ["BGDConfig", "BGDQuantizer", "QuantizedModel", "get_default_bgd_config", "load", "register"]
+
+
+def register() -> None:
+    """Make sums of our configs and others' work; the config and the algorithm are registered by importing."""
+    _install_composition()
+
+
+register()

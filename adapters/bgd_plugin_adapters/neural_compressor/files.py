@@ -1,0 +1,157 @@
+"""The folder of a quantized network.
+
+| file | holds |
+|---|---|
+| `qconfig.json` | the config of each layer, as neural-compressor writes it |
+| `quantized_weight.pt` | the layers that neural-compressor's own algorithms quantized; of others, nothing |
+| `bgd.safetensors` | all the rest: what `bgd_plugin.save` writes |
+| `bgd.json` | the length and the SHA-256 of each, by which a missing or edited file is found |
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from neural_compressor.common.base_config import config_registry
+from neural_compressor.torch.quantization.config import FRAMEWORK_NAME
+from neural_compressor.torch.utils.utility import QCONFIG_NAME, WEIGHT_NAME
+from torch import nn
+
+import bgd_plugin as bgd
+from bgd_plugin import CheckpointError, ConfigError
+from bgd_plugin_adapters.neural_compressor.config import ALGORITHM, LOADED_BY
+from bgd_plugin_adapters.neural_compressor.foreign import (
+    detached_state,
+    foreign_layers,
+    restored,
+    traced,
+    without_foreign,
+)
+
+__all__ = ["load", "save"]
+
+_NETWORK = "bgd.safetensors"
+_MANIFEST = "bgd.json"
+_FORMAT = 1
+
+
+def save(model: Any, checkpoint_dir: str = "saved_results", format: str = "default") -> None:
+    """Write a quantized network to a folder; neural-compressor's `save` calls this.
+
+    Raises:
+        ConfigError: a format other than "default".
+    """
+    if getattr(format, "value", format) != "default":
+        raise ConfigError(f"format={format!r}: a network quantized by {ALGORITHM!r} is saved in the format 'default'")
+    folder = Path(checkpoint_dir).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _MANIFEST).unlink(missing_ok=True)  # from here on, nobody reads the folder until all is there
+    entries = {str(key): {config.name: dict(config.to_dict())} for key, config in model.qconfig.items()}
+    for entry in entries.values():
+        if ALGORITHM in entry:  # neural-compressor's own load, which would silently load nothing, stumbles over this
+            entry[ALGORITHM]["loaded_by"] = LOADED_BY
+    (folder / QCONFIG_NAME).write_text(json.dumps(entries, indent=4), encoding="utf-8")
+    torch.save(detached_state(model), folder / WEIGHT_NAME)
+    bgd.save(without_foreign(model), folder / _NETWORK)
+    manifest = {
+        "format": _FORMAT,
+        "bgd_plugin": bgd.__version__,
+        "neural_compressor": _version(),
+        "files": {name: _fingerprint(folder / name) for name in (QCONFIG_NAME, WEIGHT_NAME, _NETWORK)},
+    }
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=4), encoding="utf-8")
+
+
+def load(checkpoint_dir: str, original_model: nn.Module, device: str = "cpu") -> Any:
+    """Read a quantized network from a folder; neural-compressor's own `load` knows only its own algorithms.
+
+    Args:
+        checkpoint_dir: the folder.
+        original_model: a network of the same architecture; it is left untouched, and its weights are not used.
+        device: where the result goes.
+
+    Returns:
+        the network in evaluation mode, with the outputs of the one that was saved, bit by bit.
+
+    Raises:
+        CheckpointError: a file is missing, was edited, or does not fit `original_model`.
+    """
+    from bgd_plugin_adapters.neural_compressor.model import as_quantized_
+
+    folder = Path(checkpoint_dir).expanduser()
+    _check_files(folder)
+    mapping = _read_mapping(folder / QCONFIG_NAME)
+    network = copy.deepcopy(original_model)
+    if any(config.name != ALGORITHM and getattr(config, "dtype", "") != "fp32" for config in mapping.values()):
+        from neural_compressor.torch.algorithms import weight_only
+
+        network = weight_only.load(str(folder), original_model=network)
+    foreign = foreign_layers(network)
+    like = without_foreign(traced(network))
+    result = restored(bgd.load(folder / _NETWORK, like=like), foreign)
+    return as_quantized_(result, mapping, None).eval().to(device)
+
+
+def _version() -> str:
+    for name in ("neural-compressor-pt", "neural-compressor"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    content = file.read_bytes()
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _check_files(folder: Path) -> None:
+    names = (QCONFIG_NAME, WEIGHT_NAME, _NETWORK, _MANIFEST)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder}: {', '.join(missing)} missing; a saved folder holds {', '.join(names)}")
+    manifest = _parsed(folder / _MANIFEST, json.loads)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not isinstance(manifest.get("format"), int):
+        raise CheckpointError(f"{folder / _MANIFEST} is damaged")
+    if manifest["format"] > _FORMAT:
+        raise CheckpointError(
+            f"{folder} is in format {manifest['format']}, this library reads up to {_FORMAT}: upgrade bgd-plugin"
+        )
+    changed = [name for name in names[:3] if files.get(name) != _fingerprint(folder / name)]
+    if changed:
+        raise CheckpointError(f"{folder}: {', '.join(changed)} was changed since it was saved: save the network again")
+
+
+def _read_mapping(file: Path) -> dict[Any, Any]:
+    """The config of each layer."""
+    classes = config_registry.get_cls_configs()[FRAMEWORK_NAME]
+    mapping = {}
+    for key, entry in _parsed(file, json.loads).items():
+        ((name, values),) = entry.items()
+        if name not in classes:
+            raise CheckpointError(
+                f"{file}: {key} was quantized by {name!r}, which is no algorithm of this neural-compressor"
+            )
+        values.pop("loaded_by", None)
+        is_ours = name == ALGORITHM
+        mapping[ast.literal_eval(key)] = (
+            classes[name](**values, white_list=None) if is_ours else classes[name](**values)
+        )
+    return mapping
+
+
+def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged ({error})") from error

@@ -1,0 +1,114 @@
+"""From a config for each layer to the core's settings: one for the network, and overrides where a layer differs."""
+
+from __future__ import annotations
+
+import glob
+from dataclasses import replace
+from typing import Any
+
+from torch import fx, nn
+
+import bgd_plugin as bgd
+from bgd_plugin import ConfigError, LayerConfig
+from bgd_plugin.config import FAMILIES
+from bgd_plugin.plan import PlannedLayer
+from bgd_plugin_adapters.neural_compressor.config import BGDConfig
+from bgd_plugin_adapters.neural_compressor.foreign import foreign_layers
+
+__all__ = ["Mapping", "core_settings"]
+
+Mapping = dict[tuple[str, Any], Any]
+
+
+def core_settings(model: nn.Module, mapping: Mapping) -> bgd.BGDConfig:
+    """The core's settings for the configs of all layers, ours and other algorithms'.
+
+    Raises:
+        ConfigError: a layer is asked for, by name or type, and it stays float; or none is asked for.
+    """
+    parent: BGDConfig = next(config for config in mapping.values() if isinstance(config, BGDConfig)).parent
+    base = parent.core_config()
+    wanted = {name: c for (name, _), c in mapping.items() if isinstance(c, BGDConfig) and c.dtype != "fp32"}
+    if not wanted:
+        raise ConfigError("every BGDConfig here has dtype='fp32': nothing would be quantized")
+    is_whole = parent.global_config is not None and parent.dtype != "fp32"
+    known = _quantizable(model, base, all_families=True)
+    named = {name for name, _ in mapping}
+    others: dict[str, LayerConfig | None] = dict.fromkeys(
+        n for n in known if n not in wanted and (n in named or not is_whole)
+    )
+    default = _quantizable(model, base, all_families=False)
+    own: dict[str, LayerConfig | None] = {}
+    for name, config in wanted.items():
+        differs = (config.block_size, config.codebook_size) != (parent.block_size, parent.codebook_size)
+        kept_float = name not in default and (config.asked == name or _follows_foreign(model, known.get(name)))
+        if name in known and (kept_float or (differs and name in default)):
+            own[name] = _layer(known[name], config, base)
+    result = replace(base, overrides=_overrides(others) + _overrides(own) + base.overrides)
+    _check_asked(bgd.plan(model, result), wanted)
+    return result
+
+
+def _quantizable(model: nn.Module, base: bgd.BGDConfig, *, all_families: bool) -> dict[str, PlannedLayer]:
+    """The layers that can be quantized at all, or only those whose kind has a setting; in blocks of one weight."""
+    one = LayerConfig(block_size=1)
+    families: dict[str, Any] = {name: one for name in FAMILIES if all_families or getattr(base, name)}
+    nothing: dict[str, Any] = dict.fromkeys(FAMILIES)
+    try:
+        found = bgd.plan(model, bgd.BGDConfig(**(nothing | families)))
+    except ConfigError:  # no such layer
+        return {}
+    return {layer.name: layer for layer in found.layers}
+
+
+def _follows_foreign(model: nn.Module, layer: PlannedLayer | None) -> bool:
+    """Whether a layer is the first of those left only because another algorithm has quantized the ones before it."""
+    if layer is None or not isinstance(model, fx.GraphModule):
+        return False
+    foreign = foreign_layers(model)
+    for node in model.graph.nodes:
+        if node.name in layer.calls:
+            return False
+        if node.op == "call_module" and str(node.target) in foreign:
+            return True
+    return False
+
+
+def _layer(layer: PlannedLayer, config: BGDConfig, base: bgd.BGDConfig) -> LayerConfig:
+    """The setting of one layer. What its config leaves open is that of its kind, in blocks that divide its rows.
+
+    Raises:
+        ConfigError: its kind has no setting.
+    """
+    kind: LayerConfig | None = getattr(base, layer.family)
+    if kind is None and config.block_size is None:
+        raise ConfigError(f"layer {layer.name!r}: {layer.family} has no setting: give its config a block_size")
+    columns = layer.weights // layer.rows
+    block_size = config.block_size or max(
+        d for d in range(1, columns + 1) if columns % d == 0 and kind and d <= kind.block_size
+    )
+    if config.codebook_size:
+        return LayerConfig(block_size=block_size, codebook_size=config.codebook_size)
+    return replace(kind, block_size=block_size) if kind else LayerConfig(block_size=block_size)
+
+
+def _overrides(layers: dict[str, LayerConfig | None]) -> tuple[tuple[str, LayerConfig | None], ...]:
+    """Settings of single layers; a layer's name is no glob."""
+    return tuple((glob.escape(name), layer) for name, layer in layers.items())
+
+
+def _check_asked(plan: bgd.Plan, wanted: dict[str, BGDConfig]) -> None:
+    """Each local config must reach a layer."""
+    planned = {layer.name for layer in plan.layers}
+    reasons = {layer.name: layer.reason for layer in plan.skipped}
+    asked: dict[str, list[str]] = {}
+    for name, config in wanted.items():
+        if config.asked is not None:
+            asked.setdefault(config.asked, []).append(name)
+    for key, names in asked.items():
+        if not planned & set(names):
+            why = "; ".join(f"{n}: {reasons.get(n, 'not called by itself in the network')}" for n in names[:5])
+            raise ConfigError(
+                f"BGDConfig for {key!r} would quantize nothing ({why}): give the first layer or a depthwise "
+                "convolution a block_size of its own, by its name; leave out what cannot be quantized"
+            )

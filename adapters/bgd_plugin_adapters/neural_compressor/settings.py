@@ -1,0 +1,86 @@
+"""The parameters of the config: those of the core's `BGDConfig`, by its fields, and those of a single layer.
+
+A new field of the core is a new parameter here without anything being written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import bgd_plugin as bgd
+from bgd_plugin import ConfigError, LayerConfig
+
+__all__ = ["LAYER_DEFAULTS", "NETWORK_DEFAULTS", "checked", "core_config", "is_choice", "plain"]
+
+DTYPES = ("pq", "fp32")
+LAYER_DEFAULTS: dict[str, Any] = {"dtype": "pq", "block_size": None, "codebook_size": None}
+NETWORK_DEFAULTS: dict[str, Any] = {
+    field.name: getattr(bgd.BGDConfig(), field.name) for field in dataclasses.fields(bgd.BGDConfig)
+}
+
+
+def is_choice(name: str, value: Any) -> bool:
+    """Whether a value is a list of values for `autotune` to choose from."""
+    pairs = name == "overrides" and isinstance(value, list) and all(_is_pair(entry) for entry in value)
+    return isinstance(value, list) and not pairs
+
+
+def _is_pair(entry: Any) -> bool:
+    return isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[0], str)
+
+
+def checked(name: str, value: Any) -> Any:
+    """A parameter's value as the core has it; plain dicts and lists, as JSON gives them, become its settings.
+
+    Raises:
+        ConfigError: the core refuses the value.
+    """
+    if is_choice(name, value):
+        if not value:
+            raise ConfigError(f"{name}=[]: a list holds the values to choose from, give at least one")
+        return [checked(name, option) for option in value]
+    if name == "dtype" and value not in DTYPES:
+        raise ConfigError(f"dtype={value!r}: give 'pq' to quantize a layer or 'fp32' to leave it as it is")
+    if name == "block_size" and value is not None:
+        LayerConfig(block_size=value)
+    if name == "codebook_size" and value is not None:
+        LayerConfig(block_size=1, codebook_size=value)
+    return value if name in LAYER_DEFAULTS else getattr(bgd.BGDConfig.from_dict({name: value}), name)
+
+
+def plain(name: str, value: Any) -> Any:
+    """A parameter's value as JSON has it; the inverse of `checked`."""
+    if is_choice(name, value):
+        return [plain(name, option) for option in value]
+    if name in LAYER_DEFAULTS:
+        return value
+    return _lists(bgd.BGDConfig(**{name: value}).to_dict()[name])
+
+
+def _lists(value: Any) -> Any:
+    """Tuples as lists, as JSON reads them back."""
+    if isinstance(value, dict):
+        return {key: _lists(entry) for key, entry in value.items()}
+    return [_lists(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def core_config(parameters: dict[str, Any]) -> bgd.BGDConfig:
+    """The core's settings for the whole network; a block or codebook size holds for every kind of layer that has one.
+
+    Raises:
+        ConfigError: a parameter is a list of choices.
+    """
+    for name, value in parameters.items():
+        if is_choice(name, value):
+            raise ConfigError(
+                f"{name} is a list of {len(value)} values to choose from: autotune takes it, quantize one of them"
+            )
+    fields = {name: parameters[name] for name in NETWORK_DEFAULTS}
+    for name, value in fields.items():
+        if isinstance(value, LayerConfig):
+            fields[name] = LayerConfig(
+                block_size=parameters["block_size"] or value.block_size,
+                codebook_size=parameters["codebook_size"] or value.codebook_size,
+            )
+    return bgd.BGDConfig(**fields)

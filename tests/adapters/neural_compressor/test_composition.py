@@ -1,0 +1,133 @@
+"""Ours beside neural-compressor's RTN: in a sum, in a dict, one after the other, in `autotune`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("neural_compressor.torch.quantization", reason="neural-compressor is not installed")
+
+import torch
+from neural_compressor.common.base_config import ComposableConfig
+from neural_compressor.torch.quantization import (
+    AWQConfig,
+    GPTQConfig,
+    RTNConfig,
+    TuningConfig,
+    autotune,
+    quantize,
+)
+from torch import nn
+
+from bgd_plugin import ConfigError
+from bgd_plugin_adapters.neural_compressor import BGDConfig, load, register
+from tests.adapters.neural_compressor.networks import IMAGES, conv_net, feed, kinds
+
+RUN = feed(IMAGES)
+RTN, PQ = "INCWeightOnlyLinear", ("PQConv2d", "PQLinear")
+
+
+def _kinds(config: Any, model: Any = None) -> dict[str, str]:
+    return kinds(quantize(model or conv_net(), config, run_fn=RUN))
+
+
+def test_the_later_one_in_a_sum_wins() -> None:
+    found = _kinds(BGDConfig() + RTNConfig())
+    assert found == {"stem": "Conv2d", "conv": PQ[0], "norm": "BatchNorm2d", "fc1": RTN, "fc2": RTN}
+    with pytest.raises(ConfigError, match="nothing is left for the config of 'rtn'"):
+        _kinds(RTNConfig() + BGDConfig())
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_white_lists(ours_first: bool) -> None:
+    ours, theirs = BGDConfig(white_list=["fc1"]), RTNConfig(white_list=["fc2"])
+    found = _kinds(ours + theirs if ours_first else theirs + ours)
+    assert (found["conv"], found["fc1"], found["fc2"]) == ("Conv2d", PQ[1], RTN)
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_a_dict_of_two_algorithms(ours_first: bool) -> None:
+    parts: dict[str, Any] = {
+        "bgd": {"block_size": 2},
+        "rtn": {"global": {"dtype": "fp32"}, "local": {"fc2": {"bits": 4}}},
+    }
+    config = dict(sorted(parts.items(), reverse=not ours_first))
+    if ours_first:
+        found = _kinds(config)
+        assert (found["conv"], found["fc2"]) == (PQ[0], RTN)
+    else:
+        with pytest.raises(ConfigError, match="nothing is left"):
+            _kinds(config)
+
+
+def test_three_parts() -> None:
+    config = RTNConfig(white_list=["fc2"]) + BGDConfig(white_list=["fc1"]) + BGDConfig(white_list=["conv"])
+    found = _kinds(config)
+    assert (found["conv"], found["fc1"], found["fc2"]) == (*PQ, RTN)
+
+
+def test_rtn_keeps_its_own_settings_in_a_sum() -> None:
+    result: Any = quantize(
+        conv_net(), RTNConfig(bits=8, white_list=["fc2"]) + BGDConfig(white_list=["fc1"]), run_fn=RUN
+    )
+    assert result.fc2.bits == 8
+
+
+def test_an_algorithm_that_was_not_tried_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cannot be added to awq: that has not been tried, unlike rtn"):
+        _kinds(AWQConfig(white_list=["fc1"]) + BGDConfig(white_list=["fc2"]))
+
+
+def test_sums_without_ours_are_left_to_neural_compressor() -> None:
+    register()
+    mixed = RTNConfig(white_list=["fc1"]) + GPTQConfig(white_list=["fc2"])
+    mapping = mixed.to_config_mapping(model_info=mixed.get_model_info(conv_net()))
+    assert {name: config.name for (name, _), config in mapping.items()} == {"fc1": "rtn", "fc2": "gptq"}
+    single = ComposableConfig.from_dict({"rtn": {"bits": 8}}, {"rtn": RTNConfig})
+    assert isinstance(single, RTNConfig) and single.bits == 8
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_one_after_the_other(ours_first: bool, tmp_path: Any) -> None:
+    ours, theirs = BGDConfig(white_list=["conv"]), RTNConfig()
+    model: Any = conv_net()
+    for config in (ours, theirs) if ours_first else (theirs, ours):
+        model = quantize(model, config, run_fn=RUN)
+    found = kinds(model)
+    assert (found["conv"], found["fc1"], found["fc2"]) == (PQ[0], RTN, RTN)
+    assert {config.name for config in model.qconfig.values()} == {"bgd", "rtn"}
+    model.save(str(tmp_path))
+    assert torch.equal(load(str(tmp_path), conv_net())(IMAGES[0]), model(IMAGES[0]))
+
+
+def _agreement(model: nn.Module) -> float:
+    """How often a network answers as the float one does; a metric as a user would have it."""
+    target = conv_net()
+    with torch.no_grad():
+        same = [(model(x).argmax(1) == target(x).argmax(1)).float().mean() for x in IMAGES]
+    return float(torch.stack(same).mean())
+
+
+def test_autotune_takes_the_first_that_is_good_enough(tmp_path: Any) -> None:
+    tried: list[float] = []
+
+    def eval_fn(model: nn.Module) -> float:
+        tried.append(_agreement(model))
+        return tried[-1]
+
+    ours = BGDConfig(method="em", batchnorm="keep", conv=None, codebook_size=[2, 4], block_size=[32, 16])
+    tuning = TuningConfig(config_set=[ours, RTNConfig(bits=2)], tolerable_loss=-1.0)  # never good enough: all are tried
+    best: Any = autotune(conv_net(), tuning, eval_fn, run_fn=RUN)
+    assert len(tried) == 6
+    assert _agreement(best) == max(tried[1:])
+    best.save(str(tmp_path))
+    assert torch.equal(load(str(tmp_path), conv_net())(IMAGES[0]), best(IMAGES[0]))
+
+
+def test_autotune_stops_where_the_loss_is_tolerable() -> None:
+    tuning = TuningConfig(config_set=[BGDConfig(conv=None, block_size=[32, 1]), RTNConfig(bits=8)], tolerable_loss=0.2)
+    trials: list[nn.Module] = []
+    best: Any = autotune(conv_net(), tuning, lambda m: trials.append(m) or _agreement(m), run_fn=RUN)
+    assert trials[-1] is best
+    assert _agreement(best) >= 0.8
