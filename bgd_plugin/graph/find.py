@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from bgd_plugin.graph.tracer import is_quantized_elsewhere
 from bgd_plugin.nn import PQModule
 from bgd_plugin.pq.blocks import Geometry
 
@@ -258,6 +259,8 @@ def _other_weights(graph_module: fx.GraphModule, calls: dict[str, list[fx.Node]]
             kind = type(module).__name__
             if isinstance(module, PQModule):
                 yield str(node.target), "already quantized"
+            elif is_quantized_elsewhere(module):
+                yield str(node.target), f"{kind} is quantized already, by another library"
             elif not isinstance(module, tuple(_MODULES)) and any(p.ndim > 1 for p in module.parameters()):
                 yield str(node.target), f"{kind} has no product-quantized form here"
         elif node.op == "get_attr" and str(node.target) not in calls:

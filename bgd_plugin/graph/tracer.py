@@ -6,12 +6,13 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from bgd_plugin.errors import TraceError
 from bgd_plugin.nn import FloatWeight, PQModule
 
-__all__ = ["PQTracer", "copy_module", "set_modes", "trace"]
+__all__ = ["PQTracer", "copy_module", "is_quantized_elsewhere", "set_modes", "trace"]
 
 
 _SWAPPABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -25,12 +26,23 @@ class PQTracer(fx.Tracer):
     """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, (PQModule, FloatWeight)):
+        if isinstance(m, (PQModule, FloatWeight)) or is_quantized_elsewhere(m):
             return True
         for base in _SWAPPABLE:
             if isinstance(m, base):
                 return type(m).forward is base.forward
         return super().is_leaf_module(m, module_qualified_name)
+
+
+def is_quantized_elsewhere(module: nn.Module) -> bool:
+    """Whether a module holds integers of another quantizer in place of a weight.
+
+    Walking into it would decode the weight while tracing, and leave it in the graph as a float constant.
+    """
+    if isinstance(module, PQModule) or any(True for _ in module.children()):
+        return False
+    has_matrix = any(b.ndim > 1 and not b.is_floating_point() and b.dtype != torch.bool for b in module.buffers())
+    return has_matrix and not any(p.ndim > 1 for p in module.parameters())
 
 
 def trace(model: nn.Module) -> fx.GraphModule:

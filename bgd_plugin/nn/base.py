@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from bgd_plugin.errors import ConfigError
 from bgd_plugin.pq.blocks import decode
 from bgd_plugin.pq.masked import codeword_uses, masked
 from bgd_plugin.pq.packing import code_dtype
@@ -44,6 +45,15 @@ class PQModule(nn.Module):
         self.codebook = nn.Parameter(codebook)
         self.register_buffer("codes", codes.to(code_dtype(codebook.shape[0])))
         self.register_buffer("mask", None)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As every module, but refuses a weight: those who would prune or reparametrize this layer come too late."""
+        if name == "weight" or name.endswith("_orig"):
+            raise ConfigError(
+                f"{type(self).__name__}({self.pq_repr()}) holds codewords and codes, and no weight of its own that "
+                "could be pruned or parametrized: prune the float network first, quantize last"
+            )
+        super().register_parameter(name, param)
 
     @property
     def codebook_size(self) -> int:
