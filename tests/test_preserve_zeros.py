@@ -265,3 +265,14 @@ def test_the_ratio_is_that_of_the_chain() -> None:
     by_pass(torch.fx.symbolic_trace(model))
     assert by_pass.report is not None
     assert by_pass.report.original_bytes == 1_000_000
+
+
+def test_a_budget_counts_the_masks() -> None:
+    model = pruned()
+    config = settings(target_bytes=4400)
+    plan = bgd.plan(model, config)
+    result = bgd.quantize(model, images(), config, progress=False)
+    assert result.report.compressed_bytes <= 4400
+    assert sum(layer.mask_bytes for layer in plan.layers) > 0
+    for layer in plan.layers:
+        assert torch.equal(zeros(result.model, layer.name), zeros(model, layer.name))
