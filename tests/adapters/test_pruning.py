@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from bgd_plugin_adapters.pruning import narrowed, register
 from torch import Tensor, fx, nn
 from torch.ao.pruning import WeightNormSparsifier
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
@@ -22,6 +21,7 @@ from torch.nn.utils import prune
 
 import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, CheckpointError, ConfigError, LayerConfig
+from bgd_plugin_adapters.pruning import narrowed, register
 from tests.networks import PlainNet, SmallResNet, em, images, randomized, same_outputs, vectors
 
 ROOT = Path(__file__).resolve().parents[2]
