@@ -138,13 +138,16 @@ def quantize(
     distillation: Annotated[bool, typer.Option(help="whether the settings' distillation is done")] = True,
     finetune_epochs: Annotated[int | None, typer.Option(min=1, help="walks over all images of the folder")] = None,
     finetuning: Annotated[bool, typer.Option(help="whether the settings' finetuning is done")] = True,
-    images: Annotated[int, typer.Option(min=1, help="calibration images held in memory, a seeded choice")] = 1024,
+    images: Annotated[int, typer.Option(min=1, help="calibration images, a seeded choice")] = 1024,
     batch_size: BatchSize = 64,
     size: Size = 224,
     resize: Resize = 256,
     mean: Mean = _MEAN,
     std: Std = _STD,
     interpolation: Resampling = Interpolation.bilinear,
+    memory: Annotated[
+        float | None, typer.Option(min=1, help="MiB for calibration images and values, beyond which they go to disk")
+    ] = None,
     workers: Workers = 0,
     device: Device = "cpu",
     teacher: Annotated[str | None, typer.Option(help="MODEL whose answers training follows [default: MODEL]")] = None,
@@ -172,7 +175,14 @@ def quantize(
     settings = with_distillation(settings, distill_steps, distillation)
     settings = with_finetuning(settings, finetune_epochs, finetuning, data.steps_per_epoch)
     with _says_how_to_go_on(checkpoint):
-        result = quantize_model(network.model, data, settings, teacher=guide, checkpoint=checkpoint)
+        result = quantize_model(
+            network.model,
+            data,
+            settings,
+            teacher=guide,
+            checkpoint=checkpoint,
+            memory_bytes=None if memory is None else int(memory * 2**20),
+        )
     save(result.model, output)
     if report:
         result.report.to_html(report)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bgd_plugin.calibration import Batch, LayerInputs, Walk, logits_of, sampled_inputs
+from bgd_plugin.calibration import Batches, LayerInputs, Walk, logits_of, sampled_inputs
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.fitting import METHODS, FittedLayer, LayerContext, output_error
 from bgd_plugin.graph import FoundLayer, following_batchnorm, layer_has_bias, swap_
@@ -25,7 +25,8 @@ from bgd_plugin.training import absorb_row_scale_, correct_batchnorm_, distill_,
 
 __all__ = ["Job", "quantize_layers"]
 
-_ERROR_ROWS = 4096
+# The rows on which a layer's error is told: so many, but no more numbers than this.
+_ERROR_ROWS, _ERROR_NUMBERS = 4096, 8_000_000
 
 
 @dataclass(kw_only=True)
@@ -38,7 +39,7 @@ class Job:
     config: BGDConfig
     plan: Plan
     found: list[FoundLayer]
-    batches: list[Batch]
+    batches: Batches
     run: Run
     bar: Any
     seconds: dict[str, float] = field(default_factory=dict)
@@ -104,7 +105,8 @@ def _quantize_layer(job: Job, walk: Walk, index: int, logits: list[Tensor]) -> L
     generator = job.generator(planned.name)
     inputs = LayerInputs(walk, planned.name, planned.calls)
     with job.timed("statistics"):
-        sample = sampled_inputs(inputs, _ERROR_ROWS, job.generator(f"{planned.name} sample"))
+        rows = min(_ERROR_ROWS, _ERROR_NUMBERS // found.weight[0].numel())
+        sample = sampled_inputs(inputs, max(1, rows), job.generator(f"{planned.name} sample"))
     module = job.student.get_submodule(planned.target)
     finished = job.run.finished(index, planned)
     fit = finished or _fit(job, found, planned, inputs, generator)

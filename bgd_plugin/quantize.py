@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from bgd_plugin.budget import Sensitivity
 from bgd_plugin.calibration import (
     Batch,
+    BatchStore,
     Forward,
     collect_batches,
     iterate_batches,
@@ -37,6 +38,7 @@ from bgd_plugin.report import LayerReport, Report
 from bgd_plugin.run import Run
 from bgd_plugin.sensitivity import measure_sensitivities
 from bgd_plugin.storage import file_size, round_floats_, stored
+from bgd_plugin.tables import mib
 from bgd_plugin.training import finetune_, kl_to_teacher
 from bgd_plugin.training.finetuning import total_steps
 
@@ -59,6 +61,7 @@ def quantize(
     teacher: nn.Module | None = None,
     forward: Forward | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    memory_bytes: int | None = None,
     progress: bool = True,
     original_bytes: int | None = None,
 ) -> Quantized:
@@ -72,6 +75,8 @@ def quantize(
         teacher: network whose logits distillation and finetuning follow; the float model if not given.
         forward: `callable(model, batch)` for batches of any other form.
         checkpoint: folder for the finished layers; a call with the same arguments goes on from them.
+        memory_bytes: bound on what is held in memory of the calibration data and of the values that networks make of
+            it; the rest lies in a temporary file. The result is the same. None: no bound.
         progress: show a progress bar.
         original_bytes: where this is the last step of a chain, the bytes of the network the chain started from, such as
             `plan(dense).original_bytes`: the report's ratio is then that of the whole chain.
@@ -85,6 +90,8 @@ def quantize(
     config = config or BGDConfig()
     model = baked(model)
     _check_model(model)
+    if memory_bytes is not None and memory_bytes < 1:
+        raise ConfigError(f"memory_bytes={memory_bytes}: give a positive number of bytes, or None for no bound")
     if config.finetuning:
         require_rewalkable(calibration, "finetuning")
     student = trace(copy_module(model))
@@ -92,7 +99,7 @@ def quantize(
     student.eval()
     require_plannable(student, config, original=model, original_bytes=original_bytes)
     device = next(student.parameters()).device
-    batches = collect_batches(calibration, model, device=device, forward=forward)
+    batches = collect_batches(calibration, model, device=device, forward=forward, memory_bytes=memory_bytes)
     run = Run.open(checkpoint, model, config, batches, teacher)
     start = time.perf_counter()
     sensitivities = _sensitivities(student, batches, config, progress) if config.has_budget else None
@@ -136,7 +143,7 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _sensitivities(
-    student: fx.GraphModule, batches: list[Batch], config: BGDConfig, progress: bool
+    student: fx.GraphModule, batches: Sequence[Batch], config: BGDConfig, progress: bool
 ) -> dict[str, Sensitivity]:
     """What each layer whose size the budget chooses does to the output."""
     names = [planned.name for _, planned in free_layers(student, config)]
@@ -144,7 +151,7 @@ def _sensitivities(
         return measure_sensitivities(student, batches, names, config, bar.update)
 
 
-def _progress_bar(config: BGDConfig, plan: Plan, batches: list[Batch], progress: bool) -> Any:
+def _progress_bar(config: BGDConfig, plan: Plan, batches: Sequence[Batch], progress: bool) -> Any:
     steps = len(plan.layers) * (1 + (config.distillation.steps if config.distillation else 0))
     steps += total_steps(config.finetuning, len(batches)) if config.finetuning else 0
     return tqdm(total=steps, disable=not progress, desc="quantize", unit="step", dynamic_ncols=True)
@@ -192,8 +199,17 @@ def _restore(student: fx.GraphModule, model: nn.Module, found: list[FoundLayer],
         module.codebook.requires_grad_(flags[layer.target if layer.functional else f"{layer.target}.weight"])
 
 
+def _memory_note(store: BatchStore) -> str:
+    peak, bound, spilled = mib(store.peak_bytes), mib(store.bound_bytes or 0), mib(store.spilled_bytes)
+    note = f"calibration values: at most {peak} of {bound} in memory, {spilled} in a file"
+    above = store.peak_bytes > (store.bound_bytes or 0)
+    return f"{note}; a batch needs more than half of the bound: give smaller batches" if above else note
+
+
 def _report(job: Job, layers: list[LayerReport]) -> Report:
     content = stored(job.student)
+    if job.batches.store.bound_bytes is not None:
+        job.notes.append(_memory_note(job.batches.store))
     return Report(
         layers=tuple(layers),
         skipped=job.plan.skipped,

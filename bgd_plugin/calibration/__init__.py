@@ -2,6 +2,7 @@
 
 from bgd_plugin.calibration.batches import (
     Batch,
+    Batches,
     Forward,
     collect_batches,
     iterate_batches,
@@ -13,14 +14,17 @@ from bgd_plugin.calibration.statistics import (
     LayerInputs,
     PairedRows,
     PooledGram,
-    paired_rows,
+    paired_pieces,
     pooled_gram,
     sampled_inputs,
 )
+from bgd_plugin.calibration.store import BatchStore
 from bgd_plugin.calibration.walk import Walk
 
 __all__ = [
     "Batch",
+    "BatchStore",
+    "Batches",
     "Forward",
     "InputSample",
     "LayerInputs",
@@ -30,7 +34,7 @@ __all__ = [
     "collect_batches",
     "iterate_batches",
     "logits_of",
-    "paired_rows",
+    "paired_pieces",
     "pooled_gram",
     "require_rewalkable",
     "sampled_inputs",

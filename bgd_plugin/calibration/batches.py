@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from bgd_plugin.calibration.store import BatchStore
 from bgd_plugin.errors import CalibrationError
 
-__all__ = ["Batch", "Forward", "collect_batches", "iterate_batches", "logits_of", "require_rewalkable"]
+__all__ = ["Batch", "Batches", "Forward", "collect_batches", "iterate_batches", "logits_of", "require_rewalkable"]
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -60,15 +61,48 @@ class Batch:
         return tensors[0].shape[0] if tensors else 1
 
 
+class Batches(Sequence[Batch]):
+    """The calibration data, held in a store, where the values that networks make of it stand beside it."""
+
+    def __init__(self, store: BatchStore) -> None:
+        self.store = store
+
+    @classmethod
+    def of(cls, batches: Iterable[Batch], memory_bytes: int | None = None) -> Batches:
+        """The same batches where they are held already, else in a new store with a bound."""
+        if isinstance(batches, Batches):
+            return batches
+        result = cls(BatchStore(memory_bytes))
+        for batch in batches:
+            result.store.append({"batch": (batch.args, batch.kwargs)})
+        return result
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, index: Any) -> Any:
+        """One batch."""
+        return Batch(*self.store.open(index)["batch"])
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One batch after another."""
+        return (self[index] for index in range(len(self)))
+
+
 def collect_batches(
-    calibration: Iterable[Any], model: nn.Module, *, device: torch.device, forward: Forward | None
-) -> list[Batch]:
-    """All batches of the calibration data, on `device`.
+    calibration: Iterable[Any],
+    model: nn.Module,
+    *,
+    device: torch.device,
+    forward: Forward | None,
+    memory_bytes: int | None = None,
+) -> Batches:
+    """All batches of the calibration data, on `device`; `memory_bytes` bounds what of them is held in memory.
 
     Raises:
         CalibrationError: no batch at all, or a batch of a form that is not understood.
     """
-    batches = list(iterate_batches(calibration, model, device=device, forward=forward))
+    batches = Batches.of(iterate_batches(calibration, model, device=device, forward=forward), memory_bytes)
     if not batches:
         raise CalibrationError(
             "the calibration data is empty: give an iterable of batches, such as a DataLoader "

@@ -13,7 +13,7 @@ from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import call_geometry, call_input
 from bgd_plugin.pq.blocks import Geometry, input_blocks, sample_inputs
 
-__all__ = ["InputSample", "LayerInputs", "PairedRows", "PooledGram", "paired_rows", "pooled_gram", "sampled_inputs"]
+__all__ = ["InputSample", "LayerInputs", "PairedRows", "PooledGram", "paired_pieces", "pooled_gram", "sampled_inputs"]
 
 _CHUNK_ELEMENTS = 4_000_000
 
@@ -91,28 +91,26 @@ class LayerInputs:
 
 
 @torch.no_grad()
-def paired_rows(inputs: LayerInputs, rows: int, generator: torch.Generator) -> PairedRows:
-    """About `rows` rows of unfolded inputs, spread over all batches, at the same places in student and float network.
+def paired_pieces(inputs: LayerInputs, rows: int, generator: torch.Generator) -> Iterator[PairedRows]:
+    """About `rows` rows of unfolded inputs in `len(inputs)` pieces, at the same places in student and float network.
 
-    Rows are in the order of the samples, so that the last ones are of images that the first ones have not seen.
+    Pieces are in the order of the samples, so that the last ones are of images that the first ones have not seen.
 
     Raises:
         CalibrationError: naming the layer whose inputs are not finite.
     """
     share = max(1, -(-rows // len(inputs)))
-    student, reference = [], []
     for mine, theirs, geometry in inputs.pairs():
         state = generator.get_state()
-        student.append(sample_inputs(mine, geometry, share, generator).float())
+        student = sample_inputs(mine, geometry, share, generator).float()
+        _require_finite(student, inputs.name)
         if theirs is mine:
-            reference.append(student[-1])
+            yield PairedRows(student=student, reference=student)
             continue
         generator.set_state(state)
-        reference.append(sample_inputs(theirs, geometry, share, generator).float())
-    result = PairedRows(student=torch.cat(student, dim=1), reference=torch.cat(reference, dim=1))
-    _require_finite(result.student, inputs.name)
-    _require_finite(result.reference, inputs.name)
-    return result
+        reference = sample_inputs(theirs, geometry, share, generator).float()
+        _require_finite(reference, inputs.name)
+        yield PairedRows(student=student, reference=reference)
 
 
 @torch.no_grad()

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from bgd_plugin.calibration.batches import Batch
+from bgd_plugin.calibration.batches import Batch, Batches
+from bgd_plugin.calibration.store import Shelf, memory_of
 from bgd_plugin.errors import CalibrationError
 
 __all__ = ["Values", "Walk", "run_node"]
@@ -51,10 +52,15 @@ class Walk:
         self.order: list[fx.Node] = list(student.graph.nodes)
         self.position = 0
         self.seconds = 0.0
-        inputs = [batch.placeholders(student.graph) for batch in batches]
-        self.student_values: list[Values] = [{node.name: value for node, value in i.items()} for i in inputs]
-        self.reference_values: list[Values] = [dict(values) for values in self.student_values]
-        self._given: list[Values] = [dict(values) for values in self.student_values]  # the user's own tensors
+        store = Batches.of(batches).store
+        store.leave_out([student] if reference is None else [student, reference])
+        self.student_values: Sequence[Values] = Shelf(store, "student")
+        self.reference_values: Sequence[Values] = Shelf(store, "reference")
+        self._given: Sequence[Values] = Shelf(store, "given")  # the user's own tensors
+        for index, batch in enumerate(batches):
+            values = {node.name: value for node, value in batch.placeholders(student.graph).items()}
+            content = store.open(index)
+            content.update(student=values, reference=dict(values), given=dict(values))
         self._differs: set[str] = set()
         self._changed: set[str] = set()
         self._last_use = _last_uses(self.order)
@@ -183,21 +189,17 @@ def _plain(arguments: Any) -> Any:
 
 def _own_memory_(values: Values, inputs: list[str], protected: tuple[Values, ...]) -> None:
     """Give `inputs` memory of their own where they share it with protected values; their views move along."""
-    taken = {_memory(t).data_ptr() for t in pytree.tree_leaves(protected) if isinstance(t, Tensor)}
+    taken = {memory_of(t).data_ptr() for t in pytree.tree_leaves(protected) if isinstance(t, Tensor)}
     read = [t for t in pytree.tree_leaves([values[name] for name in inputs]) if isinstance(t, Tensor)]
-    shared = {_memory(t).data_ptr(): _memory(t) for t in read if _memory(t).data_ptr() in taken}
+    shared = {memory_of(t).data_ptr(): memory_of(t) for t in read if memory_of(t).data_ptr() in taken}
     moved = {pointer: memory.clone() for pointer, memory in shared.items()}  # type: ignore[no-untyped-call]
 
     def own(t: Tensor) -> Tensor:
-        memory = moved.get(_memory(t).data_ptr())
+        memory = moved.get(memory_of(t).data_ptr())
         return t if memory is None else t.new_empty(0).set_(memory, t.storage_offset(), t.size(), t.stride())
 
     if moved:
         values.update({name: pytree.tree_map_only(Tensor, own, value) for name, value in values.items()})
-
-
-def _memory(tensor: Tensor) -> torch.UntypedStorage:
-    return tensor.untyped_storage()
 
 
 def _writes_in_place(node: fx.Node, module: nn.Module | None) -> bool:

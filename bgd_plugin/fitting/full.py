@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bgd_plugin.calibration import PooledGram, paired_rows, pooled_gram
+from bgd_plugin.calibration import PooledGram, paired_pieces, pooled_gram
 from bgd_plugin.fitting import em
 from bgd_plugin.fitting.base import FittedLayer, LayerContext, Method
 from bgd_plugin.nn import storable
 from bgd_plugin.pq.full import fit_full
 from bgd_plugin.pq.masked import masked
-from bgd_plugin.pq.target import Moments, asymmetric_target, matching_bias
+from bgd_plugin.pq.target import Moments, MomentSums, asymmetric_target, matching_bias
 
 __all__ = ["FULL"]
 
@@ -38,30 +38,31 @@ def _collect(context: LayerContext, generator: torch.Generator) -> _Statistics |
     columns = context.weight[0].numel()
     if columns > _MAX_COLUMNS:
         return pooled_gram(context.inputs, context.layer.block_size)
-    rows = paired_rows(context.inputs, max(_MIN_ROWS, _ROWS_PER_COLUMN * columns), generator)
-    groups = rows.student.shape[0]
-    outputs = rows.reference @ context.weight.detach().float().reshape(groups, -1, columns).mT
-    count = rows.student.shape[1]
-    cut = count - count // _HELDOUT
-    fitted = Moments.of(rows.student[:, :cut], outputs[:, :cut])
-    if cut == count:
-        return _Statistics(fitted=fitted, heldout=fitted, everything=fitted, rows=count)
-    heldout = Moments.of(rows.student[:, cut:], outputs[:, cut:])
-    return _Statistics(fitted=fitted, heldout=heldout, everything=_pooled(fitted, heldout, cut / count), rows=count)
+    weight = context.weight.detach().float()
+    fitted, heldout = MomentSums(), MomentSums()
+    pieces = paired_pieces(context.inputs, max(_MIN_ROWS, _ROWS_PER_COLUMN * columns), generator)
+    for index, piece in enumerate(pieces):
+        outputs = piece.reference @ weight.reshape(len(piece.reference), -1, columns).mT
+        cut = _rows_to_fit(piece.student.shape[1], index, len(context.inputs))
+        fitted.add_(piece.student[:, :cut], outputs[:, :cut])
+        heldout.add_(piece.student[:, cut:], outputs[:, cut:])
+    return _statistics(fitted, heldout)
 
 
-def _pooled(first: Moments, second: Moments, share: float) -> Moments:
-    """The moments of two sets of rows together, `share` of them in the first."""
+def _rows_to_fit(rows: int, index: int, pieces: int) -> int:
+    """How many of a piece's rows the fit sees: all of the first pieces', none of the last ones'."""
+    share = (_HELDOUT - 1) * pieces - _HELDOUT * index  # in parts of 1 / _HELDOUT
+    return max(0, min(rows, -(-share * rows // _HELDOUT)))
 
-    def mean(a: Tensor, b: Tensor) -> Tensor:
-        return share * a + (1 - share) * b
 
-    return Moments(
-        gram=mean(first.gram, second.gram),
-        mean=mean(first.mean, second.mean),
-        cross=mean(first.cross, second.cross),
-        output_mean=mean(first.output_mean, second.output_mean),
-    )
+def _statistics(fitted: MomentSums, heldout: MomentSums) -> _Statistics:
+    rows = fitted.count + heldout.count
+    share = fitted.count / rows
+    first = fitted.means_()
+    if share == 1:
+        return _Statistics(fitted=first, heldout=first, everything=first, rows=rows)
+    second = heldout.means_()
+    return _Statistics(fitted=first, heldout=second, everything=Moments.pooled(first, second, share), rows=rows)
 
 
 def _solve(context: LayerContext, statistics: _Statistics | PooledGram, generator: torch.Generator) -> FittedLayer:

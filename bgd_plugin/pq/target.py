@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bgd_plugin.pq.feedback import damped
 
-__all__ = ["Moments", "asymmetric_target", "matching_bias"]
+__all__ = ["MomentSums", "Moments", "asymmetric_target", "matching_bias"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +42,51 @@ class Moments:
             output_mean=outputs.double().mean(1),
         )
 
+    @classmethod
+    def pooled(cls, first: Moments, second: Moments, share: float) -> Moments:
+        """The moments of two sets of positions together, `share` of them in the first."""
+
+        def mean(a: Tensor, b: Tensor) -> Tensor:
+            return share * a + (1 - share) * b
+
+        return cls(
+            gram=mean(first.gram, second.gram),
+            mean=mean(first.mean, second.mean),
+            cross=mean(first.cross, second.cross),
+            output_mean=mean(first.output_mean, second.output_mean),
+        )
+
     def centred(self) -> tuple[Tensor, Tensor]:
         """The covariances of x with itself and with y: what is left to the weight once a bias takes the means."""
         gram = self.gram.double() - self.mean.double().unsqueeze(2) * self.mean.double().unsqueeze(1)
         cross = self.cross.double() - self.mean.double().unsqueeze(2) * self.output_mean.double().unsqueeze(1)
         return gram, cross
+
+
+class MomentSums:
+    """Moments as they add up, piece by piece; the pieces themselves are not kept.
+
+    Attributes:
+        count: positions so far.
+        sums: over them, of what `Moments` are the means, in that order; empty before the first piece.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sums: list[Tensor] = []
+
+    def add_(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Inputs `[groups, positions, columns]` and outputs `[groups, positions, rows_per_group]`."""
+        parts = (inputs.mT @ inputs, inputs.double().sum(1), inputs.mT @ outputs, outputs.double().sum(1))
+        self.count += inputs.shape[1]
+        self.sums = self.sums or [torch.zeros_like(part, dtype=torch.float64) for part in parts]
+        for total, part in zip(self.sums, parts, strict=True):
+            total += part
+
+    def means_(self) -> Moments:
+        """The moments; the sums are used up."""
+        gram, mean, cross, output_mean = (total.div_(max(1, self.count)) for total in self.sums)
+        return Moments(gram=gram, mean=mean, cross=cross, output_mean=output_mean)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from bgd_plugin import CalibrationError
-from bgd_plugin.calibration import Batch, Walk
+from bgd_plugin.calibration import Batch, Batches, Walk
 from bgd_plugin.graph import copy_module, trace
 from tests.networks import SmallResNet, images, randomized, vectors
 
@@ -78,6 +78,10 @@ def _setting(network: str) -> tuple[Any, list[Tensor], str, str]:
     return trace(randomized(kind())), data, first, second
 
 
+def _batches(data: list[Tensor], memory_bytes: int | None = None) -> Batches:
+    return Batches.of([Batch((batch,)) for batch in data], memory_bytes)
+
+
 def _outputs(model: nn.Module, data: list[Tensor]) -> list[Tensor]:
     with torch.no_grad():
         return [model(batch.clone()) for batch in data]
@@ -96,12 +100,19 @@ def _change(walk: Walk, target: str) -> None:
     walk.mark_changed(target)
 
 
+# None: all in memory. 1: all on file. The third: one of the two batches fits, some of the time.
+BOUNDS = [None, 1, 8_000]
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
 @pytest.mark.parametrize("with_reference", [True, False])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_the_output_from_any_point_on_is_that_of_a_forward_pass(network: str, with_reference: bool) -> None:
+def test_the_output_from_any_point_on_is_that_of_a_forward_pass(
+    network: str, with_reference: bool, bound: int | None
+) -> None:
     student, data, first, second = _setting(network)
     reference = copy_module(student, share_tensors=True) if with_reference else None
-    walk = Walk(student, [Batch((batch,)) for batch in data], reference)
+    walk = Walk(student, _batches(data, bound), reference)
     for node in walk.nodes():
         if node.target in (first, second):
             _change(walk, str(node.target))
@@ -111,12 +122,13 @@ def test_the_output_from_any_point_on_is_that_of_a_forward_pass(network: str, wi
                 assert _same([walk.finish(i) for i in range(2)], expected), node.name
 
 
+@pytest.mark.parametrize("bound", BOUNDS)
 @pytest.mark.parametrize("network", NETWORKS)
-def test_the_reference_has_the_values_of_the_float_network(network: str) -> None:
+def test_the_reference_has_the_values_of_the_float_network(network: str, bound: int | None) -> None:
     student, data, first, second = _setting(network)
     reference = copy_module(student, share_tensors=True)
     expected = _outputs(reference, data)
-    walk = Walk(student, [Batch((batch,)) for batch in data], reference)
+    walk = Walk(student, _batches(data, bound), reference)
     for node in walk.nodes():
         if node.target in (first, second):
             _change(walk, str(node.target))
@@ -127,11 +139,12 @@ def test_the_reference_has_the_values_of_the_float_network(network: str) -> None
     assert not _same([mine for mine, _ in pairs], expected)
 
 
+@pytest.mark.parametrize("bound", BOUNDS)
 @pytest.mark.parametrize("network", NETWORKS)
-def test_calibration_data_is_not_written_to(network: str) -> None:
+def test_calibration_data_is_not_written_to(network: str, bound: int | None) -> None:
     student, data, first, _ = _setting(network)
     before = copy.deepcopy(data)
-    walk = Walk(student, [Batch((batch,)) for batch in data], copy_module(student, share_tensors=True))
+    walk = Walk(student, _batches(data, bound), copy_module(student, share_tensors=True))
     for node in walk.nodes():
         if node.target == first:
             _change(walk, first)

@@ -1,0 +1,190 @@
+"""What calibration holds for each batch, within a bound: beyond it, batches lie in a file.
+
+The values of a batch are a tree of tensors that may share memory, and that a network may write to in place. So what
+moves between memory and file is never a tensor but the memory under it: views stay views, and two names of one
+tensor stay two names. A batch on file is mapped, not read: only the pages that a node touches come into memory, and
+what is written in place lands in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from bgd_plugin.calibration.spill import Extent, SpillFile
+
+__all__ = ["BatchStore", "Shelf", "memory_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class _OnFile:
+    """A tensor whose memory lies in the file."""
+
+    extent: Extent
+    device: torch.device
+    dtype: torch.dtype
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+@dataclass
+class _Item:
+    """A batch: its content, with tensors or with what stands for them on file, and its bytes in either case.
+
+    `mapped` holds the file's memory that tensors of the content use, by address.
+    """
+
+    content: dict[str, Any]
+    bytes: int = 0
+    is_spilled: bool = False
+    mapped: dict[int, tuple[Extent, torch.UntypedStorage]] = field(default_factory=dict)
+
+
+class BatchStore:
+    """The content of each batch, a mapping that whoever opens the batch may change.
+
+    One batch is open at a time; opening another closes it. Half of the bound is for closed batches in memory, the
+    other half for what is done with the open one. A batch that does not fit is spilled as it closes: the batches are
+    walked in turn, so that it is the one which is needed last. It comes back as soon as there is room again.
+
+    Args:
+        bound_bytes: None holds everything in memory.
+        folder: for the file; None is the system's folder for temporary files.
+    """
+
+    def __init__(self, bound_bytes: int | None = None, folder: str | None = None) -> None:
+        self.bound_bytes = bound_bytes
+        self._file = SpillFile(folder)
+        self._items: list[_Item] = []
+        self._open: _Item | None = None
+        self._resident_bytes = 0  # of the closed batches
+        self._shared: set[int] = set()
+        self.peak_bytes = 0
+
+    @property
+    def spilled_bytes(self) -> int:
+        """The most that the file has held."""
+        return self._file.peak_bytes
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def leave_out(self, modules: Sequence[nn.Module]) -> None:
+        """Neither count nor spill the networks' own tensors, which values may share."""
+        tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
+        self._shared = {memory_of(t).data_ptr() for t in tensors}
+
+    def append(self, content: dict[str, Any]) -> None:
+        """One more batch, which is then the open one."""
+        self._close()
+        self._items.append(_Item(content))
+        self._open = self._items[-1]
+
+    def open(self, index: int) -> dict[str, Any]:
+        """The content of a batch, until another is opened."""
+        item = self._items[index]
+        if item is not self._open:
+            self._close()
+            self._resident_bytes -= 0 if item.is_spilled else item.bytes
+            if item.is_spilled:
+                self._load(item)
+            self._open = item
+        return item.content
+
+    def _close(self) -> None:
+        item, self._open = self._open, None
+        if item is None or self.bound_bytes is None:
+            return
+        item.bytes = sum(memory.nbytes() for memory in self._memories(item.content).values())
+        self.peak_bytes = max(self.peak_bytes, self._resident_bytes + item.bytes)
+        if self._fits(item) and not item.mapped:
+            self._resident_bytes += item.bytes
+        else:
+            self._spill(item)
+
+    def _fits(self, item: _Item) -> bool:
+        return self.bound_bytes is None or 2 * (self._resident_bytes + item.bytes) <= self.bound_bytes
+
+    def _memories(self, content: dict[str, Any]) -> dict[int, torch.UntypedStorage]:
+        """The memory under the content's tensors, each once, by address."""
+        tensors = [t for t in pytree.tree_leaves(content) if _can_move(t)]
+        memories = {memory_of(t).data_ptr(): memory_of(t) for t in tensors}
+        return {address: memory for address, memory in memories.items() if address not in self._shared and address}
+
+    def _spill(self, item: _Item) -> None:
+        extents = {address: extent for address, (extent, _) in item.mapped.items()}
+        memories = self._memories(item.content)
+        for address, memory in memories.items():
+            if address not in extents:
+                extents[address] = self._file.write(memory)
+        moved: dict[int, _OnFile] = {}
+
+        def out(t: Any) -> Any:
+            if not _can_move(t) or memory_of(t).data_ptr() not in memories:
+                return t
+            if id(t) not in moved:
+                extent = extents[memory_of(t).data_ptr()]
+                moved[id(t)] = _OnFile(extent, t.device, t.dtype, t.storage_offset(), t.shape, t.stride())
+            return moved[id(t)]
+
+        item.content = pytree.tree_map(out, item.content)
+        item.mapped = {}
+        item.is_spilled = True
+
+    def _load(self, item: _Item) -> None:
+        """Into memory where there is room, else mapped."""
+        is_mapped = not self._fits(item)
+        memories: dict[int, torch.UntypedStorage] = {}
+        moved: dict[int, Tensor] = {}
+
+        def back(ref: Any) -> Any:
+            if not isinstance(ref, _OnFile):
+                return ref
+            key = id(ref.extent)
+            if key not in memories:
+                memory = self._file.map(ref.extent) if is_mapped else self._file.read(ref.extent)
+                if is_mapped and ref.device.type == "cpu":
+                    item.mapped[memory.data_ptr()] = (ref.extent, memory)
+                memories[key] = memory if ref.device.type == "cpu" else memory.to(device=ref.device)
+            if id(ref) not in moved:
+                empty = torch.empty(0, dtype=ref.dtype, device=ref.device)
+                moved[id(ref)] = empty.set_(memories[key], ref.offset, ref.shape, ref.stride)
+            return moved[id(ref)]
+
+        # the old content stays until all is moved: what marks a tensor as the same is its identity
+        item.content = pytree.tree_map(back, item.content)
+        item.is_spilled = False
+
+
+class Shelf(Sequence[Any]):
+    """One entry of the content of each batch, as a sequence over the batches; reading an element opens its batch."""
+
+    def __init__(self, store: BatchStore, name: str) -> None:
+        self._store, self._name = store, name
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._store.open(index)[self._name]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[index] for index in range(len(self)))
+
+
+def memory_of(tensor: Tensor) -> torch.UntypedStorage:
+    """The memory under a tensor."""
+    return tensor.untyped_storage()
+
+
+def _can_move(value: Any) -> bool:
+    """Whether something is a tensor that is described by its memory, offset and strides alone."""
+    return (
+        type(value) is Tensor and value.layout == torch.strided and not value.requires_grad and not value.is_quantized
+    )

@@ -1,0 +1,211 @@
+"""What a batch holds comes back from the file as it was, within the bound, and nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bgd_plugin as bgd
+from bgd_plugin.calibration import BatchStore
+from bgd_plugin.calibration.spill import SpillFile
+from tests.networks import FunctionalNet, SmallResNet, TwiceNet, images, randomized, vectors
+
+KIB = 1024
+
+
+def _filled(bound: int | None, batches: int = 4) -> BatchStore:
+    store = BatchStore(bound)
+    for batch in range(batches):
+        store.append({"x": torch.full((256,), float(batch))})  # 1 KiB each
+    return store
+
+
+@pytest.mark.parametrize("bound", [None, 1, 4 * KIB, 100 * KIB])
+def test_every_batch_keeps_its_content(bound: int | None) -> None:
+    store = _filled(bound)
+    for _ in range(2):
+        for batch in range(4):
+            assert torch.equal(store.open(batch)["x"], torch.full((256,), float(batch)))
+            store.open(batch)["x"] += 10
+        for batch in range(4):
+            store.open(batch)["x"] -= 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64])
+def test_views_stay_views_and_two_names_of_one_tensor_stay_two_names(dtype: torch.dtype) -> None:
+    store = BatchStore(1)
+    whole = torch.arange(12).to(dtype)
+    content = {
+        "whole": whole,
+        "again": whole,
+        "nested": [{"rows": whole.view(3, 4).T}],
+        "text": "x",
+        "empty": whole[:0],
+    }
+    store.append(content | {"nothing": torch.empty(0), "part": whole[5:7]})
+    store.append({})
+    found = store.open(0)
+    assert store.spilled_bytes
+    assert found["whole"] is found["again"]
+    assert found["text"] == "x" and found["empty"].shape == found["nothing"].shape == (0,)
+    found["whole"].fill_(1)
+    store.open(1)
+    found = store.open(0)
+    assert torch.equal(found["nested"][0]["rows"], torch.ones(4, 3, dtype=dtype))
+    assert found["nested"][0]["rows"].stride() == (1, 4)
+    assert torch.equal(found["part"], torch.ones(2, dtype=dtype))
+
+
+def test_closed_batches_take_at_most_half_of_the_bound() -> None:
+    store = _filled(4 * KIB)
+    store.open(3)
+    assert store.spilled_bytes >= 2 * KIB
+    assert store.peak_bytes == 3 * KIB  # two that are closed, and the one that is open
+
+
+def test_batches_come_back_when_there_is_room() -> None:
+    store = _filled(4 * KIB)
+    for batch in range(4):
+        store.open(batch)["x"] = torch.zeros(8)
+    before = store.spilled_bytes
+    for _ in range(3):
+        for batch in range(4):
+            store.open(batch)["y"] = torch.full((8,), float(batch))
+    assert store.spilled_bytes == before  # nothing more was written
+    assert all(torch.equal(store.open(batch)["y"], torch.full((8,), float(batch))) for batch in range(4))
+
+
+def test_a_network_s_own_tensors_are_neither_counted_nor_moved() -> None:
+    layer = nn.Linear(100, 100)
+    store = BatchStore(1)
+    store.leave_out([layer])
+    store.append({"weight": layer.weight, "view": layer.weight.detach().T})
+    store.append({})
+    assert store.spilled_bytes == 0
+    assert store.open(0)["view"].data_ptr() == layer.weight.data_ptr()
+
+
+def test_places_in_the_file_are_used_again_but_not_while_somebody_reads_them() -> None:
+    file = SpillFile()
+    memory = torch.arange(3000, dtype=torch.int32).untyped_storage()
+    first, second = file.write(memory), file.write(memory)
+    mapped = file.map(first)
+    place = first.start
+    del first
+    gc.collect()
+    assert file.write(memory).start != place  # freed at once: it never had a second reference
+    del mapped
+    gc.collect()
+    assert file.write(memory).start == place
+    assert bytes(file.read(second)) == bytes(memory)
+    assert file.peak_bytes <= 4 * 4 * 4096
+
+
+def test_a_file_that_cannot_grow_is_an_error_that_says_what_to_do() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    store = BatchStore(1)
+    store.append({"x": torch.zeros(300_000)})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(bgd.CalibrationError, match=r"cannot be written to .*File too large.*TMPDIR"):
+            store.append({})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+
+
+NETWORKS: dict[str, tuple[Any, list[Tensor]]] = {
+    "resnet": (SmallResNet, images(4)),
+    "functional": (FunctionalNet, images(4, size=12)),
+    "twice": (TwiceNet, vectors(4)),
+}
+
+
+@pytest.mark.parametrize("bound", [1, 8_000])
+@pytest.mark.parametrize("method", ["full", "em"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_bound_changes_no_byte_of_the_result(
+    network: str, method: Any, bound: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    kind, data = NETWORKS[network]
+    torch.manual_seed(0)
+    model = randomized(kind())
+    config = bgd.BGDConfig(method=method, distillation=bgd.DistillationConfig(steps=2, batch_size=8))
+    free = bgd.quantize(model, data, config, progress=False)
+    bounded = bgd.quantize(model, iter(data), config, memory_bytes=bound, progress=False)
+    for name, value in free.model.state_dict().items():
+        assert torch.equal(value, bounded.model.state_dict()[name]), name
+    note = next(note for note in bounded.report.notes if note.startswith("calibration values: "))
+    assert "0.00 KiB in a file" not in note
+    assert bound > 1 or "give smaller batches" in note
+    assert not list(tmp_path.glob("bgd-plugin*"))
+
+
+def test_a_bound_must_be_positive() -> None:
+    with pytest.raises(bgd.ConfigError, match="memory_bytes=0: give a positive number"):
+        bgd.quantize(SmallResNet(), images(), memory_bytes=0)
+
+
+_PEAK = """
+import sys, torch
+from torch import nn
+import bgd_plugin as bgd
+from tests.benchmarks.memory import Images, forget_peak, resident_mib
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+blocks = [m for _ in range(3) for m in (nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())]
+model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 8))
+def run(bound):
+    bgd.quantize(model.eval(), Images(64, 2, 64), bgd.BGDConfig(rounds=0), memory_bytes=bound, progress=False)
+run(bound=1)  # what the process takes once and for all
+forget_peak()
+before = resident_mib("VmRSS")
+run(bound=None if sys.argv[1] == "none" else int(sys.argv[1]) * 2**20)
+print(resident_mib("VmHWM") - before)
+"""
+
+
+def _peak_mib(bound: str) -> float:
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    run = subprocess.run([sys.executable, "-c", _PEAK, bound], capture_output=True, text=True, env=environment)
+    assert not run.returncode, run.stderr
+    return float(run.stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read where Linux keeps it")
+def test_the_measured_peak_stays_within_the_bound() -> None:
+    assert _peak_mib("none") > 36  # 64 images of 16 channels at 64 px: 16 MiB for each value
+    assert _peak_mib("20") < 20
+
+
+def test_nothing_is_left_after_the_process_was_killed(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, torch; from bgd_plugin.calibration import BatchStore; store = BatchStore(1); "
+        "store.append({'x': torch.zeros(9)}); store.append({}); print(store.spilled_bytes, flush=True); "
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ | {"TMPDIR": str(tmp_path)})
+    assert run.returncode == -signal.SIGKILL
+    assert int(run.stdout) > 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(autouse=True)
+def _subprocess_paths(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
