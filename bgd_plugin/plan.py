@@ -5,31 +5,22 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from bgd_plugin.budget import (
-    Choice,
-    Option,
-    Sensitivity,
-    choose,
-    options_of,
-    rated,
-    require_reachable,
-    weight_sensitivity,
-)
+from bgd_plugin.budget import Sensitivity
 from bgd_plugin.config import FAMILIES, BGDConfig, LayerConfig
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.graph import FoundLayer, LeftLayer, baked, copy_module, find_layers, isolate_weights_, swap_, trace
 from bgd_plugin.nn import PQModule, quantized
 from bgd_plugin.pq.masks import mask_form, pack_mask
 from bgd_plugin.pq.rate import largest_codebook
-from bgd_plugin.storage import file_size, round_floats_, state_bytes, stored
+from bgd_plugin.spending import Budget
+from bgd_plugin.storage import Stored, file_size, round_floats_, state_bytes, stored
 from bgd_plugin.tables import mib, table
 
 __all__ = [
@@ -43,6 +34,8 @@ __all__ = [
     "plan",
     "require_plannable",
 ]
+
+_COUNTER_BYTES = 8  # by which a batch norm's count of batches may grow in the file while the network is finetuned
 
 _Chosen = list[tuple[FoundLayer, "PlannedLayer"]]
 
@@ -210,13 +203,8 @@ def make_plan(
     notes: tuple[str, ...] = ()
     target = config.budget_bytes(original_bytes)
     if target is not None:
-        chosen, left, notes = _within_budget(_Budget(graph_module, config, chosen, target), sensitivities)
-        skipped += left
-        if not chosen:
-            raise ConfigError(
-                f"a budget of {target:,} bytes has room for every layer in float: no layer is left to quantize; "
-                "ask for less"
-            )
+        chosen, left, notes = _budget(graph_module, config, chosen, target).spend(sensitivities)
+        skipped += [SkippedLayer(name=name, reason="the budget has room for it in float") for name in left]
     sketch = _sketch(graph_module, chosen)
     paper = paper_bytes(sketch)
     result = Plan(
@@ -242,8 +230,18 @@ def require_plannable(
     _require_some(chosen, skipped, config)
     target = config.budget_bytes(_chain_bytes(original, original_bytes))
     if target is not None:
-        budget = _Budget(graph_module, config, chosen, target)
-        require_reachable(budget.options(), target, budget.file_size)
+        _budget(graph_module, config, chosen, target).require_reachable()
+
+
+def _budget(graph_module: fx.GraphModule, config: BGDConfig, chosen: _Chosen, target: int) -> Budget:
+    return Budget(
+        layers=chosen,
+        free=[p.name for f, p in chosen if _is_free(f, p, config)],
+        target_bytes=target,
+        file_size=lambda layers: _file_size(_sketch(graph_module, layers), config),
+        float_storage=config.float_storage,
+        seed=config.seed,
+    )
 
 
 def _require_some(chosen: _Chosen, skipped: list[SkippedLayer], config: BGDConfig) -> None:
@@ -281,84 +279,6 @@ def _outcomes(graph_module: fx.GraphModule, config: BGDConfig) -> tuple[_Chosen,
         else:
             skipped.append(outcome)
     return chosen, skipped
-
-
-class _Budget:
-    """A budget's free layers, and the files that their options make."""
-
-    def __init__(self, graph_module: fx.GraphModule, config: BGDConfig, chosen: _Chosen, target: int) -> None:
-        self.graph_module, self.config, self.chosen, self.target = graph_module, config, chosen, target
-        self.free = [(f, p) for f, p in chosen if _is_free(f, p, config)]
-
-    def options(self) -> list[list[Option]]:
-        return [options_of(p, _float_bytes(f, self.config)) for f, p in self.free]
-
-    def layers(self, picked: Sequence[Option]) -> _Chosen:
-        """All layers to be quantized, the free ones as picked."""
-        by_name = dict(zip((p.name for _, p in self.free), (option.layer for option in picked), strict=True))
-        outcomes = [(f, by_name.get(p.name, p)) for f, p in self.chosen]
-        return [(f, p) for f, p in outcomes if p is not None]
-
-    def file_size(self, picked: Sequence[Option]) -> int:
-        return _file_size(_sketch(self.graph_module, self.layers(picked)), self.config)
-
-
-def _within_budget(
-    budget: _Budget, sensitivities: Mapping[str, Sensitivity] | None
-) -> tuple[_Chosen, list[SkippedLayer], tuple[str, ...]]:
-    """All layers to be quantized, those that the budget leaves float, and how it was spent."""
-    names = [p.name for _, p in budget.free]
-    known = _by_weights(budget.free, budget.config) if sensitivities is None else sensitivities
-    options = [rated(o, known[name]) for o, name in zip(budget.options(), names, strict=True)]
-    choice = choose(options, budget.target, budget.file_size)
-    explained = [_explained(option, known[name]) for option, name in zip(choice.options, names, strict=True)]
-    left = [
-        SkippedLayer(name=name, reason="the budget has room for it in float")
-        for option, name in zip(choice.options, names, strict=True)
-        if option.layer is None
-    ]
-    fixed = len(budget.chosen) - len(budget.free)
-    return budget.layers(explained), left, _budget_notes(choice, budget.target, fixed, sensitivities is not None)
-
-
-def _explained(option: Option, sensitivity: Sensitivity) -> Option:
-    if option.layer is None:
-        return option
-    note = f"budget: {sensitivity.reason}, expected {option.loss:.2g}"
-    notes = "; ".join(filter(None, (note, _mask_note(option.layer))))
-    return dataclasses.replace(option, layer=dataclasses.replace(option.layer, note=notes))
-
-
-def _mask_note(layer: PlannedLayer) -> str:
-    return (
-        f"zeros: {layer.mask_form}, {8 * layer.mask_bytes / layer.weights:.2f} bits/weight" if layer.mask_form else ""
-    )
-
-
-def _budget_notes(choice: Choice, target: int, fixed: int, measured: bool) -> tuple[str, ...]:
-    spent = f"budget: {choice.file_bytes:,} of {target:,} bytes ({choice.file_bytes / target:.2%})"
-    what = f"sizes of {len(choice.options)} layers chosen for the least sum of losses, {choice.loss:.3g}"
-    kept = f"; {fixed} more as the settings fix them" if fixed else ""
-    notes = [f"{spent}; {what}{kept}"]
-    if not measured:
-        notes.append(
-            "budget: chosen without data, by the weights alone; quantize measures what each layer's error does to the "
-            "output, and may choose otherwise"
-        )
-    return tuple(notes)
-
-
-def _by_weights(layers: _Chosen, config: BGDConfig) -> dict[str, Sensitivity]:
-    return {p.name: weight_sensitivity(f.weight, _generator(config, p.name)) for f, p in layers}
-
-
-def _generator(config: BGDConfig, name: str) -> torch.Generator:
-    return torch.Generator().manual_seed(zlib.crc32(f"{config.seed} {name} budget".encode()))
-
-
-def _float_bytes(layer: FoundLayer, config: BGDConfig) -> int:
-    size = layer.weight.element_size()
-    return layer.weight.numel() * (min(size, 2) if config.float_storage == "float16" else size)
 
 
 def _chain_bytes(model: nn.Module, original_bytes: int | None) -> int:
@@ -504,10 +424,28 @@ def _unreached(original: nn.Module, graph_module: fx.GraphModule) -> list[Skippe
 
 
 def _file_size(sketch: fx.GraphModule, config: BGDConfig) -> int:
-    """Length of a sketch's file; what stays float in it is rounded as the settings say."""
+    """Length of a sketch's file; what stays float in it is rounded as the settings say.
+
+    With a budget it is the length that the file may come to: the work ahead changes statistics and biases, and then a
+    narrow type may hold them no more.
+    """
     if config.float_storage == "float16":
         round_floats_(sketch)
-    return file_size(stored(sketch))
+    if not config.has_budget:
+        return file_size(stored(sketch))
+    content = stored(sketch)
+    whole = sketch.state_dict()
+    tensors = {
+        name: whole[name].to("meta") if _may_change(name, whole[name]) and config.float_storage == "float32" else tensor
+        for name, tensor in content.tensors.items()
+    }
+    counters = sum(not t.is_floating_point() and t.ndim == 0 for t in whole.values())
+    reserve = _COUNTER_BYTES * counters if config.finetuning else 0
+    return file_size(Stored(tensors=tensors, header=content.header)) + reserve
+
+
+def _may_change(name: str, value: Tensor) -> bool:
+    return value.is_floating_point() and value.ndim == 1 and not name.endswith(".codebook")
 
 
 def _sketch(graph_module: fx.GraphModule, chosen: list[tuple[FoundLayer, PlannedLayer]]) -> fx.GraphModule:

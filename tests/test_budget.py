@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import bgd_plugin as bgd
-from bgd_plugin import BGDConfig, ConfigError, LayerConfig
+from bgd_plugin import BGDConfig, ConfigError, FinetuningConfig, LayerConfig
 from bgd_plugin.budget import Option, allocate, block_sizes, choose, codebook_sizes
 from bgd_plugin.calibration import collect_batches
 from bgd_plugin.graph import copy_module, trace
@@ -194,6 +194,19 @@ def test_the_file_is_as_long_as_the_report_says(method: Any) -> None:
     result = bgd.quantize(model, images(), BGDConfig(method=method, target_ratio=2.2), progress=False)
     original = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     assert len(file_bytes(stored(result.model))) == result.report.compressed_bytes <= original / 2.2
+
+
+@pytest.mark.parametrize("fields", [{"float_storage": "float32"}, {"finetuning": FinetuningConfig(steps=300)}])
+def test_what_changes_on_the_way_does_not_break_the_budget(fields: dict[str, Any]) -> None:
+    model = randomized(_Mobile())
+    for name, buffer in model.named_buffers():  # statistics that half precision holds at first
+        if name.endswith(("running_mean", "running_var")):
+            buffer.copy_(buffer.round())
+    target = 50_000 if fields.get("float_storage") == "float32" else 28_000
+    config = em(**({"float_storage": "float16", "batchnorm": "matched", "target_bytes": target} | fields))
+    result = bgd.quantize(model, images(), config, progress=False)
+    assert 0.98 * target <= result.report.compressed_bytes <= target
+    assert len(file_bytes(stored(result.model))) == result.report.compressed_bytes
 
 
 def test_the_least_possible_size_can_be_had_and_one_byte_less_cannot() -> None:

@@ -52,7 +52,7 @@ class RateCurve:
 
 @dataclass(frozen=True, kw_only=True)
 class QuickFit:
-    """A codebook of a few iterations `[codebook_size, d]`, and the mean error of a block with it."""
+    """A codebook of a few iterations `[codebook_size, d]`, and the error with it, for each weight."""
 
     codebook: Tensor
     error: float
@@ -77,14 +77,14 @@ def quick_fit(blocks: Tensor, metrics: Tensor, codebook_size: int, *, generator:
     codebook, codes = fit_positions(blocks, metrics, start, _ITERATIONS)
     difference = blocks - functional.embedding(codes, codebook)
     error = float(((difference @ metrics.to(difference)) * difference).sum(dtype=torch.float64))
-    return QuickFit(codebook=codebook, error=error / (blocks.shape[0] * blocks.shape[1]))
+    return QuickFit(codebook=codebook, error=error / blocks.numel())
 
 
 @torch.no_grad()
 def rate_curve(
     blocks: Tensor, metrics: Tensor, codebook_sizes: Sequence[int], *, generator: torch.Generator
 ) -> RateCurve:
-    """The mean error of a block at some codebook sizes.
+    """The error for each weight at some codebook sizes; curves of several block sizes can be compared.
 
     Args:
         blocks: `[positions, rows, d]`.

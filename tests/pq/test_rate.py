@@ -41,7 +41,7 @@ def test_the_largest_codebook_is_the_largest_power_of_two_below_a_quarter(blocks
 def test_a_quick_fit_of_gaussian_blocks_comes_near_the_known_distortion() -> None:
     # The optimal scalar quantizer of 16 levels has 0.01154 (Max, 1960); pairs gain a few percent on it.
     blocks = torch.randn(40, 400, 2, generator=_generator())
-    metrics = torch.eye(2).expand(40, -1, -1) / 2
+    metrics = torch.eye(2).expand(40, -1, -1)
     error = quick_fit(blocks, metrics, 256, generator=_generator()).error
     assert 0.008 < error < 0.0125
 
@@ -53,7 +53,18 @@ def test_a_quick_fit_counts_errors_in_the_positions_metric() -> None:
     fit = quick_fit(blocks, metrics, 16, generator=_generator())
     difference = blocks[:, :, None] - fit.codebook
     distances = torch.einsum("prki,pij,prkj->prk", difference, metrics, difference)
-    assert fit.error == pytest.approx(float(distances.min(2).values.mean()), rel=1e-4)
+    assert fit.error == pytest.approx(float(distances.min(2).values.mean()) / 3, rel=1e-4)
+
+
+def test_curves_of_several_block_sizes_compare_by_weight() -> None:
+    weight = torch.randn(240, 240, generator=_generator())
+    errors = []
+    for d, k in ((1, 4), (2, 16), (4, 256)):  # two bits a weight: larger blocks fill space better
+        blocks = weight.reshape(240, -1, d).transpose(0, 1)
+        metrics = torch.eye(d).expand(blocks.shape[0], -1, -1)
+        errors.append(quick_fit(blocks, metrics, k, generator=_generator()).error)
+    assert 0.11 < errors[0] < 0.13  # Max, 1960: 0.1175
+    assert errors == sorted(errors, reverse=True)
 
 
 def test_a_curve_never_rises() -> None:
