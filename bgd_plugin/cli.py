@@ -117,7 +117,8 @@ def plan(
 
     settings = settings_from(regime, config, override, fc_codebook_size, pointwise_block_size)
     settings = with_budget(settings, target_size, target_ratio)
-    result = make_plan(named_model(model, weights, only_shapes=True).model, settings)
+    network = named_model(model, weights, only_shapes=not settings.preserve_zeros)  # zeros are seen in values alone
+    result = make_plan(network.model, settings)
     typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else str(result))
 
 

@@ -351,3 +351,11 @@ def test_sizes_with_units() -> None:
         _fails(["plan", NET, "--target-size", text], f"--target-size '{text}': give a number and a unit")
     _fails(["plan", NET, "--target-size", "1MB", "--target-ratio", "3"], "give one of the two")
     _fails(["plan", NET, "--target-size", "1kB"], "the least possible size is")
+
+
+def test_plan_reads_the_weights_where_zeros_are_to_be_preserved(tmp_path: Path) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text(bgd.BGDConfig(preserve_zeros=True).to_json())
+    done = RUNNER.invoke(app, ["plan", "tests.test_preserve_zeros:pruned", "--config", str(file), "--json"])
+    assert done.exit_code == 0, done.output
+    assert {layer["name"]: layer["mask_form"] for layer in json.loads(done.stdout)["layers"]}["conv1"] == "2:4"

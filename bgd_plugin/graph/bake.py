@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.ao.pruning.sparsifier.utils import FakeSparsity
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
+from torch.sparse import SparseSemiStructuredTensor
 
+from bgd_plugin.errors import ConfigError
 from bgd_plugin.graph.tracer import copy_module
 
 __all__ = ["baked"]
@@ -27,7 +29,11 @@ def baked(model: nn.Module) -> nn.Module:
     Returns:
         `model` itself where it has no mask; else a copy, which shares every tensor that is not under a mask. Its
         masked parameters keep their names, without `_orig`.
+
+    Raises:
+        ConfigError: a parameter is held as a sparse tensor.
     """
+    _require_dense(model)
     if not any(_hooks(module) or _sparse_tensors(module) for module in model.modules()):
         return model
     result: nn.Module = copy_module(model, share_tensors=True)
@@ -40,6 +46,15 @@ def baked(model: nn.Module) -> nn.Module:
     return result
 
 
+def _require_dense(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.layout is not torch.strided or isinstance(parameter, SparseSemiStructuredTensor):
+            kind = type(parameter.data).__name__ if parameter.layout is torch.strided else parameter.layout
+            raise ConfigError(
+                f"{name!r} is a sparse tensor ({kind}): make it dense with to_dense(); preserve_zeros=True keeps zeros"
+            )
+
+
 def _hooks(module: nn.Module) -> dict[int, BasePruningMethod]:
     return {key: hook for key, hook in module._forward_pre_hooks.items() if isinstance(hook, BasePruningMethod)}
 
@@ -50,7 +65,7 @@ def _bake_hook_(module: nn.Module, name: str) -> None:
     original, mask = module._parameters.pop(f"{name}_orig"), module._buffers.pop(f"{name}_mask")
     assert original is not None and mask is not None
     vars(module).pop(name, None)
-    module.register_parameter(name, _masked(original, mask))
+    setattr(module, name, _masked(original, mask))  # not register_parameter: recurrent modules keep a list of theirs
 
 
 def _masked(original: nn.Parameter, mask: Tensor) -> nn.Parameter:
@@ -83,4 +98,4 @@ def _bake_parametrizations_(module: nn.Module, names: list[str]) -> None:
     del module.parametrizations
     module.__class__ = type(module).__bases__[0]
     for name, weight in weights.items():
-        module.register_parameter(name, weight)
+        setattr(module, name, weight)

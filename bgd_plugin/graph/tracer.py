@@ -39,10 +39,10 @@ def is_quantized_elsewhere(module: nn.Module) -> bool:
 
     Walking into it would decode the weight while tracing, and leave it in the graph as a float constant.
     """
-    if isinstance(module, PQModule) or any(True for _ in module.children()):
+    is_layer = hasattr(module, "in_features") or hasattr(module, "in_channels")
+    if isinstance(module, PQModule) or not is_layer or any(p.ndim > 1 for p in module.parameters()):
         return False
-    has_matrix = any(b.ndim > 1 and not b.is_floating_point() and b.dtype != torch.bool for b in module.buffers())
-    return has_matrix and not any(p.ndim > 1 for p in module.parameters())
+    return any(b.ndim > 1 and not b.is_floating_point() and b.dtype != torch.bool for b in module.buffers())
 
 
 def trace(model: nn.Module) -> fx.GraphModule:

@@ -15,7 +15,7 @@ from bgd_plugin.pq.em import Fit, gram_root
 __all__ = ["codeword_uses", "fit_em_masked", "fit_masked", "masked", "nearest_masked"]
 
 _SCRATCH = 1 << 20
-_STILL = 1e-5
+_STILL = 1e-4
 """An iteration that lowers the objective by less than this fraction is the last one."""
 
 

@@ -114,12 +114,14 @@ def test_a_pruned_network_loads_into_the_dense_architecture_narrowed(
 def test_torchvision_networks_go_through_the_chain(tp: Any, tmp_path: Path) -> None:
     models = pytest.importorskip("torchvision.models")
     path = tmp_path / "net.safetensors"
+    few = {"conv": LayerConfig(block_size=9, codebook_size=4), "linear": LayerConfig(block_size=4, codebook_size=4)}
+    settings = em(em_iterations=1, pointwise_conv=LayerConfig(block_size=4, codebook_size=4), **few)
     for make, classifier in ((models.resnet18, "fc"), (models.mobilenet_v2, "classifier.1")):
         dense = make(num_classes=10).eval()
-        batch = [torch.randn(2, 3, 32, 32)]
-        result = bgd.quantize(narrow(tp, dense, classifier=classifier), batch, em(em_iterations=1), progress=False)
+        batch = [torch.randn(1, 3, 32, 32)]
+        result = bgd.quantize(narrow(tp, dense, classifier=classifier), batch, settings, progress=False)
         bgd.save(result.model, path)
-        fresh = narrowed(make(num_classes=10).eval(), path)
+        fresh = narrowed(make(num_classes=10).to("meta").eval(), path)
         assert same_outputs(bgd.load(path, like=fresh), result.model, batch)
 
 

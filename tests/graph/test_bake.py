@@ -153,3 +153,26 @@ def test_a_frozen_weight_under_a_mask_stays_frozen() -> None:
     layer: nn.Module = result.model.get_submodule("conv1")
     assert not layer.get_parameter("codebook").requires_grad
     assert result.model.get_submodule("conv2").get_parameter("codebook").requires_grad
+
+
+@pytest.mark.parametrize("name", ["weight_hh_l0", "bias_ih_l0"])
+def test_masks_on_recurrent_weights_are_baked(name: str) -> None:
+    """Such a module keeps a list of its weights beside their names."""
+    model = nn.LSTM(8, 16, batch_first=True).eval()
+    prune.l1_unstructured(model, name, 0.5)
+    sequence = torch.randn(2, 5, 8)
+    result = baked(model)
+    assert torch.equal(result(sequence)[0], model(sequence)[0])
+    assert bool((result.get_parameter(name) == 0).any())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_a_sparse_tensor_is_refused(layout: torch.layout) -> None:
+    model = PlainNet().eval()
+    model[2].weight = nn.Parameter(torch.eye(32).to_sparse(layout=layout), requires_grad=False)
+    message = rf"'2.weight' is a sparse tensor \({layout}\): make it dense with to_dense\(\); preserve_zeros=True"
+    with pytest.raises(bgd.ConfigError, match=message):
+        bgd.plan(model)
+    with pytest.raises(bgd.ConfigError, match=message):
+        bgd.quantize(model, vectors(), em(), progress=False)

@@ -122,3 +122,26 @@ def test_a_network_with_quantized_modules_traces_again() -> None:
     layer = quantized(nn.Linear(8, 4), torch.randn(4, 4), torch.zeros(4, 2, dtype=torch.int64))
     graph_module = trace(trace(nn.Sequential(layer)))
     assert isinstance(graph_module.get_submodule("0"), PQLinear)
+
+
+def test_a_layer_of_another_quantizer_is_a_leaf_and_other_integers_are_not() -> None:
+    class _Theirs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_features = 8
+            self.register_buffer("qweight", torch.ones(4, 8, dtype=torch.int32))
+            self.bias = nn.Parameter(torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.qweight.float().T + self.bias  # type: ignore[operator]
+
+    class _Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("positions", torch.ones(4, 8, dtype=torch.int64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.positions.float().mean()  # type: ignore[operator]
+
+    graph = trace(nn.Sequential(_Theirs(), _Positions()).eval()).graph
+    assert [node.target for node in graph.nodes if node.op == "call_module"] == ["0"]
