@@ -1,7 +1,7 @@
 """Product quantization of trained networks, by what their layers compute on real inputs."""
 
 from bgd_plugin.checkpoint import load, materialize, save
-from bgd_plugin.config import BGDConfig, DistillationConfig, FinetuningConfig, LayerConfig
+from bgd_plugin.config import BGDConfig, DistillationConfig, FinetuningConfig, LayerConfig, ReconstructionConfig
 from bgd_plugin.discovery import load_adapter
 from bgd_plugin.errors import BGDError, CalibrationError, CheckpointError, ConfigError, TraceError
 from bgd_plugin.passes import BGDPass
@@ -23,6 +23,7 @@ __all__ = [
     "LayerConfig",
     "Plan",
     "Quantized",
+    "ReconstructionConfig",
     "Report",
     "TraceError",
     "load",

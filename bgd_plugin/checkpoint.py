@@ -15,14 +15,23 @@ from torch import Tensor, fx, nn
 
 from bgd_plugin.errors import BGDError, CheckpointError
 from bgd_plugin.graph import FoundLayer, baked, copy_module, find_layers, isolate_weights_, swap_, trace
-from bgd_plugin.nn import PQModule, quantized
+from bgd_plugin.nn import FrozenNorm, PQModule, quantized
 from bgd_plugin.pq.masks import unpack_mask
 from bgd_plugin.pq.packing import code_dtype, unpack
-from bgd_plugin.storage import FORMAT_VERSION, METADATA_KEY, file_bytes, stored
+from bgd_plugin.storage import FORMAT_VERSION, METADATA_KEY, Stored, file_bytes, restored, stored
 
 __all__ = ["load", "materialize", "read_file", "save", "write_atomically"]
 
 _MAX_NAMED = 20
+_HEADER_ENTRIES = (
+    ("layers", dict),
+    ("frozen", list),
+    ("scaled", list),
+    ("numbers", dict),
+    ("aliases", dict),
+    ("dtypes", dict),
+    ("masks", dict),
+)
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
@@ -58,6 +67,10 @@ def load(path: str | os.PathLike[str], *, like: nn.Module) -> fx.GraphModule:
         CheckpointError: the file is damaged, foreign or newer, or does not fit `like`; every mismatch is named.
     """
     tensors, header = read_file(path)
+    try:
+        tensors = restored(Stored(tensors=tensors, header=header))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: it is damaged: {error}") from error
     network = trace(copy_module(baked(like), share_tensors=True))
     found = {layer.target: layer for layer in find_layers(network)[0]}
     problems: list[str] = []
@@ -69,6 +82,8 @@ def load(path: str | os.PathLike[str], *, like: nn.Module) -> fx.GraphModule:
         if target in header.get("masks", {}):
             layer.mask = torch.empty(layer.weight_shape, dtype=torch.bool, device="meta")
         swap_(network, target, layer)
+    _freeze_norms(header.get("frozen", []), network, problems)
+    _raise_if(problems, path)
     state = _checked_state(header, tensors, network, problems)
     _raise_if(problems, path)
     network.load_state_dict(state, strict=True, assign=True)
@@ -139,8 +154,8 @@ def _check_header(header: Any, path: Any) -> None:
         raise CheckpointError(
             f"{path}: written in format {version}, this library reads up to {FORMAT_VERSION}: upgrade bgd-plugin"
         )
-    for name, kind in (("layers", dict), ("aliases", dict), ("dtypes", dict), ("masks", dict)):
-        if not isinstance(header.get(name, {}), kind):
+    for name, kind in _HEADER_ENTRIES:
+        if not isinstance(header.get(name, kind()), kind):
             raise CheckpointError(f"{path}: {name!r} in its header is damaged")
 
 
@@ -182,6 +197,21 @@ def _empty_layer(module: nn.Module, layer: FoundLayer, block_size: int, codebook
     result = quantized(module, codebook, codes)
     result.codebook.requires_grad_(layer.weight.requires_grad)
     return result
+
+
+def _freeze_norms(paths: list[Any], network: fx.GraphModule, problems: list[str]) -> None:
+    """Put empty frozen norms where the file has them; what does not fit goes to `problems`."""
+    modules = dict(network.named_modules(remove_duplicate=False))
+    frozen: dict[int, FrozenNorm] = {}
+    for path in paths:
+        norm: Any = modules.get(path) if isinstance(path, str) else None
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
+            problems.append(f"a frozen norm {path!r} is in the file; the network has no such batch norm")
+            continue
+        empty = torch.empty(norm.num_features, dtype=norm.running_mean.dtype, device="meta")
+        owner, _, name = path.rpartition(".")
+        layer = frozen.setdefault(id(norm), FrozenNorm(empty, empty).train(norm.training))
+        setattr(network.get_submodule(owner), name, layer)
 
 
 def _checked_state(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from bgd_plugin.errors import ConfigError
 
-__all__ = ["FAMILIES", "BGDConfig", "DistillationConfig", "FinetuningConfig", "LayerConfig"]
+__all__ = ["FAMILIES", "BGDConfig", "DistillationConfig", "FinetuningConfig", "LayerConfig", "ReconstructionConfig"]
 
 CONFIG_VERSION = 1
 MAX_CODEBOOK_SIZE = 65536
@@ -21,6 +21,11 @@ Override = tuple[str, "LayerConfig | None"]
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    given = ", ".join(map(repr, choices[:-1]))
+    _check(value in choices, f"{name}={value!r}: give {given} or {choices[-1]!r}")
 
 
 def _counts(value: Any) -> bool:
@@ -77,6 +82,31 @@ class DistillationConfig:
         )
         _check(_counts(self.batch_size), f"distillation: batch_size={self.batch_size!r}: give at least 1")
         _check(self.learning_rate > 0, f"distillation: learning_rate={self.learning_rate}: give a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionConfig:
+    """Training of block after block, so that each gives the float block's outputs on the student's inputs.
+
+    It comes after the last layer is fitted and before finetuning, and takes a few hundred unlabelled samples.
+
+    Args:
+        steps: gradient steps for each block.
+        batch_size: samples in a step, at most; calibration batches are cut up.
+        learning_rate: of Adam, in units of each parameter's root mean square; falls to zero along a cosine.
+    """
+
+    steps: int = 100
+    batch_size: int = 32
+    learning_rate: float = 0.003
+
+    def __post_init__(self) -> None:
+        _check(
+            _counts(self.steps),
+            f"reconstruction: steps={self.steps!r}: give at least 1, or reconstruction=None for none",
+        )
+        _check(_counts(self.batch_size), f"reconstruction: batch_size={self.batch_size!r}: give at least 1")
+        _check(self.learning_rate > 0, f"reconstruction: learning_rate={self.learning_rate}: give a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,13 +179,20 @@ class BGDConfig:
         rounds: of least squares and coordinate descent in method "full".
         asymmetric_step: how far method "full" moves its aim from the layer's own weight (0) towards the weight that
             gives the float network's outputs on the student's inputs (1).
+        refit_depthwise: depthwise convolutions that stay float are fitted anew, in method "full", to give the float
+            network's outputs on the student's inputs.
         em_iterations: upper bound of the EM iterations of a layer.
         batchnorm: "matched" moves the statistics of each batch norm so that its output keeps the float network's mean
         and variance on the calibration data; "reestimate" replaces them by the calibration data's; "keep" leaves them.
         distillation: per-layer training of the codewords, or None.
+        reconstruction: training of block after block against the float blocks' outputs, or None.
         finetuning: training of all codewords after the last layer, or None.
-        float_storage: what stays float (first layer, norms, biases) is rounded to this type at the end, and stored in
-            it.
+        freeze_norms: batch norms become, at the end, a factor and a summand for each channel: half the bytes, and no
+            statistics that a later training could update.
+        codebook_storage: the type that codebooks are rounded to and stored in; "int8" has one scale for each codebook.
+        weight_storage: the same for the weights of first layers and depthwise convolutions that stay float by these
+            settings (not by an override); "int8" has one scale for each output channel.
+        float_storage: the same for all else that stays float (norms, biases, layers of an override).
         preserve_zeros: weights that are exactly zero, as pruning leaves them, are exactly zero in the decoded weights;
             which ones they are takes bits of the file. False: they are weights like the others.
         target_bytes, target_ratio: a budget, one of the two: the longest file there may be, or how many times smaller
@@ -175,9 +212,14 @@ class BGDConfig:
     em_iterations: int = 100
     rounds: int = 2
     asymmetric_step: float = 0.5
+    refit_depthwise: bool = True
     batchnorm: Literal["matched", "reestimate", "keep"] = "matched"
     distillation: DistillationConfig | None = None
+    reconstruction: ReconstructionConfig | None = None
     finetuning: FinetuningConfig | None = None
+    freeze_norms: bool = False
+    codebook_storage: Literal["int8", "float16"] = "int8"
+    weight_storage: Literal["int8", "float16", "float32"] = "int8"
     float_storage: Literal["float16", "float32"] = "float16"
     preserve_zeros: bool = False
     target_bytes: int | None = None
@@ -185,18 +227,14 @@ class BGDConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(self.method in ("full", "em"), f"method={self.method!r}: give 'full' or 'em'")
+        _check_choice("method", self.method, ("full", "em"))
         _check(self.rounds >= 0, f"rounds={self.rounds}: give 0 or more")
         step = self.asymmetric_step
         _check(0 <= step <= 1, f"asymmetric_step={step}: give a number from 0 to 1")
-        _check(
-            self.batchnorm in ("matched", "reestimate", "keep"),
-            f"batchnorm={self.batchnorm!r}: give 'matched', 'reestimate' or 'keep'",
-        )
-        _check(
-            self.float_storage in ("float16", "float32"),
-            f"float_storage={self.float_storage!r}: give 'float16' or 'float32'",
-        )
+        _check_choice("batchnorm", self.batchnorm, ("matched", "reestimate", "keep"))
+        _check_choice("codebook_storage", self.codebook_storage, ("int8", "float16"))
+        _check_choice("weight_storage", self.weight_storage, ("int8", "float16", "float32"))
+        _check_choice("float_storage", self.float_storage, ("float16", "float32"))
         _check(isinstance(self.preserve_zeros, bool), f"preserve_zeros={self.preserve_zeros!r}: give True or False")
         _check(_counts(self.em_iterations), f"em_iterations={self.em_iterations}: give at least 1")
         _check_budget(self.target_bytes, self.target_ratio)
@@ -238,6 +276,8 @@ class BGDConfig:
             "pointwise_conv": LayerConfig(block_size=pointwise, codebook_size=codebook_size),
             "linear": LayerConfig(block_size=4, codebook_size=fc_codebook_size),
             "batchnorm": "keep",
+            "codebook_storage": "float16",
+            "weight_storage": "float32",
             "float_storage": "float32",
             "distillation": DistillationConfig(),
             "finetuning": FinetuningConfig(epochs=9),
@@ -291,7 +331,7 @@ class BGDConfig:
         for family in FAMILIES:
             if family in fields:
                 fields[family] = _nested(LayerConfig, fields[family], family)
-        for name, kind in (("distillation", DistillationConfig), ("finetuning", FinetuningConfig)):
+        for name, kind in _STAGES.items():
             if name in fields:
                 fields[name] = _nested(kind, fields[name], name)
         if "overrides" in fields:
@@ -347,6 +387,11 @@ def _checked_overrides(overrides: Any) -> tuple[Override, ...]:
     return tuple(checked)
 
 
+_STAGES: dict[str, type[Any]] = {
+    "distillation": DistillationConfig,
+    "reconstruction": ReconstructionConfig,
+    "finetuning": FinetuningConfig,
+}
 _DEFAULTS = {
     f.name: f.default
     for f in dataclasses.fields(BGDConfig)

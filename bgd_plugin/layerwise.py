@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,12 +16,21 @@ from torch import Tensor, fx, nn
 
 from bgd_plugin.calibration import Batches, LayerInputs, Walk, logits_of, sampled_inputs
 from bgd_plugin.config import BGDConfig
-from bgd_plugin.fitting import METHODS, FittedLayer, LayerContext, output_error
-from bgd_plugin.graph import FoundLayer, following_batchnorm, layer_has_bias, swap_
+from bgd_plugin.fitting import METHODS, FittedLayer, LayerContext, Skip, output_error, refitted
+from bgd_plugin.graph import (
+    FoundLayer,
+    added_to,
+    call_input,
+    following_batchnorm,
+    following_batchnorm_node,
+    layer_has_bias,
+    swap_,
+)
 from bgd_plugin.nn import PQModule, quantized
 from bgd_plugin.plan import Plan, PlannedLayer
 from bgd_plugin.report import LayerReport
 from bgd_plugin.run import Run
+from bgd_plugin.storage import round_weights_
 from bgd_plugin.training import absorb_row_scale_, correct_batchnorm_, distill_, is_batchnorm, is_shared
 
 __all__ = ["Job", "quantize_layers"]
@@ -39,6 +49,7 @@ class Job:
     config: BGDConfig
     plan: Plan
     found: list[FoundLayer]
+    leftovers: Sequence[str]
     batches: Batches
     run: Run
     bar: Any
@@ -64,26 +75,67 @@ def quantize_layers(job: Job) -> list[LayerReport]:
     first_nodes = {_first_node(walk, found): index for index, found in enumerate(job.found)}
     logits = _teacher_logits(job)
     reports: list[LayerReport] = []
-    corrected, shared = 0, set()
+    norms = _NormCorrection(job)
+    refits, leftovers = 0, _leftover_nodes(job)
     for node in walk.nodes():
         if node.name in first_nodes:
             index = first_nodes[node.name]
-            reports.append(_quantize_layer(job, walk, index, logits))
-        elif job.config.batchnorm != "keep" and is_batchnorm(job.student, node):
-            if is_shared(job.student, node):
-                shared.add(str(node.target))
-                continue
-            with job.timed("batch norm"):
-                if correct_batchnorm_(walk, node, job.config.batchnorm):
-                    walk.mark_changed(str(node.target))
-                    corrected += 1
+            skip = _drifted_skip(job, walk, job.found[index])
+            norms.remember(skip)
+            reports.append(_quantize_layer(job, walk, index, logits, skip))
+        elif node.name in leftovers:
+            with job.timed("refit"):
+                refits += _refit(job, walk, *leftovers[node.name])
+        elif is_batchnorm(job.student, node):
+            norms.correct_(walk, node)
     job.seconds["forward"] = walk.seconds
-    if job.config.batchnorm != "keep":
-        what = f"{corrected} corrected" if corrected else "nothing to correct, no batch norm follows a quantized layer"
-        job.notes.append(f"batch norm ({job.config.batchnorm}): {what}")
-    if shared:
-        job.notes.append(f"batch norm: left as they are, since they run at several places: {', '.join(sorted(shared))}")
+    if refits:
+        job.notes.append(
+            f"{refits} depthwise convolutions, which stay float, were fitted anew to the inputs they now get"
+        )
+    job.notes += norms.notes()
     return reports
+
+
+class _NormCorrection:
+    """The batch norms of a walk, corrected one after another, and what is to be said of them."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._residual: set[str] = set()
+        self._corrected: set[str] = set()
+        self._shared: set[str] = set()
+
+    def remember(self, skip: _DriftedSkip | None) -> None:
+        """The layer before this norm makes good what the skip has lost."""
+        if skip is not None:
+            self._residual.add(skip.norm.name)
+
+    def correct_(self, walk: Walk, node: fx.Node) -> None:
+        """Correct the batch norm at a node, as the settings say."""
+        job, mode = self._job, self._job.config.batchnorm
+        if mode == "keep":
+            return
+        if is_shared(job.student, node):
+            self._shared.add(str(node.target))
+            return
+        with job.timed("batch norm"):
+            skip = added_to(job.student, node) if node.name in self._residual else None
+            if correct_batchnorm_(walk, node, mode, skip):
+                walk.mark_changed(str(node.target))
+                self._corrected.add(node.name)
+
+    def notes(self) -> list[str]:
+        """For the report."""
+        mode, count = self._job.config.batchnorm, len(self._corrected)
+        if mode == "keep":
+            return []
+        what = f"{count} corrected" if count else "nothing to correct, no batch norm follows a quantized layer"
+        notes = [f"batch norm ({mode}): {what}"]
+        if self._shared:
+            names = ", ".join(sorted(self._shared))
+            notes.append(f"batch norm: left as they are, since they run at several places: {names}")
+        return notes
 
 
 def _needs_reference(config: BGDConfig) -> bool:
@@ -98,7 +150,58 @@ def _first_node(walk: Walk, layer: FoundLayer) -> str:
     raise AssertionError(f"{layer.name} has no node")
 
 
-def _quantize_layer(job: Job, walk: Walk, index: int, logits: list[Tensor]) -> LayerReport:
+@dataclass(frozen=True, kw_only=True)
+class _DriftedSkip:
+    """The batch norm that ends a residual branch, and the other side of the addition."""
+
+    norm: fx.Node
+    node: fx.Node
+
+
+def _drifted_skip(job: Job, walk: Walk, found: FoundLayer) -> _DriftedSkip | None:
+    """The skip whose drift a layer is to make good: it ends a residual branch, and the other side has run already."""
+    config = job.config
+    if config.method != "full" or not config.asymmetric_step or config.batchnorm != "matched":
+        return None
+    norm = following_batchnorm_node(job.student, found.calls)
+    skip = None if norm is None else added_to(job.student, norm)
+    return None if norm is None or skip is None or not walk.differs(skip) else _DriftedSkip(norm=norm, node=skip)
+
+
+def _leftover_nodes(job: Job) -> dict[str, tuple[str, fx.Node]]:
+    """For each node at which a layer that stays float is due: the name of its weight, and the call that uses it."""
+    due: dict[str, tuple[str, fx.Node]] = {}
+    for node in job.student.graph.nodes:
+        if node.op == "call_module" and f"{node.target}.weight" in job.leftovers:
+            due[node.name] = f"{node.target}.weight", node
+        elif node.op == "get_attr" and node.target in job.leftovers and len(node.users) == 1:
+            due[node.name] = str(node.target), next(iter(node.users))
+    return due
+
+
+def _refit(job: Job, walk: Walk, weight_name: str, call: fx.Node) -> bool:
+    """A layer that stays float: a depthwise one is fitted anew; each is rounded as it will be stored."""
+    config = job.config
+    path, _, attribute = weight_name.rpartition(".")
+    owner = job.student.get_submodule(path)
+    weight: Any = owner._parameters[attribute]
+    is_refitted = (
+        config.refit_depthwise
+        and config.method == "full"
+        and weight.shape[1] == 1
+        and walk.differs_at(call_input(call))
+    )
+    if is_refitted:
+        weight = refitted(weight, LayerInputs(walk, path, [call.name]), job.generator(f"{path} refit"))
+        # a new parameter: the reference may share the old one
+        owner._parameters[attribute] = nn.Parameter(weight, requires_grad=False)
+    round_weights_(job.student, [weight_name], config.weight_storage)
+    if is_refitted or config.weight_storage != "float32":
+        walk.mark_changed(path if call.op == "call_module" else weight_name)
+    return is_refitted
+
+
+def _quantize_layer(job: Job, walk: Walk, index: int, logits: list[Tensor], skip: _DriftedSkip | None) -> LayerReport:
     """Fit one layer, put it in its place, distill it."""
     found, planned, config = job.found[index], job.plan.layers[index], job.config
     job.bar.set_description(planned.name)
@@ -109,7 +212,7 @@ def _quantize_layer(job: Job, walk: Walk, index: int, logits: list[Tensor]) -> L
         sample = sampled_inputs(inputs, max(1, rows), job.generator(f"{planned.name} sample"))
     module = job.student.get_submodule(planned.target)
     finished = job.run.finished(index, planned)
-    fit = finished or _fit(job, found, planned, inputs, generator)
+    fit = finished or _fit(job, found, planned, inputs, generator, _skip_for_fit(job, walk, skip))
     layer = quantized(
         module, fit.codebook.to(found.weight), fit.codes.to(found.weight.device), planned.kept(found.weight)
     )
@@ -119,6 +222,7 @@ def _quantize_layer(job: Job, walk: Walk, index: int, logits: list[Tensor]) -> L
     if config.distillation and finished is None:
         with job.timed("distill"):
             distill_(walk, layer, logits, config.distillation, generator, job.bar.update)
+            layer.round_codebook_(planned.codebook_storage)
     if finished is None:
         job.run.store(index, dataclasses.replace(fit, codebook=layer.codebook, codes=layer.codes))
     elif config.distillation:
@@ -135,6 +239,7 @@ def _fit(
     planned: PlannedLayer,
     inputs: LayerInputs,
     generator: torch.Generator,
+    skip: Skip | None,
 ) -> FittedLayer:
     method = METHODS[job.config.method]
     context = LayerContext(
@@ -145,11 +250,21 @@ def _fit(
         has_batchnorm=following_batchnorm(job.student, found.calls) is not None,
         has_bias=layer_has_bias(job.student, found),
         config=job.config,
+        skip=skip,
     )
     with job.timed("statistics"):
         statistics = method.collect(context, generator)
     with job.timed("fit"):
         return method.solve(context, statistics, generator)
+
+
+def _skip_for_fit(job: Job, walk: Walk, skip: _DriftedSkip | None) -> Skip | None:
+    if skip is None:
+        return None
+    norm: Any = job.student.get_submodule(str(skip.norm.target))
+    gain = (norm.running_var + norm.eps).rsqrt()
+    gain = gain if norm.weight is None else gain * norm.weight.detach()
+    return Skip(drift=functools.partial(walk.drift, skip.node), gain=gain)
 
 
 @torch.no_grad()

@@ -16,17 +16,18 @@ from bgd_plugin.budget import Sensitivity
 from bgd_plugin.config import FAMILIES, BGDConfig, LayerConfig
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.graph import FoundLayer, LeftLayer, baked, copy_module, find_layers, isolate_weights_, swap_, trace
-from bgd_plugin.nn import PQModule, quantized
+from bgd_plugin.nn import PQModule, freeze_norms_, quantized
 from bgd_plugin.pq.masks import mask_form, pack_mask
 from bgd_plugin.pq.rate import largest_codebook
 from bgd_plugin.spending import Budget
-from bgd_plugin.storage import Stored, file_size, round_floats_, state_bytes, stored
+from bgd_plugin.storage import Stored, file_size, round_floats_, round_weights_, state_bytes, stored
 from bgd_plugin.tables import mib, table
 
 __all__ = [
     "Plan",
     "PlannedLayer",
     "SkippedLayer",
+    "family_leftovers",
     "free_layers",
     "is_finished",
     "make_plan",
@@ -52,6 +53,7 @@ class PlannedLayer:
         weight_shape: `[C_out, C_in / groups, *kernel]` or `[C_out, C_in]`.
         block_size, codebook_size: as they will be, after the bounds of the layer.
         calls: names of the graph nodes that compute with it.
+        codebook_storage: "int8" or "float16".
         mask_form, mask_bytes: how the places of the zeros that are preserved are stored (`bgd_plugin.pq.masks`), and
             their bytes; "" and 0 where there are none.
         note: what differs from the setting, and why; empty where nothing does.
@@ -65,6 +67,7 @@ class PlannedLayer:
     block_size: int
     codebook_size: int
     calls: tuple[str, ...]
+    codebook_storage: str = "float16"
     mask_form: str = ""
     mask_bytes: int = 0
     note: str = ""
@@ -91,9 +94,10 @@ class PlannedLayer:
 
     @property
     def compressed_bytes(self) -> int:
-        """Packed codes, a codebook in half precision, and the mask."""
+        """Packed codes, the codebook, in 8 bits with a scale of 4 bytes or in half precision, and the mask."""
         codes = -(-self.rows * self.blocks_per_row * self.code_bits // 8)
-        return codes + 2 * self.codebook_size * self.block_size + self.mask_bytes
+        values = self.codebook_size * self.block_size
+        return codes + (values + 4 if self.codebook_storage == "int8" else 2 * values) + self.mask_bytes
 
     @property
     def bits_per_weight(self) -> float:
@@ -211,7 +215,7 @@ def make_plan(
         layers=tuple(p for _, p in chosen),
         skipped=tuple(skipped),
         original_bytes=original_bytes,
-        compressed_bytes=_file_size(sketch, config),
+        compressed_bytes=_file_size(sketch, config, family_leftovers(graph_module, config)),
         paper_bytes=paper,
         notes=notes,
     )
@@ -234,11 +238,12 @@ def require_plannable(
 
 
 def _budget(graph_module: fx.GraphModule, config: BGDConfig, chosen: _Chosen, target: int) -> Budget:
+    leftovers = family_leftovers(graph_module, config)
     return Budget(
         layers=chosen,
         free=[p.name for f, p in chosen if _is_free(f, p, config)],
         target_bytes=target,
-        file_size=lambda layers: _file_size(_sketch(graph_module, layers), config),
+        file_size=lambda layers: _file_size(_sketch(graph_module, layers), config, leftovers),
         float_storage=config.float_storage,
         seed=config.seed,
     )
@@ -309,6 +314,21 @@ def is_finished(graph_module: fx.GraphModule, config: BGDConfig) -> bool:
         for layer, planned in rest
         if isinstance(planned, PlannedLayer)
     )
+
+
+def family_leftovers(graph_module: fx.GraphModule, config: BGDConfig) -> list[str]:
+    """Names of the weights that stay float because the settings have nothing for their kind of layer.
+
+    Layers that an override keeps float are not among them: those the user wants as they are.
+    """
+    found, _ = find_layers(graph_module)
+    first = _first_layer(graph_module, found)
+    names = []
+    for layer in found:
+        is_named = any(fnmatch.fnmatchcase(layer.name, pattern) for pattern, _ in config.overrides)
+        if not is_named and _setting(layer, config, is_first=layer is first)[0] is None:
+            names.append(layer.target if layer.functional else f"{layer.target}.weight")
+    return names
 
 
 def _first_layer(graph_module: fx.GraphModule, found: list[FoundLayer]) -> FoundLayer | None:
@@ -384,6 +404,7 @@ def _planned(layer: FoundLayer, config: BGDConfig, *, is_first: bool) -> Planned
         calls=layer.calls,
         mask_form=form,
         mask_bytes=mask_bytes,
+        codebook_storage=_codebook_storage(layer.weight, config, form),
         note="; ".join(notes),
     )
 
@@ -423,22 +444,23 @@ def _unreached(original: nn.Module, graph_module: fx.GraphModule) -> list[Skippe
     ]
 
 
-def _file_size(sketch: fx.GraphModule, config: BGDConfig) -> int:
+def _file_size(sketch: fx.GraphModule, config: BGDConfig, leftovers: list[str]) -> int:
     """Length of a sketch's file; what stays float in it is rounded as the settings say.
 
     With a budget it is the length that the file may come to: the work ahead changes statistics and biases, and then a
     narrow type may hold them no more.
     """
+    if config.freeze_norms:
+        freeze_norms_(sketch)
+    round_weights_(sketch, leftovers, config.weight_storage)
     if config.float_storage == "float16":
         round_floats_(sketch)
     if not config.has_budget:
         return file_size(stored(sketch))
     content = stored(sketch)
     whole = sketch.state_dict()
-    tensors = {
-        name: whole[name].to("meta") if _may_change(name, whole[name]) and config.float_storage == "float32" else tensor
-        for name, tensor in content.tensors.items()
-    }
+    changing = {name for name, value in whole.items() if _may_change(name, value) and config.float_storage == "float32"}
+    tensors = {name: whole[name].to("meta") if name in changing else tensor for name, tensor in content.tensors.items()}
     counters = sum(not t.is_floating_point() and t.ndim == 0 for t in whole.values())
     reserve = _COUNTER_BYTES * counters if config.finetuning else 0
     return file_size(Stored(tensors=tensors, header=content.header)) + reserve
@@ -453,9 +475,15 @@ def _sketch(graph_module: fx.GraphModule, chosen: list[tuple[FoundLayer, Planned
     sketch: fx.GraphModule = copy_module(graph_module, share_tensors=True)
     isolate_weights_(sketch, [found for found, _ in chosen])
     for found, planned in chosen:
-        dtype = found.weight.dtype
+        dtype = torch.int8 if planned.codebook_storage == "int8" else found.weight.dtype
         codebook = torch.empty(planned.codebook_size, planned.block_size, dtype=dtype, device="meta")
         codes = torch.empty(planned.rows, planned.blocks_per_row, dtype=torch.int64, device="meta")
         module = sketch.get_submodule(found.target)
         swap_(sketch, found.target, quantized(module, codebook, codes, planned.kept(found.weight)))
     return sketch
+
+
+def _codebook_storage(weight: Tensor, config: BGDConfig, mask_form: str) -> str:
+    """8 bits are for single precision; beside a mask they might add zeros of their own."""
+    is_int8 = config.codebook_storage == "int8" and weight.dtype == torch.float32 and not mask_form
+    return "int8" if is_int8 else "float16"

@@ -33,13 +33,14 @@ from bgd_plugin.graph import (
     trace,
 )
 from bgd_plugin.layerwise import Job, quantize_layers
-from bgd_plugin.plan import Plan, free_layers, make_plan, paper_bytes, require_plannable
+from bgd_plugin.nn import freeze_norms_
+from bgd_plugin.plan import Plan, family_leftovers, free_layers, make_plan, paper_bytes, require_plannable
 from bgd_plugin.report import LayerReport, Report
 from bgd_plugin.run import Run
 from bgd_plugin.sensitivity import measure_sensitivities
-from bgd_plugin.storage import file_size, round_floats_, stored
+from bgd_plugin.storage import file_size, round_floats_, round_weights_, stored
 from bgd_plugin.tables import mib
-from bgd_plugin.training import finetune_, kl_to_teacher
+from bgd_plugin.training import finetune_, kl_to_teacher, reconstruct_, reconstruction_steps
 from bgd_plugin.training.finetuning import total_steps
 
 __all__ = ["Quantized", "quantize"]
@@ -104,9 +105,10 @@ def quantize(
     start = time.perf_counter()
     sensitivities = _sensitivities(student, batches, config, progress) if config.has_budget else None
     plan, found = make_plan(student, config, original=model, original_bytes=original_bytes, sensitivities=sensitivities)
+    leftovers = family_leftovers(student, config)
     seconds = {"budget": time.perf_counter() - start} if config.has_budget else {}
     isolate_weights_(student, found)
-    with _progress_bar(config, plan, batches, progress) as bar:
+    with _progress_bar(student, config, plan, batches, progress) as bar:
         job = Job(
             student=student,
             reference=copy_module(student, share_tensors=True),
@@ -114,6 +116,7 @@ def quantize(
             config=config,
             plan=plan,
             found=found,
+            leftovers=leftovers,
             batches=batches,
             run=run,
             bar=bar,
@@ -123,10 +126,11 @@ def quantize(
         if teacher is not None:
             _check_teacher(job)
         results = quantize_layers(job)
+        if config.reconstruction:
+            _reconstruct(job)
         if config.finetuning:
             _finetune(job, calibration, forward)
-    if config.float_storage == "float16":
-        round_floats_(student)
+    _round(student, config, plan, leftovers)
     _restore(student, model, found, modes)
     return Quantized(student, _report(job, results))
 
@@ -151,8 +155,12 @@ def _sensitivities(
         return measure_sensitivities(student, batches, names, config, bar.update)
 
 
-def _progress_bar(config: BGDConfig, plan: Plan, batches: Sequence[Batch], progress: bool) -> Any:
+def _progress_bar(
+    student: fx.GraphModule, config: BGDConfig, plan: Plan, batches: Sequence[Batch], progress: bool
+) -> Any:
     steps = len(plan.layers) * (1 + (config.distillation.steps if config.distillation else 0))
+    if config.reconstruction:
+        steps += reconstruction_steps(student, [layer.target for layer in plan.layers], config.reconstruction)
     steps += total_steps(config.finetuning, len(batches)) if config.finetuning else 0
     return tqdm(total=steps, disable=not progress, desc="quantize", unit="step", dynamic_ncols=True)
 
@@ -175,6 +183,24 @@ def _check_teacher(job: Job) -> None:
     kl_to_teacher(logits_of(batch.call(job.reference)), logits_of(batch.call(job.teacher)))
 
 
+def _reconstruct(job: Job) -> None:
+    assert job.config.reconstruction
+    job.bar.set_description("reconstruct")
+    with job.timed("reconstruct"):
+        gain = reconstruct_(
+            job.student,
+            job.reference,
+            job.batches,
+            job.config.reconstruction,
+            lambda name: job.generator(f"{name} reconstruction"),
+            job.bar.update,
+        )
+    job.notes.append(
+        f"reconstruction: {gain.blocks} blocks, mean loss on samples kept aside {gain.before:.4g} → {gain.after:.4g}"
+        + (f"; {gain.taken_back} put back as they were" if gain.taken_back else "")
+    )
+
+
 def _finetune(job: Job, calibration: Iterable[Any], forward: Forward | None) -> None:
     assert job.config.finetuning
     device = next(job.student.parameters()).device
@@ -186,6 +212,18 @@ def _finetune(job: Job, calibration: Iterable[Any], forward: Forward | None) -> 
     with job.timed("finetune"):
         loss = finetune_(job.student, job.teacher, epoch, len(job.batches), job.config.finetuning, job.bar.update)
     job.notes.append(f"finetuning: final loss {loss:.4g}")
+
+
+def _round(student: fx.GraphModule, config: BGDConfig, plan: Plan, leftovers: list[str]) -> None:
+    """Round everything to the type in which it will be stored."""
+    for planned in plan.layers:
+        layer: Any = student.get_submodule(planned.target)
+        layer.round_codebook_(planned.codebook_storage)
+    if config.freeze_norms:
+        freeze_norms_(student)
+    round_weights_(student, leftovers, config.weight_storage)
+    if config.float_storage == "float16":
+        round_floats_(student)
 
 
 def _restore(student: fx.GraphModule, model: nn.Module, found: list[FoundLayer], modes: dict[str, bool]) -> None:

@@ -1,14 +1,15 @@
 """How a network lies in a file: which tensors, in which types, under which header. Sizes are those of real files.
 
 A file is a safetensors file. Codes are packed to `log2(codebook_size)` bits, masks as `pq.masks` says; every other
-tensor is stored in the narrowest type that holds its values *exactly*, so reading it back loses nothing. Tensors that
-are one and the same are stored once.
+tensor is stored in the narrowest form that holds its values *exactly*, so reading it back loses nothing: half
+precision, or whole numbers of 8 bits where codebooks or weights lie on such a grid, whose scales are all in one tensor.
+Tensors that are one and the same are stored once, and single whole numbers stand in the header.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from bgd_plugin.errors import CheckpointError
-from bgd_plugin.nn import PQModule, storable
+from bgd_plugin.nn import FrozenNorm, PQModule, storable
+from bgd_plugin.pq.eight_bit import from_eight_bits, round_to_eight_bits, to_eight_bits
 from bgd_plugin.pq.masks import mask_form, pack_mask
 from bgd_plugin.pq.packing import pack
 
@@ -27,13 +29,16 @@ __all__ = [
     "Stored",
     "file_bytes",
     "file_size",
+    "restored",
     "round_floats_",
+    "round_weights_",
     "state_bytes",
     "stored",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METADATA_KEY = "bgd_plugin"
+SCALES = "#scales"
 
 _INTEGERS = (torch.uint8, torch.int16, torch.int32)
 
@@ -57,13 +62,9 @@ def stored(model: nn.Module) -> Stored:
     Raises:
         CheckpointError: the state holds something that is not a tensor.
     """
-    layers = {
-        path: module for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, PQModule)
-    }
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    dtypes: dict[str, str] = {}
-    masks: dict[str, str] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers = {path: module for path, module in modules.items() if isinstance(module, PQModule)}
+    parts = _Parts(layers)
     names: dict[tuple[Any, ...], str] = {}
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
@@ -72,30 +73,90 @@ def stored(model: nn.Module) -> Stored:
             )
         first = names.setdefault(_identity(name, value), name)
         if first != name:
-            aliases[name] = first
-            continue
-        path, _, attribute = name.rpartition(".")
-        if path in layers and attribute == "codes":
-            tensors[name] = _packed(layers[path])
-            continue
-        if path in layers and attribute == "mask":
-            masks[path] = mask_form(value)
-            tensors[name] = pack_mask(value, masks[path])
-            continue
-        tensors[name] = _narrowest(value, is_codebook=path in layers and attribute == "codebook")
-        if tensors[name].dtype != value.dtype and value.dtype not in (torch.float32, torch.int64):
-            dtypes[name] = str(value.dtype).removeprefix("torch.")
-    header = {
-        "format": FORMAT_VERSION,
-        "layers": {path: _layer_header(layer) for path, layer in layers.items() if f"{path}.codes" in tensors},
+            parts.aliases[name] = first
+        else:
+            parts.add(name, value)
+    if parts.scales:
+        parts.tensors[SCALES] = torch.cat(list(parts.scales.values()))
+    entries = {
+        "frozen": [path for path, module in modules.items() if isinstance(module, FrozenNorm)],
+        "scaled": list(parts.scales),
+        "numbers": parts.numbers,
+        "aliases": parts.aliases,
+        "dtypes": parts.dtypes,
+        "masks": parts.masks,
     }
-    if aliases:
-        header["aliases"] = aliases
-    if dtypes:
-        header["dtypes"] = dtypes
-    if masks:
-        header["masks"] = masks
-    return Stored(tensors=tensors, header=header)
+    header: dict[str, Any] = {
+        "format": FORMAT_VERSION,
+        "layers": {path: _layer_header(layer) for path, layer in layers.items() if f"{path}.codes" in parts.tensors},
+    }
+    return Stored(tensors=parts.tensors, header=header | {name: entry for name, entry in entries.items() if entry})
+
+
+class _Parts:
+    """A network's state, tensor by tensor in the form in which it is stored."""
+
+    def __init__(self, layers: Mapping[str, PQModule]) -> None:
+        self._layers = layers
+        self.tensors: dict[str, Tensor] = {}
+        self.scales: dict[str, Tensor] = {}
+        self.numbers: dict[str, int] = {}
+        self.aliases: dict[str, str] = {}
+        self.dtypes: dict[str, str] = {}
+        self.masks: dict[str, str] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Put a tensor where it belongs."""
+        path, _, attribute = name.rpartition(".")
+        layer = self._layers.get(path)
+        if layer is not None and attribute == "codes":
+            self.tensors[name] = _packed(layer)
+        elif layer is not None and attribute == "mask":
+            self.masks[path] = mask_form(value)
+            self.tensors[name] = pack_mask(value, self.masks[path])
+        elif value.dtype == torch.int64 and value.ndim == 0:
+            self.numbers[name] = 0 if value.is_meta else int(value)
+        else:
+            self._add_values(name, value, is_codebook=layer is not None and attribute == "codebook")
+
+    def _add_values(self, name: str, value: Tensor, *, is_codebook: bool) -> None:
+        grid = _eight_bit_rows(value, is_codebook=is_codebook)
+        if grid is not None:
+            self.tensors[name], self.scales[name] = grid
+            return
+        self.tensors[name] = _narrowest(value, is_codebook=is_codebook)
+        if self.tensors[name].dtype != value.dtype and value.dtype not in (torch.float32, torch.int64):
+            self.dtypes[name] = str(value.dtype).removeprefix("torch.")
+
+
+def restored(content: Stored) -> dict[str, Tensor]:
+    """The tensors of a file in ordinary types: the inverse of the 8-bit form, and of numbers in the header.
+
+    Codes stay packed, half precision stays half: what they become depends on the network.
+
+    Raises:
+        ValueError: scales or numbers do not fit the tensors.
+    """
+    tensors, header = dict(content.tensors), content.header
+    scales, names = tensors.pop(SCALES, torch.empty(0)), header.get("scaled", [])
+    if scales.dtype != torch.float32 or scales.ndim != 1 or not bool(torch.isfinite(scales).all()):
+        raise ValueError("the scales are not finite numbers in a row")
+    for name in names:
+        value = tensors.get(name) if isinstance(name, str) else None
+        if value is None or value.dtype != torch.int8 or not value.numel():
+            raise ValueError(f"{name!r} is said to have 8 bits, and has not")
+        rows = 1 if name.endswith(".codebook") and name.removesuffix(".codebook") in header["layers"] else len(value)
+        if rows > len(scales):
+            raise ValueError("there are too few scales")
+        tensors[name] = from_eight_bits(value.reshape(rows, -1), scales[:rows]).reshape(value.shape)
+        scales = scales[rows:]
+    if len(scales):
+        raise ValueError(f"there are {len(scales)} scales too many")
+    for name, number in header.get("numbers", {}).items():
+        if not isinstance(number, int) or abs(number) >= 2**63 or name in tensors:
+            raise ValueError(f"{name!r} is not a number of its own")
+        tensors[name] = torch.tensor(number, dtype=torch.int64)
+    return tensors
 
 
 def file_bytes(content: Stored) -> bytes:
@@ -122,22 +183,56 @@ def state_bytes(state: Mapping[str, Any]) -> int:
 def round_floats_(model: nn.Module) -> None:
     """Round every parameter and saved buffer to half precision, in which it then takes half the bytes.
 
-    Tensors whose values half precision cannot hold stay as they are. New tensors take the place of the old ones, which
-    others may share; what is shared within `model` stays so. On the meta device only the type changes.
+    Left as they are: codebooks, weights that lie on an 8-bit grid, and tensors whose values half precision cannot hold.
+    New tensors take the place of the old ones, which others may share; what is shared within `model` stays so. On the
+    meta device only the type changes.
     """
     rounded: dict[int, Any] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.dtype in (torch.float32, torch.float64):
-                value = rounded.setdefault(id(parameter), nn.Parameter(_rounded(parameter), parameter.requires_grad))
+            is_codebook = isinstance(module, PQModule) and name == "codebook"
+            if parameter is not None and not is_codebook and _wants_half(parameter):
+                value = rounded.setdefault(id(parameter), nn.Parameter(_half(parameter), parameter.requires_grad))
                 module._parameters[name] = value
         for name, buffer in module._buffers.items():
             is_saved = buffer is not None and name not in module._non_persistent_buffers_set
-            if is_saved and buffer is not None and buffer.dtype in (torch.float32, torch.float64):
-                module._buffers[name] = rounded.setdefault(id(buffer), _rounded(buffer))
+            if is_saved and buffer is not None and _wants_half(buffer):
+                module._buffers[name] = rounded.setdefault(id(buffer), _half(buffer))
 
 
-def _rounded(value: Tensor) -> Tensor:
+@torch.no_grad()
+def round_weights_(model: nn.Module, names: Iterable[str], storage: str) -> None:
+    """Round the named weights to the type in which they are stored; each row, an output channel, on a grid of its own.
+
+    New parameters take the place of the old ones, as in `round_floats_`.
+
+    Args:
+        names: of parameters `[rows, ...]`.
+        storage: "int8", "float16" or "float32", which changes nothing.
+    """
+    for name in names if storage != "float32" else ():
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        weight = module._parameters[attribute]
+        assert weight is not None
+        module._parameters[attribute] = nn.Parameter(_as_stored(weight.detach(), storage), requires_grad=False)
+
+
+def _as_stored(weight: Tensor, storage: str) -> Tensor:
+    if storage == "float16":
+        return _half(weight)
+    if weight.is_meta:
+        return weight.to(torch.int8) if weight.dtype == torch.float32 else weight
+    return round_to_eight_bits(weight.reshape(weight.shape[0], -1)).reshape(weight.shape)
+
+
+def _wants_half(value: Tensor) -> bool:
+    if value.dtype not in (torch.float32, torch.float64):
+        return False
+    return value.is_meta or _eight_bit_rows(value, is_codebook=False) is None
+
+
+def _half(value: Tensor) -> Tensor:
     return value.detach().half() if value.is_meta else storable(value.detach()).clone()
 
 
@@ -157,6 +252,20 @@ def _packed(layer: PQModule) -> Tensor:
     if layer.codes.is_meta:
         return torch.empty(-(-layer.codes.numel() * bits // 8), dtype=torch.uint8, device="meta")
     return pack(layer.codes.reshape(-1), bits)
+
+
+def _eight_bit_rows(value: Tensor, *, is_codebook: bool) -> tuple[Tensor, Tensor] | None:
+    """Codebooks and weights in 8 bits with their scales, where they lie on such a grid; int8 on the meta device does.
+
+    A codebook has one scale, a weight one for each output channel.
+    """
+    if value.numel() == 0 or not (is_codebook or value.ndim > 1):
+        return None
+    rows = 1 if is_codebook else value.shape[0]
+    if value.is_meta:
+        return (value, torch.zeros(rows)) if value.dtype == torch.int8 else None
+    grid = to_eight_bits(value.reshape(rows, -1))
+    return None if grid is None else (grid[0].reshape(value.shape), grid[1].cpu())
 
 
 def _narrowest(value: Tensor, *, is_codebook: bool) -> Tensor:

@@ -184,7 +184,7 @@ def _range(model: nn.Module) -> tuple[int, int]:
 
 def _least(model: nn.Module) -> int:
     with pytest.raises(ConfigError, match="the least possible size is") as error:
-        bgd.plan(model, em(target_bytes=1, float_storage="float16"))
+        bgd.plan(model, BGDConfig(target_bytes=1))
     return int(re.findall(r"least possible size is ([\d,]+)", str(error.value))[0].replace(",", ""))
 
 

@@ -52,7 +52,9 @@ def test_settings_can_not_be_changed() -> None:
 
 
 def test_an_unknown_field_is_named_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"BGDConfig: unknown blocks; BGDConfig has .*batchnorm, conv, "):
+    with pytest.raises(
+        ConfigError, match=r"BGDConfig: unknown blocks; BGDConfig has .*batchnorm, codebook_storage, conv, "
+    ):
         BGDConfig.from_dict({"blocks": 9})
 
 

@@ -32,7 +32,7 @@ def pruned(*, channels: bool = False) -> SmallResNet:
 
 
 def settings(method: str = "full", **fields: Any) -> BGDConfig:
-    return BGDConfig(**({"method": method, "preserve_zeros": True} | fields))
+    return BGDConfig(**({"method": method, "preserve_zeros": True, "codebook_storage": "float16"} | fields))
 
 
 def zeros(model: nn.Module, name: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,10 +40,16 @@ class InputSample:
 
 @dataclass(frozen=True, kw_only=True)
 class PairedRows:
-    """Rows of unfolded inputs at the same places in two networks: both `[groups, positions, columns]`."""
+    """Rows at the same places in two networks.
+
+    Attributes:
+        student, reference: unfolded inputs, both `[groups, positions, columns]`.
+        drift: what the layer's outputs are to make good there besides, `[positions, rows]`; None: nothing.
+    """
 
     student: Tensor
     reference: Tensor
+    drift: Tensor | None = None
 
 
 class LayerInputs:
@@ -91,26 +97,36 @@ class LayerInputs:
 
 
 @torch.no_grad()
-def paired_pieces(inputs: LayerInputs, rows: int, generator: torch.Generator) -> Iterator[PairedRows]:
+def paired_pieces(
+    inputs: LayerInputs, rows: int, generator: torch.Generator, drift: Callable[[int], Tensor] | None = None
+) -> Iterator[PairedRows]:
     """About `rows` rows of unfolded inputs in `len(inputs)` pieces, at the same places in student and float network.
 
     Pieces are in the order of the samples, so that the last ones are of images that the first ones have not seen.
+
+    Args:
+        drift: gives for each batch a tensor of the shape of the layer's output, sampled at the same places; only for
+            layers with one call.
 
     Raises:
         CalibrationError: naming the layer whose inputs are not finite.
     """
     share = max(1, -(-rows // len(inputs)))
-    for mine, theirs, geometry in inputs.pairs():
+    for batch, (mine, theirs, geometry) in enumerate(inputs.pairs()):
         state = generator.get_state()
+        lost = None
+        if drift is not None:
+            lost = sample_inputs(drift(batch), geometry.pointwise(), share, generator)[0].float()
+            generator.set_state(state)
         student = sample_inputs(mine, geometry, share, generator).float()
         _require_finite(student, inputs.name)
         if theirs is mine:
-            yield PairedRows(student=student, reference=student)
+            yield PairedRows(student=student, reference=student, drift=lost)
             continue
         generator.set_state(state)
         reference = sample_inputs(theirs, geometry, share, generator).float()
         _require_finite(reference, inputs.name)
-        yield PairedRows(student=student, reference=reference)
+        yield PairedRows(student=student, reference=reference, drift=lost)
 
 
 @torch.no_grad()

@@ -81,17 +81,29 @@ class Walk:
                 self.seconds += time.perf_counter() - start
 
     def mark_changed(self, target: str) -> None:
-        """The student's module at `target` is no longer the reference's."""
+        """The student's module, or parameter, at `target` is no longer the reference's."""
         self._changed.add(target)
 
     def differs(self, node: fx.Node) -> bool:
         """Whether student and reference have different values at a node that has run."""
         return node.name in self._differs
 
+    def differs_at(self, node: fx.Node) -> bool:
+        """Whether they will have, also at a node that has not run yet."""
+        if node in self.order[: self.position]:
+            return self.differs(node)
+        is_changed = node.op in ("call_module", "get_attr") and str(node.target) in self._changed
+        return is_changed or any(map(self.differs_at, node.all_input_nodes))
+
     def pairs(self, node: fx.Node) -> Iterator[tuple[Any, Any]]:
         """Student and reference values of a node that is live, batch by batch."""
         for mine, theirs in zip(self.student_values, self.reference_values, strict=True):
             yield mine[node.name], theirs[node.name]
+
+    def drift(self, node: fx.Node, batch: int) -> Tensor:
+        """What the student has lost at a node that has run: the reference's value less the student's."""
+        difference: Tensor = self.reference_value(node, batch) - self.student_value(node, batch)
+        return difference
 
     def student_value(self, node: fx.Node, batch: int) -> Any:
         """The student's value at `node`: the live one, or one computed ahead with the modules as they are now."""
@@ -125,7 +137,7 @@ class Walk:
 
     @torch.no_grad()
     def _advance(self, node: fx.Node) -> None:
-        differs = (node.op == "call_module" and str(node.target) in self._changed) or any(
+        differs = (node.op in ("call_module", "get_attr") and str(node.target) in self._changed) or any(
             n.name in self._differs for n in node.all_input_nodes
         )
         if differs:

@@ -14,7 +14,20 @@ from bgd_plugin.calibration import InputSample, LayerInputs
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.plan import PlannedLayer
 
-__all__ = ["FittedLayer", "LayerContext", "Method", "output_error"]
+__all__ = ["FittedLayer", "LayerContext", "Method", "Skip", "output_error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skip:
+    """What is added to a layer's normalised output.
+
+    Attributes:
+        drift: for each batch, the float network's values there less the student's, `[batch, rows, ...]`.
+        gain: `[rows]`, of the batch norm between: γ / √(σ² + eps).
+    """
+
+    drift: Callable[[int], Tensor]
+    gain: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +41,7 @@ class LayerContext:
         mask: bool of the weight's shape, false where the decoded weight is to be zero; None: nowhere.
         has_batchnorm: whether a batch norm alone reads the layer's output.
         has_bias: whether the layer adds a bias of its own.
+        skip: the other side of the residual block that the layer ends, where it has lost something already.
         config: of the whole run.
     """
 
@@ -38,6 +52,7 @@ class LayerContext:
     has_batchnorm: bool
     has_bias: bool
     config: BGDConfig
+    skip: Skip | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

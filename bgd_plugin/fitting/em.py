@@ -27,7 +27,8 @@ def _solve(context: LayerContext, statistics: PooledGram, generator: torch.Gener
     else:
         mask = to_blocks(context.mask, layer.block_size)
         fit = fit_em_masked(blocks, statistics.gram, mask, layer.codebook_size, iterations, generator=generator)
-    return FittedLayer(codebook=storable(fit.codebook).to(weight.dtype), codes=fit.codes)
+    codebook = storable(fit.codebook, layer.codebook_storage)
+    return FittedLayer(codebook=codebook.to(weight.dtype), codes=fit.codes)
 
 
 EM = Method(collect=_collect, solve=_solve)

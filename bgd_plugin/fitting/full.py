@@ -21,6 +21,7 @@ _MAX_COLUMNS = 8192
 _MIN_ROWS = 32768
 _ROWS_PER_COLUMN = 8
 _DAMPING = 0.2  # in units of the Gram's mean diagonal; twice as much where there are as many columns as rows
+_LEAST_GAIN = 0.01  # of the mean square
 _HELDOUT = 5  # one row in so many judges the fit
 
 
@@ -40,9 +41,13 @@ def _collect(context: LayerContext, generator: torch.Generator) -> _Statistics |
         return pooled_gram(context.inputs, context.layer.block_size)
     weight = context.weight.detach().float()
     fitted, heldout = MomentSums(), MomentSums()
-    pieces = paired_pieces(context.inputs, max(_MIN_ROWS, _ROWS_PER_COLUMN * columns), generator)
+    drift = None if context.skip is None else context.skip.drift
+    pieces = paired_pieces(context.inputs, max(_MIN_ROWS, _ROWS_PER_COLUMN * columns), generator, drift)
     for index, piece in enumerate(pieces):
         outputs = piece.reference @ weight.reshape(len(piece.reference), -1, columns).mT
+        if context.skip is not None and piece.drift is not None:
+            wanted = piece.drift * _inverse(context.skip.gain.float())
+            outputs = outputs + wanted.reshape(len(wanted), len(outputs), -1).transpose(0, 1)
         cut = _rows_to_fit(piece.student.shape[1], index, len(context.inputs))
         fitted.add_(piece.student[:, :cut], outputs[:, :cut])
         heldout.add_(piece.student[:, cut:], outputs[:, cut:])
@@ -53,6 +58,12 @@ def _rows_to_fit(rows: int, index: int, pieces: int) -> int:
     """How many of a piece's rows the fit sees: all of the first pieces', none of the last ones'."""
     share = (_HELDOUT - 1) * pieces - _HELDOUT * index  # in parts of 1 / _HELDOUT
     return max(0, min(rows, -(-share * rows // _HELDOUT)))
+
+
+def _inverse(gain: Tensor) -> Tensor:
+    """One over the gain of each channel; channels with next to none are not asked for what they cannot give."""
+    floor = _LEAST_GAIN * gain.square().mean()
+    return gain / (gain.square() + floor).clamp(min=torch.finfo(gain.dtype).tiny)
 
 
 def _statistics(fitted: MomentSums, heldout: MomentSums) -> _Statistics:
@@ -88,7 +99,7 @@ def _solve(context: LayerContext, statistics: _Statistics | PooledGram, generato
         mask=None if context.mask is None else context.mask.flatten(1),
         generator=generator,
     )
-    codebook = storable(fit.codebook)
+    codebook = storable(fit.codebook, context.layer.codebook_storage)
     shift = None
     if context.has_bias and not context.has_batchnorm:
         decoded = masked(torch.nn.functional.embedding(fit.codes, codebook).reshape(weight.shape), context.mask)

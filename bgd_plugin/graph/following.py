@@ -1,12 +1,17 @@
-"""The batch norm that a layer's output runs into."""
+"""What a layer's output runs into: a batch norm, and the addition that ends a residual block."""
 
 from __future__ import annotations
 
+import operator
+
+import torch
 from torch import fx, nn
 
-__all__ = ["following_batchnorm"]
+__all__ = ["added_to", "following_batchnorm", "following_batchnorm_node"]
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
+_ADDITIONS = (operator.add, operator.iadd, torch.add)
+_NO_OPS = (nn.Identity, nn.modules.dropout._DropoutNd)  # in evaluation mode
 
 
 def following_batchnorm(graph_module: fx.GraphModule, calls: tuple[str, ...]) -> str | None:
@@ -15,6 +20,12 @@ def following_batchnorm(graph_module: fx.GraphModule, calls: tuple[str, ...]) ->
     Args:
         calls: names of the nodes that compute with the layer's weight; with more than one there is no such batch norm.
     """
+    node = following_batchnorm_node(graph_module, calls)
+    return None if node is None else str(node.target)
+
+
+def following_batchnorm_node(graph_module: fx.GraphModule, calls: tuple[str, ...]) -> fx.Node | None:
+    """The node of `following_batchnorm`."""
     if len(calls) != 1:
         return None
     call = next(node for node in graph_module.graph.nodes if node.name == calls[0])
@@ -25,4 +36,29 @@ def following_batchnorm(graph_module: fx.GraphModule, calls: tuple[str, ...]) ->
     module = graph_module.get_submodule(target)
     uses = sum(1 for node in graph_module.graph.nodes if node.op == "call_module" and node.target == target)
     has_statistics = isinstance(module, _BatchNorm) and module.running_mean is not None
-    return target if has_statistics and uses == 1 else None
+    return users[0] if has_statistics and uses == 1 else None
+
+
+def added_to(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """The node whose value is added to that of `node`, if nothing else is done with the latter; else None.
+
+    At the end of a residual block these are the branch and the skip, either way round. Modules that do nothing in
+    evaluation mode may stand between.
+    """
+    users = list(node.users)
+    if len(users) != 1:
+        return None
+    (user,) = users
+    if user.op == "call_module" and _does_nothing(graph_module.get_submodule(str(user.target))):
+        return added_to(graph_module, user)
+    is_addition = (user.op == "call_function" and user.target in _ADDITIONS) or (
+        user.op == "call_method" and user.target in ("add", "add_")
+    )
+    if not is_addition or len(user.args) != 2 or user.kwargs:
+        return None
+    others = [arg for arg in user.args if isinstance(arg, fx.Node) and arg is not node]
+    return others[0] if len(others) == 1 else None
+
+
+def _does_nothing(module: nn.Module) -> bool:
+    return isinstance(module, _NO_OPS) or type(module).__name__ == "StochasticDepth"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bgd_plugin.errors import TraceError
-from bgd_plugin.nn import FloatWeight, PQModule
+from bgd_plugin.nn import FloatWeight, FrozenNorm, PQModule
 
 __all__ = ["PQTracer", "copy_module", "is_quantized_elsewhere", "set_modes", "trace"]
 
@@ -26,7 +26,7 @@ class PQTracer(fx.Tracer):
     """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, (PQModule, FloatWeight)) or is_quantized_elsewhere(m):
+        if isinstance(m, (PQModule, FloatWeight, FrozenNorm)) or is_quantized_elsewhere(m):
             return True
         for base in _SWAPPABLE:
             if isinstance(m, base):

@@ -3,17 +3,20 @@
 from bgd_plugin.nn.base import PQModule, storable
 from bgd_plugin.nn.conv import PQConv1d, PQConv2d, PQConv3d
 from bgd_plugin.nn.convert import materialized, quantized, restored_parameter
+from bgd_plugin.nn.frozen import FrozenNorm, freeze_norms_
 from bgd_plugin.nn.linear import PQLinear
 from bgd_plugin.nn.weight import FloatWeight, PQWeight
 
 __all__ = [
     "FloatWeight",
+    "FrozenNorm",
     "PQConv1d",
     "PQConv2d",
     "PQConv3d",
     "PQLinear",
     "PQModule",
     "PQWeight",
+    "freeze_norms_",
     "materialized",
     "quantized",
     "restored_parameter",

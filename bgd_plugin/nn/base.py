@@ -10,14 +10,22 @@ from torch import Tensor, nn
 
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.pq.blocks import decode
+from bgd_plugin.pq.eight_bit import round_to_eight_bits
 from bgd_plugin.pq.masked import codeword_uses, masked
 from bgd_plugin.pq.packing import code_dtype
 
 __all__ = ["PQModule", "storable"]
 
 
-def storable(codebook: Tensor) -> Tensor:
-    """The codebook rounded to half precision, in which it is stored; as it is where its values do not fit."""
+def storable(codebook: Tensor, storage: str = "float16") -> Tensor:
+    """The codebook rounded to the type in which it is stored; as it is where its values do not fit.
+
+    Args:
+        codebook: any shape; "int8" has one grid for the whole of it.
+        storage: "float16", or "int8", which only single precision has (see `bgd_plugin.pq.eight_bit`).
+    """
+    if storage == "int8" and codebook.dtype == torch.float32:
+        return round_to_eight_bits(codebook.reshape(1, -1)).reshape(codebook.shape)
     half = codebook.half()
     largest = float(codebook.abs().max())
     fits = bool(torch.isfinite(half).all()) and float(half.abs().max()) >= largest / 2
@@ -42,7 +50,7 @@ class PQModule(nn.Module):
     def __init__(self, codebook: Tensor, codes: Tensor, weight_shape: Sequence[int]) -> None:
         super().__init__()
         self.weight_shape = torch.Size(weight_shape)
-        self.codebook = nn.Parameter(codebook)
+        self.codebook = nn.Parameter(codebook, requires_grad=codebook.is_floating_point())
         self.register_buffer("codes", codes.to(code_dtype(codebook.shape[0])))
         self.register_buffer("mask", None)
 
@@ -80,9 +88,9 @@ class PQModule(nn.Module):
         return codeword_uses(self.codes, self.mask, self.codebook_size, self.block_size)
 
     @torch.no_grad()
-    def round_codebook_(self) -> None:
-        """Round the codebook to the type in which it is stored."""
-        self.codebook.copy_(storable(self.codebook))
+    def round_codebook_(self, storage: str) -> None:
+        """Round the codebook to the type in which it is stored, "float16" or "int8"."""
+        self.codebook.copy_(storable(self.codebook, storage))
 
     def pq_repr(self) -> str:
         """The quantization part of `extra_repr`."""

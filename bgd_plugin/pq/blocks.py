@@ -77,6 +77,11 @@ class Geometry:
         """The geometry of a linear layer."""
         return cls(kernel_size=(), stride=(), padding=(), dilation=(), groups=1)
 
+    def pointwise(self) -> Geometry:
+        """The walk over the layer's *output* that visits the positions in the order of `unfold_inputs`."""
+        ones = (1,) * len(self.kernel_size)
+        return Geometry(kernel_size=ones, stride=ones, padding=((0, 0),) * len(ones), dilation=ones, groups=1)
+
     @classmethod
     def of(
         cls,

@@ -1,9 +1,10 @@
-"""Training on unlabelled data: batch-norm correction, distillation of one layer's codewords, finetuning of all."""
+"""Training on unlabelled data: batch norms, one layer's codewords, block after block, all codewords together."""
 
 from bgd_plugin.training.batchnorm import absorb_row_scale_, correct_batchnorm_, is_batchnorm, is_shared
 from bgd_plugin.training.distillation import distill_
 from bgd_plugin.training.finetuning import finetune_
 from bgd_plugin.training.loss import kl_to_teacher
+from bgd_plugin.training.reconstruction import reconstruct_, reconstruction_steps
 
 __all__ = [
     "absorb_row_scale_",
@@ -13,4 +14,6 @@ __all__ = [
     "is_batchnorm",
     "is_shared",
     "kl_to_teacher",
+    "reconstruct_",
+    "reconstruction_steps",
 ]

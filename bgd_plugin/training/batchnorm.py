@@ -34,7 +34,9 @@ def is_shared(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 @torch.no_grad()
-def correct_batchnorm_(walk: Walk, node: fx.Node, mode: Literal["matched", "reestimate"]) -> bool:
+def correct_batchnorm_(
+    walk: Walk, node: fx.Node, mode: Literal["matched", "reestimate"], skip: fx.Node | None = None
+) -> bool:
     """Correct the statistics of the student's batch norm at `node`; nothing else is touched. Returns whether it moved.
 
     "matched" keeps, for each channel, the mean and the variance that the float network's batch norm gives on the
@@ -46,14 +48,21 @@ def correct_batchnorm_(walk: Walk, node: fx.Node, mode: Literal["matched", "rees
     The shipped statistics, made from a whole training set, stay the reference: only the *change* that compression
     made is carried over. "reestimate" takes m' and v' as they are. Channels that are constant in both networks keep
     their variance.
+
+    Where the norm ends a branch whose other side, `skip`, has drifted, the layer before it was fitted to make good that
+    drift as well, and its output rightly varies more than the float network's. "matched" then means the affine map,
+    for each channel, that brings the norm's output nearest to (least squares) the float network's output and drift.
     """
     if not walk.differs(call_input(node)):
         return False
     norm: Any = walk.student.get_submodule(str(node.target))
+    shipped: Any = walk.reference.get_submodule(str(node.target)) if walk.reference is not None else None
+    if mode == "matched" and skip is not None:
+        statistics = _nearest(norm, shipped, walk, call_input(node), skip)
+        norm.running_mean, norm.running_var = (t.to(norm.running_mean) for t in statistics)
+        return True
     student = _channel_moments(walk.student_value(call_input(node), batch) for batch in range(walk.batch_count))
     if mode == "matched":
-        assert walk.reference is not None
-        shipped: Any = walk.reference.get_submodule(str(node.target))
         reference = _channel_moments(theirs for _, theirs in walk.pairs(call_input(node)))
         student = _matched(norm, shipped, student, reference)
     # new tensors, not new values: the reference may share the old ones
@@ -92,12 +101,43 @@ def _matched(
     return mean, (wanted.square() - norm.eps).clamp(min=0)
 
 
+def _nearest(norm: Any, shipped: Any, walk: Walk, before: fx.Node, skip: fx.Node) -> tuple[Tensor, Tensor]:
+    """Statistics with which the student's output is nearest to the reference's plus what the skip has lost.
+
+    In the batch norm's output: γ(z − μ')/σ' + β ≈ γ(y − μ)/σ + β + drift. So with t = y + drift · σ/γ, and s and o the
+    least squares of s z + o ≈ t: σ' = σ/s, μ' = (μ − o)/s.
+    """
+    sigma = (shipped.running_var.double() + shipped.eps).sqrt()
+    gain = (1.0 if norm.weight is None else norm.weight.detach().double()) / sigma
+    inverse = gain / (gain.square() + 0.01 * gain.square().mean()).clamp(min=1e-300)
+    count, sums = 0, torch.zeros(4, len(sigma), dtype=torch.float64, device=sigma.device)
+    for batch in range(walk.batch_count):
+        z = _channels(walk.student_value(before, batch)).double()
+        t = _channels(walk.reference_value(before, batch)).double()
+        t = t + _channels(walk.drift(skip, batch)).double() * inverse[:, None]
+        count += z.shape[1]
+        sums += torch.stack([z.sum(1), t.sum(1), z.square().sum(1), (z * t).sum(1)])
+    z_mean, t_mean, z_square, product = sums / count
+    slope = (product - z_mean * t_mean) / (z_square - z_mean.square()).clamp(min=1e-300)
+    own = (norm.running_var.double() + norm.eps).sqrt()
+    low, high = _SCALE_BOUNDS
+    wanted = (sigma / slope.clamp(min=1e-300)).clamp(min=low * own, max=high * own)
+    ratio = wanted / sigma  # 1 / slope, but for the bounds
+    mean = ratio * (shipped.running_mean.double() - t_mean) + z_mean
+    return mean, (wanted.square() - norm.eps).clamp(min=0)
+
+
+def _channels(value: Tensor) -> Tensor:
+    """`[batch, channels, ...]` as `[channels, positions]`, in single precision."""
+    return value.transpose(0, 1).flatten(1).float()
+
+
 def _channel_moments(values: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and variance over batch and positions of `[batch, channels, ...]` values, summed in double precision."""
     count = 0
     total, squares = torch.zeros(()), torch.zeros(())
     for value in values:
-        x = value.transpose(0, 1).flatten(1).float()
+        x = _channels(value)
         count += x.shape[1]
         center = x.mean(dim=1)
         total = total + x.shape[1] * center.double()

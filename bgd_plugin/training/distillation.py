@@ -67,7 +67,6 @@ def distill_(
         optimizer.step()
         losses.append(loss_of_step)
         on_step()
-    layer.round_codebook_()
     tail = losses[-max(1, len(losses) // 10) :]
     return sum(tail) / len(tail)
 

@@ -76,8 +76,6 @@ def finetune_(
             on_step()
     finally:
         student.eval()
-    for layer in layers:
-        layer.round_codebook_()
     tail = losses[-max(1, len(losses) // 10) :]
     return sum(tail) / len(tail)
 

@@ -21,7 +21,7 @@ def test_resnet18_from_float_to_file_and_back(tmp_path: Path) -> None:
     )
     result = bgd.quantize(model, data, config, progress=False)
     assert len(result.report.layers) == 20
-    assert "batch norm (matched): 19 corrected" in " ".join(result.report.notes)
+    assert "batch norm (matched): 20 corrected" in " ".join(result.report.notes)
     assert all(0 < layer.relative_error < 1 for layer in result.report.layers)
     written = bgd.save(result.model, tmp_path / "net")
     assert written == result.report.compressed_bytes == bgd.plan(model, config).compressed_bytes

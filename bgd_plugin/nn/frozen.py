@@ -1,0 +1,53 @@
+"""A batch norm as it computes in evaluation mode: a factor and a summand for each channel, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FrozenNorm", "freeze_norms_"]
+
+
+class FrozenNorm(nn.Module):
+    """What a batch norm does once its statistics are fixed, with half of its numbers; in training mode, too.
+
+    Attributes:
+        weight, bias: `[channels]`, γ / √(σ² + eps) and β − μ · weight of the batch norm.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(bias)
+
+    @classmethod
+    def of(cls, norm: Any) -> FrozenNorm:
+        """From a batch norm that has running statistics; with or without parameters of its own."""
+        mean, variance = norm.running_mean.detach().double(), norm.running_var.detach().double()
+        gain = 1.0 if norm.weight is None else norm.weight.detach().double()
+        offset = 0.0 if norm.bias is None else norm.bias.detach().double()
+        weight = gain / (variance + norm.eps).sqrt()
+        dtype = norm.running_mean.dtype
+        return cls(weight.to(dtype), (offset - mean * weight).to(dtype)).train(norm.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[batch, channels, ...]` or `[batch, channels]`, channel by channel."""
+        shape = (-1, *(1 for _ in input.shape[2:]))
+        return torch.addcmul(self.bias.reshape(shape), input, self.weight.reshape(shape))
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}"
+
+
+def freeze_norms_(model: nn.Module) -> list[str]:
+    """Put a `FrozenNorm` in the place of every batch norm that has running statistics; returns their paths."""
+    frozen: dict[int, FrozenNorm] = {}
+    paths = []
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None and path:
+            owner, _, name = path.rpartition(".")
+            setattr(model.get_submodule(owner), name, frozen.setdefault(id(module), FrozenNorm.of(module)))
+            paths.append(path)
+    return paths

@@ -1,0 +1,68 @@
+"""Values on an 8-bit grid: whole numbers from -127 to 127 times a scale of the row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["from_eight_bits", "round_to_eight_bits", "to_eight_bits"]
+
+_LEVELS = 127
+_MANTISSA_BITS = 11  # of a scale: its product with a whole number of 7 bits is then exact in float32
+
+
+@torch.no_grad()
+def round_to_eight_bits(values: Tensor) -> Tensor:
+    """Each row rounded to its own grid; rows that float32 cannot hold on such a grid stay as they are.
+
+    The grid reaches to the row's largest absolute value. Only float32 is rounded: half precision has no room for
+    the products, and is small as it is.
+
+    Args:
+        values: `[rows, columns]`, finite.
+    """
+    if values.dtype != torch.float32:
+        return values
+    scales = _scales(values)
+    rounded = (values / scales).round().clamp(-_LEVELS, _LEVELS) * scales + 0.0  # no negative zeros
+    return torch.where(_is_normal(scales) & torch.isfinite(rounded).all(1, keepdim=True), rounded, values)
+
+
+@torch.no_grad()
+def to_eight_bits(values: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Whole numbers and scales whose product is exactly `values`; None where there are none.
+
+    The scale is found from the row's largest absolute value, so values that `round_to_eight_bits` gave are recognised
+    by themselves: nothing has to be remembered beside them.
+
+    Args:
+        values: `[rows, columns]`.
+
+    Returns:
+        int8 `[rows, columns]` and float32 `[rows]`.
+    """
+    if values.dtype != torch.float32 or not values.numel() or not bool(torch.isfinite(values).all()):
+        return None
+    scales = _scales(values)
+    numbers = (values / scales).round().clamp(-_LEVELS, _LEVELS)
+    is_exact = torch.equal(numbers * scales, values) and bool(_is_normal(scales).all())
+    return (numbers.to(torch.int8), scales.squeeze(1)) if is_exact else None
+
+
+def from_eight_bits(numbers: Tensor, scales: Tensor) -> Tensor:
+    """The inverse of `to_eight_bits`: int8 `[rows, columns]` and float32 `[rows]` to float32 `[rows, columns]`."""
+    return numbers.float() * scales.unsqueeze(1)
+
+
+def _scales(values: Tensor) -> Tensor:
+    """The largest absolute value over 127, rounded up to 11 bits of mantissa: `[rows, 1]`; 1 for a row of zeros."""
+    largest = values.abs().amax(1, keepdim=True) / _LEVELS
+    mantissa, exponent = torch.frexp(largest)
+    steps = 2.0**_MANTISSA_BITS
+    # The allowance undoes what the division may have lost: an exact scale must find itself again, not the next one.
+    rounded = torch.ldexp((mantissa * steps - 1e-2).ceil() / steps, exponent)
+    return torch.where(largest > 0, rounded, torch.ones_like(rounded))
+
+
+def _is_normal(scales: Tensor) -> Tensor:
+    return (scales > torch.finfo(torch.float32).tiny) & torch.isfinite(scales)
