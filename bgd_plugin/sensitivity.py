@@ -168,7 +168,8 @@ def _facts(
     second = (centred.mT @ centred) / count
     damping = min(1.0, _DAMPING * (1 + columns / count))
     gram = damped(second, damping)
-    has_root = full and columns <= _MAX_COLUMNS
+    # With few rows feedback would hide the error on just the samples that show its cost.
+    has_root = full and columns <= _MAX_COLUMNS and count >= 2 * columns
     root = torch.linalg.cholesky(gram.flip((1, 2))).flip((1, 2)) if has_root else None
     scale = torch.ones_like(weight[..., 0])
     power = ((weight @ second) * weight).sum(2).clamp(min=0)
