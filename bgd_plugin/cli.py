@@ -25,6 +25,7 @@ from bgd_plugin.options import (
     with_budget,
     with_distillation,
     with_finetuning,
+    with_reconstruction,
 )
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ def quantize(
     target_size: TargetSize = None,
     target_ratio: TargetRatio = None,
     distill_steps: Annotated[int | None, typer.Option(min=1, help="gradient steps for each layer's codewords")] = None,
+    reconstruct_steps: Annotated[int | None, typer.Option(min=1, help="gradient steps for each block")] = None,
     distillation: Annotated[bool, typer.Option(help="whether the settings' distillation is done")] = True,
     finetune_epochs: Annotated[int | None, typer.Option(min=1, help="walks over all images of the folder")] = None,
     finetuning: Annotated[bool, typer.Option(help="whether the settings' finetuning is done")] = True,
@@ -174,6 +176,7 @@ def quantize(
         calibration, transform, images=images, batch_size=batch_size, seed=settings.seed, workers=workers
     )
     settings = with_distillation(settings, distill_steps, distillation)
+    settings = with_reconstruction(settings, reconstruct_steps)
     settings = with_finetuning(settings, finetune_epochs, finetuning, data.steps_per_epoch)
     with _says_how_to_go_on(checkpoint):
         result = quantize_model(

@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bgd_plugin.config import BGDConfig, DistillationConfig, FinetuningConfig, LayerConfig
+from bgd_plugin.config import BGDConfig, DistillationConfig, FinetuningConfig, LayerConfig, ReconstructionConfig
 from bgd_plugin.errors import ConfigError
 
 if TYPE_CHECKING:  # images are for the commands that read some
@@ -22,6 +22,7 @@ __all__ = [
     "with_budget",
     "with_distillation",
     "with_finetuning",
+    "with_reconstruction",
 ]
 
 
@@ -106,6 +107,13 @@ def with_distillation(settings: BGDConfig, steps: int | None, wanted: bool) -> B
     if steps is None:
         return settings
     return replace(settings, distillation=replace(settings.distillation or DistillationConfig(), steps=steps))
+
+
+def with_reconstruction(settings: BGDConfig, steps: int | None) -> BGDConfig:
+    """The settings with so many steps of block-wise reconstruction for each block; as they are where none are given."""
+    if steps is None:
+        return settings
+    return replace(settings, reconstruction=replace(settings.reconstruction or ReconstructionConfig(), steps=steps))
 
 
 def with_finetuning(settings: BGDConfig, epochs: int | None, wanted: bool, steps_per_epoch: int) -> BGDConfig:

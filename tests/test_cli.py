@@ -118,9 +118,20 @@ def test_quantize_says_json_alone_on_stdout(tmp_path: Path, flat: Path) -> None:
 
 def test_quantize_trains_with_a_teacher(tmp_path: Path, flat: Path) -> None:
     arguments = ["quantize", NET, "--calibration", str(flat), "--output", str(tmp_path / "a"), *SMALL, "--json", "-"]
-    arguments += ["--distill-steps", "1", "--finetune-epochs", "2", "--images", "4", "--teacher", NET]
+    arguments += [
+        "--distill-steps",
+        "1",
+        "--reconstruct-steps",
+        "2",
+        "--finetune-epochs",
+        "2",
+        "--images",
+        "4",
+        "--teacher",
+        NET,
+    ]
     values = json.loads(RUNNER.invoke(app, arguments).stdout)
-    assert {"distill", "finetune"} <= set(values["seconds"])
+    assert {"distill", "reconstruct", "finetune"} <= set(values["seconds"])
 
 
 def test_the_same_command_writes_the_same_bytes(tmp_path: Path, flat: Path, file: Path) -> None:
