@@ -98,6 +98,19 @@ docs-serve: $(STAMP)
 bench-budget bench-em bench-fashion bench-fashion_methods bench-memory bench-pruning bench-resnet18: bench-%: $(STAMP)
 	$(RUN) -m tests.benchmarks.$* $(BENCH_ARGS)
 
+# A comparison takes what the library is compared with; the torch that is there stays as it is.
+.PHONY: bench-kmeans bench-layer_error bench-peers
+## make bench-kmeans   k-means alone, next to faiss-cpu and scikit-learn
+## make bench-layer_error each layer's output error on unseen images, the default method against EM
+## make bench-peers    accuracy against bytes, next to other libraries' quantizers
+bench-kmeans bench-layer_error bench-peers: bench-%: $(VENV)/.bgd-plugin-peers-installed
+	$(RUN) -m tests.benchmarks.$* $(BENCH_ARGS)
+
+$(VENV)/.bgd-plugin-peers-installed: $(STAMP)
+	@$(RUN) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(PINNED)
+	$(RUN) -m pip install --constraint $(PINNED) --editable ".[peers]"
+	@touch $@
+
 ## make wheel          build dist/*.whl
 wheel: $(STAMP)
 	$(RUN) -m pip wheel --no-deps --wheel-dir dist .

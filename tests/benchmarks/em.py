@@ -1,4 +1,4 @@
-"""The fast EM against a literal one, its cost on a large layer, and other k-means from the same start.
+"""The fast EM against a literal one, and its cost on a large layer.
 
 Run with `python -m tests.benchmarks.em` (`make bench-em`). Parts:
 
@@ -7,19 +7,15 @@ Run with `python -m tests.benchmarks.em` (`make bench-em`). Parts:
 3. One iteration of 2 against the literal one. Literal steps for the whole layer would take hours, so the E-step is run
    on some of the blocks and the M-step on some of the clusters, and the time is scaled up linearly; the activations are
    those of 2 images at 28×28.
-4. k-means alone, 262,144 points of 9, k=256, 25 iterations, one thread, next to faiss and scikit-learn if installed.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import multiprocessing
 import resource
 import sys
 import time
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +25,6 @@ from torch import Tensor
 
 from bgd_plugin.pq.blocks import to_blocks
 from bgd_plugin.pq.em import fit_em
-from bgd_plugin.pq.kmeans import kmeans
 from tests.oracles import SHAPES, correlated_layer, literal_distances, literal_em, literal_least_squares
 
 LARGE = (512, 512, 3, 9)
@@ -141,47 +136,6 @@ def literal_iteration(fast_seconds: float) -> Row:
     }
 
 
-def k_means_alone() -> list[Row]:
-    """Part 4: one thread, the same start for all."""
-    points = torch.randn(262144, 9, generator=generator())
-    start = points[torch.randperm(len(points), generator=generator(1))[:CODEWORDS]]
-    runs: dict[str, Callable[[], Tensor]] = {
-        "bgd_plugin": lambda: kmeans(points, start, 25, generator=generator()).centroids
-    }
-    if importlib.util.find_spec("faiss"):
-        runs["faiss"] = lambda: _faiss(points, start)
-    if importlib.util.find_spec("sklearn"):
-        runs["scikit-learn"] = lambda: _sklearn(points, start)
-    rows: list[Row] = []
-    for name, run in runs.items():
-        begin = time.process_time()
-        centroids = run()
-        seconds = time.process_time() - begin
-        nearest = sum(float(torch.cdist(p, centroids).min(1).values.square().sum()) for p in torch.split(points, 8192))
-        rows.append({"k-means": name, "cpu_seconds": seconds, "objective": nearest})
-    return rows
-
-
-def _faiss(points: Tensor, start: Tensor) -> Tensor:
-    import faiss  # type: ignore[import-not-found, import-untyped, unused-ignore]
-
-    faiss.omp_set_num_threads(1)
-    found = faiss.Kmeans(9, CODEWORDS, niter=25, max_points_per_centroid=len(points), min_points_per_centroid=1)
-    found.train(points.numpy(), init_centroids=start.numpy())
-    return torch.from_numpy(found.centroids)
-
-
-def _sklearn(points: Tensor, start: Tensor) -> Tensor:
-    from sklearn.cluster import KMeans  # type: ignore[import-untyped, unused-ignore]
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped, unused-ignore]
-
-    with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = KMeans(CODEWORDS, init=start.numpy(), n_init=1, max_iter=25, tol=0.0, algorithm="lloyd")
-        found.fit(points.numpy())
-    return torch.from_numpy(found.cluster_centers_).to(points)
-
-
 def table(rows: list[Row]) -> str:
     """Plain columns, one line per row."""
     cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
@@ -214,10 +168,8 @@ def main(
         table([literal]),
         sep="\n",
     )
-    alone = k_means_alone()
-    print("\nk-means, 262144 points of 9, k=256, 25 iterations, one thread, same start", table(alone), sep="\n")
     if json_path:
-        figures = {"literal": compared, "large": large, "iteration": literal, "kmeans": alone, "targets": TARGETS}
+        figures = {"literal": compared, "large": large, "iteration": literal, "targets": TARGETS}
         json_path.write_text(json.dumps(figures, indent=2) + "\n")
     if not all(row["holds"] for row in [*compared, large, literal]):
         raise typer.Exit(1)

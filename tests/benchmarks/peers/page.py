@@ -1,0 +1,96 @@
+"""What the command leaves behind: rows as JSON, the plot, and the table in the page of the docs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bgd_plugin.tables import mib
+from tests.benchmarks.peers.arms import ARMS, DEFAULT
+
+__all__ = ["FOLDER", "merge", "plot", "read", "write_page"]
+
+FOLDER = Path(__file__).resolve().parents[3] / "docs" / "benchmarks"
+_MARKS = ("<!-- table: written by the command -->", "<!-- end of the table -->")
+
+Row = dict[str, Any]
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of earlier runs; none if there is no file."""
+    rows: list[Row] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return rows
+
+
+def merge(rows: Sequence[Row], new: Row) -> list[Row]:
+    """`rows` with `new` in the place of the row of the same network, images and arm."""
+
+    def key(row: Row) -> tuple[str, ...]:
+        return row["network"], row["images"], row["arm"]
+
+    order = [*ARMS, "float"]
+    kept = [row for row in rows if key(row) != key(new)] + [new]
+    return sorted(kept, key=lambda r: (*key(r)[:2], order.index(r["arm"]) if r["arm"] in order else len(order)))
+
+
+def _subjects(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((row["network"], row["images"]) for row in rows))
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table for each network, in the order of the bytes; below it, what did not finish."""
+    parts = []
+    for network, images in _subjects(rows):
+        chosen = [row for row in rows if (row["network"], row["images"]) == (network, images)]
+        done = sorted((row for row in chosen if "failed" not in row), key=lambda row: int(row["bytes"]))
+        parts += [f"### {network}\n", f"{images}.\n"]
+        parts += [
+            "| arm | file | bytes | top-1 | agrees with float | KL to float | CPU-s |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in done:
+            name = f"**{row['arm']}**" if row["arm"].startswith(DEFAULT) else row["arm"]
+            figures = f"{row['top1']:.2f} | {row['agreement']:.2f} | {row['kl']:.4f} | {row['cpu_seconds']:.0f}"
+            parts.append(f"| {name} | {mib(row['bytes'])} | {row['bytes']:,} | {figures} |")
+        parts += [""] + [f"* {row['arm']}: {row['failed']}" for row in chosen if "failed" in row]
+    return "\n".join(parts).strip()
+
+
+def write_page(rows: Sequence[Row], page: Path) -> None:
+    """Put the tables between the page's two marks."""
+    text = page.read_text(encoding="utf-8")
+    before, rest = text.split(_MARKS[0])
+    after = rest.split(_MARKS[1])[1]
+    page.write_text(f"{before}{_MARKS[0]}\n\n{markdown(rows)}\n\n{_MARKS[1]}{after}", encoding="utf-8")
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Accuracy against bytes: one picture for each network, one curve for each method."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    subjects = _subjects(rows)
+    figure, axes = pyplot.subplots(1, len(subjects), figsize=(7 * len(subjects), 5.2), squeeze=False)
+    methods = list(dict.fromkeys(arm.method for arm in ARMS.values()))
+    colours = dict(zip(methods, pyplot.get_cmap("tab10").colors, strict=False))
+    for (network, images), axis in zip(subjects, axes[0], strict=True):
+        chosen = [r for r in rows if (r["network"], r["images"]) == (network, images) and "failed" not in r]
+        for method in methods:
+            points = sorted((r["bytes"] / 1e6, r["top1"]) for r in chosen if r.get("method") == method)
+            if points:
+                bold = {"linewidth": 2.6, "zorder": 3} if method == DEFAULT else {"linewidth": 1.2}
+                axis.plot(*zip(*points, strict=True), "o-", color=colours[method], label=method, markersize=5, **bold)
+        for row in chosen:
+            if row["arm"] == "float":
+                axis.axhline(row["top1"], color="grey", linestyle=":", label=f"float, {row['bytes'] / 1e6:.1f} MB")
+        axis.set(title=f"{network}\n{images}", xlabel="file, MB (everything counted)", ylabel="top-1, %")
+        axis.title.set_fontsize(10)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

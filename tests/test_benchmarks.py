@@ -1,0 +1,98 @@
+"""The benchmarks' own machinery, on networks that take no time: figures in the docs rest on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bgd_plugin.calibration import LayerInputs
+from tests.networks import SmallResNet, images, randomized
+
+pytest.importorskip("torchvision", reason="the benchmarks' networks are torchvision's")
+
+from tests.benchmarks.layer_error import layer_errors
+from tests.benchmarks.peers.build import PackedWeight, compress
+from tests.benchmarks.peers.grids import gptq, round_to_nearest
+from tests.benchmarks.peers.page import markdown, merge
+from tests.benchmarks.peers.subjects import Subject
+
+
+@pytest.fixture
+def subject() -> Subject:
+    batches = images()
+    model = randomized(SmallResNet()).eval()
+    with torch.no_grad():
+        labels = torch.cat([model(batch) for batch in batches]).argmax(1)
+    return Subject(name="small", images="few", model=model, calibration=batches, judged=batches, labels=labels)
+
+
+def _unchanged(weight: Tensor, inputs: LayerInputs) -> PackedWeight:
+    return PackedWeight(weight=weight, tensors={"all": weight.clone()})
+
+
+def test_a_quantizer_that_changes_nothing_leaves_the_network_as_it_is(subject: Subject) -> None:
+    done = compress(subject, _unchanged)
+    assert subject.judge(done.model)["agreement"] == 100
+    assert subject.judge(done.model)["kl"] < 1e-4  # what half precision does to the rest
+    assert done.bytes > 4 * sum(m.weight.numel() for m in (subject.model.conv1, subject.model.conv2))
+
+
+def test_more_bits_cost_more_and_lose_less(subject: Subject) -> None:
+    few, many = (compress(subject, round_to_nearest(bits)) for bits in (2, 8))
+    assert few.bytes < many.bytes
+    assert subject.judge(many.model)["kl"] < subject.judge(few.model)["kl"]
+
+
+def test_the_grids_file_is_counted_to_the_byte() -> None:
+    packed = round_to_nearest(3)(torch.randn(8, 40), None)  # type: ignore[arg-type]
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in packed.tensors.items()}
+    # 40 columns are a group of 32 and one of 8
+    assert sizes == {"codes": 8 * 40 * 3 // 8, "zeros": 8 * 2 * 3 // 8, "scales": 8 * 2 * 2}
+
+
+def test_gptq_keeps_the_outputs_better_than_rounding() -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(4096, 48) @ torch.randn(48, 48)
+    weight = torch.randn(32, 48)
+
+    class Inputs:
+        name = "layer"
+
+        def __len__(self) -> int:
+            return 1
+
+        def pairs(self) -> Any:
+            from bgd_plugin.pq.blocks import Geometry
+
+            yield inputs, inputs, Geometry.of((), 1, 0, 1, 1)
+
+    def error(decoded: Tensor) -> float:
+        return float((inputs @ (weight - decoded).T).square().sum())
+
+    rounded = round_to_nearest(3)(weight, Inputs())  # type: ignore[arg-type]
+    fed_back = gptq(3)(weight, Inputs())  # type: ignore[arg-type]
+    assert error(fed_back.weight) < 0.7 * error(rounded.weight)
+    assert {n: t.shape for n, t in fed_back.tensors.items()} == {n: t.shape for n, t in rounded.tensors.items()}
+
+
+def test_layer_errors_fall_with_the_default_method() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 96, 3), nn.ReLU(), nn.Conv2d(96, 128, 1, bias=False), nn.BatchNorm2d(128)).eval()
+    mixed = [torch.randn(16, 3, 8, 8).cumsum(3) for _ in range(4)]
+    (layer,) = layer_errors(model, mixed[:2], mixed[2:])
+    assert (layer.name, layer.weights) == ("2", 96 * 128)
+    assert 0 < layer.error["default"] < layer.error["paper"] < 1
+    assert 0 < layer.gain < 1
+
+
+def test_a_new_row_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    row = {"network": "n", "images": "i", "method": "RTN g32", "arm": "RTN g32 2-bit", "bytes": 5_000}
+    row |= {"top1": 1.0, "agreement": 2.0, "kl": 3.0, "cpu_seconds": 4.0}
+    rows = merge(merge([], row), row | {"arm": "RTN g32 3-bit", "bytes": 7_000})
+    rows = merge(rows, row | {"top1": 9.0})
+    assert [(r["arm"], r["top1"]) for r in rows] == [("RTN g32 2-bit", 9.0), ("RTN g32 3-bit", 1.0)]
+    assert "| RTN g32 3-bit | 6.84 KiB | 7,000 | 1.00 | 2.00 | 3.0000 | 4 |" in markdown(rows)
