@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from bgd_plugin.errors import BGDError, CheckpointError
+from bgd_plugin.files import write_atomically
 from bgd_plugin.graph import FoundLayer, baked, copy_module, find_layers, isolate_weights_, swap_, trace
 from bgd_plugin.nn import FrozenNorm, PQModule, quantized
 from bgd_plugin.pq.masks import unpack_mask
 from bgd_plugin.pq.packing import code_dtype, unpack
 from bgd_plugin.storage import FORMAT_VERSION, METADATA_KEY, Stored, file_bytes, restored, stored
 
-__all__ = ["load", "materialize", "read_file", "save", "write_atomically"]
+__all__ = ["load", "materialize", "read_file", "save"]
 
 _MAX_NAMED = 20
 _HEADER_ENTRIES = (
@@ -40,7 +40,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
     The file is written beside `path` and then renamed, so an existing file stays whole if anything fails.
 
     Raises:
-        CheckpointError: the network has no product-quantized layer, or holds state that is not tensors.
+        CheckpointError: the network has no product-quantized layer, or holds state that is not tensors; or the file
+            cannot be written.
     """
     if not any(isinstance(module, PQModule) for module in model.modules()):
         raise CheckpointError(
@@ -122,27 +123,6 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
         raise CheckpointError(f"{path}: its header is damaged ({error})") from error
     _check_header(header, path)
     return tensors, header
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that at every moment either the old or the new content stands there."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _check_header(header: Any, path: Any) -> None:

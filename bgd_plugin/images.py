@@ -189,6 +189,10 @@ class CalibrationImages:
         """Batches in a walk over all files."""
         return -(-len(self.files) // self.batch_size)
 
+    def set_epoch(self, number: int) -> None:
+        """Let the next walk be the one of that number."""
+        self.walks = number
+
     def __iter__(self) -> Iterator[Tensor]:
         walk, self.walks = self.walks, self.walks + 1
         files = self.chosen if walk == 0 else random.Random(f"{self.seed} {walk}").sample(self.files, len(self.files))

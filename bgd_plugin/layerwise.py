@@ -29,7 +29,7 @@ from bgd_plugin.graph import (
 from bgd_plugin.nn import PQModule, quantized
 from bgd_plugin.plan import Plan, PlannedLayer
 from bgd_plugin.report import LayerReport
-from bgd_plugin.run import Run
+from bgd_plugin.run import Run, stage
 from bgd_plugin.storage import round_weights_
 from bgd_plugin.training import absorb_row_scale_, correct_batchnorm_, distill_, is_batchnorm, is_shared
 
@@ -221,7 +221,8 @@ def _quantize_layer(job: Job, walk: Walk, index: int, logits: list[Tensor], skip
     walk.mark_changed(planned.target)
     if config.distillation and finished is None:
         with job.timed("distill"):
-            distill_(walk, layer, logits, config.distillation, generator, job.bar.update)
+            steps = job.run.steps(stage(index), job.bar.update)
+            distill_(walk, layer, logits, config.distillation, generator, steps)
             layer.round_codebook_(planned.codebook_storage)
     if finished is None:
         job.run.store(index, dataclasses.replace(fit, codebook=layer.codebook, codes=layer.codes))

@@ -40,7 +40,7 @@ from bgd_plugin.run import Run
 from bgd_plugin.sensitivity import measure_sensitivities
 from bgd_plugin.storage import file_size, round_floats_, round_weights_, stored
 from bgd_plugin.tables import mib
-from bgd_plugin.training import finetune_, kl_to_teacher, reconstruct_, reconstruction_steps
+from bgd_plugin.training import Epochs, finetune_, kl_to_teacher, reconstruct_, reconstruction_steps
 from bgd_plugin.training.finetuning import total_steps
 
 __all__ = ["Quantized", "quantize"]
@@ -71,11 +71,13 @@ def quantize(
     Args:
         model: the float network; it is left untouched.
         calibration: batches of unlabelled inputs. A batch is a tensor, a sequence whose first item is the input, or a
-            mapping of keyword arguments. Finetuning walks it several times.
+            mapping of keyword arguments. Finetuning walks it several times; a method `set_epoch(number)`, if it has
+            one, is called before each of these walks, with 1, 2, 3 and so on.
         config: what to quantize and how; `BGDConfig()` if not given.
         teacher: network whose logits distillation and finetuning follow; the float model if not given.
         forward: `callable(model, batch)` for batches of any other form.
-        checkpoint: folder for the finished layers; a call with the same arguments goes on from them.
+        checkpoint: folder for the progress: each finished layer, and training every half minute. A call with the same
+            arguments goes on from there, and ends in the same bytes as one that was never stopped.
         memory_bytes: bound on what is held in memory of the calibration data and of the values that networks make of
             it; the rest lies in a temporary file. The result is the same. None: no bound.
         progress: show a progress bar.
@@ -125,11 +127,12 @@ def quantize(
         )
         if teacher is not None:
             _check_teacher(job)
-        results = quantize_layers(job)
-        if config.reconstruction:
-            _reconstruct(job)
-        if config.finetuning:
-            _finetune(job, calibration, forward)
+        with job.run.says_how_to_go_on():
+            results = quantize_layers(job)
+            if config.reconstruction:
+                _reconstruct(job)
+            if config.finetuning:
+                _finetune(job, calibration, forward)
     _round(student, config, plan, leftovers)
     _restore(student, model, found, modes)
     return Quantized(student, _report(job, results))
@@ -205,12 +208,18 @@ def _finetune(job: Job, calibration: Iterable[Any], forward: Forward | None) -> 
     assert job.config.finetuning
     device = next(job.student.parameters()).device
 
-    def epoch() -> Iterator[Batch]:
+    set_epoch = getattr(calibration, "set_epoch", None)
+
+    def epoch(number: int) -> Iterator[Batch]:
+        if set_epoch is not None:
+            set_epoch(number + 1)  # the first walk, number 0, collected the batches
         return iterate_batches(calibration, job.student, device=device, forward=forward)
 
     job.bar.set_description("finetune")
     with job.timed("finetune"):
-        loss = finetune_(job.student, job.teacher, epoch, len(job.batches), job.config.finetuning, job.bar.update)
+        data = Epochs(epoch, can_skip=set_epoch is not None or isinstance(calibration, (list, tuple)))
+        steps = job.run.steps("finetuning", job.bar.update)
+        loss = finetune_(job.student, job.teacher, data, len(job.batches), job.config.finetuning, steps)
     job.notes.append(f"finetuning: final loss {loss:.4g}")
 
 

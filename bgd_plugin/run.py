@@ -1,35 +1,37 @@
-"""A run's progress on disk: each finished layer, so that a run that was stopped goes on where it was."""
+"""A run's progress on disk, so that a run that was stopped goes on where it was and ends in the same bytes."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from bgd_plugin.calibration import Batch
-from bgd_plugin.checkpoint import write_atomically
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import CheckpointError
+from bgd_plugin.files import remove_leftovers, write_atomically
+from bgd_plugin.fingerprint import described, differing
 from bgd_plugin.fitting import FittedLayer
 from bgd_plugin.plan import PlannedLayer
+from bgd_plugin.steps import Steps
 
-__all__ = ["Run"]
+__all__ = ["Run", "stage"]
 
 _DESCRIPTION = "run.json"
 
 
 class Run:
-    """The finished layers of one `quantize` call, in a folder; without a folder nothing is kept.
+    """The progress of one `quantize` call, in a folder; without a folder nothing is kept.
 
-    A layer's file holds its codebook and codes as they were when the layer was done.
+    A layer's file holds its codebook and codes as they were when the layer was done. A stage of training keeps a file
+    of its own while it goes on.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -47,26 +49,43 @@ class Run:
         """Begin a run, or go on with the one in `folder`.
 
         Raises:
-            CheckpointError: the folder holds a run of another network, other settings, other calibration data or
-                another teacher.
+            CheckpointError: the folder holds a run of another version, another network, other settings, other
+                calibration data or another teacher; every difference is named. Or it cannot be made.
         """
         if folder is None:
             return cls(None)
         path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        description = {
-            "config": config.to_dict(),
-            "network": _digest(model.state_dict().values()),
-            "calibration": _digest(t for b in batches for t in pytree.tree_leaves((b.args, b.kwargs))),
-            "teacher": _digest((teacher or model).state_dict().values()),
-        }
-        description = json.loads(json.dumps(description))
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint folder {path} cannot be made ({error.strerror}): give another"
+            ) from error
+        remove_leftovers(path)
+        wanted = described(model, config, batches, teacher or model)
         file = path / _DESCRIPTION
         if file.exists():
-            _require_same(path, _read(file), description)
+            _require_same(path, _read(file), wanted)
         else:
-            write_atomically(file, json.dumps(description, indent=2).encode())
+            write_atomically(file, json.dumps(wanted, indent=2).encode())
         return cls(path)
+
+    def steps(self, name: str, on_steps: Callable[[int], object]) -> Steps:
+        """The gradient steps of the stage with that name."""
+        return Steps(None if self.folder is None else self.folder / f"{name}.steps.safetensors", on_steps)
+
+    @contextmanager
+    def says_how_to_go_on(self) -> Iterator[None]:
+        """Add to a Ctrl-C that comes inside what is kept of the run, and how it goes on."""
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            stop.add_note(
+                f"the same call goes on from what {self.folder} holds"
+                if self.folder
+                else 'nothing was kept; with checkpoint="FOLDER" the same call would go on from there'
+            )
+            raise
 
     def finished(self, index: int, layer: PlannedLayer) -> FittedLayer | None:
         """Codebook and codes of a layer that an earlier call finished.
@@ -77,6 +96,7 @@ class Run:
         file = self._file(index)
         if file is None or not file.exists():
             return None
+        self.steps(stage(index), lambda count: None).forget()  # it may have been killed between the two
         try:
             with safetensors.safe_open(str(file), framework="pt") as content:
                 note = (content.metadata() or {}).get("note", "")
@@ -102,12 +122,18 @@ class Run:
             values = {f.name: getattr(fit, f.name) for f in dataclasses.fields(fit)}
             tensors = {k: v.detach().cpu().contiguous() for k, v in values.items() if isinstance(v, Tensor)}
             write_atomically(file, safetensors.torch.save(tensors, metadata={"note": fit.note}))
+            self.steps(stage(index), lambda count: None).forget()
 
     def _file(self, index: int) -> Path | None:
-        return None if self.folder is None else self.folder / f"layer-{index:04d}.safetensors"
+        return None if self.folder is None else self.folder / f"{stage(index)}.safetensors"
 
 
-def _read(file: Path) -> dict[str, object]:
+def stage(index: int) -> str:
+    """The name of a layer's stage of training."""
+    return f"layer-{index:04d}"
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
     except ValueError as error:
@@ -117,23 +143,10 @@ def _read(file: Path) -> dict[str, object]:
     return found
 
 
-def _require_same(folder: Path, found: dict[str, object], wanted: dict[str, object]) -> None:
-    different = [key for key in wanted if found.get(key) != wanted[key]]
-    if different:
+def _require_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    differences = list(differing(found, wanted))
+    if differences:
         raise CheckpointError(
-            f"{folder} holds a run with another {' and another '.join(different)}: "
-            "give the same as then, or an empty folder"
+            f"{folder} holds a run with another {', another '.join(differences)}: give the same as then, or an empty "
+            "folder"
         )
-
-
-def _digest(values: object) -> str:
-    """A fingerprint of tensors, and of how they print for anything else."""
-    digest = hashlib.sha256()
-    for value in values:  # type: ignore[attr-defined]
-        if isinstance(value, Tensor):
-            digest.update(f"{value.dtype}{list(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else b"")
-            digest.update(str(value.item()).encode() if value.ndim == 0 else b"")
-        else:
-            digest.update(repr(value).encode())
-    return digest.hexdigest()

@@ -1,14 +1,17 @@
-"""A run that was stopped goes on from the last finished layer."""
+"""A run that was stopped goes on where it was."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import bgd_plugin as bgd
+import bgd_plugin.steps
 from bgd_plugin import CheckpointError, DistillationConfig, FinetuningConfig
 from bgd_plugin.run import Run
 from bgd_plugin.storage import file_bytes, stored
@@ -90,36 +93,189 @@ def test_the_report_of_a_resumed_run_has_the_same_errors(model: nn.Module, tmp_p
 
 def test_other_settings_are_refused(model: nn.Module, tmp_path: Path) -> None:
     _bytes(tmp_path, em(), model)
-    with pytest.raises(
-        CheckpointError, match="holds a run with another config: give the same as then, or an empty fol"
-    ):
-        _bytes(tmp_path, em(seed=1), model)
+    expected = (
+        r"holds a run with another config \(em_iterations was 8, is 9, seed was 0, is 1\): "
+        "give the same as then, or an empty folder"
+    )
+    with pytest.raises(CheckpointError, match=expected):
+        _bytes(tmp_path, em(seed=1, em_iterations=9), model)
+
+
+def test_settings_within_settings_are_named(model: nn.Module, tmp_path: Path) -> None:
+    _bytes(tmp_path, em(), model)
+    with pytest.raises(CheckpointError, match=r"linear.codebook_size was 256, is 4\)"):
+        _bytes(tmp_path, em(linear=bgd.LayerConfig(block_size=4, codebook_size=4)), model)
 
 
 def test_another_network_is_refused(model: nn.Module, tmp_path: Path) -> None:
     _bytes(tmp_path, em(), model)
-    with pytest.raises(CheckpointError, match="holds a run with another network and another teacher: give"):
-        _bytes(tmp_path, em(), randomized(SmallResNet()))
+    model.get_parameter("fc.bias").data += 1
+    with pytest.raises(
+        CheckpointError, match=r"holds a run with another network \(fc.bias\), another teacher \(fc.bias\): give"
+    ):
+        _bytes(tmp_path, em(), model)
+
+
+def test_a_network_with_other_layers_is_refused(model: nn.Module, tmp_path: Path) -> None:
+    _bytes(tmp_path, em(), model)
+    with pytest.raises(CheckpointError, match=r"another network \(stem.weight, bn1.weight, bn1.bias and \d+ more\)"):
+        _bytes(tmp_path, em(), randomized(SmallResNet(classes=7), seed=4))
 
 
 def test_other_calibration_data_is_refused(model: nn.Module, tmp_path: Path) -> None:
     _bytes(tmp_path, em(), model)
-    with pytest.raises(CheckpointError, match="holds a run with another calibration: give"):
-        _bytes(tmp_path, em(), model, images(seed=9))
+    data = images()
+    data[1] = data[1] + 1
+    with pytest.raises(CheckpointError, match=r"holds a run with another calibration \(batch 1\): give"):
+        _bytes(tmp_path, em(), model, data)
+    with pytest.raises(CheckpointError, match=r"holds a run with another calibration \(batch 3\): give"):
+        _bytes(tmp_path, em(), model, images(4))
 
 
 def test_another_teacher_is_refused_where_it_is_used(model: nn.Module, tmp_path: Path) -> None:
     bgd.quantize(model, images(), TRAINED, checkpoint=tmp_path, teacher=SmallResNet(), progress=False)
-    with pytest.raises(CheckpointError, match="holds a run with another teacher: give"):
+    with pytest.raises(CheckpointError, match=r"holds a run with another teacher \(stem.weight, .*\): give"):
         bgd.quantize(model, images(), TRAINED, checkpoint=tmp_path, progress=False)
+
+
+def test_another_version_is_refused(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _bytes(tmp_path, em(), model)
+    monkeypatch.setattr(bgd, "__version__", "9.9")
+    with pytest.raises(CheckpointError, match=r'another version \(bgd-plugin was "\d\S+", is "9.9"\)'):
+        _bytes(tmp_path, em(), model)
 
 
 def test_every_difference_is_named_at_once(model: nn.Module, tmp_path: Path) -> None:
     _bytes(tmp_path, em(), model)
-    with pytest.raises(
-        CheckpointError, match="another config and another network and another calibration and another teacher"
-    ):
+    expected = (
+        r"another config \(.*\), another network \(.*\), another calibration \(.*\), another teacher \(.*\): give"
+    )
+    with pytest.raises(CheckpointError, match=expected):
         _bytes(tmp_path, em(seed=1), randomized(SmallResNet()), images(seed=9))
+
+
+def _stop_after_steps(count: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Save after every step of training, and stop at the end of step `count`; returns the steps as they are done."""
+    done: list[int] = []
+    step = torch.optim.SGD.step
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(done) == count:
+            raise KeyboardInterrupt
+        done.append(1)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", counted)
+    monkeypatch.setattr(bgd_plugin.steps, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(bgd_plugin.steps, "_SHARE", float("inf"))
+    return done
+
+
+LONGER = em(
+    batchnorm="matched",
+    distillation=DistillationConfig(steps=3, batch_size=8, learning_rate=0.01),
+    finetuning=FinetuningConfig(steps=8),
+)
+
+
+@pytest.mark.parametrize("stopped", [1, 2, 3, 4, 11, 13, 14, 16, 17, 19])
+def test_training_that_was_stopped_goes_on_at_its_step_and_ends_in_the_same_bytes(
+    model: nn.Module, stopped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = _bytes(None, LONGER, model)
+    with monkeypatch.context() as patch:
+        _stop_after_steps(stopped, patch)
+        with pytest.raises(KeyboardInterrupt):
+            _bytes(tmp_path, LONGER, model)
+    rest = _stop_after_steps(99, monkeypatch)
+    assert _bytes(tmp_path, LONGER, model) == expected
+    assert len(rest) == 4 * 3 + 8 - stopped
+    names = [f"layer-{i:04d}.safetensors" for i in range(4)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["finetuning.steps.safetensors", *names, "run.json"]
+
+
+class _Drawn:
+    """Calibration data that draws from the global generator at each walk, as a shuffling DataLoader does."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        samples = torch.cat(images())
+        yield from samples[torch.randperm(len(samples))].split(4)
+
+
+class _Numbered:
+    """Calibration data whose walks have numbers, and that counts the batches it gave."""
+
+    def __init__(self) -> None:
+        self.number, self.given = 0, 0
+
+    def set_epoch(self, number: int) -> None:
+        self.number = number
+
+    def __iter__(self) -> Iterator[Tensor]:
+        samples = torch.cat(images())
+        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(self.number))
+        for batch in samples[order].split(4):
+            self.given += 1
+            yield batch
+
+
+@pytest.mark.parametrize("kind", [_Drawn, _Numbered])
+def test_data_in_another_order_at_each_walk_goes_on_in_that_order(
+    model: nn.Module, kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = em(finetuning=FinetuningConfig(steps=10))
+    torch.manual_seed(5)
+    expected = _bytes(None, config, model, kind())
+    assert _bytes(None, config, model, images()) != expected
+    with monkeypatch.context() as patch:
+        _stop_after_steps(8, patch)
+        torch.manual_seed(5)
+        with pytest.raises(KeyboardInterrupt):
+            _bytes(tmp_path, config, model, kind())
+    torch.manual_seed(5)
+    data = kind()
+    assert _bytes(tmp_path, config, model, data) == expected
+    if kind is _Numbered:  # the calibration set, then walk 3 from its start: earlier walks are not read again
+        assert data.given == 3 + 3 + 1
+
+
+def test_ctrl_c_says_how_the_run_goes_on(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _stop_after_steps(1, monkeypatch)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        _bytes(tmp_path / "run", TRAINED, model)
+    assert stop.value.__notes__ == [f"the same call goes on from what {tmp_path / 'run'} holds"]
+    with pytest.raises(KeyboardInterrupt) as stop:
+        _bytes(None, TRAINED, model)
+    assert stop.value.__notes__ == ['nothing was kept; with checkpoint="FOLDER" the same call would go on from there']
+
+
+def test_a_finished_training_is_not_done_again(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = _bytes(tmp_path, LONGER, model)
+    again = _stop_after_steps(0, monkeypatch)
+    assert _bytes(tmp_path, LONGER, model) == expected
+    assert again == []
+
+
+def test_a_damaged_file_of_training_says_what_to_delete(model: nn.Module, tmp_path: Path) -> None:
+    expected = _bytes(tmp_path, LONGER, model)
+    file = tmp_path / "finetuning.steps.safetensors"
+    whole = file.read_bytes()
+    for damaged in (whole[:-1], b"", whole.replace(b"step", b"stop", 1), whole.replace(b"tensor", b"tomato", 1)):
+        file.write_bytes(damaged)
+        with pytest.raises(
+            CheckpointError, match=rf"{file.name} is damaged .*: delete it, this stage then begins again"
+        ):
+            _bytes(tmp_path, LONGER, model)
+    file.unlink()
+    assert _bytes(tmp_path, LONGER, model) == expected
+
+
+def test_leftovers_of_a_killed_process_are_removed(model: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / ".layer-0001.safetensors.tmp").write_bytes(b"half")
+    _bytes(tmp_path, em(), model)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_damaged_layer_file_says_what_to_delete(model: nn.Module, tmp_path: Path) -> None:

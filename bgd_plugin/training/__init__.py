@@ -2,11 +2,12 @@
 
 from bgd_plugin.training.batchnorm import absorb_row_scale_, correct_batchnorm_, is_batchnorm, is_shared
 from bgd_plugin.training.distillation import distill_
-from bgd_plugin.training.finetuning import finetune_
+from bgd_plugin.training.finetuning import Epochs, finetune_
 from bgd_plugin.training.loss import kl_to_teacher
 from bgd_plugin.training.reconstruction import reconstruct_, reconstruction_steps
 
 __all__ = [
+    "Epochs",
     "absorb_row_scale_",
     "correct_batchnorm_",
     "distill_",

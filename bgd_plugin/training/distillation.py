@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from bgd_plugin.calibration import Walk, logits_of
 from bgd_plugin.config import DistillationConfig
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.nn import PQModule
+from bgd_plugin.steps import Part, Steps
 from bgd_plugin.training.loss import kl_to_teacher, mean_gradients_
 
 __all__ = ["distill_"]
@@ -22,7 +23,7 @@ def distill_(
     teacher_logits: Sequence[Tensor],
     config: DistillationConfig,
     generator: torch.Generator,
-    on_step: Callable[[], None] = lambda: None,
+    steps: Steps | None = None,
 ) -> float:
     """Train the layer's codebook so that the network's logits come near the teacher's; codes and all else stay fixed.
 
@@ -33,7 +34,7 @@ def distill_(
         walk: stands at the layer's node, which has not run yet.
         layer: the student's module there.
         teacher_logits: of each calibration batch.
-        on_step: called after each step.
+        steps: keeps the progress, and tells it.
 
     Returns:
         the mean loss of the last tenth of the steps.
@@ -49,7 +50,8 @@ def distill_(
     layer.codebook.requires_grad_(True)
     order: list[int] = []
     losses: list[float] = []
-    for _ in range(config.steps):
+    parts: dict[str, Part] = {"layer": layer, "optimizer": optimizer, "generator": generator}
+    for _ in (steps or Steps()).run(config.steps, **parts, order=order, losses=losses):
         optimizer.zero_grad(set_to_none=True)
         batches = _next_batches(order, teacher_logits, config.batch_size, generator)
         samples = sum(teacher_logits[b].shape[0] for b in batches)
@@ -66,7 +68,6 @@ def distill_(
         mean_gradients_([layer])
         optimizer.step()
         losses.append(loss_of_step)
-        on_step()
     tail = losses[-max(1, len(losses) // 10) :]
     return sum(tail) / len(tail)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
+import collections
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,10 +12,10 @@ from torch import nn
 from bgd_plugin.calibration import Batch, logits_of
 from bgd_plugin.config import FinetuningConfig
 from bgd_plugin.errors import CalibrationError
+from bgd_plugin.steps import Part, Steps
 from bgd_plugin.training.loss import codebooks, kl_to_teacher, mean_gradients_
 
-__all__ = ["finetune_", "total_steps"]
-
+__all__ = ["Epochs", "finetune_", "total_steps"]
 
 _DEFAULT_EPOCHS = 9
 
@@ -24,21 +25,71 @@ def total_steps(config: FinetuningConfig, batches_per_epoch: int) -> int:
     return config.steps or (config.epochs or _DEFAULT_EPOCHS) * batches_per_epoch
 
 
+class Epochs:
+    """The batches of one epoch after the other, without end; it knows where it stands, and can go on there.
+
+    Args:
+        epoch: the batches of the epoch with that number, counted from 0.
+        can_skip: whether an epoch's batches depend on its number alone. Else earlier epochs are walked again before
+            a resumed run goes on, since what they draw or count decides what the next one gives.
+    """
+
+    def __init__(self, epoch: Callable[[int], Iterable[Batch]], *, can_skip: bool = False) -> None:
+        self._epoch = epoch
+        self._can_skip = can_skip
+        self._number, self._taken = 0, 0
+        self._batches: Iterator[Batch] | None = None
+
+    def __next__(self) -> Batch:
+        """The next batch.
+
+        Raises:
+            CalibrationError: an epoch is empty.
+        """
+        if self._batches is None:
+            self._batches = iter(self._epoch(self._number))
+        batch = next(self._batches, None)
+        if batch is None and self._taken:
+            self._number, self._taken = self._number + 1, 0
+            self._batches = iter(self._epoch(self._number))
+            batch = next(self._batches, None)
+        if batch is None:
+            raise CalibrationError(
+                "the calibration data is empty on a second walk: give a DataLoader or a list of batches"
+            )
+        self._taken += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands."""
+        return {"number": self._number, "taken": self._taken}
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Go there."""
+        number, taken = state["number"], state["taken"]
+        for earlier in range(0 if not self._can_skip else number, number):
+            collections.deque(self._epoch(earlier), maxlen=0)
+        self._number, self._taken = number, 0
+        self._batches = None
+        for _ in range(taken):
+            next(self)
+
+
 def finetune_(
     student: nn.Module,
     teacher: nn.Module,
-    epochs: Callable[[], Iterable[Batch]],
+    data: Epochs,
     batches_per_epoch: int,
     config: FinetuningConfig,
-    on_step: Callable[[], None] = lambda: None,
+    steps: Steps | None = None,
 ) -> float:
     """Train all codebooks so that the student's logits come near the teacher's; batch-norm statistics update.
 
     Args:
         student: with product-quantized modules; changed in place, left in evaluation mode.
         teacher: in evaluation mode.
-        epochs: each call walks over the calibration data once.
-        on_step: called after each step.
+        data: the calibration data, again and again.
+        steps: keeps the progress, and tells it.
 
     Returns:
         the mean loss of the last tenth of the steps.
@@ -53,13 +104,15 @@ def finetune_(
     optimizer = torch.optim.SGD(
         parameters, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
     )
-    steps = total_steps(config, batches_per_epoch)
-    thirds = [steps // 3, 2 * steps // 3] if steps >= 3 else []
+    total = total_steps(config, batches_per_epoch)
+    thirds = [total // 3, 2 * total // 3] if total >= 3 else []
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=thirds, gamma=0.1)
     losses: list[float] = []
     _batchnorms_train(student)
     try:
-        for batch in itertools.islice(_endless(epochs), steps):
+        parts: dict[str, Part] = {"student": student, "optimizer": optimizer, "schedule": schedule}
+        for _ in (steps or Steps()).run(total, **parts, data=data, losses=losses):
+            batch = next(data)
             with torch.no_grad():
                 target = logits_of(batch.call(teacher))
             optimizer.zero_grad(set_to_none=True)
@@ -73,23 +126,10 @@ def finetune_(
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
-            on_step()
     finally:
         student.eval()
     tail = losses[-max(1, len(losses) // 10) :]
     return sum(tail) / len(tail)
-
-
-def _endless(epochs: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
-    while True:
-        empty = True
-        for batch in epochs():
-            empty = False
-            yield batch
-        if empty:
-            raise CalibrationError(
-                "the calibration data is empty on a second walk: give a DataLoader or a list of batches"
-            )
 
 
 def _batchnorms_train(student: nn.Module) -> None:

@@ -19,7 +19,7 @@ import bgd_plugin as bgd
 from bgd_plugin.calibration import iterate_batches
 from bgd_plugin.storage import file_size, stored
 from bgd_plugin.tables import mib, table
-from bgd_plugin.training import finetune_
+from bgd_plugin.training import Epochs, finetune_
 from tests.benchmarks.fashion_data import FashionData, input_batches, load_fashion_mnist
 from tests.benchmarks.fashion_network import FloatNetwork, accuracy_percent, load_or_train
 
@@ -60,13 +60,13 @@ def _finetune(student: nn.Module, teacher: nn.Module, data: FashionData, options
     batches = input_batches(data.train_images[: options.finetuning_images], options.batch_size)
     config = bgd.FinetuningConfig(epochs=options.finetuning_epochs)
 
-    def epoch() -> Any:
+    def epoch(number: int) -> Any:
         order = torch.randperm(len(batches), generator=generator).tolist()
         shuffled = [batches[i] for i in order]
         return iterate_batches(shuffled, student, device=torch.device("cpu"), forward=None)
 
     generator = torch.Generator().manual_seed(0)
-    finetune_(student, teacher, epoch, len(batches), config)
+    finetune_(student, teacher, Epochs(epoch), len(batches), config)
 
 
 def _row(

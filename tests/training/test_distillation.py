@@ -12,6 +12,7 @@ from bgd_plugin import CalibrationError, DistillationConfig
 from bgd_plugin.calibration import Batch, Walk
 from bgd_plugin.graph import trace
 from bgd_plugin.nn import PQModule, quantized
+from bgd_plugin.steps import Steps
 from bgd_plugin.training import distill_, kl_to_teacher
 from tests.networks import PlainNet, vectors
 
@@ -43,7 +44,7 @@ def _loss(walk: Walk, logits: list[Tensor]) -> float:
 
 def _distill(walk: Walk, layer: PQModule, logits: list[Tensor], config: Any = CONFIG, seed: int = 0) -> list[int]:
     steps: list[int] = []
-    distill_(walk, layer, logits, config, torch.Generator().manual_seed(seed), lambda: steps.append(1))
+    distill_(walk, layer, logits, config, torch.Generator().manual_seed(seed), Steps(on_steps=steps.append))
     return steps
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import bgd_plugin as bgd
 from bgd_plugin import CalibrationError, FinetuningConfig
 from bgd_plugin.calibration import Batch
-from bgd_plugin.training import finetune_, kl_to_teacher
+from bgd_plugin.steps import Steps
+from bgd_plugin.training import Epochs, finetune_, kl_to_teacher
 from bgd_plugin.training.finetuning import total_steps
 from tests.networks import PlainNet, SmallResNet, em, images, randomized, vectors
 
@@ -23,7 +24,7 @@ def _student(model: nn.Module, data: list[Tensor]) -> Any:
 def _finetune(student: nn.Module, teacher: nn.Module, data: list[Tensor], config: FinetuningConfig) -> list[int]:
     steps: list[int] = []
     batches = [Batch((batch,)) for batch in data]
-    finetune_(student, teacher, lambda: batches, len(batches), config, lambda: steps.append(1))
+    finetune_(student, teacher, Epochs(lambda _: batches), len(batches), config, Steps(on_steps=steps.append))
     return steps
 
 
@@ -117,7 +118,7 @@ def test_data_that_is_empty_on_a_second_walk_says_so() -> None:
     teacher, data = PlainNet().eval(), vectors(1)
     walks = iter([[Batch((data[0],))], []])
     with pytest.raises(CalibrationError, match="the calibration data is empty on a second walk: give a DataLoader"):
-        finetune_(_student(teacher, data), teacher, lambda: next(walks), 1, FinetuningConfig(steps=2))
+        finetune_(_student(teacher, data), teacher, Epochs(lambda _: next(walks)), 1, FinetuningConfig(steps=2))
 
 
 def test_the_report_gives_the_final_loss() -> None:

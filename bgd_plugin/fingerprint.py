@@ -1,0 +1,81 @@
+"""What a run was made of, as short fingerprints: enough to say in what another run differs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from bgd_plugin.calibration import Batch
+from bgd_plugin.config import BGDConfig
+
+__all__ = ["described", "differing"]
+
+_SHOWN = 3
+
+
+def described(model: nn.Module, config: BGDConfig, batches: Sequence[Batch], teacher: nn.Module) -> dict[str, Any]:
+    """Everything that the result depends on, as JSON: part, name, then a fingerprint or the value."""
+    from bgd_plugin import __version__  # not at the top: the package is still being imported then
+
+    network = _digests(model)
+    description = {
+        "version": {"bgd-plugin": __version__, "torch": str(torch.__version__)},
+        "config": _flat(config.to_dict()),
+        "network": network,
+        "calibration": {f"batch {i}": _digest(pytree.tree_leaves((b.args, b.kwargs))) for i, b in enumerate(batches)},
+        "teacher": network if teacher is model else _digests(teacher),
+    }
+    result: dict[str, Any] = json.loads(json.dumps(description))
+    return result
+
+
+def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
+    """Each part that differs, with what differs in it: "config (seed was 0, is 1)"."""
+    for part, entries in wanted.items():
+        before = found.get(part)
+        if before == entries:
+            continue
+        before = before if isinstance(before, dict) else {}
+        names = [name for name in {**before, **entries} if before.get(name, _NONE) != entries.get(name, _NONE)]
+        says_values = part in ("version", "config")
+        what = [_change(name, before, entries) if says_values else name for name in names[:_SHOWN]]
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        yield f"{part} ({', '.join(what)}{more})"
+
+
+_NONE = object()
+
+
+def _change(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    old, new = (json.dumps(values[name]) if name in values else "not there" for values in (before, now))
+    return f"{name} was {old}, is {new}"
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{prefix}.{name}".strip(".")).items()}
+
+
+def _digests(module: nn.Module) -> dict[str, str]:
+    return {"class": type(module).__name__} | {name: _digest([value]) for name, value in module.state_dict().items()}
+
+
+def _digest(values: Iterable[Any]) -> str:
+    """A fingerprint of tensors, and of how they print for anything else."""
+    digest = hashlib.sha256()
+    for value in values:
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype}{list(value.shape)}".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
+        else:
+            digest.update(repr(value).encode())
+    return digest.hexdigest()[:32]
