@@ -8,8 +8,7 @@ from bgd_plugin.passes import BGDPass
 from bgd_plugin.plan import Plan, plan
 from bgd_plugin.quantize import Quantized, quantize
 from bgd_plugin.report import Report
-
-__version__ = "0.1.0"
+from bgd_plugin.version import __version__
 
 __all__ = [
     "BGDConfig",
@@ -26,6 +25,7 @@ __all__ = [
     "ReconstructionConfig",
     "Report",
     "TraceError",
+    "__version__",
     "load",
     "load_adapter",
     "materialize",

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from bgd_plugin.calibration import Batch
 from bgd_plugin.config import BGDConfig
+from bgd_plugin.version import __version__
 
 __all__ = ["described", "differing"]
 
@@ -21,8 +22,6 @@ _SHOWN = 3
 
 def described(model: nn.Module, config: BGDConfig, batches: Sequence[Batch], teacher: nn.Module) -> dict[str, Any]:
     """Everything that the result depends on, as JSON: part, name, then a fingerprint or the value."""
-    from bgd_plugin import __version__  # not at the top: the package is still being imported then
-
     network = _digests(model)
     description = {
         "version": {"bgd-plugin": __version__, "torch": str(torch.__version__)},

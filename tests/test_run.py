@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import bgd_plugin as bgd
+import bgd_plugin.fingerprint
 import bgd_plugin.steps
 from bgd_plugin import CheckpointError, DistillationConfig, FinetuningConfig
 from bgd_plugin.run import Run
@@ -140,7 +141,7 @@ def test_another_teacher_is_refused_where_it_is_used(model: nn.Module, tmp_path:
 
 def test_another_version_is_refused(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _bytes(tmp_path, em(), model)
-    monkeypatch.setattr(bgd, "__version__", "9.9")
+    monkeypatch.setattr(bgd_plugin.fingerprint, "__version__", "9.9")
     with pytest.raises(CheckpointError, match=r'another version \(bgd-plugin was "\d\S+", is "9.9"\)'):
         _bytes(tmp_path, em(), model)
 
