@@ -232,7 +232,7 @@ def _unpacked(name: str, packed: Tensor, module: PQModule, problems: list[str]) 
         found = f"{packed.dtype} {list(packed.shape)}"
         problems.append(f"{name!r}: {count} codes of {bits} bits expected, found {found}")
         return None
-    codes = unpack(packed, bits, count)
+    codes = unpack(packed, bits, count, module.codes.dtype)
     if count and int(codes.max()) >= module.codebook_size:
         problems.append(
             f"{name!r}: code {int(codes.max())} is out of range, the codebook has {module.codebook_size} codewords"

@@ -28,7 +28,7 @@ def inspected(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         masks = header.get("masks", {})
         layers = [_layer(name, entry, tensors, masks.get(name)) for name, entry in header.get("layers", {}).items()]
-    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CheckpointError(f"{path}: the layers in its header are damaged ({error!r})") from error
     quantized = {f"{layer['name']}.{part}" for layer in layers for part in ("codes", "codebook", "mask")}
     others: list[dict[str, Any]] = [
@@ -81,15 +81,21 @@ def inspection_text(content: dict[str, Any]) -> str:
 
 
 def _layer(name: str, entry: Any, tensors: dict[str, Tensor], mask: str | None) -> dict[str, Any]:
-    kind, block_size, codebook_size, shape = entry
+    match entry:
+        case [str(kind), int(block_size), int(codebook_size), [*shape]] if all(type(side) is int for side in shape):
+            pass
+        case _:
+            raise ValueError(f"the entry of {name!r} is not kind, block size, codebook size and shape")
+    if not all(0 < side < 2**63 for side in (block_size, codebook_size, *shape)):
+        raise ValueError(f"the sizes of {name!r} are out of range")
     codes, codebook = tensors[f"{name}.codes"], tensors[f"{name}.codebook"]
     mask_bytes = 0 if mask is None else _bytes(tensors[f"{name}.mask"])
     return {
         "name": name,
-        "kind": str(kind),
-        "weight_shape": [int(side) for side in shape],
-        "block_size": int(block_size),
-        "codebook_size": int(codebook_size),
+        "kind": kind,
+        "weight_shape": shape,
+        "block_size": block_size,
+        "codebook_size": codebook_size,
         "bits_per_weight": 8 * (_bytes(codes) + _bytes(codebook) + mask_bytes) / math.prod(shape),
         "codes_bytes": _bytes(codes),
         "codebook_bytes": _bytes(codebook),

@@ -46,16 +46,17 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return packed
 
 
-def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+def unpack(packed: Tensor, bits: int, count: int, dtype: torch.dtype = torch.int64) -> Tensor:
     """Read `count` codes of `bits` bits back; undoes `pack`.
 
     Args:
         packed: uint8 `[ceil(count · bits / 8)]`.
         bits: 1 … 16.
         count: how many codes.
+        dtype: of the result, an integer type that holds `bits` bits; a wide one takes several times the file's bytes.
 
     Returns:
-        int64 `[count]`.
+        `[count]`.
 
     Raises:
         ValueError: a number of bits out of range, or a length that is not the one `count` codes take.
@@ -66,7 +67,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
             f"{count} codes of {bits} bits take {_packed_bytes(count, bits)} uint8, "
             f"found {packed.dtype} {tuple(packed.shape)}"
         )
-    codes = torch.empty(count, dtype=torch.int64, device=packed.device)
+    codes = torch.empty(count, dtype=dtype, device=packed.device)
     places = torch.arange(8, dtype=torch.uint8, device=packed.device)
     for part, chunk in zip(torch.split(packed, _CHUNK * bits // 8), torch.split(codes, _CHUNK), strict=True):
         ones = (part.unsqueeze(1) >> places & 1).flatten()
