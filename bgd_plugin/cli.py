@@ -7,6 +7,7 @@ mistake is a message and exit code 2; Ctrl-C is a line and exit code 130.
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -156,6 +157,9 @@ def quantize(
     teacher: Annotated[str | None, typer.Option(help="MODEL whose answers training follows [default: MODEL]")] = None,
     teacher_weights: Annotated[str | None, typer.Option(help="as --weights")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="folder for finished layers, to go on after a stop")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with the run in --checkpoint; an error if none")
+    ] = False,
     report: Annotated[Path | None, typer.Option(help="write a page with bytes and error of each layer")] = None,
     json_file: Annotated[str | None, typer.Option("--json", help="write the report as JSON to a file, or - ")] = None,
     seed: Annotated[int | None, typer.Option(help="of every random choice [default: the settings', 0]")] = None,
@@ -165,6 +169,8 @@ def quantize(
     from bgd_plugin import save
     from bgd_plugin.images import CalibrationImages
 
+    if resume:
+        _require_run(checkpoint)
     settings = settings_from(regime, config, override, fc_codebook_size, pointwise_block_size)
     settings = with_budget(settings, target_size, target_ratio)
     _require_folders(output, report, None if json_file == "-" else json_file)
@@ -301,18 +307,40 @@ def _require_folders(*paths: Path | str | None) -> None:
             raise ConfigError(f"{path}: there is no folder {Path(path).parent}: make it first")
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Ctrl-C does."""
+
+
+def _terminated(*_: object) -> None:
+    raise _Terminated
+
+
 @contextmanager
 def _says_how_to_go_on(checkpoint: Path | None) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end with one line: what is kept, and how the run goes on."""
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         yield
     except KeyboardInterrupt as error:
         how = (
-            f"the same command goes on from the last finished layer in {checkpoint}"
+            f"the same command with --resume goes on from what {checkpoint} holds"
             if checkpoint
-            else "nothing was kept; with --checkpoint FOLDER the same command goes on from the last finished layer"
+            else "nothing was kept; with --checkpoint FOLDER the same command would go on from there"
         )
         typer.echo(f"\nbgd-plugin: stopped; {how}", err=True)
-        raise typer.Exit(130) from error
+        raise typer.Exit(143 if isinstance(error, _Terminated) else 130) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _require_run(checkpoint: Path | None) -> None:
+    """Refuse to begin from the start where a run was to go on."""
+    from bgd_plugin.run import holds_run
+
+    if checkpoint is None:
+        raise ConfigError("--resume: give --checkpoint FOLDER, the folder of the run that is to go on")
+    if not holds_run(checkpoint):
+        raise ConfigError(f"--resume: {checkpoint} holds no run: leave --resume out to begin one there")
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from bgd_plugin.fitting import FittedLayer
 from bgd_plugin.plan import PlannedLayer
 from bgd_plugin.steps import Steps
 
-__all__ = ["Run", "stage"]
+__all__ = ["Run", "holds_run", "stage"]
 
 _DESCRIPTION = "run.json"
 
@@ -131,6 +131,11 @@ class Run:
 def stage(index: int) -> str:
     """The name of a layer's stage of training."""
     return f"layer-{index:04d}"
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run was begun in the folder."""
+    return (folder / _DESCRIPTION).is_file()
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -148,11 +149,35 @@ def test_quantize_goes_on_after_ctrl_c(tmp_path: Path, flat: Path, monkeypatch: 
     monkeypatch.setattr(bgd, "quantize", stopped)
     done = RUNNER.invoke(app, arguments)
     assert done.exit_code == 130
-    assert "with --checkpoint FOLDER the same command goes on" in done.stderr
+    assert "with --checkpoint FOLDER the same command would go on" in done.stderr
     done = RUNNER.invoke(app, [*arguments, "--checkpoint", "run"])
     assert done.exit_code == 130
-    assert "goes on from the last finished layer in run" in done.stderr
+    assert "the same command with --resume goes on from what run holds" in done.stderr
     assert not (tmp_path / "a").exists()
+
+
+def test_sigterm_ends_as_ctrl_c_does(tmp_path: Path, flat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def terminated(*_: Any, **__: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(bgd, "quantize", terminated)
+    arguments = ["quantize", NET, "--calibration", str(flat), "--output", str(tmp_path / "a"), *SMALL]
+    done = RUNNER.invoke(app, [*arguments, "--checkpoint", "run"])
+    assert done.exit_code == 143
+    assert done.stderr.strip().endswith("stopped; the same command with --resume goes on from what run holds")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_resume_goes_on_and_never_begins(tmp_path: Path, flat: Path, file: Path) -> None:
+    run = str(tmp_path / "run")
+    arguments = ["quantize", NET, "--calibration", str(flat), "--output", str(tmp_path / "a"), *SMALL]
+    _fails([*arguments, "--resume"], "--resume: give --checkpoint FOLDER")
+    _fails([*arguments, "--resume", "--checkpoint", run], "holds no run: leave --resume out")
+    assert RUNNER.invoke(app, [*arguments, "--checkpoint", run]).exit_code == 0
+    assert RUNNER.invoke(app, [*arguments, "--checkpoint", run, "--resume"]).exit_code == 0
+    assert (tmp_path / "a").read_bytes() == file.read_bytes()
+    _fails([*arguments, "--checkpoint", run, "--resume", "--seed", "3"], "another config (seed was 0, is 3)")
 
 
 def test_inspect_adds_up_to_the_file(file: Path) -> None:
