@@ -101,13 +101,17 @@ def load_adapter(name: str) -> Any:
         raise BGDError(f"there is no adapter {name!r}; installed adapters: {existing}")
     point = points[name]
     install = f"pip install '{_extra(point)}'"
-    wrong = [str(requirement) for requirement in _requirements(point) if not requirement.known]
-    if wrong:
-        raise BGDError(f"adapter {name!r} cannot be used: {'; '.join(wrong)}: {install}")
+    requirements = tuple(_requirements(point))
+    unknown = [str(requirement) for requirement in requirements if requirement.found and not requirement.known]
+    if unknown:
+        raise BGDError(f"adapter {name!r} cannot be used: {'; '.join(unknown)}: {install}")
     try:
         module = point.load()
     except Exception as error:  # importing a framework runs its code: anything may come out of it
-        raise BGDError(f"adapter {name!r} cannot be imported ({type(error).__name__}: {error}): {install}") from error
+        # only now, since a framework may come by another distribution than the extra's
+        missing = [str(requirement) for requirement in requirements if not requirement.found]
+        why = "; ".join([f"{type(error).__name__}: {error}", *missing])
+        raise BGDError(f"adapter {name!r} cannot be imported ({why}): {install}") from error
     module.register()
     return module
 

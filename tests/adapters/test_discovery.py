@@ -43,11 +43,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     distribution = Distribution(
         "working_one = adapter_of_the_test\n"
         "absent_one = a_module_that_is_not_there\n"
+        "otherwise_installed_one = adapter_of_the_test\n"
         "newer_one = adapter_of_the_test\n"
         "broken_one = a_module_that_is_not_there\n",
         "Requires-Dist: numpy\n"
         'Requires-Dist: pytest>=8; extra == "working-one"\n'
         'Requires-Dist: a-framework-nobody-has; extra == "absent-one"\n'
+        'Requires-Dist: a-framework-nobody-has; extra == "otherwise-installed-one"\n'
         'Requires-Dist: pytest<2,>=1; extra == "newer-one"\n',
     )
     _install(monkeypatch, distribution.entry_points)
@@ -64,7 +66,10 @@ def test_loading_registers_and_gives_the_module(calls: list[str]) -> None:
 
 
 def test_an_unknown_adapter_is_told_with_those_there_are(calls: list[str]) -> None:
-    expected = "there is no adapter 'other'; installed adapters: absent_one, broken_one, newer_one, working_one"
+    expected = (
+        "there is no adapter 'other'; installed adapters: absent_one, broken_one, newer_one, otherwise_installed_one, "
+    )
+    expected += "working_one"
     with pytest.raises(BGDError, match=expected):
         bgd.load_adapter("other")
 
@@ -76,9 +81,13 @@ def test_an_unknown_adapter_where_there_are_none(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_framework_that_is_missing_says_what_to_install(calls: list[str]) -> None:
-    expected = r"'absent_one' .*a-framework-nobody-has is not installed: pip install 'some-package\[absent-one\]'"
+    expected = r"'absent_one' .*a-framework-nobody-has is not installed\): pip install 'some-package\[absent-one\]'"
     with pytest.raises(BGDError, match=expected):
         bgd.load_adapter("absent_one")
+
+
+def test_a_framework_may_come_by_another_distribution(calls: list[str]) -> None:
+    assert bgd.load_adapter("otherwise_installed_one") is sys.modules["adapter_of_the_test"]
 
 
 def test_a_version_that_the_adapter_does_not_know_is_named(calls: list[str]) -> None:
@@ -108,7 +117,8 @@ def test_the_command_line_lists_them(calls: list[str]) -> None:
     assert f"pytest {pytest.__version__}" in line
     assert "can be imported" in line
     values = json.loads(CliRunner().invoke(app, ["adapters", "--json"]).stdout)
-    assert [value["name"] for value in values] == ["absent_one", "broken_one", "newer_one", "working_one"]
+    assert [value["name"] for value in values] == sorted(value["name"] for value in values)
+    assert {value["name"] for value in values if value["problem"] is None} == {"otherwise_installed_one", "working_one"}
 
 
 def test_the_command_line_says_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,12 @@ class BGDQuantizer(Quantizer):
         for skipped in result.report.skipped:
             logger.info("bgd leaves %s as it is: %s", skipped.name, skipped.reason)
         logger.info("bgd: %d bytes, %.1f times smaller", result.report.compressed_bytes, result.report.ratio)
+        for name in (
+            "is_prepared",
+            "quant_config",
+            "example_inputs",
+        ):  # what `prepare` left on the network that was copied
+            vars(result.model).pop(name, None)
         earlier = getattr(model, "qconfig", None)  # of another algorithm, or of layers that were quantized before
         qconfig = (earlier if isinstance(earlier, dict) else {}) | self.quant_config
         return as_quantized_(result.model, qconfig, result.report)

@@ -36,6 +36,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"method": "em", "batchnorm": "keep", "float_storage": "float32"},
     {"linear": LayerConfig(block_size=8, codebook_size=16), "overrides": (("fc2", None),), "seed": 7},
     {"first_layer": LayerConfig(block_size=3), "rounds": 1, "asymmetric_step": 0.25},
+    {"target_ratio": 6.0},
     {"method": "em", "distillation": bgd.DistillationConfig(steps=3, batch_size=8)},
     {"method": "em", "finetuning": bgd.FinetuningConfig(steps=4)},
 ]
