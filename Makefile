@@ -27,7 +27,7 @@ FRAMEWORKS_STAMP := $(if $(FRAMEWORKS),$(VENV)/.bgd-plugin-frameworks-installed)
 TEST_ENVIRONMENT := $(if $(FRAMEWORKS),BGD_FRAMEWORKS=required)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format docs docs-serve bench-budget bench-em bench-fashion bench-fashion_methods bench-memory bench-pruning bench-resnet18 bench-fuzz bench-kills wheel clean distclean
+.PHONY: help install demo test test-slow check format docs docs-serve bench-budget bench-em bench-fashion bench-fashion_methods bench-memory bench-pruning bench-resnet18 bench-fuzz bench-kills bench-shapes bench-zoo wheel clean distclean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -97,7 +97,9 @@ docs-serve: $(STAMP)
 ## make bench-resnet18 a whole ResNet-18 at 224 px: CPU time, calibration work, memory
 ## make bench-fuzz     200,000 hostile files through load and inspect
 ## make bench-kills    a run that is killed 50 times, and its bytes
-bench-budget bench-em bench-fashion bench-fashion_methods bench-memory bench-pruning bench-resnet18 bench-fuzz bench-kills: bench-%: $(STAMP)
+## make bench-shapes   a small Mask R-CNN on generated pictures: box and mask AP before, after, finetuned
+## make bench-zoo      every torchvision model: layers found, bytes, whether it comes back
+bench-budget bench-em bench-fashion bench-fashion_methods bench-memory bench-pruning bench-resnet18 bench-fuzz bench-kills bench-shapes bench-zoo: bench-%: $(STAMP)
 	$(RUN) -m tests.benchmarks.$* $(BENCH_ARGS)
 
 # A comparison takes what the library is compared with; the torch that is there stays as it is.
