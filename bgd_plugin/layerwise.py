@@ -296,7 +296,8 @@ def _quantize_layer(job: Job, walk: Walk | Rerun, index: int, logits: list[Tenso
             walk.mark_changed(node)
     if config.distillation and finished is None:
         with job.timed("distill"):
-            distill_(walk, layer, logits, config.distillation, generator, job.bar.update)
+            tokens = [batch.tokens(x) for batch, x in zip(job.batches, logits, strict=True)]
+            distill_(walk, layer, logits, config.distillation, generator, job.bar.update, tokens=tokens)
             layer.round_codebook_(planned.codebook_storage)
     if finished is None:
         job.run.store(index, dataclasses.replace(fit, codebook=layer.codebook, codes=layer.codes))
