@@ -46,7 +46,7 @@ def quantize_weights(model: nn.Module, config: BGDConfig | None = None) -> Quant
     config = config or BGDConfig()
     wanted = [name for name in ("distillation", "reconstruction", "finetuning") if getattr(config, name) is not None]
     if wanted:
-        raise ConfigError(f"{' and '.join(wanted)} need data: give calibration data, or set them to None")
+        raise ConfigError(f"without data there is no {' and no '.join(wanted)}: give calibration data, or None for it")
     start = time.perf_counter()
     model = baked(model)
     student: nn.Module = copy_module(model)

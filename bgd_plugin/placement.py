@@ -14,7 +14,16 @@ from torch import nn
 
 from bgd_plugin.config import MAX_CODEBOOK_SIZE
 from bgd_plugin.errors import CheckpointError, ConfigError
-from bgd_plugin.graph import FoundLayer, baked, copy_module, find_layers, fold_parametrizations_, has_running_statistics, install_, swap_
+from bgd_plugin.graph import (
+    FoundLayer,
+    baked,
+    copy_module,
+    find_layers,
+    fold_parametrizations_,
+    has_running_statistics,
+    install_,
+    swap_,
+)
 from bgd_plugin.nn import FrozenNorm, PQModule
 from bgd_plugin.pq.packing import code_dtype
 

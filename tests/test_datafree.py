@@ -74,7 +74,7 @@ def test_one_layer_that_cannot_be_quantized_is_an_error() -> None:
 
 
 def test_training_needs_data() -> None:
-    with pytest.raises(ConfigError, match="distillation and finetuning need data"):
+    with pytest.raises(ConfigError, match="without data there is no finetuning"):
         bgd.quantize_weights(PlainNet(), BGDConfig(finetuning=FinetuningConfig(steps=1)))
 
 

@@ -289,6 +289,16 @@ def test_zeros_of_a_pruned_model_stay_zero(tmp_path: Path) -> None:
         assert torch.equal(loaded.get_submodule(name).weight == 0, model.get_submodule(name).weight == 0)
 
 
+def test_frozen_norms(tmp_path: Path) -> None:
+    model = resnet()
+    config = adapter.BGDQuantizationConfig(freeze_norms=True)
+    result = adapter.quantize_pretrained(model, batches(model), config, progress=False)
+    adapter.save_pretrained(result.model, tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert any(type(module).__name__ == "FrozenNorm" for module in loaded.modules())
+    assert same_state(result.model, loaded)
+
+
 def test_shards(tmp_path: Path) -> None:
     model = vit()
     result = adapter.quantize_pretrained(model, batches(model), progress=False)

@@ -39,14 +39,14 @@ def model_card_section(model: Any) -> str:
     config = getattr(model.config, "quantization_config", None)
     if not isinstance(config, BGDQuantizationConfig) or not config.layers:
         raise ConfigError("the model is not quantized by bgd_plugin: there is nothing to say in its card")
-    sizes = sorted({tuple(sizes) for sizes in config.layers.values()})
-    kinds = ", ".join(f"blocks of {block} from {codewords} codewords" for block, codewords in sizes)
+    layers = [tuple(sizes[:2]) for sizes in config.layers.values() if sizes]
+    kinds = ", ".join(f"blocks of {block} from {codewords} codewords" for block, codewords in sorted(set(layers)))
     size = f" The float model has {mib(config.original_bytes)}." if config.original_bytes else ""
     name = type(model).__name__
     return f"""{_BEGIN}
 ## Compressed by product quantization
 
-{len(config.layers)} layers are product-quantized by [bgd_plugin](https://pypi.org/project/bgd-plugin/): {kinds}.{size}
+{len(layers)} layers are product-quantized by [bgd_plugin](https://pypi.org/project/bgd-plugin/): {kinds}.{size}
 
 The weights can be read with the package's adapter only. `pip install 'bgd-plugin[transformers]'`, then:
 

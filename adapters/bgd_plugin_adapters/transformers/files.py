@@ -122,6 +122,7 @@ def checked_files(files: Iterable[str], layers: Mapping[str, Any], expected: str
             names |= dict.fromkeys(content.keys(), file)
     stems = {name.removesuffix(".codebook") for name in names if name.endswith(".codebook")}
     inside = {path for path in stems if f"{path}.weight" in names or f"{path}.codes" in names}
+    layers = {path: sizes for path, sizes in layers.items() if sizes}  # not the frozen norms
     problems = [f"{path!r} is missing in the files" for path in sorted(set(layers) - inside)]
     problems += [f"{path!r} is in the files, but not in config.json" for path in sorted(inside - set(layers))]
     wanted = {f"{path}.{part}" for path in layers for part in _PARTS} & set(names)

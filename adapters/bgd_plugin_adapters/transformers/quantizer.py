@@ -124,12 +124,18 @@ class BGDHfQuantizer(HfQuantizer):
         state = packed_state(model)
         own = self.quantization_config
         layers = bgd.placement_of(model)
-        own.layers, own.checksum = {**layers}, checksum(layers, state)
+        own.layers = {**layers}
+        own.checksum = checksum([path for path, sizes in layers.items() if sizes], state)
         return state, {"bgd_plugin_version": bgd.__version__}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         """The same model with ordinary layers, which compute the same."""
         return bgd.materialize(model).to(dtype)
+
+
+def is_batchnorm(module: nn.Module) -> bool:
+    """Whether a frozen norm may stand in a module's place."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -146,7 +152,7 @@ def _holder(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 def _in_this_model(model: Any, layers: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
     """The layers by their paths in this model: a base model lacks its prefix, and heads of other tasks are left out."""
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
-    known = set(bgd.layers_in(model)[0])
+    known = set(bgd.layers_in(model)[0]) | {path for path, module in model.named_modules() if is_batchnorm(module)}
     placement = {}
     for path, sizes in layers.items():
         candidates = (path, f"{prefix}{path}", path.removeprefix(prefix))
