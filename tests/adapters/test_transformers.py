@@ -25,7 +25,12 @@ import transformers  # noqa: E402
 from transformers import AutoModel, AutoModelForImageClassification  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = {"conv": LayerConfig(block_size=9, codebook_size=32), "linear": LayerConfig(block_size=4, codebook_size=16)}
+SMALL: dict[str, Any] = {
+    "conv": LayerConfig(block_size=9, codebook_size=32),
+    "linear": LayerConfig(block_size=4, codebook_size=16),
+    "codebook_storage": "float16",
+    "weight_storage": "float16",
+}
 
 
 def resnet() -> Any:
@@ -205,7 +210,10 @@ def test_a_name_that_matches_nothing_is_an_error() -> None:
 
 def test_settings_are_fields_of_the_core_as_objects_or_plain_values() -> None:
     config = adapter.BGDQuantizationConfig(method="em", linear={"block_size": 8}, overrides=[["*fc1", None]])
-    assert config.config == BGDConfig(method="em", linear=LayerConfig(block_size=8), overrides=(("*fc1", None),))
+    storage: dict[str, Any] = {name: SMALL[name] for name in ("codebook_storage", "weight_storage")}
+    assert config.config == BGDConfig(
+        **storage, method="em", linear=LayerConfig(block_size=8), overrides=(("*fc1", None),)
+    )
     again = adapter.BGDQuantizationConfig.from_dict(json.loads(config.to_json_string()))
     assert again.config == config.config
     with pytest.raises(ConfigError, match="unknown bits"):

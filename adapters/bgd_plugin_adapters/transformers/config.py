@@ -17,6 +17,8 @@ from bgd_plugin import BGDConfig, ConfigError
 __all__ = ["QUANT_METHOD", "BGDQuantizationConfig"]
 
 QUANT_METHOD = "bgd"
+# A folder of transformers has no 8-bit floats with scales: such values would take four bytes each in it.
+_STORAGE = {"codebook_storage": "float16", "weight_storage": "float16"}
 _LOAD_WITH = (
     "pip install 'bgd-plugin[transformers]'; then, before from_pretrained: "
     "import bgd_plugin; bgd_plugin.load_adapter('transformers')"
@@ -25,6 +27,8 @@ _LOAD_WITH = (
 
 class BGDQuantizationConfig(QuantizationConfigMixin):
     """The fields of `BGDConfig` as keywords, and transformers' own `modules_to_not_convert`.
+
+    `codebook_storage` and `weight_storage` are "float16" by default.
 
     Args:
         modules_to_not_convert: layers that stay float, by name or part of a name, as in transformers' other configs.
@@ -53,7 +57,7 @@ class BGDQuantizationConfig(QuantizationConfigMixin):
         if isinstance(modules_to_not_convert, str):
             raise ConfigError(f"modules_to_not_convert={modules_to_not_convert!r}: give a list of names")
         self.quant_method = QUANT_METHOD
-        self.config = config or BGDConfig.from_dict(fields)
+        self.config = config or BGDConfig.from_dict(_STORAGE | fields)
         self.modules_to_not_convert = list(modules_to_not_convert) if modules_to_not_convert is not None else None
         self.layers: dict[str, Sequence[int]] | None = dict(layers) if layers is not None else None
         self.checksum = checksum
