@@ -110,7 +110,7 @@ def test_every_field_of_the_core_is_a_field_of_the_config() -> None:
 
 
 def test_a_config_goes_through_torchaos_json_and_back() -> None:
-    config = adapter.BGDWeightOnlyConfig(seed=4, conv=None, finetuning=FinetuningConfig(steps=2))
+    config = adapter.BGDWeightOnlyConfig(seed=4, conv=None, linear=LayerConfig(block_size=8))
     assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
 
 
