@@ -2,10 +2,12 @@
 
 from bgd_plugin.checkpoint import load, materialize, save
 from bgd_plugin.config import BGDConfig, DistillationConfig, FinetuningConfig, LayerConfig, ReconstructionConfig
+from bgd_plugin.datafree import quantize_module, quantize_weights
 from bgd_plugin.discovery import load_adapter
 from bgd_plugin.errors import BGDError, CalibrationError, CheckpointError, ConfigError, TraceError
 from bgd_plugin.passes import BGDPass
-from bgd_plugin.plan import Plan, plan
+from bgd_plugin.placement import make_room_, placement_in, placement_of, transplant_, transplanted
+from bgd_plugin.plan import Plan, layers_in, plan
 from bgd_plugin.quantize import Quantized, quantize
 from bgd_plugin.report import Report
 from bgd_plugin.version import __version__
@@ -26,10 +28,18 @@ __all__ = [
     "Report",
     "TraceError",
     "__version__",
+    "layers_in",
     "load",
     "load_adapter",
+    "make_room_",
     "materialize",
+    "placement_in",
+    "placement_of",
     "plan",
     "quantize",
+    "quantize_module",
+    "quantize_weights",
     "save",
+    "transplant_",
+    "transplanted",
 ]

@@ -297,7 +297,8 @@ def _quantize_layer(job: Job, walk: Walk | Rerun, index: int, logits: list[Tenso
     if config.distillation and finished is None:
         with job.timed("distill"):
             steps = job.run.steps(stage(index), job.bar.update)
-            distill_(walk, layer, logits, config.distillation, generator, steps)
+            tokens = [batch.tokens(x) for batch, x in zip(job.batches, logits, strict=True)]
+            distill_(walk, layer, logits, config.distillation, generator, steps, tokens=tokens)
             layer.round_codebook_(planned.codebook_storage)
     if finished is None:
         job.run.store(index, dataclasses.replace(fit, codebook=layer.codebook, codes=layer.codes))

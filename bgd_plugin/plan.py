@@ -42,9 +42,11 @@ __all__ = [
     "family_leftovers",
     "free_layers",
     "is_finished",
+    "layers_in",
     "make_plan",
     "paper_bytes",
     "plan",
+    "plan_layer",
     "require_plannable",
 ]
 
@@ -316,6 +318,21 @@ def _chain_bytes(model: nn.Module, original_bytes: int | None) -> int:
             "had at least as many; give that network's plan(dense).original_bytes"
         )
     return original_bytes
+
+
+def layers_in(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+    """Every layer that has a product-quantized form, whatever the settings, with its family; why the others have none.
+
+    Returns:
+        the family of `BGDConfig` by layer name, in the order in which they run; the reason by name.
+    """
+    found, left = find_layers(front_end(copy_module(baked(model), share_tensors=True))[0])
+    return {layer.name: layer.family for layer in found}, {layer.name: layer.reason for layer in left}
+
+
+def plan_layer(layer: FoundLayer, config: BGDConfig) -> PlannedLayer | SkippedLayer:
+    """What the settings say to one layer by itself; it does not count as the network's first."""
+    return _planned(layer, config, is_first=False)
 
 
 def is_finished(graph_module: nn.Module, config: BGDConfig) -> bool:

@@ -53,7 +53,9 @@ from bgd_plugin.tables import mib
 from bgd_plugin.training import Epochs, finetune_, kl_to_teacher, reconstruct_, reconstruction_steps
 from bgd_plugin.training.finetuning import total_steps
 
-__all__ = ["Quantized", "quantize"]
+__all__ = ["Quantized", "quantize", "round_to_storage_"]
+
+_UNREACHED = "no calibration input reaches it"
 
 _UNREACHED = "no calibration input reaches it"
 
@@ -153,7 +155,7 @@ def quantize(
                 _reconstruct(job)
             if config.finetuning:
                 _finetune(job, calibration, forward)
-    _round(student, config, plan, leftovers)
+    round_to_storage_(student, config, plan, leftovers)
     _restore(job, model, modes, learnt)
     return Quantized(student, _report(job, results))
 
@@ -245,7 +247,7 @@ def _finetune(job: Job, calibration: Iterable[Any], forward: Forward | None) -> 
     job.notes.append(f"finetuning: final loss {loss:.4g}")
 
 
-def _round(student: nn.Module, config: BGDConfig, plan: Plan, leftovers: list[str]) -> None:
+def round_to_storage_(student: nn.Module, config: BGDConfig, plan: Plan, leftovers: list[str]) -> None:
     """Round everything to the type in which it will be stored."""
     for planned in plan.layers:
         layer = module_or_none(student, planned.target)

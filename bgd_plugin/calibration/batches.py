@@ -54,6 +54,17 @@ class Batch:
         args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (self.args, self.kwargs))
         return model(*args, **kwargs)
 
+    def tokens(self, logits: Tensor) -> Tensor | None:
+        """Which tokens count, `[batch, tokens]`: what the batch's `attention_mask` says, for logits of each token.
+
+        Args:
+            logits: `[batch, tokens, classes]`; for logits of any other form, and without a mask of this size, None.
+        """
+        mask = self.kwargs.get("attention_mask")
+        if not isinstance(mask, Tensor) or logits.ndim != 3 or mask.shape != logits.shape[:2] or not bool(mask.any()):
+            return None
+        return mask.bool()
+
     @property
     def size(self) -> int:
         """Samples in the batch: the first dimension of its first tensor."""

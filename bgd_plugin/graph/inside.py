@@ -30,12 +30,27 @@ def find_inside(
     """
     found: list[FoundLayer] = []
     left: list[LeftLayer] = []
+    others = _other_owners(root)
     for outcome in _outcomes(root, path, calls):
-        if isinstance(outcome, FoundLayer):
-            found.append(outcome)
-        else:
+        if not isinstance(outcome, FoundLayer):
             left.append(outcome)
+        elif id(outcome.weight) in others:
+            reason = f"its weight is also used by {others[id(outcome.weight)]}"
+            left.append(LeftLayer(name=outcome.name, reason=reason))
+        else:
+            found.append(outcome)
     return found, left
+
+
+def _other_owners(root: nn.Module) -> dict[int, str]:
+    """Parameters that a module of no known kind holds, such as an embedding that a linear layer is tied to."""
+    owners: dict[int, str] = {}
+    for name, module in root.named_modules():
+        if kind_of(module) is None and not isinstance(module, (FloatWeight, nn.MultiheadAttention)):
+            owners |= {
+                id(p): f"{name!r}, {type(module).__name__}" for p in module._parameters.values() if p is not None
+            }
+    return owners
 
 
 def _outcomes(root: nn.Module, path: str, calls: tuple[str, ...]) -> Iterator[FoundLayer | LeftLayer]:

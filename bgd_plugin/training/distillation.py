@@ -24,6 +24,8 @@ def distill_(
     config: DistillationConfig,
     generator: torch.Generator,
     steps: Steps | None = None,
+    *,
+    tokens: Sequence[Tensor | None] | None = None,
 ) -> float:
     """Train the layer's codebook so that the network's logits come near the teacher's; codes and all else stay fixed.
 
@@ -36,6 +38,7 @@ def distill_(
         layer: the student's module there.
         teacher_logits: of each calibration batch.
         steps: keeps the progress, and tells it.
+        tokens: for each calibration batch, `[batch, tokens]`, which tokens count; None: all do.
 
     Returns:
         the mean loss of the last tenth of the steps.
@@ -58,7 +61,8 @@ def distill_(
         samples = sum(teacher_logits[b].shape[0] for b in batches)
         loss_of_step = 0.0
         for b in batches:
-            loss = kl_to_teacher(logits_of(walk.finish(b)), teacher_logits[b]) * (teacher_logits[b].shape[0] / samples)
+            loss = kl_to_teacher(logits_of(walk.finish(b)), teacher_logits[b], tokens[b] if tokens else None)
+            loss = loss * (teacher_logits[b].shape[0] / samples)
             loss.backward()  # type: ignore[no-untyped-call]
             loss_of_step += loss.item()
         if not loss_of_step < float("inf"):

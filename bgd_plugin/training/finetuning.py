@@ -136,7 +136,7 @@ def _loss(student: nn.Module, teacher: nn.Module, batch: Batch, config: Finetuni
         return outputs_to_teacher(student, teacher, batch, config.outputs)
     with torch.no_grad():
         target = logits_of(batch.call(teacher))
-    return kl_to_teacher(logits_of(batch.call(student)), target)
+    return kl_to_teacher(logits_of(batch.call(student)), target, batch.tokens(target))
 
 
 def _batchnorms_train(student: nn.Module) -> None:

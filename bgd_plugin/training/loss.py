@@ -13,12 +13,13 @@ from bgd_plugin.nn import PQModule
 __all__ = ["codebooks", "kl_to_teacher", "mean_gradients_"]
 
 
-def kl_to_teacher(student: Tensor, teacher: Tensor) -> Tensor:
+def kl_to_teacher(student: Tensor, teacher: Tensor, tokens: Tensor | None = None) -> Tensor:
     """KL(teacher ‖ student) of the logits at temperature 1, averaged over samples (and tokens or pixels).
 
     Args:
         student, teacher: logits of one shape: `[batch, classes]`, `[batch, tokens, classes]` or
             `[batch, classes, height, width]`.
+        tokens: `[batch, tokens]`, true where a token counts; None: all do.
 
     **Source**: arXiv 1907.05686, section 3.3.
     """
@@ -31,6 +32,8 @@ def kl_to_teacher(student: Tensor, teacher: Tensor) -> Tensor:
     classes = student.shape[dim]
     p = F.log_softmax(teacher.movedim(dim, -1).reshape(-1, classes).float(), dim=1)
     q = F.log_softmax(student.movedim(dim, -1).reshape(-1, classes).float(), dim=1)
+    if tokens is not None:
+        p, q = p[tokens.flatten()], q[tokens.flatten()]
     return F.kl_div(q, p, reduction="batchmean", log_target=True)
 
 

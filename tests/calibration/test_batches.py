@@ -129,3 +129,12 @@ def test_an_output_without_logits_says_what_to_set(output: Any) -> None:
 def test_batches_keep_their_order() -> None:
     batches = _collect(vectors(4))
     assert all(torch.equal(b.args[0], x) for b, x in zip(batches, vectors(4), strict=True))
+
+
+def test_the_attention_mask_says_which_tokens_count() -> None:
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    batch = Batch(kwargs={"input_ids": mask, "attention_mask": mask})
+    assert torch.equal(batch.tokens(torch.zeros(2, 3, 7)), mask.bool())
+    assert batch.tokens(torch.zeros(2, 7)) is None
+    assert batch.tokens(torch.zeros(2, 4, 7)) is None
+    assert Batch(kwargs={"input_ids": mask}).tokens(torch.zeros(2, 3, 7)) is None

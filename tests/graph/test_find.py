@@ -150,3 +150,12 @@ def test_a_modules_geometry_is_read_from_its_attributes() -> None:
 def test_the_order_is_that_of_running_not_of_registration() -> None:
     names = [layer.name for layer in find_layers(trace(SmallResNet()))[0]]
     assert names == ["stem", "conv1", "conv2", "down", "fc"]
+
+
+def test_a_layer_that_is_tied_to_what_has_no_form_stays_with_it_where_there_is_no_graph() -> None:
+    network = nn.ModuleDict({"bag": nn.EmbeddingBag(40, 16), "head": nn.Linear(16, 40), "other": nn.Linear(16, 16)})
+    network["head"].weight = network["bag"].weight
+    found, left = find_layers(network)
+    assert [layer.name for layer in found] == ["other"]
+    reasons = {layer.name: layer.reason for layer in left}
+    assert reasons["head"] == "its weight is also used by 'bag', EmbeddingBag"

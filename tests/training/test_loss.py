@@ -26,6 +26,18 @@ def test_it_is_the_divergence_from_teacher_to_student(shape: tuple[int, ...]) ->
     assert float(kl_to_teacher(teacher, student)) != pytest.approx(expected, rel=1e-2)
 
 
+def test_only_the_tokens_that_count_are_averaged() -> None:
+    student, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    tokens = torch.tensor([[True, True, False], [True, False, False]])
+    expected = _literal_kl(student[tokens], teacher[tokens])
+    assert float(kl_to_teacher(student, teacher, tokens)) == pytest.approx(expected, rel=1e-5)
+    student.requires_grad_(True)
+    kl_to_teacher(student, teacher, tokens).backward()  # type: ignore[no-untyped-call]
+    assert student.grad is not None
+    assert not student.grad[~tokens].any()
+    assert bool(student.grad[tokens].any())
+
+
 def test_equal_logits_have_no_loss() -> None:
     x = torch.randn(4, 5)
     assert float(kl_to_teacher(x, x + 3.0)) == pytest.approx(0, abs=1e-6)

@@ -1,0 +1,196 @@
+"""NVIDIA ModelOpt: the mode "bgd", which `mto.apply_mode` applies and `mto.save` and `mto.restore` know.
+
+Settings are the fields of `BGDConfig`, in a dictionary that a pydantic class checks, as ModelOpt's configs are.
+Calibration is a `forward_loop`, as everywhere in ModelOpt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import modelopt.torch.opt as mto
+import torch
+from modelopt.torch.opt.config import ModeloptBaseConfig, ModeloptField
+from modelopt.torch.opt.dynamic import DynamicModule
+from modelopt.torch.opt.mode import ModeDescriptor, _ModeRegistryCls
+from pydantic import create_model
+from torch import nn
+
+import bgd_plugin as bgd
+from bgd_plugin import BGDConfig, CheckpointError, ConfigError
+
+__all__ = ["BGDModeConfig", "BGDModeDescriptor", "BGDModeRegistry", "quantize", "register", "report"]
+
+ForwardLoop = Callable[[nn.Module], Any]
+
+_DEFAULTS = BGDConfig().to_dict()
+
+_create: Any = create_model  # its types do not know a base class of ModelOpt's
+BGDModeConfig: Any = _create(
+    "BGDModeConfig",
+    __base__=ModeloptBaseConfig,
+    __module__=__name__,
+    **{f.name: (Any, ModeloptField(default=_DEFAULTS[f.name])) for f in dataclasses.fields(BGDConfig)},
+)
+BGDModeConfig.__doc__ = (
+    "The fields of `BGDConfig`, in plain values; `overrides` may be a dictionary from globs to settings."
+)
+
+BGDModeRegistry = _ModeRegistryCls("bgd")
+
+
+def register() -> None:
+    """Register the mode; a second call does nothing more."""
+    if "bgd" not in BGDModeRegistry:
+        BGDModeRegistry.register_mode(BGDModeDescriptor)
+
+
+def quantize(
+    model: nn.Module, config: Mapping[str, Any] | BGDConfig | None = None, forward_loop: ForwardLoop | None = None
+) -> nn.Module:
+    """Quantize in place, as `modelopt.torch.quantization.quantize` does.
+
+    Args:
+        model: changed in place.
+        config: fields of `BGDConfig`. `overrides` may be a dictionary such as `{"*head": {"enable": False}}` or
+            `{"layer4.*": {"block_size": 18}}`: the first glob that matches a layer's name wins.
+        forward_loop: runs the model on calibration data; without it each weight is fitted by itself.
+
+    Returns:
+        the model.
+
+    Raises:
+        ConfigError: settings that do not suit the network; a network that ModelOpt has quantized, or that a mode of
+            ModelOpt still has hold of.
+    """
+    register()
+    values = config.to_dict() if isinstance(config, BGDConfig) else dict(config or {})
+    values.pop("version", None)
+    _check_before(model)
+    arguments = {"forward_loop": forward_loop}
+    result: nn.Module = mto.apply_mode(model, [("bgd", values)], registry=BGDModeRegistry, mode_kwargs=[arguments])
+    return result
+
+
+def report(model: nn.Module) -> dict[str, Any]:
+    """What the last application of the mode did, as `Report.to_dict()`; it is saved along with the model.
+
+    Raises:
+        ConfigError: the mode was never applied.
+    """
+    states = mto.modelopt_state(model)["modelopt_state_dict"]
+    found = [state["metadata"]["report"] for name, state in states if name == "bgd"]
+    if not found:
+        raise ConfigError("the mode 'bgd' was not applied to this model")
+    result: dict[str, Any] = found[-1]
+    return result
+
+
+class BGDModeDescriptor(ModeDescriptor):
+    """The mode "bgd"."""
+
+    @property
+    def name(self) -> str:
+        return "bgd"
+
+    @property
+    def config_class(self) -> Any:
+        return BGDModeConfig
+
+    @property
+    def next_prohibited_modes(self) -> set[str]:
+        """ModelOpt's other modes look for float layers, and would pass over ours in silence."""
+        return {"quantize", "real_quantize", "sparse_magnitude", "sparsegpt", "autonas", "fastnas", "gradnas"}
+
+    @property
+    def convert(self) -> Any:
+        return _convert
+
+    @property
+    def restore(self) -> Any:
+        return _restore
+
+
+def _convert(model: nn.Module, config: Any, forward_loop: ForwardLoop | None = None) -> tuple[nn.Module, Any]:
+    _check_before(model)
+    before = bgd.placement_of(model)
+    settings = _core_config(config)
+    for pattern, setting in settings.overrides:
+        twice = [path for path in before if setting is not None and fnmatch.fnmatchcase(path, pattern)]
+        if twice:
+            raise ConfigError(
+                f"override {pattern!r}: layer {twice[0]!r} is already quantized, by an earlier mode 'bgd'"
+            )
+    if forward_loop is None:
+        result = bgd.quantize_weights(model, settings)
+    else:
+        calls = _recorded(model, forward_loop)
+        result = bgd.quantize(model, calls, settings, forward=lambda net, call: net(*call[0], **call[1]))
+    bgd.transplant_(model, result.model)
+    placement = {path: list(sizes) for path, sizes in bgd.placement_of(model).items() if path not in before}
+    return model, {"placement": placement, "report": result.report.to_dict()}
+
+
+def _restore(model: nn.Module, config: Any, metadata: Mapping[str, Any]) -> nn.Module:
+    placement = metadata.get("placement")
+    if not isinstance(placement, Mapping):
+        raise CheckpointError("the saved state of the mode 'bgd' has no placement of its layers: it is damaged")
+    bgd.make_room_(model, placement)
+    return model
+
+
+def _core_config(config: Any) -> BGDConfig:
+    values = config.model_dump()
+    overrides = values["overrides"]
+    if isinstance(overrides, Mapping):
+        values["overrides"] = [(pattern, _setting(pattern, entry)) for pattern, entry in overrides.items()]
+    return BGDConfig.from_dict(values)
+
+
+def _setting(pattern: str, entry: Any) -> Any:
+    """An override in ModelOpt's words: `enable` switches a layer on or off."""
+    if not isinstance(entry, Mapping):
+        return entry
+    enabled = entry.get("enable", True)
+    if not isinstance(enabled, bool):
+        raise ConfigError(f"override {pattern!r}: enable={enabled!r}, give True or False")
+    return {key: value for key, value in entry.items() if key != "enable"} if enabled else None
+
+
+def _check_before(model: nn.Module) -> None:
+    """Refuse a network whose layers a mode of ModelOpt holds, and name one.
+
+    Raises:
+        ConfigError: with the way out.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, DynamicModule):
+            raise ConfigError(
+                f"{name!r} is a {type(module).__name__}, which a mode of ModelOpt holds: a network that ModelOpt has "
+                "quantized cannot be quantized again; after sparsity or a search, export first (mts.export, mtn.export)"
+            )
+
+
+@torch.no_grad()
+def _recorded(model: nn.Module, forward_loop: ForwardLoop) -> list[Any]:
+    """The arguments of each call that the loop makes of the model, in evaluation mode."""
+    calls: list[Any] = []
+
+    def record(_: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.append((args, kwargs))
+
+    modes = {module: module.training for module in model.modules()}
+    handle = model.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        model.eval()
+        forward_loop(model)
+    finally:
+        handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    if not calls:
+        raise bgd.CalibrationError("forward_loop(model) returned without calling the model")
+    return calls

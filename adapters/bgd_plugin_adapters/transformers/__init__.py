@@ -1,0 +1,29 @@
+"""Hugging Face transformers: `from_pretrained(quantization_config=)` and `quantize_pretrained(model, calibration)`.
+
+A quantized model stays of its own class: it generates, saves and loads as transformers' models do.
+"""
+
+from __future__ import annotations
+
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+from bgd_plugin_adapters.transformers.calibrated import QuantizedPretrained, quantize_pretrained
+from bgd_plugin_adapters.transformers.card import model_card_section, save_pretrained
+from bgd_plugin_adapters.transformers.config import QUANT_METHOD, BGDQuantizationConfig
+from bgd_plugin_adapters.transformers.quantizer import BGDHfQuantizer
+
+__all__ = [
+    "BGDHfQuantizer",
+    "BGDQuantizationConfig",
+    "QuantizedPretrained",
+    "model_card_section",
+    "quantize_pretrained",
+    "register",
+    "save_pretrained",
+]
+
+
+def register() -> None:
+    """Register config and quantizer with transformers; a second call does nothing more."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = BGDQuantizationConfig
+    AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = BGDHfQuantizer

@@ -1,0 +1,134 @@
+"""Quantization without data: each weight by itself, by k-means of its blocks.
+
+Much less accurate than `quantize`, which knows what each layer computes on. It is for the entrances of frameworks that
+have no data to give, and a start for training.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+
+import torch
+from torch import Tensor, nn
+
+from bgd_plugin.config import BGDConfig
+from bgd_plugin.errors import ConfigError
+from bgd_plugin.graph import baked, copy_module, find_layers, fold_parametrizations_, install_
+from bgd_plugin.nn import PQModule, quantized, storable
+from bgd_plugin.plan import PlannedLayer, SkippedLayer, family_leftovers, make_plan, paper_bytes, plan_layer
+from bgd_plugin.pq.blocks import to_blocks
+from bgd_plugin.pq.em import fit_em
+from bgd_plugin.pq.masked import fit_em_masked
+from bgd_plugin.quantize import Quantized, round_to_storage_
+from bgd_plugin.report import LayerReport, Report
+from bgd_plugin.storage import file_size, stored
+
+__all__ = ["quantize_module", "quantize_weights"]
+
+_NOTE = "quantized without data, each weight by itself: quantize with calibration data is much more accurate"
+
+
+@torch.no_grad()
+def quantize_weights(model: nn.Module, config: BGDConfig | None = None) -> Quantized:
+    """Compress a network without data.
+
+    Args:
+        model: the float network; it is left untouched.
+        config: what to quantize; how a layer is fitted (`method`, `rounds`, `batchnorm`) does not apply.
+
+    Returns:
+        the compressed network, of the class of `model`, and a report whose relative errors are those of the weights.
+
+    Raises:
+        ConfigError: as `quantize`; and distillation or finetuning, which need data.
+    """
+    config = config or BGDConfig()
+    wanted = [name for name in ("distillation", "reconstruction", "finetuning") if getattr(config, name) is not None]
+    if wanted:
+        raise ConfigError(f"without data there is no {' and no '.join(wanted)}: give calibration data, or None for it")
+    start = time.perf_counter()
+    model = baked(model)
+    student: nn.Module = copy_module(model)
+    folded = fold_parametrizations_(student)
+    plan, found = make_plan(student, config, original=model, folded=folded)
+    leftovers = family_leftovers(student, config)
+    reports = []
+    for layer, planned in zip(found, plan.layers, strict=True):
+        mask = planned.kept(layer.weight)
+        modules = install_(student, layer, *_fitted(layer.weight, planned, config), mask)
+        for module in modules:
+            module.codebook.requires_grad_(layer.weight.requires_grad)
+        reports.append(_layer_report(planned, layer.weight, modules[0].weight))
+    round_to_storage_(student, config, plan, leftovers)
+    report = Report(
+        layers=tuple(reports),
+        skipped=plan.skipped,
+        original_bytes=plan.original_bytes,
+        compressed_bytes=file_size(stored(student)),
+        paper_bytes=paper_bytes(student),
+        seconds={"fit": time.perf_counter() - start},
+        notes=(*plan.notes, _NOTE),
+    )
+    return Quantized(student, report)
+
+
+@torch.no_grad()
+def quantize_module(module: nn.Module, config: BGDConfig | None = None, *, name: str = "the layer") -> PQModule:
+    """The product-quantized form of one convolution or linear layer, fitted without data.
+
+    Args:
+        module: the layer; it is left untouched, and its bias is shared with the result.
+        config: the setting of the layer's kind applies.
+        name: for messages.
+
+    Raises:
+        ConfigError: the module is quantized already, is no convolution or linear layer, or the settings leave it float.
+    """
+    config = config or BGDConfig()
+    holder = nn.Module()
+    holder.add_module("layer", module)
+    found, left = find_layers(holder)
+    reason = left[0].reason if left else f"a {type(module).__name__} has no product-quantized form"
+    outcome = plan_layer(found[0], config) if found else SkippedLayer(name=name, reason=reason)
+    if isinstance(outcome, SkippedLayer):
+        raise ConfigError(f"{name} cannot be quantized: {outcome.reason}")
+    result = quantized(module, *_fitted(found[0].weight, outcome, config), outcome.kept(found[0].weight))
+    result.codebook.requires_grad_(found[0].weight.requires_grad)
+    return result
+
+
+def _fitted(weight: Tensor, planned: PlannedLayer, config: BGDConfig) -> tuple[Tensor, Tensor]:
+    """Codebook and codes of one weight; the same whichever other layers there are."""
+    if weight.is_meta:
+        raise ConfigError(
+            f"layer {planned.name!r} is on the meta device, without values: it can be planned, not quantized"
+        )
+    if not bool(torch.isfinite(weight).all()):
+        raise ConfigError(f"layer {planned.name!r} holds NaN or infinite values: repair the network first")
+    blocks = to_blocks(weight.detach().float(), planned.block_size)
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed} {tuple(weight.shape)}".encode()))
+    gram = torch.eye(planned.block_size, device=weight.device)
+    size, iterations, mask = planned.codebook_size, config.em_iterations, planned.kept(weight)
+    if mask is None:
+        fit = fit_em(blocks, gram, size, iterations, generator=generator)
+    else:
+        kept = to_blocks(mask, planned.block_size)
+        fit = fit_em_masked(blocks, gram, kept, size, iterations, generator=generator)
+    return storable(fit.codebook, planned.codebook_storage).to(weight.dtype), fit.codes
+
+
+def _layer_report(planned: PlannedLayer, weight: Tensor, decoded: Tensor) -> LayerReport:
+    kept = float(weight.float().square().sum())
+    lost = float((weight.float() - decoded.float()).square().sum())
+    return LayerReport(
+        name=planned.name,
+        kind=planned.kind,
+        block_size=planned.block_size,
+        codebook_size=planned.codebook_size,
+        weights=planned.weights,
+        bits_per_weight=planned.bits_per_weight,
+        compressed_bytes=planned.compressed_bytes,
+        relative_error=lost / kept if kept else 0.0,
+        note=planned.note,
+    )

@@ -1,0 +1,198 @@
+"""NVIDIA ModelOpt: the mode "bgd", against the core; save and restore; chains with ModelOpt's own modes."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import bgd_plugin as bgd
+from bgd_plugin import BGDConfig, CalibrationError, CheckpointError, ConfigError, LayerConfig
+from tests.adapters.digits import accuracy, digits, trained_on_digits
+from tests.networks import PlainNet, same_outputs, vectors
+
+pytest.importorskip("modelopt", reason="ModelOpt is not installed: pip install 'bgd-plugin[modelopt]'")
+
+adapter: Any = bgd.load_adapter("modelopt")
+
+import modelopt.torch.opt as mto  # noqa: E402
+import modelopt.torch.quantization as mtq  # noqa: E402
+import modelopt.torch.sparsity as mts  # noqa: E402
+
+SMALL = {"conv": LayerConfig(block_size=9, codebook_size=32), "linear": LayerConfig(block_size=4, codebook_size=16)}
+
+
+def same_state(one: nn.Module, other: nn.Module) -> bool:
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def loop(data: list[torch.Tensor]) -> Any:
+    def forward_loop(model: nn.Module) -> None:
+        for batch in data:
+            model(batch)
+
+    return forward_loop
+
+
+def test_calibrated_gives_the_cores_codes_and_accuracy() -> None:
+    model, data = trained_on_digits(), list(digits()[0][:200].split(100))
+    expected = bgd.quantize(model, data, BGDConfig(**SMALL), progress=False)
+    result = adapter.quantize(model, BGDConfig(**SMALL), forward_loop=loop(data))
+    assert result is model
+    assert same_state(model, expected.model)
+    assert accuracy(model) == accuracy(expected.model) > 0.8
+    assert adapter.report(model)["compressed_bytes"] == expected.report.compressed_bytes
+
+
+def test_apply_mode_alone_is_data_free() -> None:
+    model = PlainNet()
+    expected = bgd.quantize_weights(model)
+    mto.apply_mode(model, [("bgd", {})], registry=adapter.BGDModeRegistry)
+    assert same_state(model, expected.model)
+    assert str(mto.conversion.get_mode(model)) == "bgd"
+
+
+def test_settings_by_name_in_modelopts_words() -> None:
+    model = PlainNet()
+    config = {"first_layer": {"block_size": 4}, "overrides": {"0": {"enable": False}, "[24]": {"block_size": 8}}}
+    adapter.quantize(model, config, forward_loop=loop(vectors()))
+    assert {path: sizes[0] for path, sizes in bgd.placement_of(model).items()} == {"2": 8, "4": 8}
+
+
+def test_every_field_of_the_core_is_a_field_of_the_config() -> None:
+    data = vectors()
+    settings: dict[str, Any] = {"method": "em", "seed": 3, "em_iterations": 4, "finetuning": {"steps": 2}}
+    model = PlainNet()
+    expected = bgd.quantize(model, data, BGDConfig.from_dict(settings), progress=False)
+    adapter.quantize(model, settings, forward_loop=loop(data))
+    assert same_state(model, expected.model)
+
+
+def test_saved_and_restored_in_a_fresh_process_bit_for_bit(tmp_path: Path) -> None:
+    model, data = PlainNet(), vectors()
+    adapter.quantize(model, forward_loop=loop(data))
+    mto.save(model, tmp_path / "model.pt")
+    torch.save((data[0], model(data[0]).detach()), tmp_path / "expected.pt")
+    script = """
+import torch, bgd_plugin
+from tests.networks import PlainNet
+bgd_plugin.load_adapter("modelopt")
+import modelopt.torch.opt as mto
+model = mto.restore(PlainNet(), "model.pt")
+x, y = torch.load("expected.pt", weights_only=True)
+assert torch.equal(model(x), y)
+assert bgd_plugin.load_adapter("modelopt").report(model)["layers"]
+"""
+    root = Path(__file__).resolve().parents[2]
+    path = f"import sys; sys.path[:0] = [{str(root)!r}, {str(root / 'adapters')!r}]\n"
+    subprocess.run([sys.executable, "-c", path + script], cwd=tmp_path, check=True)
+
+
+def test_restoring_without_the_adapter_says_so(tmp_path: Path) -> None:
+    model = PlainNet()
+    adapter.quantize(model)
+    mto.save(model, tmp_path / "model.pt")
+    script = "import modelopt.torch.opt as mto, torch\nmto.restore(torch.nn.Linear(2, 2), 'model.pt')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "Mode bgd not found in any registry" in done.stderr
+
+
+def test_a_state_that_was_edited_is_an_error(tmp_path: Path) -> None:
+    model = PlainNet()
+    adapter.quantize(model)
+    state = copy.deepcopy(mto.modelopt_state(model))
+    metadata = state["modelopt_state_dict"][0][1]["metadata"]
+    metadata["placement"]["2"] = [5, 16]
+    metadata["placement"]["nothing"] = [4, 16]
+    with pytest.raises(
+        CheckpointError, match=r"(?s)'2': 32 weights per row, blocks of 5.*'nothing': the network has no"
+    ):
+        mto.restore_from_modelopt_state(PlainNet(), state)
+    del metadata["placement"]
+    with pytest.raises(CheckpointError, match="no placement"):
+        mto.restore_from_modelopt_state(PlainNet(), state)
+
+
+def test_a_file_with_a_tensor_missing_is_an_error(tmp_path: Path) -> None:
+    model = PlainNet()
+    adapter.quantize(model)
+    mto.save(model, tmp_path / "model.pt")
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    del content["model_state_dict"]["2.codes"]
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(RuntimeError, match=r"2\.codes"):
+        mto.restore(PlainNet(), tmp_path / "model.pt")
+
+
+def test_after_sparsity_and_its_export() -> None:
+    model, data = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32)), vectors(features=16)
+    model = mts.sparsify(model, "sparse_magnitude")
+    with pytest.raises(ConfigError, match=r"SparseLinear, which a mode of ModelOpt holds.*export first"):
+        adapter.quantize(model, forward_loop=loop(data))
+    model = mts.export(model)
+    adapter.quantize(model, forward_loop=loop(data))
+    assert set(bgd.placement_of(model)) == {"2"}
+
+
+def test_a_model_that_modelopt_has_quantized_is_an_error() -> None:
+    model = PlainNet()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ModelOpt's own
+        mtq.quantize(model, mtq.INT8_DEFAULT_CFG, forward_loop=loop(vectors()))
+    with pytest.raises(ConfigError, match="QuantLinear, which a mode of ModelOpt holds"):
+        adapter.quantize(model)
+
+
+def test_modelopts_quantization_after_ours_is_refused() -> None:
+    model = PlainNet()
+    adapter.quantize(model)
+    with pytest.raises(AssertionError, match="bgd does not allow quantize"):
+        mtq.quantize(model, mtq.INT8_DEFAULT_CFG, forward_loop=loop(vectors()))
+
+
+def test_two_configs_of_ours_on_one_layer_are_an_error_and_on_two_layers_are_not() -> None:
+    model = PlainNet()
+    adapter.quantize(model, {"overrides": {"4": {"enable": False}}})
+    with pytest.raises(ConfigError, match="already quantized"):
+        adapter.quantize(model, {"overrides": {"2": {"block_size": 2}}})
+    adapter.quantize(model, {"overrides": {"4": {"block_size": 2}}})
+    assert {path: sizes[0] for path, sizes in bgd.placement_of(model).items()} == {"2": 4, "4": 2}
+    state = mto.modelopt_state(model)
+    fresh = mto.restore_from_modelopt_state(PlainNet(), state)
+    fresh.load_state_dict(model.state_dict())
+    assert same_outputs(model, fresh, vectors())
+
+
+def test_names_that_match_nothing_and_unknown_fields_are_errors() -> None:
+    with pytest.raises(ConfigError, match="override 'nothing' matches no layer"):
+        adapter.quantize(PlainNet(), {"overrides": {"nothing": {"enable": False}}})
+    with pytest.raises(ValueError, match="blocksize"):
+        adapter.quantize(PlainNet(), {"blocksize": 4})
+    with pytest.raises(ConfigError, match="enable='no'"):
+        adapter.quantize(PlainNet(), {"overrides": {"2": {"enable": "no"}}})
+
+
+def test_a_forward_loop_that_calls_nothing_is_an_error() -> None:
+    with pytest.raises(CalibrationError, match="without calling the model"):
+        adapter.quantize(PlainNet(), forward_loop=lambda model: None)
+
+
+def test_the_model_keeps_its_mode_and_hooks() -> None:
+    model = PlainNet().train()
+    adapter.quantize(model, forward_loop=loop(vectors()))
+    assert all(module.training for module in model.modules())
+    assert not model._forward_pre_hooks
+
+
+def test_no_report_where_the_mode_was_not_applied() -> None:
+    with pytest.raises(ConfigError, match="was not applied"):
+        adapter.report(PlainNet())

@@ -1,0 +1,214 @@
+"""torchao: its own `quantize_` with our config, and ours with calibration data; against the core."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import bgd_plugin as bgd
+from bgd_plugin import BGDConfig, CheckpointError, ConfigError, FinetuningConfig, LayerConfig
+from tests.adapters.digits import accuracy, digits, trained_on_digits
+from tests.networks import PlainNet, same_outputs, vectors
+
+pytest.importorskip("torchao", reason="torchao is not installed: pip install 'bgd-plugin[torchao]'")
+
+adapter: Any = bgd.load_adapter("torchao")
+
+from torchao.core.config import config_from_dict, config_to_dict  # noqa: E402
+from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_  # noqa: E402
+
+SMALL = {"conv": LayerConfig(block_size=9, codebook_size=32), "linear": LayerConfig(block_size=4, codebook_size=16)}
+
+
+def any_layer(module: nn.Module, name: str) -> bool:
+    return isinstance(module, (nn.Conv2d, nn.Linear))
+
+
+def codes(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in model.state_dict().items() if k.endswith(".codes")}
+
+
+def same_state(one: nn.Module, other: nn.Module) -> bool:
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_calibrated_gives_the_cores_codes_and_accuracy() -> None:
+    model, data = trained_on_digits(), [digits()[0][:200]]
+    expected = bgd.quantize(model, data, BGDConfig(**SMALL), progress=False)
+    config = adapter.BGDWeightOnlyConfig(**SMALL)
+    report = adapter.quantize_(model, config, any_layer, calibration=data, progress=False)
+    assert type(model) is type(trained_on_digits())
+    assert same_state(model, expected.model)
+    assert accuracy(model) == accuracy(expected.model) > 0.8
+    assert report.compressed_bytes == expected.report.compressed_bytes
+    assert [layer.name for layer in report.layers] == [layer.name for layer in expected.report.layers]
+
+
+def test_torchaos_own_quantize_gives_the_cores_codes_without_data() -> None:
+    model = PlainNet()
+    expected = bgd.quantize_weights(model)
+    quantize_(model, adapter.BGDWeightOnlyConfig(), lambda module, name: isinstance(module, nn.Linear) and name != "0")
+    assert codes(model).keys() == codes(expected.model).keys() == {"2.codes", "4.codes"}
+    assert all(torch.equal(v, codes(expected.model)[k]) for k, v in codes(model).items())
+
+
+def test_ours_without_data_is_the_cores() -> None:
+    model = trained_on_digits()
+    expected = bgd.quantize_weights(model, BGDConfig(**SMALL))
+    adapter.quantize_(model, adapter.BGDWeightOnlyConfig(**SMALL), any_layer)
+    assert same_state(model, expected.model)
+
+
+def test_the_filter_chooses() -> None:
+    model = trained_on_digits()
+    report = adapter.quantize_(
+        model,
+        adapter.BGDWeightOnlyConfig(**SMALL),
+        lambda module, name: name.startswith("conv"),
+        calibration=[digits()[0][:50]],
+        progress=False,
+    )
+    assert set(codes(model)) == {"conv1.codes", "conv2.codes"}
+    assert {layer.name for layer in report.layers} == {"conv1", "conv2"}
+
+
+def test_settings_by_name_and_other_configs_of_torchao_beside_them() -> None:
+    model = PlainNet()
+    coarse = adapter.BGDWeightOnlyConfig(linear=LayerConfig(block_size=8, codebook_size=16))
+    fine = adapter.BGDWeightOnlyConfig(linear=LayerConfig(block_size=2, codebook_size=8))
+    rules = FqnToConfig(OrderedDict({"2": coarse, "re:[1-4]": fine, "0": Int8WeightOnlyConfig(version=2)}))
+    data = vectors()
+    adapter.quantize_(model, rules, calibration=data, progress=False)
+    assert bgd.placement_of(model) == {"2": (8, 16), "4": (2, 8)}
+    assert type(model[0].weight).__name__ == "Int8Tensor"
+    assert torch.isfinite(model(data[0])).all()
+
+
+def test_torchaos_own_quantize_takes_settings_by_name() -> None:
+    model = PlainNet()
+    coarse = adapter.BGDWeightOnlyConfig(linear=LayerConfig(block_size=8, codebook_size=16))
+    quantize_(model, FqnToConfig(OrderedDict({"2": coarse, "re:4": None})), filter_fn=None)
+    assert bgd.placement_of(model) == {"2": (8, 16)}
+
+
+def test_every_field_of_the_core_is_a_field_of_the_config() -> None:
+    data = vectors()
+    settings: dict[str, Any] = {"method": "em", "seed": 3, "em_iterations": 4, "finetuning": FinetuningConfig(steps=2)}
+    model = PlainNet()
+    expected = bgd.quantize(model, data, BGDConfig(**settings), progress=False)
+    adapter.quantize_(model, adapter.BGDWeightOnlyConfig(**settings), calibration=data, progress=False)
+    assert same_state(model, expected.model)
+
+
+def test_a_config_goes_through_torchaos_json_and_back() -> None:
+    config = adapter.BGDWeightOnlyConfig(seed=4, conv=None, linear=LayerConfig(block_size=8))
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+def test_saved_and_restored_in_a_fresh_process_bit_for_bit(tmp_path: Path) -> None:
+    model, data = PlainNet(), vectors()
+    adapter.quantize_(model, adapter.BGDWeightOnlyConfig(), calibration=data, progress=False)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    torch.save((data[0], model(data[0]).detach()), tmp_path / "expected.pt")
+    script = """
+import torch, bgd_plugin
+from tests.networks import PlainNet
+adapter = bgd_plugin.load_adapter("torchao")
+state = torch.load("state.pt", weights_only=True)
+with torch.device("meta"):
+    model = PlainNet()
+adapter.make_room_(model, state).load_state_dict(state, assign=True)
+x, y = torch.load("expected.pt", weights_only=True)
+assert torch.equal(model(x), y)
+"""
+    root = Path(__file__).resolve().parents[2]
+    path = f"import sys; sys.path[:0] = [{str(root)!r}, {str(root / 'adapters')!r}]\n"
+    subprocess.run([sys.executable, "-c", path + script], cwd=tmp_path, check=True)
+
+
+def test_a_name_that_matches_nothing_is_an_error() -> None:
+    rules = FqnToConfig(OrderedDict({"nothing": adapter.BGDWeightOnlyConfig()}))
+    with pytest.raises(ConfigError, match="FqnToConfig: nothing matches no layer; the network has 0, 2, 4"):
+        adapter.quantize_(PlainNet(), rules)
+
+
+def test_a_filter_that_accepts_nothing_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="filter_fn accepts no module"):
+        adapter.quantize_(PlainNet(), adapter.BGDWeightOnlyConfig(), lambda module, name: False)
+
+
+def test_a_module_without_our_form_is_an_error() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    with pytest.raises(ConfigError, match="layer '1' cannot be quantized: a LayerNorm has no product-quantized form"):
+        adapter.quantize_(model, adapter.BGDWeightOnlyConfig(), lambda module, name: name == "1")
+    with pytest.raises(ConfigError, match="a LayerNorm cannot be quantized"):
+        quantize_(model, adapter.BGDWeightOnlyConfig(), lambda module, name: name == "1")
+
+
+def test_two_configs_of_ours_on_one_layer_are_an_error() -> None:
+    model = PlainNet()
+    quantize_(model, adapter.BGDWeightOnlyConfig())
+    again: Any = lambda module, name: name == "2"  # noqa: E731
+    with pytest.raises(ConfigError, match="is quantized already"):
+        quantize_(model, adapter.BGDWeightOnlyConfig(), again)
+    with pytest.raises(ConfigError, match="layer '2' is quantized already"):
+        adapter.quantize_(model, adapter.BGDWeightOnlyConfig(), again)
+
+
+def test_a_model_that_torchao_has_quantized_is_an_error() -> None:
+    model = PlainNet()
+    quantize_(model, Int8WeightOnlyConfig(version=2))
+    with pytest.raises(ConfigError, match=r"layer '0' is quantized by torchao already \(Int8Tensor\)"):
+        adapter.quantize_(model, adapter.BGDWeightOnlyConfig())
+    with pytest.raises(ConfigError, match="quantized by torchao already"):
+        quantize_(model, adapter.BGDWeightOnlyConfig())
+
+
+def test_what_needs_the_whole_network_is_refused_by_torchaos_own_quantize() -> None:
+    with pytest.raises(ConfigError, match="finetuning: for a whole network"):
+        quantize_(PlainNet(), adapter.BGDWeightOnlyConfig(finetuning=FinetuningConfig(steps=1)))
+    with pytest.raises(ConfigError, match="without data there is no finetuning"):
+        adapter.quantize_(PlainNet(), adapter.BGDWeightOnlyConfig(finetuning=FinetuningConfig(steps=1)))
+
+
+def test_overrides_are_refused_since_torchao_has_names_of_its_own() -> None:
+    with pytest.raises(ConfigError, match="FqnToConfig"):
+        adapter.BGDWeightOnlyConfig(overrides=(("fc", None),))
+
+
+def test_another_config_is_refused() -> None:
+    with pytest.raises(ConfigError, match="config is a Int8WeightOnlyConfig"):
+        adapter.quantize_(PlainNet(), Int8WeightOnlyConfig(version=2))
+
+
+def test_configs_that_differ_in_more_than_sizes_are_refused() -> None:
+    rules = FqnToConfig(
+        OrderedDict({"2": adapter.BGDWeightOnlyConfig(), "4": adapter.BGDWeightOnlyConfig(method="em")})
+    )
+    with pytest.raises(ConfigError, match="layer '4': configs of one network may differ"):
+        adapter.quantize_(PlainNet(), rules)
+
+
+def test_a_state_dict_of_another_network_is_refused() -> None:
+    model = PlainNet()
+    with pytest.raises(CheckpointError, match="holds no layer with a codebook"):
+        adapter.make_room_(model, model.state_dict())
+    state = {"9.codebook": torch.zeros(4, 2), "9.codes": torch.zeros(3, 2, dtype=torch.uint8)}
+    with pytest.raises(CheckpointError, match="'9': the network has no such convolution or linear layer"):
+        adapter.make_room_(model, state)
+
+
+def test_registering_twice_does_nothing_more() -> None:
+    adapter.register()
+    model = PlainNet()
+    quantize_(model, adapter.BGDWeightOnlyConfig())
+    assert same_outputs(model, bgd.materialize(model), vectors())
