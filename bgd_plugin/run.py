@@ -21,7 +21,7 @@ from bgd_plugin.errors import CheckpointError
 from bgd_plugin.fitting import FittedLayer
 from bgd_plugin.plan import PlannedLayer
 
-__all__ = ["Run"]
+__all__ = ["Run", "digest"]
 
 _DESCRIPTION = "run.json"
 
@@ -56,9 +56,9 @@ class Run:
         path.mkdir(parents=True, exist_ok=True)
         description = {
             "config": config.to_dict(),
-            "network": _digest(model.state_dict().values()),
-            "calibration": _digest(t for b in batches for t in pytree.tree_leaves((b.args, b.kwargs))),
-            "teacher": _digest((teacher or model).state_dict().values()),
+            "network": digest(model.state_dict().values()),
+            "calibration": digest(t for b in batches for t in pytree.tree_leaves((b.args, b.kwargs))),
+            "teacher": digest((teacher or model).state_dict().values()),
         }
         description = json.loads(json.dumps(description))
         file = path / _DESCRIPTION
@@ -126,7 +126,7 @@ def _require_same(folder: Path, found: dict[str, object], wanted: dict[str, obje
         )
 
 
-def _digest(values: object) -> str:
+def digest(values: object) -> str:
     """A fingerprint of tensors, and of how they print for anything else."""
     digest = hashlib.sha256()
     for value in values:  # type: ignore[attr-defined]

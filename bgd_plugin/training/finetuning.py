@@ -10,6 +10,7 @@ from torch import nn
 
 from bgd_plugin.calibration import Batch, logits_of
 from bgd_plugin.config import FinetuningConfig
+from bgd_plugin.distributed import largest, parallel, processes, sum_
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.training.loss import codebooks, kl_to_teacher, mean_gradients_
 
@@ -53,17 +54,18 @@ def finetune_(
     optimizer = torch.optim.SGD(
         parameters, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
     )
-    steps = total_steps(config, batches_per_epoch)
+    steps = largest(total_steps(config, batches_per_epoch))
     thirds = [steps // 3, 2 * steps // 3] if steps >= 3 else []
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=thirds, gamma=0.1)
     losses: list[float] = []
     _batchnorms_train(student)
+    learner = parallel(student)
     try:
         for batch in itertools.islice(_endless(epochs), steps):
             with torch.no_grad():
                 target = logits_of(batch.call(teacher))
             optimizer.zero_grad(set_to_none=True)
-            loss = kl_to_teacher(logits_of(batch.call(student)), target)
+            loss = kl_to_teacher(logits_of(batch.call(learner)), target)
             if not loss.item() < float("inf"):
                 raise CalibrationError(
                     f"finetuning: the loss is {loss.item()}; lower learning_rate={config.learning_rate}"
@@ -76,6 +78,7 @@ def finetune_(
             on_step()
     finally:
         student.eval()
+    _share_batchnorms_(student)
     tail = losses[-max(1, len(losses) // 10) :]
     return sum(tail) / len(tail)
 
@@ -90,6 +93,17 @@ def _endless(epochs: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
             raise CalibrationError(
                 "the calibration data is empty on a second walk: give a DataLoader or a list of batches"
             )
+
+
+@torch.no_grad()
+def _share_batchnorms_(student: nn.Module) -> None:
+    """Give batch norms the mean of the statistics that processes have gathered, each from its own part of the data."""
+    if processes() > 1:
+        norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        statistics = [t for m in norms for t in (m.running_mean, m.running_var) if t is not None]
+        sum_(statistics)
+        for tensor in statistics:
+            tensor /= processes()
 
 
 def _batchnorms_train(student: nn.Module) -> None:
