@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from bgd_plugin.calibration import Batches, LayerInputs, Walk, logits_of, sampled_inputs
 from bgd_plugin.config import BGDConfig
-from bgd_plugin.fitting import METHODS, FittedLayer, LayerContext, Skip, output_error, refitted
+from bgd_plugin.fitting import METHODS, FittedLayer, LayerContext, Skip, fitted_once, output_error, refitted
 from bgd_plugin.graph import (
     FoundLayer,
     added_to,
@@ -36,7 +36,7 @@ from bgd_plugin.training import absorb_row_scale_, correct_batchnorm_, distill_,
 __all__ = ["Job", "quantize_layers"]
 
 # The rows on which a layer's error is told: so many, but no more numbers than this.
-_ERROR_ROWS, _ERROR_NUMBERS = 4096, 8_000_000
+_ERROR_ROWS, _ERROR_NUMBERS = 4096, 4_000_000
 
 
 @dataclass(kw_only=True)
@@ -211,7 +211,7 @@ def _quantize_layer(job: Job, walk: Walk, index: int, logits: list[Tensor], skip
         rows = min(_ERROR_ROWS, _ERROR_NUMBERS // found.weight[0].numel())
         sample = sampled_inputs(inputs, max(1, rows), job.generator(f"{planned.name} sample"))
     module = job.student.get_submodule(planned.target)
-    finished = job.run.finished(index, planned)
+    finished = fitted_once(lambda: job.run.finished(index, planned))
     fit = finished or _fit(job, found, planned, inputs, generator, _skip_for_fit(job, walk, skip))
     layer = quantized(
         module, fit.codebook.to(found.weight), fit.codes.to(found.weight.device), planned.kept(found.weight)
@@ -256,7 +256,9 @@ def _fit(
     with job.timed("statistics"):
         statistics = method.collect(context, generator)
     with job.timed("fit"):
-        return method.solve(context, statistics, generator)
+        fit = fitted_once(lambda: method.solve(context, statistics, generator))
+    assert fit is not None
+    return fit
 
 
 def _skip_for_fit(job: Job, walk: Walk, skip: _DriftedSkip | None) -> Skip | None:
