@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -59,6 +59,19 @@ class Sensitivity:
     curves: tuple[RateCurve, ...]
     per_error: float
     reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Sensitivity:
+        """The inverse of `to_dict`, also of what JSON made of it."""
+        curves = tuple(
+            RateCurve(block_size=curve["block_size"], points=tuple((k, error) for k, error in curve["points"]))
+            for curve in values["curves"]
+        )
+        return cls(curves=curves, per_error=values["per_error"], reason=values["reason"])
 
     def loss(self, block_size: int, codebook_size: int) -> float:
         """The loss that a candidate is expected to bring."""

@@ -152,6 +152,9 @@ def quantize(
     memory: Annotated[
         float | None, typer.Option(min=1, help="MiB for calibration images and values, beyond which they go to disk")
     ] = None,
+    reproducible: Annotated[
+        bool, typer.Option("--reproducible", help="one thread: the same bytes for any number of threads")
+    ] = False,
     workers: Workers = 0,
     device: Device = "cpu",
     teacher: Annotated[str | None, typer.Option(help="MODEL whose answers training follows [default: MODEL]")] = None,
@@ -167,6 +170,7 @@ def quantize(
     """Compress a network, by what its layers compute on a folder of images."""
     from bgd_plugin import quantize as quantize_model
     from bgd_plugin import save
+    from bgd_plugin.distributed import is_first, process_group
     from bgd_plugin.images import CalibrationImages
 
     if resume:
@@ -175,24 +179,28 @@ def quantize(
     settings = with_budget(settings, target_size, target_ratio)
     _require_folders(output, report, None if json_file == "-" else json_file)
     settings = settings if seed is None else replace(settings, seed=seed)
-    network = _network(model, weights, device)
-    guide = _network(teacher, teacher_weights, device).model if teacher else None
-    transform = network.transform or preprocessing(size, resize, mean, std, interpolation)
-    data = CalibrationImages(
-        calibration, transform, images=images, batch_size=batch_size, seed=settings.seed, workers=workers
-    )
-    settings = with_distillation(settings, distill_steps, distillation)
-    settings = with_reconstruction(settings, reconstruct_steps)
-    settings = with_finetuning(settings, finetune_epochs, finetuning, data.steps_per_epoch)
-    with _says_how_to_go_on(checkpoint):
-        result = quantize_model(
-            network.model,
-            data,
-            settings,
-            teacher=guide,
-            checkpoint=checkpoint,
-            memory_bytes=None if memory is None else int(memory * 2**20),
+    with process_group(device) as place:
+        network = _network(model, weights, place)
+        guide = _network(teacher, teacher_weights, place).model if teacher else None
+        transform = network.transform or preprocessing(size, resize, mean, std, interpolation)
+        data = CalibrationImages(
+            calibration, transform, images=images, batch_size=batch_size, seed=settings.seed, workers=workers
         )
+        settings = with_distillation(settings, distill_steps, distillation)
+        settings = with_reconstruction(settings, reconstruct_steps)
+        settings = with_finetuning(settings, finetune_epochs, finetuning, data.steps_per_epoch)
+        with _says_how_to_go_on(checkpoint):
+            result = quantize_model(
+                network.model,
+                data,
+                settings,
+                teacher=guide,
+                checkpoint=checkpoint,
+                memory_bytes=None if memory is None else int(memory * 2**20),
+                reproducible=reproducible,
+            )
+        if not is_first():
+            return
     save(result.model, output)
     if report:
         result.report.to_html(report)

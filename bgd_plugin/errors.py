@@ -1,6 +1,6 @@
 """The exceptions of the library: one root, one subclass for each kind of cause."""
 
-__all__ = ["BGDError", "CalibrationError", "CheckpointError", "ConfigError", "TraceError"]
+__all__ = ["BGDError", "CalibrationError", "CheckpointError", "ConfigError", "DistributedError", "TraceError"]
 
 
 class BGDError(Exception):
@@ -17,6 +17,10 @@ class TraceError(BGDError):
 
 class CalibrationError(BGDError):
     """The calibration data, or what the network makes of it, cannot be used."""
+
+
+class DistributedError(BGDError):
+    """Another process of the same job has stopped; the message names it."""
 
 
 class CheckpointError(BGDError):

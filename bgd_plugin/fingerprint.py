@@ -15,7 +15,7 @@ from bgd_plugin.calibration import Batch
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.version import __version__
 
-__all__ = ["described", "differing"]
+__all__ = ["described", "differing", "digest"]
 
 _SHOWN = 3
 
@@ -27,7 +27,7 @@ def described(model: nn.Module, config: BGDConfig, batches: Sequence[Batch], tea
         "version": {"bgd-plugin": __version__, "torch": str(torch.__version__)},
         "config": _flat(config.to_dict()),
         "network": network,
-        "calibration": {f"batch {i}": _digest(pytree.tree_leaves((b.args, b.kwargs))) for i, b in enumerate(batches)},
+        "calibration": {f"batch {i}": digest(pytree.tree_leaves((b.args, b.kwargs))) for i, b in enumerate(batches)},
         "teacher": network if teacher is model else _digests(teacher),
     }
     result: dict[str, Any] = json.loads(json.dumps(description))
@@ -64,17 +64,17 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _digests(module: nn.Module) -> dict[str, str]:
-    return {"class": type(module).__name__} | {name: _digest([value]) for name, value in module.state_dict().items()}
+    return {"class": type(module).__name__} | {name: digest([value]) for name, value in module.state_dict().items()}
 
 
-def _digest(values: Iterable[Any]) -> str:
+def digest(values: Iterable[Any]) -> str:
     """A fingerprint of tensors, and of how they print for anything else."""
-    digest = hashlib.sha256()
+    hashed = hashlib.sha256()
     for value in values:
         if isinstance(value, Tensor):
-            digest.update(f"{value.dtype}{list(value.shape)}".encode())
+            hashed.update(f"{value.dtype}{list(value.shape)}".encode())
             flat = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
+            hashed.update(flat.view(torch.uint8).numpy().data)
         else:
-            digest.update(repr(value).encode())
-    return digest.hexdigest()[:32]
+            hashed.update(repr(value).encode())
+    return hashed.hexdigest()[:32]

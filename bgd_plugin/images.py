@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from bgd_plugin.calibration import logits_of
+from bgd_plugin.distributed import processes, rank
 from bgd_plugin.errors import BGDError, CalibrationError, ConfigError
 
 __all__ = [
@@ -181,13 +182,13 @@ class CalibrationImages:
     ) -> None:
         self.transform, self.batch_size, self.seed, self.workers = transform, batch_size, seed, workers
         self.files = list_images(folder)
-        self.chosen = sorted(random.Random(seed).sample(self.files, min(images, len(self.files))))
+        self.chosen = _own(sorted(random.Random(seed).sample(self.files, min(images, len(self.files)))))
         self.walks = 0
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches in a walk over all files."""
-        return -(-len(self.files) // self.batch_size)
+        """Batches in a walk over all files; of several processes, each walks over its own part."""
+        return -(-len(self.files) // (self.batch_size * processes()))
 
     def set_epoch(self, number: int) -> None:
         """Let the next walk be the one of that number."""
@@ -195,11 +196,17 @@ class CalibrationImages:
 
     def __iter__(self) -> Iterator[Tensor]:
         walk, self.walks = self.walks, self.walks + 1
-        files = self.chosen if walk == 0 else random.Random(f"{self.seed} {walk}").sample(self.files, len(self.files))
+        mixed = random.Random(f"{self.seed} {walk}").sample(self.files, len(self.files))
+        files = self.chosen if walk == 0 else _own(mixed)
         # a generator of its own: the loader would else draw from the global one
         own = torch.Generator().manual_seed(self.seed)
         dataset = _Images(files, _Varied(self.transform, walk, self.seed))
         yield from DataLoader(dataset, self.batch_size, num_workers=self.workers, generator=own)
+
+
+def _own(files: list[Path]) -> list[Path]:
+    """This process's part."""
+    return files[rank() :: processes()]
 
 
 @dataclass(frozen=True)

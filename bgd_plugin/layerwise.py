@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from bgd_plugin.calibration import Batches, CollectedInputs, LayerInputs, Rerun, Walk, logits_of, sampled_inputs
 from bgd_plugin.config import BGDConfig
-from bgd_plugin.fitting import METHODS, FittedLayer, LayerContext, Skip, output_error, refitted
+from bgd_plugin.fitting import METHODS, FittedLayer, LayerContext, Skip, fitted_once, output_error, refitted
 from bgd_plugin.graph import (
     FoundLayer,
     added_to,
@@ -46,7 +46,7 @@ from bgd_plugin.training import (
 __all__ = ["Job", "quantize_layers"]
 
 # The rows on which a layer's error is told: so many, but no more numbers than this.
-_ERROR_ROWS, _ERROR_NUMBERS = 4096, 8_000_000
+_ERROR_ROWS, _ERROR_NUMBERS = 4096, 4_000_000
 _EMBEDDING_ROWS = 5  # one of them judges the fit of the others
 
 
@@ -286,7 +286,7 @@ def _quantize_layer(job: Job, walk: Walk | Rerun, index: int, logits: list[Tenso
             return
         rows = min(_ERROR_ROWS, _ERROR_NUMBERS // found.columns)
         sample = sampled_inputs(inputs, max(1, rows), job.generator(f"{planned.name} sample"))
-    finished = job.run.finished(index, planned)
+    finished = fitted_once(lambda: job.run.finished(index, planned))
     fit = finished or _fit(job, found, planned, inputs, generator, _skip_for_fit(job, walk, skip))
     codebook, codes = fit.codebook.to(found.weight), fit.codes.to(found.weight.device)
     layer, *_ = install_(job.student, found, codebook, codes, planned.kept(found.matrix))
@@ -344,7 +344,9 @@ def _fit(
     with job.timed("statistics"):
         statistics = method.collect(context, generator)
     with job.timed("fit"):
-        return method.solve(context, statistics, generator)
+        fit = fitted_once(lambda: method.solve(context, statistics, generator))
+    assert fit is not None
+    return fit
 
 
 def _skip_for_fit(job: Job, walk: Walk | Rerun, skip: _DriftedSkip | None) -> Skip | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from tqdm import tqdm
 
@@ -24,7 +25,9 @@ from bgd_plugin.calibration import (
     require_rewalkable,
 )
 from bgd_plugin.config import BGDConfig
+from bgd_plugin.distributed import from_first, is_first, largest, processes, synchronize_, watched
 from bgd_plugin.errors import ConfigError
+from bgd_plugin.fingerprint import digest
 from bgd_plugin.graph import (
     baked,
     copy_module,
@@ -46,6 +49,7 @@ from bgd_plugin.plan import (
     require_plannable,
 )
 from bgd_plugin.report import LayerReport, Report
+from bgd_plugin.reproducible import if_asked
 from bgd_plugin.run import Run
 from bgd_plugin.sensitivity import measure_sensitivities
 from bgd_plugin.storage import file_size, round_floats_, round_weights_, stored
@@ -68,6 +72,8 @@ class Quantized:
     report: Report
 
 
+@watched()
+@if_asked
 def quantize(
     model: nn.Module | ExportedProgram,
     calibration: Iterable[Any],
@@ -77,10 +83,14 @@ def quantize(
     forward: Forward | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     memory_bytes: int | None = None,
+    reproducible: bool = False,
     progress: bool = True,
     original_bytes: int | None = None,
 ) -> Quantized:
     """Compress a network by product quantization of its weights, keeping what its layers compute on real inputs.
+
+    Inside an initialised process group of `torch.distributed`, every process calls this with the same network and
+    settings and its own part of the calibration data, and every process gets the same result.
 
     Args:
         model: the float network; it is left untouched. What `torch.export` gives goes in, too, and what comes out can
@@ -92,9 +102,12 @@ def quantize(
         teacher: network whose logits distillation and finetuning follow; the float model if not given.
         forward: `callable(model, batch)` for batches of any other form.
         checkpoint: folder for the progress: each finished layer, and training every half minute. A call with the same
-            arguments goes on from there, and ends in the same bytes as one that was never stopped.
+            arguments goes on from there, and ends in the same bytes as one that was never stopped. Of several processes
+            only the first one reads and writes it.
         memory_bytes: bound on what is held in memory of the calibration data and of the values that networks make of
             it; the rest lies in a temporary file. The result is the same. None: no bound.
+        reproducible: compute on one thread, with torch's deterministic algorithms: the same bytes whatever the number
+            of threads. Otherwise they are the same for the same number of threads.
         progress: show a progress bar.
         original_bytes: where this is the last step of a chain, the bytes of the network the chain started from, such as
             `plan(dense).original_bytes`: the report's ratio is then that of the whole chain.
@@ -108,6 +121,7 @@ def quantize(
     config = config or BGDConfig()
     model = baked(unwrapped(model))
     _check_model(model)
+    _require_one_job(model, config)
     if memory_bytes is not None and memory_bytes < 1:
         raise ConfigError(f"memory_bytes={memory_bytes}: give a positive number of bytes, or None for no bound")
     if config.finetuning:
@@ -122,7 +136,7 @@ def quantize(
     require_plannable(student, config, original=model, original_bytes=original_bytes)
     device = next(student.parameters()).device
     batches = collect_batches(calibration, model, device=device, forward=forward, memory_bytes=memory_bytes)
-    run = Run.open(checkpoint, model, config, batches, teacher)
+    run = Run.open(checkpoint if is_first() else None, model, config, batches, teacher)
     start = time.perf_counter()
     sensitivities = _sensitivities(student, batches, config, progress) if config.has_budget else None
     plan, found = make_plan(
@@ -152,10 +166,13 @@ def quantize(
         with job.run.says_how_to_go_on():
             results = quantize_layers(job)
             if config.reconstruction:
-                _reconstruct(job)
+                if is_first():  # of several processes, on its part of the data
+                    _reconstruct(job)
+                synchronize_(student)
             if config.finetuning:
                 _finetune(job, calibration, forward)
     round_to_storage_(student, config, plan, leftovers)
+    synchronize_(student)
     _restore(job, model, modes, learnt)
     return Quantized(student, _report(job, results))
 
@@ -171,15 +188,40 @@ def _check_model(model: nn.Module) -> None:
             raise ConfigError(f"{name!r} of the network holds NaN or infinite values: repair the network first")
 
 
+def _require_one_job(model: nn.Module, config: BGDConfig) -> None:
+    """Of several processes, all must have the same network and settings.
+
+    Raises:
+        ConfigError: they have not.
+    """
+    if processes() > 1:
+        content = digest([*model.state_dict().values(), config.to_json()])
+        number = int(content[:12], 16)
+        if -largest(-number) != largest(number):
+            raise ConfigError(
+                "the processes of this job have different networks or settings: load the same weights in each (the "
+                "same seed, where they are random); only the calibration data is each process's own"
+            )
+
+
 def _sensitivities(
     student: nn.Module, batches: Sequence[Batch], config: BGDConfig, progress: bool
 ) -> dict[str, Sensitivity] | None:
-    """What each layer whose size the budget chooses does to the output; None where that cannot be measured."""
+    """What each layer whose size the budget chooses does to the output; None where that cannot be measured.
+
+    Of several processes the first one measures it, on its data.
+    """
     if not isinstance(student, fx.GraphModule):
         return None
     names = [planned.name for _, planned in free_layers(student, config)]
-    with tqdm(total=len(names), disable=not progress, desc="measure", unit="layer", dynamic_ncols=True) as bar:
-        return measure_sensitivities(student, batches, names, config, bar.update)
+
+    def measured() -> tuple[dict[str, Tensor], str]:
+        with tqdm(total=len(names), disable=not progress, desc="measure", unit="layer", dynamic_ncols=True) as bar:
+            found = measure_sensitivities(student, batches, names, config, bar.update)
+        return {}, json.dumps({name: one.to_dict() for name, one in found.items()})
+
+    text = from_first(measured)[1]
+    return {name: Sensitivity.from_dict(values) for name, values in json.loads(text).items()}
 
 
 def _progress_bar(student: nn.Module, config: BGDConfig, plan: Plan, batches: Sequence[Batch], progress: bool) -> Any:
@@ -187,7 +229,7 @@ def _progress_bar(student: nn.Module, config: BGDConfig, plan: Plan, batches: Se
     if config.reconstruction and isinstance(student, fx.GraphModule):
         steps += reconstruction_steps(student, [layer.target for layer in plan.layers], config.reconstruction)
     steps += total_steps(config.finetuning, len(batches)) if config.finetuning else 0
-    return tqdm(total=steps, disable=not progress, desc="quantize", unit="step", dynamic_ncols=True)
+    return tqdm(total=steps, disable=not (progress and is_first()), desc="quantize", unit="step", dynamic_ncols=True)
 
 
 def _teacher(model: nn.Module, device: torch.device) -> nn.Module:

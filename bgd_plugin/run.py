@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bgd_plugin.calibration import Batch
 from bgd_plugin.config import BGDConfig
+from bgd_plugin.distributed import processes
 from bgd_plugin.errors import CheckpointError
 from bgd_plugin.files import remove_leftovers, write_atomically
 from bgd_plugin.fingerprint import described, differing
@@ -71,8 +72,9 @@ class Run:
         return cls(path)
 
     def steps(self, name: str, on_steps: Callable[[int], object]) -> Steps:
-        """The gradient steps of the stage with that name."""
-        return Steps(None if self.folder is None else self.folder / f"{name}.steps.safetensors", on_steps)
+        """The gradient steps of the stage with that name; several processes begin a stage anew, all together."""
+        keeps = self.folder is not None and processes() == 1
+        return Steps(None if not keeps or self.folder is None else self.folder / f"{name}.steps.safetensors", on_steps)
 
     @contextmanager
     def says_how_to_go_on(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from bgd_plugin.calibration.walk import Walk
 from bgd_plugin.calibration.watch import Watch, weight_key
+from bgd_plugin.distributed import processes, rank, sum_, total
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import call_geometry, call_input
 from bgd_plugin.pq.blocks import Geometry, input_blocks, sample_inputs
@@ -25,7 +26,7 @@ __all__ = [
     "sampled_inputs",
 ]
 
-_CHUNK_ELEMENTS = 4_000_000
+_CHUNK_ELEMENTS = 2_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +56,13 @@ class PairedRows:
     Attributes:
         student, reference: unfolded inputs, both `[groups, positions, columns]`.
         drift: what the layer's outputs are to make good there besides, `[positions, rows]`; None: nothing.
+        index: number of the piece among all `pieces`, those of other processes included.
     """
 
     student: Tensor
     reference: Tensor
+    index: int
+    pieces: int
     drift: Tensor | None = None
 
 
@@ -168,7 +172,9 @@ def paired_pieces(
 ) -> Iterator[PairedRows]:
     """About `rows` rows of unfolded inputs in `len(inputs)` pieces, at the same places in student and float network.
 
-    Pieces are in the order of the samples, so that the last ones are of images that the first ones have not seen.
+    Where several processes share the data, `rows` are those of all, and the piece after a process's own is the next
+    process's. Pieces are in the order of the samples, so that the last ones are of images that the first ones have not
+    seen.
 
     Args:
         drift: gives for each batch a tensor of the shape of the layer's output, sampled at the same places; only for
@@ -177,22 +183,22 @@ def paired_pieces(
     Raises:
         CalibrationError: naming the layer whose inputs are not finite.
     """
-    share = max(1, -(-rows // len(inputs)))
-    for batch, (mine, theirs, geometry) in enumerate(inputs.pairs()):
-        state = generator.get_state()
-        lost = None
-        if drift is not None:
-            lost = sample_inputs(drift(batch), geometry.pointwise(), share, generator)[0].float()
-            generator.set_state(state)
-        student = sample_inputs(mine, geometry, share, generator).float()
-        _require_finite(student, inputs.name)
-        if theirs is mine:
-            yield PairedRows(student=student, reference=student, drift=lost)
-            continue
-        generator.set_state(state)
-        reference = sample_inputs(theirs, geometry, share, generator).float()
-        _require_finite(reference, inputs.name)
-        yield PairedRows(student=student, reference=reference, drift=lost)
+    pieces = int(total(len(inputs)))
+    share = max(1, -(-rows // pieces))
+    # each piece draws by its number, so that the rows are the same however many processes share the pieces
+    seed = int(torch.randint(1 << 62, (), generator=generator))
+
+    def drawn(value: Tensor, geometry: Geometry, index: int) -> Tensor:
+        sample = sample_inputs(value, geometry, share, torch.Generator().manual_seed(seed + index)).float()
+        _require_finite(sample, inputs.name)
+        return sample
+
+    for number, (mine, theirs, geometry) in enumerate(inputs.pairs()):
+        index = number * processes() + rank()
+        student = drawn(mine, geometry, index)
+        reference = student if theirs is mine else drawn(theirs, geometry, index)
+        lost = None if drift is None else drawn(drift(number), geometry.pointwise(), index)[0]
+        yield PairedRows(student=student, reference=reference, index=index, pieces=pieces, drift=lost)
 
 
 @torch.no_grad()
@@ -204,18 +210,20 @@ def pooled_gram(inputs: LayerInputs, block_size: int) -> PooledGram:
 
     **Source**: arXiv 1907.05686, section 3.2, the activations x̃; here only through their Gram matrix.
     """
-    total: Tensor | None = None
+    gram: Tensor | None = None
     count = 0
     for value, geometry in inputs:
         for piece in _pieces(value, geometry):
             blocks = input_blocks(piece, geometry, block_size).float()
             part = (blocks @ blocks.mT).double()
-            total = part if total is None else total + part
+            gram = part if gram is None else gram + part
             count += blocks.shape[1]
-    if total is None or not count:
+    if gram is None or not count:
         raise CalibrationError(f"layer {inputs.name!r}: no input reached it during calibration")
-    _require_finite(total, inputs.name)
-    return PooledGram(gram=total / count, count=count)
+    sum_([gram])
+    count = int(total(count))
+    _require_finite(gram, inputs.name)
+    return PooledGram(gram=gram / count, count=count)
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ what is written in place lands in the file.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,6 +109,7 @@ class BatchStore:
             self._resident_bytes += item.bytes
         else:
             self._spill(item)
+            _give_back_memory()
 
     def _fits(self, item: _Item) -> bool:
         return self.bound_bytes is None or 2 * (self._resident_bytes + item.bytes) <= self.bound_bytes
@@ -181,6 +184,13 @@ class Shelf(Sequence[Any]):
 def memory_of(tensor: Tensor) -> torch.UntypedStorage:
     """The memory under a tensor."""
     return tensor.untyped_storage()
+
+
+def _give_back_memory() -> None:
+    """Return freed memory to the system, which the C library (glibc) else keeps for later, in pieces between others."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _can_move(value: Any) -> bool:

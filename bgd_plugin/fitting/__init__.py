@@ -4,7 +4,8 @@ from bgd_plugin.fitting.base import FittedLayer, LayerContext, Method, Skip, out
 from bgd_plugin.fitting.em import EM
 from bgd_plugin.fitting.full import FULL
 from bgd_plugin.fitting.refit import refitted
+from bgd_plugin.fitting.share import fitted_once
 
-__all__ = ["METHODS", "FittedLayer", "LayerContext", "Method", "Skip", "output_error", "refitted"]
+__all__ = ["METHODS", "FittedLayer", "LayerContext", "Method", "Skip", "fitted_once", "output_error", "refitted"]
 
 METHODS: dict[str, Method] = {"em": EM, "full": FULL}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bgd_plugin.calibration import InputSample, LayerInputs
 from bgd_plugin.config import BGDConfig
+from bgd_plugin.distributed import total
 from bgd_plugin.plan import PlannedLayer
 
 __all__ = ["FittedLayer", "LayerContext", "Method", "Skip", "output_error"]
@@ -96,4 +97,5 @@ def output_error(weight: Tensor, decoded: Tensor, sample: InputSample) -> float:
     difference = exact - decoded.float().reshape(groups, -1, columns)
     kept = float((sample.rows @ exact.mT).square().sum())
     lost = float((sample.rows @ difference.mT).square().sum())
+    kept, lost = total(kept), total(lost)
     return lost / kept if kept > 0 and math.isfinite(kept) else 0.0

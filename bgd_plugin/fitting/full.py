@@ -43,14 +43,16 @@ def _collect(context: LayerContext, generator: torch.Generator) -> _Statistics |
     fitted, heldout = MomentSums(), MomentSums()
     drift = None if context.skip is None else context.skip.drift
     pieces = paired_pieces(context.inputs, max(_MIN_ROWS, _ROWS_PER_COLUMN * columns), generator, drift)
-    for index, piece in enumerate(pieces):
+    for piece in pieces:
         outputs = piece.reference @ weight.reshape(len(piece.reference), -1, columns).mT
         if context.skip is not None and piece.drift is not None:
             wanted = piece.drift * _inverse(context.skip.gain.float())
             outputs = outputs + wanted.reshape(len(wanted), len(outputs), -1).transpose(0, 1)
-        cut = _rows_to_fit(piece.student.shape[1], index, len(context.inputs))
+        cut = _rows_to_fit(piece.student.shape[1], piece.index, piece.pieces)
         fitted.add_(piece.student[:, :cut], outputs[:, :cut])
         heldout.add_(piece.student[:, cut:], outputs[:, cut:])
+    fitted.share_()
+    heldout.share_()
     return _statistics(fitted, heldout)
 
 

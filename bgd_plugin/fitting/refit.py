@@ -36,5 +36,6 @@ def refitted(weight: Tensor, inputs: LayerInputs, generator: torch.Generator) ->
     for piece in paired_pieces(inputs, count, generator):
         outputs = piece.reference @ rows.reshape(len(piece.reference), -1, columns).mT
         sums.add_(piece.student, outputs)
+    sums.share_()
     target = asymmetric_target(weight.flatten(1), sums.means_(), step=1.0, damping=_DAMPING)
     return target.reshape(weight.shape)

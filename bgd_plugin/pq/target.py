@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bgd_plugin.distributed import sum_, total
 from bgd_plugin.pq.feedback import damped
 
 __all__ = ["MomentSums", "Moments", "asymmetric_target", "matching_bias"]
@@ -47,7 +48,7 @@ class Moments:
         """The moments of two sets of positions together, `share` of them in the first."""
 
         def mean(a: Tensor, b: Tensor) -> Tensor:
-            return share * a + (1 - share) * b
+            return torch.lerp(b, a, share)  # a sum would hold two more Grams for a moment
 
         return cls(
             gram=mean(first.gram, second.gram),
@@ -58,8 +59,9 @@ class Moments:
 
     def centred(self) -> tuple[Tensor, Tensor]:
         """The covariances of x with itself and with y: what is left to the weight once a bias takes the means."""
-        gram = self.gram.double() - self.mean.double().unsqueeze(2) * self.mean.double().unsqueeze(1)
-        cross = self.cross.double() - self.mean.double().unsqueeze(2) * self.output_mean.double().unsqueeze(1)
+        mean, output_mean = self.mean.double().unsqueeze(2), self.output_mean.double().unsqueeze(1)
+        gram = torch.baddbmm(self.gram.double(), mean, mean.mT, alpha=-1)
+        cross = torch.baddbmm(self.cross.double(), mean, output_mean, alpha=-1)
         return gram, cross
 
 
@@ -80,12 +82,17 @@ class MomentSums:
         parts = (inputs.mT @ inputs, inputs.double().sum(1), inputs.mT @ outputs, outputs.double().sum(1))
         self.count += inputs.shape[1]
         self.sums = self.sums or [torch.zeros_like(part, dtype=torch.float64) for part in parts]
-        for total, part in zip(self.sums, parts, strict=True):
-            total += part
+        for so_far, part in zip(self.sums, parts, strict=True):
+            so_far += part
+
+    def share_(self) -> None:
+        """Add what other processes have, in all of them."""
+        sum_(self.sums)
+        self.count = int(total(self.count))
 
     def means_(self) -> Moments:
         """The moments; the sums are used up."""
-        gram, mean, cross, output_mean = (total.div_(max(1, self.count)) for total in self.sums)
+        gram, mean, cross, output_mean = (sums.div_(max(1, self.count)) for sums in self.sums)
         return Moments(gram=gram, mean=mean, cross=cross, output_mean=output_mean)
 
 

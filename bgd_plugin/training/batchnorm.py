@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from bgd_plugin.calibration import Rerun, Walk
+from bgd_plugin.distributed import sum_
+from bgd_plugin.distributed import total as sum_of
 from bgd_plugin.graph import call_input, has_running_statistics, module_at
 
 __all__ = ["absorb_row_scale_", "correct_batchnorm_", "correct_batchnorm_at_", "is_batchnorm", "is_shared"]
@@ -127,7 +129,8 @@ def _nearest(norm: Any, shipped: Any, walk: Walk, before: fx.Node, skip: fx.Node
         t = t + _channels(walk.drift(skip, batch)).double() * inverse[:, None]
         count += z.shape[1]
         sums += torch.stack([z.sum(1), t.sum(1), z.square().sum(1), (z * t).sum(1)])
-    z_mean, t_mean, z_square, product = sums / count
+    sum_([sums])
+    z_mean, t_mean, z_square, product = sums / sum_of(count)
     slope = (product - z_mean * t_mean) / (z_square - z_mean.square()).clamp(min=1e-300)
     own = (norm.running_var.double() + norm.eps).sqrt()
     low, high = _SCALE_BOUNDS
@@ -152,5 +155,7 @@ def _channel_moments(values: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
         center = x.mean(dim=1)
         total = total + x.shape[1] * center.double()
         squares = squares + ((x - center[:, None]).square().sum(dim=1)).double() + x.shape[1] * center.double().square()
+    sum_([total, squares])
+    count = int(sum_of(count))
     mean = total / count
     return mean, (squares / count - mean.square()).clamp(min=0)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bgd_plugin.calibration import Rerun, Walk, logits_of
 from bgd_plugin.config import DistillationConfig
+from bgd_plugin.distributed import parallel, processes, unsynchronized
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.nn import PQModule
 from bgd_plugin.steps import Part, Steps
@@ -55,15 +57,17 @@ def distill_(
     order: list[int] = []
     losses: list[float] = []
     parts: dict[str, Part] = {"layer": layer, "optimizer": optimizer, "generator": generator}
+    rest = parallel(_Rest(walk, layer))
     for _ in (steps or Steps()).run(config.steps, **parts, order=order, losses=losses):
         optimizer.zero_grad(set_to_none=True)
-        batches = _next_batches(order, teacher_logits, config.batch_size, generator)
+        batches = _next_batches(order, teacher_logits, -(-config.batch_size // processes()), generator)
         samples = sum(teacher_logits[b].shape[0] for b in batches)
         loss_of_step = 0.0
         for b in batches:
-            loss = kl_to_teacher(logits_of(walk.finish(b)), teacher_logits[b], tokens[b] if tokens else None)
-            loss = loss * (teacher_logits[b].shape[0] / samples)
-            loss.backward()  # type: ignore[no-untyped-call]
+            with nullcontext() if b is batches[-1] else unsynchronized(rest):
+                loss = kl_to_teacher(rest(b), teacher_logits[b], tokens[b] if tokens else None)
+                loss = loss * (teacher_logits[b].shape[0] / samples)
+                loss.backward()  # type: ignore[no-untyped-call]
             loss_of_step += loss.item()
         if not loss_of_step < float("inf"):
             raise CalibrationError(
@@ -75,6 +79,19 @@ def distill_(
         losses.append(loss_of_step)
     tail = losses[-max(1, len(losses) // 10) :]
     return sum(tail) / len(tail)
+
+
+class _Rest(nn.Module):
+    """The network from a layer on; the layer's codebook is its only parameter that learns."""
+
+    def __init__(self, walk: Walk | Rerun, layer: PQModule) -> None:
+        super().__init__()
+        self.layer = layer
+        self._walk = walk
+
+    def forward(self, batch: int) -> Tensor:
+        """The logits of a calibration batch."""
+        return logits_of(self._walk.finish(batch))
 
 
 def _next_batches(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bgd_plugin.calibration import Batch, logits_of
 from bgd_plugin.config import FinetuningConfig
+from bgd_plugin.distributed import largest, parallel, processes, sum_
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.steps import Part, Steps
 from bgd_plugin.training.loss import codebooks, kl_to_teacher, mean_gradients_
@@ -105,17 +106,18 @@ def finetune_(
     optimizer = torch.optim.SGD(
         parameters, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
     )
-    total = total_steps(config, batches_per_epoch)
+    total = largest(total_steps(config, batches_per_epoch))
     thirds = [total // 3, 2 * total // 3] if total >= 3 else []
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=thirds, gamma=0.1)
     losses: list[float] = []
     _batchnorms_train(student)
+    learner = parallel(student)
     try:
         parts: dict[str, Part] = {"student": student, "optimizer": optimizer, "schedule": schedule}
         for _ in (steps or Steps()).run(total, **parts, data=data, losses=losses):
             batch = next(data)
             optimizer.zero_grad(set_to_none=True)
-            loss = _loss(student, teacher, batch, config)
+            loss = _loss(learner, teacher, batch, config)
             if not loss.item() < float("inf"):
                 raise CalibrationError(
                     f"finetuning: the loss is {loss.item()}; lower learning_rate={config.learning_rate}"
@@ -127,6 +129,7 @@ def finetune_(
             losses.append(loss.item())
     finally:
         student.eval()
+    _share_batchnorms_(student)
     tail = losses[-max(1, len(losses) // 10) :]
     return sum(tail) / len(tail)
 
@@ -137,6 +140,17 @@ def _loss(student: nn.Module, teacher: nn.Module, batch: Batch, config: Finetuni
     with torch.no_grad():
         target = logits_of(batch.call(teacher))
     return kl_to_teacher(logits_of(batch.call(student)), target, batch.tokens(target))
+
+
+@torch.no_grad()
+def _share_batchnorms_(student: nn.Module) -> None:
+    """Give batch norms the mean of the statistics that processes have gathered, each from its own part of the data."""
+    if processes() > 1:
+        norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        statistics = [t for m in norms for t in (m.running_mean, m.running_var) if t is not None]
+        sum_(statistics)
+        for tensor in statistics:
+            tensor /= processes()
 
 
 def _batchnorms_train(student: nn.Module) -> None:

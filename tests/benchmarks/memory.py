@@ -53,7 +53,9 @@ def measured(options: argparse.Namespace) -> dict[str, float | str]:
     torch.manual_seed(0)
     model = resnet18().eval()
     config = bgd.BGDConfig.paper("small", method=options.method, batchnorm="matched")
-    config = bgd.BGDConfig.from_dict(config.to_dict() | {"distillation": None, "finetuning": None})
+    config = bgd.BGDConfig.from_dict(
+        config.to_dict() | {"distillation": None, "finetuning": None, "em_iterations": options.iterations}
+    )
     with torch.no_grad():
         model(next(iter(Images(1, 1, options.pixels))))  # what the first forward pass of a process takes for itself
     forget_peak()
@@ -77,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--pixels", type=int, default=224)
+    parser.add_argument("--iterations", type=int, default=100, help="of EM; the peak does not depend on them")
     parser.add_argument("--progress", action="store_true")
     parser.add_argument("--bound", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--method", help=argparse.SUPPRESS)
@@ -85,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(measured(options)))
         return
     rows = []
-    same = [f"--images={options.images}", f"--batch-size={options.batch_size}", f"--pixels={options.pixels}"]
+    same = [f"--iterations={options.iterations}"]
+    same += [f"--images={options.images}", f"--batch-size={options.batch_size}", f"--pixels={options.pixels}"]
     for method in options.methods:
         for bound in options.bounds:
             command = [sys.executable, "-m", "tests.benchmarks.memory", f"--method={method}", *same]

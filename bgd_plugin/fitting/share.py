@@ -1,0 +1,39 @@
+"""One process fits a layer, all processes have it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from bgd_plugin.distributed import from_first
+from bgd_plugin.fitting.base import FittedLayer
+
+__all__ = ["fitted_once"]
+
+_NOTHING = ""
+
+
+def fitted_once(work: Callable[[], FittedLayer | None]) -> FittedLayer | None:
+    """What `work` gives in the first process, in all of them; only the first one calls it.
+
+    Raises:
+        BGDError: `work` raised one in the first process.
+    """
+
+    def taken_apart() -> tuple[dict[str, Tensor], str]:
+        fit = work()
+        if fit is None:
+            return {}, _NOTHING
+        values = {f.name: getattr(fit, f.name) for f in dataclasses.fields(fit)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return tensors, json.dumps({name: value for name, value in values.items() if name not in tensors})
+
+    tensors, text = from_first(taken_apart)
+    if text == _NOTHING:
+        return None
+    values: dict[str, Any] = {**tensors, **json.loads(text)}
+    return FittedLayer(**values)

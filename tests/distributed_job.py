@@ -1,0 +1,113 @@
+"""What each process of a test's job runs: quantize with its part of the batches, and write what came out.
+
+`python -m tests.distributed_job`, started by torchrun, or with the same variables in the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import bgd_plugin as bgd
+from tests.networks import SmallResNet, images, randomized, vectors
+
+CONFIGS: dict[str, bgd.BGDConfig] = {
+    "default": bgd.BGDConfig(),
+    "full": bgd.BGDConfig(reconstruction=None),
+    "em": bgd.BGDConfig.paper("small", batchnorm="matched", distillation=None, finetuning=None),
+    "budget": bgd.BGDConfig(target_bytes=6_000),
+    "finetuned": bgd.BGDConfig(
+        method="em",
+        linear=bgd.LayerConfig(block_size=1, codebook_size=512),  # codes in 16 bits
+        overrides=(("4", bgd.LayerConfig(block_size=1, codebook_size=16)),),
+        codebook_storage="float16",
+        finetuning=bgd.FinetuningConfig(epochs=3, learning_rate=10.0),  # the network is nearly exact as it is
+    ),
+    "trained": bgd.BGDConfig(
+        distillation=bgd.DistillationConfig(steps=3, batch_size=16), finetuning=bgd.FinetuningConfig(epochs=2)
+    ),
+}
+
+
+def network(config: str, seed: int = 0) -> nn.Module:
+    """The network of a setting: the same in every process."""
+    torch.manual_seed(seed)
+    model: nn.Module = randomized(_plain() if config == "finetuned" else SmallResNet())
+    return model
+
+
+def _plain() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5))
+
+
+def batches(config: str) -> list[Tensor]:
+    """The whole calibration set of a setting."""
+    return vectors(8) if config == "finetuned" else images(8)
+
+
+class Deadly(list[Tensor]):
+    """Calibration data that is walked as often as told, and then ends the process."""
+
+    def __init__(self, items: list[Tensor], walks: int, how: str, output: Path) -> None:
+        super().__init__(items)
+        self.walks, self.how, self.output = walks, how, output
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """One walk."""
+        self.walks -= 1
+        if self.walks < 0:
+            (self.output / "end").touch()
+        if self.walks < 0 and self.how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.walks < 0:
+            raise OSError("the data is gone")
+        return super().__iter__()
+
+
+def _refused(output: Path, rank: int) -> None:
+    """Write down the error that different networks are."""
+    try:
+        bgd.quantize(network("full", seed=rank), batches("full"), CONFIGS["full"], progress=False)
+    except bgd.ConfigError as error:
+        (output / f"refused-{rank}").write_text(str(error))
+
+
+def main() -> None:
+    """One process."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--configs", nargs="+", choices=CONFIGS, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--prelude", action="store_true", help="try different networks in the processes first")
+    parser.add_argument("--dies", type=int, help="the process that ends after so many walks over its data")
+    parser.add_argument("--walks", type=int, default=0)
+    parser.add_argument("--how", choices=["killed", "error"])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    try:
+        if options.prelude:
+            _refused(options.output, rank)
+        for config in options.configs:
+            model = network(config)
+            part = batches(config)[rank::size]
+            part = Deadly(part, options.walks, options.how, options.output) if rank == options.dies else part
+            result = bgd.quantize(model, part, CONFIGS[config], checkpoint=options.checkpoint, progress=False)
+            bgd.save(result.model, options.output / f"{config}-{rank}.safetensors")
+    except bgd.BGDError as error:
+        (options.output / f"error-{rank}").write_text(f"{type(error).__name__}: {error}")
+        raise SystemExit(1) from error
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
