@@ -27,7 +27,7 @@ FRAMEWORKS_STAMP := $(if $(FRAMEWORKS),$(VENV)/.bgd-plugin-frameworks-installed)
 TEST_ENVIRONMENT := $(if $(FRAMEWORKS),BGD_FRAMEWORKS=required)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format docs docs-serve bench-budget bench-distributed bench-em bench-fashion bench-fashion_methods bench-memory bench-pruning bench-resnet18 wheel clean distclean
+.PHONY: help install demo test test-slow check format docs docs-serve bench-budget bench-distributed bench-em bench-fashion bench-fashion_methods bench-memory bench-pruning bench-resnet18 bench-shapes bench-zoo wheel clean distclean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -96,7 +96,9 @@ docs-serve: $(STAMP)
 ## make bench-memory   peak memory of a ResNet-18 at 224 px under a bound
 ## make bench-pruning  half of the channels pruned, a short finetuning, quantization: size and accuracy
 ## make bench-resnet18 a whole ResNet-18 at 224 px: CPU time, calibration work, memory
-bench-budget bench-distributed bench-em bench-fashion bench-fashion_methods bench-memory bench-pruning bench-resnet18: bench-%: $(STAMP)
+## make bench-shapes   a small Mask R-CNN on generated pictures: box and mask AP before, after, finetuned
+## make bench-zoo      every torchvision model: layers found, bytes, whether it comes back
+bench-budget bench-distributed bench-em bench-fashion bench-fashion_methods bench-memory bench-pruning bench-resnet18 bench-shapes bench-zoo: bench-%: $(STAMP)
 	$(RUN) -m tests.benchmarks.$* $(BENCH_ARGS)
 
 # A comparison takes what the library is compared with; the torch that is there stays as it is.

@@ -11,11 +11,22 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from bgd_plugin.errors import BGDError, CheckpointError
-from bgd_plugin.graph import FoundLayer, baked, copy_module, find_layers, isolate_weights_, swap_, trace
-from bgd_plugin.nn import FrozenNorm, PQModule, quantized
+from bgd_plugin.graph import (
+    FoundLayer,
+    baked,
+    copy_module,
+    find_layers,
+    front_end,
+    install_,
+    isolate_weights_,
+    module_at,
+    unwrapped,
+)
+from bgd_plugin.nn import FrozenNorm, PQModule
 from bgd_plugin.pq.masks import unpack_mask
 from bgd_plugin.pq.packing import code_dtype, unpack
 from bgd_plugin.storage import FORMAT_VERSION, METADATA_KEY, Stored, file_bytes, restored, stored
@@ -53,7 +64,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
     return len(content)
 
 
-def load(path: str | os.PathLike[str], *, like: nn.Module) -> fx.GraphModule:
+def load(path: str | os.PathLike[str], *, like: nn.Module | ExportedProgram) -> nn.Module:
     """Read a compressed network from a file that `save` wrote.
 
     Args:
@@ -71,31 +82,30 @@ def load(path: str | os.PathLike[str], *, like: nn.Module) -> fx.GraphModule:
         tensors = restored(Stored(tensors=tensors, header=header))
     except ValueError as error:
         raise CheckpointError(f"{path}: it is damaged: {error}") from error
-    network = trace(copy_module(baked(like), share_tensors=True))
-    found = {layer.target: layer for layer in find_layers(network)[0]}
+    network, _ = front_end(copy_module(baked(unwrapped(like)), share_tensors=True))
+    found = {target: layer for layer in find_layers(network)[0] for target in (layer.target, *layer.tied)}
     problems: list[str] = []
     layers = _checked_layers(header, tensors, found, problems)
     _raise_if(problems, path)
     isolate_weights_(network, [found[target] for target in layers])
     for target, (block_size, codebook_size) in layers.items():
-        layer = _empty_layer(network.get_submodule(target), found[target], block_size, codebook_size)
-        if target in header.get("masks", {}):
-            layer.mask = torch.empty(layer.weight_shape, dtype=torch.bool, device="meta")
-        swap_(network, target, layer)
+        _install_empty_(network, found[target], block_size, codebook_size, masked=target in header.get("masks", {}))
     _freeze_norms(header.get("frozen", []), network, problems)
     _raise_if(problems, path)
     state = _checked_state(header, tensors, network, problems)
     _raise_if(problems, path)
+    ties = _ties(network)
     network.load_state_dict(state, strict=True, assign=True)
+    _tie_(network, ties)
     _require_no_meta(network)
     return network
 
 
-def materialize(model: nn.Module) -> fx.GraphModule:
+def materialize(model: nn.Module) -> nn.Module:
     """A copy in which every product-quantized module is an ordinary Conv or Linear again, with the same outputs."""
     from bgd_plugin.graph import materialize_
 
-    return materialize_(trace(copy_module(model)))
+    return materialize_(copy_module(model))
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -176,7 +186,7 @@ def _checked_layers(
             case [str(), int(d), int(k), list()] if (
                 codebook is not None and list(codebook.shape) == [k, d] and d and k > 1
             ):
-                if found[target].weight[0].numel() % d:
+                if found[target].columns % d:
                     problems.append(f"layer {target!r}: blocks of {d} do not divide its rows")
                 layers[target] = (d, k)
             case _:
@@ -189,17 +199,19 @@ def _checked_layers(
     return layers
 
 
-def _empty_layer(module: nn.Module, layer: FoundLayer, block_size: int, codebook_size: int) -> PQModule:
-    """The module that the file's codebook and codes go into; it holds shapes and types only."""
-    rows, columns = layer.weight.shape[0], layer.weight[0].numel()
+def _install_empty_(
+    network: nn.Module, layer: FoundLayer, block_size: int, codebook_size: int, *, masked: bool
+) -> None:
+    """Put the modules in place that the file's codebook and codes go into; they hold shapes and types only."""
     codebook = torch.empty(codebook_size, block_size, dtype=layer.weight.dtype, device="meta")
-    codes = torch.empty(rows, columns // block_size, dtype=code_dtype(codebook_size), device="meta")
-    result = quantized(module, codebook, codes)
-    result.codebook.requires_grad_(layer.weight.requires_grad)
-    return result
+    shape = (layer.rows, layer.columns // block_size)
+    codes = torch.empty(shape, dtype=code_dtype(codebook_size), device="meta")
+    mask = torch.empty(layer.matrix.shape, dtype=torch.bool, device="meta") if masked else None
+    for module in install_(network, layer, codebook, codes, mask):
+        module.codebook.requires_grad_(layer.weight.requires_grad)
 
 
-def _freeze_norms(paths: list[Any], network: fx.GraphModule, problems: list[str]) -> None:
+def _freeze_norms(paths: list[Any], network: nn.Module, problems: list[str]) -> None:
     """Put empty frozen norms where the file has them; what does not fit goes to `problems`."""
     modules = dict(network.named_modules(remove_duplicate=False))
     frozen: dict[int, FrozenNorm] = {}
@@ -211,7 +223,7 @@ def _freeze_norms(paths: list[Any], network: fx.GraphModule, problems: list[str]
         empty = torch.empty(norm.num_features, dtype=norm.running_mean.dtype, device="meta")
         owner, _, name = path.rpartition(".")
         layer = frozen.setdefault(id(norm), FrozenNorm(empty, empty).train(norm.training))
-        setattr(network.get_submodule(owner), name, layer)
+        module_at(network, owner)._modules[name] = layer
 
 
 def _checked_state(
@@ -244,6 +256,23 @@ def _checked_state(
     extra = sorted(set(tensors) - set(expected) - set(map(str, aliases.values())))
     problems += [f"{name!r} is in the file; the network has no such state" for name in extra]
     return state
+
+
+def _ties(network: nn.Module) -> list[list[str]]:
+    """Names of parameters that are one and the same."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _tie_(network: nn.Module, ties: list[list[str]]) -> None:
+    """Make parameters one again: loading gives each name a parameter of its own."""
+    for names in ties:
+        owners = [(module_at(network, name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+        owner, attribute = owners[0]
+        for other, name in owners[1:]:
+            other._parameters[name] = owner._parameters[attribute]
 
 
 def _unpacked(name: str, packed: Tensor, module: PQModule, problems: list[str]) -> Tensor | None:

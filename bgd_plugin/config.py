@@ -15,6 +15,10 @@ __all__ = ["FAMILIES", "BGDConfig", "DistillationConfig", "FinetuningConfig", "L
 CONFIG_VERSION = 1
 MAX_CODEBOOK_SIZE = 65536
 
+# What the paper leaves float in a Mask R-CNN beside its first layer, and what is distilled: torchvision's names.
+_MASK_RCNN_FLOAT = ("rpn.head.cls_logits", "rpn.head.bbox_pred", "roi_heads.mask_predictor.mask_fcn_logits")
+_MASK_RCNN_OUTPUTS = ("backbone", "rpn.head", "roi_heads.box_predictor", "roi_heads.mask_predictor")
+
 Override = tuple[str, "LayerConfig | None"]
 
 
@@ -122,6 +126,9 @@ class FinetuningConfig:
         epochs: walks over the calibration data.
         steps: gradient steps, walking over the calibration data as often as needed.
         learning_rate, momentum, weight_decay: of SGD.
+        outputs: globs on the names of modules. What these give is drawn to what they give in the teacher, by relative
+            squared difference, in place of the logits; for a network that answers with something else, such as a
+            detector.
     """
 
     epochs: int | None = None
@@ -129,8 +136,12 @@ class FinetuningConfig:
     learning_rate: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    outputs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        is_names = isinstance(self.outputs, (tuple, list)) and all(isinstance(x, str) for x in self.outputs)
+        _check(is_names, f"finetuning: outputs={self.outputs!r}: give a tuple of globs on names of modules")
+        object.__setattr__(self, "outputs", tuple(self.outputs))
         _check(
             self.epochs is None or self.steps is None,
             f"finetuning: epochs={self.epochs} and steps={self.steps}: give one of the two",
@@ -160,8 +171,9 @@ def _check_budget(target_bytes: Any, target_ratio: Any) -> None:
     )
 
 
-# The kinds of layer that have a setting of their own; `first_layer` and `depthwise_conv` stay float unless set.
-FAMILIES = ("conv", "pointwise_conv", "depthwise_conv", "linear", "first_layer")
+# The kinds of layer that have a setting of their own; `first_layer`, `depthwise_conv` and `embedding` stay
+# float unless set.
+FAMILIES = ("conv", "pointwise_conv", "depthwise_conv", "linear", "embedding", "first_layer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,8 +183,9 @@ class BGDConfig:
     Args:
         method: how codebook and codes are fitted; "full" works with all correlations of a layer's inputs, "em" is
             the paper's (expectation-maximisation on one pooled Gram matrix).
-        conv, pointwise_conv, depthwise_conv, linear, first_layer: setting for each kind of layer; None keeps it float.
-            A default block size that does not divide a layer gives way to the largest one below it that does; a block
+        conv, pointwise_conv, depthwise_conv, linear, embedding, first_layer: setting for each kind of layer; None keeps
+            it float. Transposed convolutions go with the pointwise ones: their blocks are runs of input channels. A
+            default block size that does not divide a layer gives way to the largest one below it that does; a block
             size that you set is taken at its word, and is an error where it does not divide.
         overrides: pairs of a glob on layer names and a setting (None keeps the layer float); the first match wins,
         and a glob that matches nothing is an error.
@@ -207,6 +220,7 @@ class BGDConfig:
     pointwise_conv: LayerConfig | None = LayerConfig(block_size=4)
     depthwise_conv: LayerConfig | None = None
     linear: LayerConfig | None = LayerConfig(block_size=4)
+    embedding: LayerConfig | None = None
     first_layer: LayerConfig | None = None
     overrides: tuple[Override, ...] = ()
     em_iterations: int = 100
@@ -249,10 +263,10 @@ class BGDConfig:
     @classmethod
     def paper(
         cls,
-        regime: Literal["small", "large"] = "small",
+        regime: Literal["small", "large", "mask_rcnn"] = "small",
         *,
         codebook_size: int = 256,
-        fc_codebook_size: int = 2048,
+        fc_codebook_size: int | None = None,
         pointwise_block_size: int | None = None,
         **fields: Any,
     ) -> BGDConfig:
@@ -260,15 +274,19 @@ class BGDConfig:
 
         Args:
             regime: "small" has blocks of 9 (3×3) and 4 (1×1), "large" blocks of 18 and 8; linear layers have 4 in both.
+                "mask_rcnn" is "large" for torchvision's `maskrcnn_resnet50_fpn`: the layers stay float that the paper
+                leaves, and finetuning compares features, and the logits of both stages, since a detector has no others.
             codebook_size: codewords for convolutions.
-            fc_codebook_size: codewords for linear layers (the paper: 2048 for ResNet-18, 1024 for ResNet-50).
+            fc_codebook_size: codewords for linear layers (the paper: 2048 for ResNet-18, 1024 for ResNet-50, 256 for
+                Mask R-CNN).
             pointwise_block_size: for 1×1 convolutions; the paper's large ResNet-18 has 4.
             **fields: any field of `BGDConfig`.
 
-        **Source**: arXiv 1907.05686, section 4.1 and table 1.
+        **Source**: arXiv 1907.05686, sections 4.1 and 4.4, table 1.
         """
-        _check(regime in ("small", "large"), f"regime={regime!r}: give 'small' or 'large'")
-        small = regime == "small"
+        _check(regime in ("small", "large", "mask_rcnn"), f"regime={regime!r}: give 'small', 'large' or 'mask_rcnn'")
+        small, detects = regime == "small", regime == "mask_rcnn"
+        fc_codebook_size = fc_codebook_size or (256 if detects else 2048)
         pointwise = pointwise_block_size if pointwise_block_size is not None else (4 if small else 8)
         settings: dict[str, Any] = {
             "method": "em",
@@ -282,6 +300,13 @@ class BGDConfig:
             "distillation": DistillationConfig(),
             "finetuning": FinetuningConfig(epochs=9),
         }
+        if detects:
+            settings |= {
+                "overrides": tuple((name, None) for name in _MASK_RCNN_FLOAT),
+                "float_storage": "float16",
+                "distillation": None,
+                "finetuning": FinetuningConfig(epochs=9, outputs=_MASK_RCNN_OUTPUTS),
+            }
         return cls(**(settings | fields))
 
     @property

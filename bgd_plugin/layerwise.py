@@ -14,37 +14,48 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bgd_plugin.calibration import Batches, LayerInputs, Walk, logits_of, sampled_inputs
+from bgd_plugin.calibration import Batches, CollectedInputs, LayerInputs, Rerun, Walk, logits_of, sampled_inputs
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.fitting import METHODS, FittedLayer, LayerContext, Skip, fitted_once, output_error, refitted
 from bgd_plugin.graph import (
     FoundLayer,
     added_to,
+    batchnorms_in_parts,
     call_input,
     following_batchnorm,
     following_batchnorm_node,
-    layer_has_bias,
-    swap_,
+    has_running_statistics,
+    install_,
+    module_at,
+    release_,
 )
-from bgd_plugin.nn import PQModule, quantized
 from bgd_plugin.plan import Plan, PlannedLayer
+from bgd_plugin.pq.blocks import Geometry
 from bgd_plugin.report import LayerReport
 from bgd_plugin.run import Run
 from bgd_plugin.storage import round_weights_
-from bgd_plugin.training import absorb_row_scale_, correct_batchnorm_, distill_, is_batchnorm, is_shared
+from bgd_plugin.training import (
+    absorb_row_scale_,
+    correct_batchnorm_,
+    correct_batchnorm_at_,
+    distill_,
+    is_batchnorm,
+    is_shared,
+)
 
 __all__ = ["Job", "quantize_layers"]
 
 # The rows on which a layer's error is told: so many, but no more numbers than this.
 _ERROR_ROWS, _ERROR_NUMBERS = 4096, 4_000_000
+_EMBEDDING_ROWS = 5  # one of them judges the fit of the others
 
 
 @dataclass(kw_only=True)
 class Job:
     """Everything that the steps of one call share."""
 
-    student: fx.GraphModule
-    reference: fx.GraphModule
+    student: nn.Module
+    reference: nn.Module
     teacher: nn.Module
     config: BGDConfig
     plan: Plan
@@ -55,6 +66,9 @@ class Job:
     bar: Any
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    reports: list[LayerReport] = field(default_factory=list)
+    unreached: list[FoundLayer] = field(default_factory=list)
+    norms: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
@@ -63,27 +77,48 @@ class Job:
         yield
         self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
 
+    def leave(self, index: int) -> None:
+        """Let a layer stay float that no calibration input reaches."""
+        self.unreached.append(self.found[index])
+        release_(self.student, self.found[index])
+        self.bar.update(1 + (self.config.distillation.steps if self.config.distillation else 0))
+
+    def batchnorm_after(self, found: FoundLayer) -> str | None:
+        """Path of the batch norm that alone reads a layer's output."""
+        if found.kind.startswith("conv_transpose"):  # a row is not an output channel
+            return None
+        if isinstance(self.student, fx.GraphModule):
+            return None if found.hidden else following_batchnorm(self.student, found.calls)
+        return None if found.tied else self.norms.get(found.target)
+
     def generator(self, name: str) -> torch.Generator:
         """Random numbers of a layer, the same whichever layers were done before."""
         return torch.Generator().manual_seed(zlib.crc32(f"{self.config.seed} {name}".encode()))
 
 
 def quantize_layers(job: Job) -> list[LayerReport]:
-    """Layer after layer, in one walk over the graph."""
+    """Layer after layer, in the order in which they run."""
     job.student.requires_grad_(False)
-    walk = Walk(job.student, job.batches, job.reference if _needs_reference(job.config) else None)
-    first_nodes = {_first_node(walk, found): index for index, found in enumerate(job.found)}
     logits = _teacher_logits(job)
-    reports: list[LayerReport] = []
+    (_along_graph if isinstance(job.student, fx.GraphModule) else _by_runs)(job, logits)
+    return job.reports
+
+
+def _along_graph(job: Job, logits: list[Tensor]) -> None:
+    """One walk over the graph."""
+    assert isinstance(job.student, fx.GraphModule) and isinstance(job.reference, fx.GraphModule)
+    walk = Walk(job.student, job.batches, job.reference if _needs_reference(job.config) else None)
+    first_nodes: dict[str, list[int]] = {}
+    for index, found in enumerate(job.found):
+        first_nodes.setdefault(_first_node(walk, found), []).append(index)
     norms = _NormCorrection(job)
     refits, leftovers = 0, _leftover_nodes(job)
     for node in walk.nodes():
-        if node.name in first_nodes:
-            index = first_nodes[node.name]
+        for index in first_nodes.get(node.name, ()):
             skip = _drifted_skip(job, walk, job.found[index])
             norms.remember(skip)
-            reports.append(_quantize_layer(job, walk, index, logits, skip))
-        elif node.name in leftovers:
+            _quantize_layer(job, walk, index, logits, skip)
+        if node.name in leftovers:
             with job.timed("refit"):
                 refits += _refit(job, walk, *leftovers[node.name])
         elif is_batchnorm(job.student, node):
@@ -94,7 +129,28 @@ def quantize_layers(job: Job) -> list[LayerReport]:
             f"{refits} depthwise convolutions, which stay float, were fitted anew to the inputs they now get"
         )
     job.notes += norms.notes()
-    return reports
+
+
+def _by_runs(job: Job, logits: list[Tensor]) -> None:
+    """The same for a network that is not a graph: it is run again for each layer and each batch norm."""
+    indices = {found.name: index for index, found in enumerate(job.found)}
+    norms = [path for path, module in job.student.named_modules() if has_running_statistics(module)]
+    weights = {found.name: found.weight for found in job.found}
+    walk = Rerun(job.student, job.reference, job.batches, weights, norms)
+    job.norms.update(batchnorms_in_parts(job.student))
+    corrections = _NormCorrection(job)
+    for name in walk.order:
+        if name in indices:
+            _quantize_layer(job, walk, indices[name], logits, None)
+        elif job.reports:
+            corrections.correct_at_(walk, name)
+    for name in indices.keys() - set(walk.order):
+        job.leave(indices[name])
+    if walk.strayed:
+        names = ", ".join(sorted(walk.strayed))
+        job.notes.append(f"fitted to their own inputs alone, since the float network takes another way: {names}")
+    job.seconds["forward"] = walk.seconds
+    job.notes += corrections.notes()
 
 
 class _NormCorrection:
@@ -116,6 +172,7 @@ class _NormCorrection:
         job, mode = self._job, self._job.config.batchnorm
         if mode == "keep":
             return
+        assert isinstance(job.student, fx.GraphModule)
         if is_shared(job.student, node):
             self._shared.add(str(node.target))
             return
@@ -124,6 +181,18 @@ class _NormCorrection:
             if correct_batchnorm_(walk, node, mode, skip):
                 walk.mark_changed(str(node.target))
                 self._corrected.add(node.name)
+
+    def correct_at_(self, walk: Rerun, path: str) -> None:
+        """Correct the batch norm at a path of a network that is not a graph."""
+        mode = self._job.config.batchnorm
+        if mode == "keep":
+            return
+        if walk.runs_twice(path):
+            self._shared.add(path)
+            return
+        with self._job.timed("batch norm"):
+            if correct_batchnorm_at_(walk, path, mode):
+                self._corrected.add(path)
 
     def notes(self) -> list[str]:
         """For the report."""
@@ -145,7 +214,7 @@ def _needs_reference(config: BGDConfig) -> bool:
 def _first_node(walk: Walk, layer: FoundLayer) -> str:
     """The node before which a layer is fitted: its first call, or the node that reads its weight for that call."""
     for node in walk.order:
-        if (node.op == "call_module" and node.target == layer.target) or node.name == layer.calls[0]:
+        if (node.op == "call_module" and node.target in (layer.target, *layer.tied)) or node.name == layer.calls[0]:
             return node.name
     raise AssertionError(f"{layer.name} has no node")
 
@@ -163,6 +232,9 @@ def _drifted_skip(job: Job, walk: Walk, found: FoundLayer) -> _DriftedSkip | Non
     config = job.config
     if config.method != "full" or not config.asymmetric_step or config.batchnorm != "matched":
         return None
+    assert isinstance(job.student, fx.GraphModule)
+    if job.batchnorm_after(found) is None:
+        return None
     norm = following_batchnorm_node(job.student, found.calls)
     skip = None if norm is None else added_to(job.student, norm)
     return None if norm is None or skip is None or not walk.differs(skip) else _DriftedSkip(norm=norm, node=skip)
@@ -171,6 +243,7 @@ def _drifted_skip(job: Job, walk: Walk, found: FoundLayer) -> _DriftedSkip | Non
 def _leftover_nodes(job: Job) -> dict[str, tuple[str, fx.Node]]:
     """For each node at which a layer that stays float is due: the name of its weight, and the call that uses it."""
     due: dict[str, tuple[str, fx.Node]] = {}
+    assert isinstance(job.student, fx.GraphModule)
     for node in job.student.graph.nodes:
         if node.op == "call_module" and f"{node.target}.weight" in job.leftovers:
             due[node.name] = f"{node.target}.weight", node
@@ -201,24 +274,26 @@ def _refit(job: Job, walk: Walk, weight_name: str, call: fx.Node) -> bool:
     return is_refitted
 
 
-def _quantize_layer(job: Job, walk: Walk, index: int, logits: list[Tensor], skip: _DriftedSkip | None) -> LayerReport:
+def _quantize_layer(job: Job, walk: Walk | Rerun, index: int, logits: list[Tensor], skip: _DriftedSkip | None) -> None:
     """Fit one layer, put it in its place, distill it."""
     found, planned, config = job.found[index], job.plan.layers[index], job.config
     job.bar.set_description(planned.name)
     generator = job.generator(planned.name)
-    inputs = LayerInputs(walk, planned.name, planned.calls)
     with job.timed("statistics"):
-        rows = min(_ERROR_ROWS, _ERROR_NUMBERS // found.weight[0].numel())
+        inputs = _inputs(job, walk, found)
+        if found.hidden and found.kind != "embedding" and next(iter(inputs), None) is None:
+            job.leave(index)
+            return
+        rows = min(_ERROR_ROWS, _ERROR_NUMBERS // found.columns)
         sample = sampled_inputs(inputs, max(1, rows), job.generator(f"{planned.name} sample"))
-    module = job.student.get_submodule(planned.target)
     finished = fitted_once(lambda: job.run.finished(index, planned))
     fit = finished or _fit(job, found, planned, inputs, generator, _skip_for_fit(job, walk, skip))
-    layer = quantized(
-        module, fit.codebook.to(found.weight), fit.codes.to(found.weight.device), planned.kept(found.weight)
-    )
-    swap_(job.student, planned.target, layer)
-    _apply_shifts(job, layer, found, fit)
-    walk.mark_changed(planned.target)
+    codebook, codes = fit.codebook.to(found.weight), fit.codes.to(found.weight.device)
+    layer, *_ = install_(job.student, found, codebook, codes, planned.kept(found.matrix))
+    _apply_shifts(job, found, fit)
+    if isinstance(walk, Walk):
+        for node in (planned.target, *found.tied, *(found.calls if found.hidden else ())):
+            walk.mark_changed(node)
     if config.distillation and finished is None:
         with job.timed("distill"):
             distill_(walk, layer, logits, config.distillation, generator, job.bar.update)
@@ -229,8 +304,20 @@ def _quantize_layer(job: Job, walk: Walk, index: int, logits: list[Tensor], skip
         job.bar.update(config.distillation.steps)
     job.bar.update()
     layer.requires_grad_(False)
-    error = output_error(found.weight, _unscaled(layer.weight, fit.row_scale), sample)
-    return _layer_report(planned, error, fit.note)
+    error = output_error(found.matrix, _unscaled(layer.matrix, fit.row_scale), sample)
+    job.reports.append(_layer_report(planned, error, fit.note))
+
+
+def _inputs(job: Job, walk: Walk | Rerun, found: FoundLayer) -> LayerInputs:
+    if (
+        found.kind == "embedding"
+    ):  # its outputs are its weights: as if each column were an input of its own, a few times
+        rows = torch.eye(found.columns, dtype=torch.float32, device=found.weight.device).repeat(_EMBEDDING_ROWS, 1)
+        calls = [[(rows, Geometry.linear())]]
+        return CollectedInputs(found.name, calls, calls)
+    if isinstance(walk, Rerun):
+        return walk.inputs(found.name, paired=job.config.method == "full")
+    return LayerInputs(walk, found.name, found.calls, found.weight if found.hidden else None)
 
 
 def _fit(
@@ -244,11 +331,11 @@ def _fit(
     method = METHODS[job.config.method]
     context = LayerContext(
         layer=planned,
-        weight=found.weight,
+        weight=found.matrix,
         inputs=inputs,
-        mask=planned.kept(found.weight),
-        has_batchnorm=following_batchnorm(job.student, found.calls) is not None,
-        has_bias=layer_has_bias(job.student, found),
+        mask=planned.kept(found.matrix),
+        has_batchnorm=job.batchnorm_after(found) is not None,
+        has_bias=found.bias is not None,
         config=job.config,
         skip=skip,
     )
@@ -260,8 +347,8 @@ def _fit(
     return fit
 
 
-def _skip_for_fit(job: Job, walk: Walk, skip: _DriftedSkip | None) -> Skip | None:
-    if skip is None:
+def _skip_for_fit(job: Job, walk: Walk | Rerun, skip: _DriftedSkip | None) -> Skip | None:
+    if skip is None or isinstance(walk, Rerun):
         return None
     norm: Any = job.student.get_submodule(str(skip.norm.target))
     gain = (norm.running_var + norm.eps).rsqrt()
@@ -270,14 +357,22 @@ def _skip_for_fit(job: Job, walk: Walk, skip: _DriftedSkip | None) -> Skip | Non
 
 
 @torch.no_grad()
-def _apply_shifts(job: Job, layer: PQModule, found: FoundLayer, fit: FittedLayer) -> None:
+def _apply_shifts(job: Job, found: FoundLayer, fit: FittedLayer) -> None:
     """Give the layer's neighbours what the fit left to them: a factor on each row, and a shift of the bias."""
-    if fit.row_scale is not None:
-        target = following_batchnorm(job.student, found.calls)
-        absorb_row_scale_(job.student.get_submodule(str(target)), fit.row_scale)
-    bias = getattr(layer, "bias", None)
-    if fit.bias_shift is not None and bias is not None:
-        layer.bias = torch.nn.Parameter(bias + fit.bias_shift.to(bias), requires_grad=False)
+    norm = job.batchnorm_after(found)
+    if fit.row_scale is not None and norm is not None:
+        absorb_row_scale_(module_at(job.student, norm), fit.row_scale)
+    if fit.bias_shift is None or found.bias is None:
+        return
+    biases = [found.bias, *(f"{target}.bias" for target in found.tied if not found.functional)]
+    shifted: dict[int, nn.Parameter] = {}
+    for path in biases:
+        owner_path, _, name = path.rpartition(".")
+        owner = module_at(job.student, owner_path)
+        bias = owner._parameters.get(name)
+        if bias is not None:
+            value = nn.Parameter(bias + fit.bias_shift.to(bias), requires_grad=False)
+            owner._parameters[name] = shifted.setdefault(id(bias), value)
 
 
 def _unscaled(weight: Tensor, row_scale: Tensor | None) -> Tensor:

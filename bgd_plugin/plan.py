@@ -11,12 +11,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 from bgd_plugin.budget import Sensitivity
 from bgd_plugin.config import FAMILIES, BGDConfig, LayerConfig
 from bgd_plugin.errors import ConfigError
-from bgd_plugin.graph import FoundLayer, LeftLayer, baked, copy_module, find_layers, isolate_weights_, swap_, trace
-from bgd_plugin.nn import PQModule, freeze_norms_, quantized
+from bgd_plugin.graph import (
+    FoundLayer,
+    LeftLayer,
+    baked,
+    copy_module,
+    find_layers,
+    front_end,
+    install_,
+    isolate_weights_,
+    module_at,
+    unwrapped,
+)
+from bgd_plugin.nn import PQModule, freeze_norms_
 from bgd_plugin.pq.masks import mask_form, pack_mask
 from bgd_plugin.pq.rate import largest_codebook
 from bgd_plugin.spending import Budget
@@ -48,9 +60,10 @@ class PlannedLayer:
     Attributes:
         name: the layer's name.
         target: path of the module that is replaced.
-        kind: "conv1d", "conv2d", "conv3d" or "linear".
+        kind: as of `FoundLayer`.
         family: whose setting of `BGDConfig` applied.
-        weight_shape: `[C_out, C_in / groups, *kernel]` or `[C_out, C_in]`.
+        weight_shape: `[C_out, C_in / groups, *kernel]` or `[C_out, C_in]`; of a transposed convolution that of the
+            matrix that is cut into blocks, `[C_out · kernel, C_in / groups]`.
         block_size, codebook_size: as they will be, after the bounds of the layer.
         calls: names of the graph nodes that compute with it.
         codebook_storage: "int8" or "float16".
@@ -166,7 +179,9 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(model: nn.Module, config: BGDConfig | None = None, *, original_bytes: int | None = None) -> Plan:
+def plan(
+    model: nn.Module | ExportedProgram, config: BGDConfig | None = None, *, original_bytes: int | None = None
+) -> Plan:
     """What `quantize(model, ..., config)` will do, without data. The model may be on the meta device.
 
     Args:
@@ -176,31 +191,33 @@ def plan(model: nn.Module, config: BGDConfig | None = None, *, original_bytes: i
 
     Raises:
         ConfigError: a block size that does not divide its layer, a glob that matches nothing, no layer to quantize.
-        TraceError: the network does not trace.
     """
-    model = baked(model)
-    graph_module = trace(copy_module(model, share_tensors=True))
-    return make_plan(graph_module, config or BGDConfig(), original=model, original_bytes=original_bytes)[0]
+    model = baked(unwrapped(model))
+    network, folded = front_end(copy_module(model, share_tensors=True))
+    config = config or BGDConfig()
+    return make_plan(network, config, original=model, original_bytes=original_bytes, folded=folded)[0]
 
 
 def make_plan(
-    graph_module: fx.GraphModule,
+    graph_module: nn.Module,
     config: BGDConfig,
     *,
     original: nn.Module,
     original_bytes: int | None = None,
     sensitivities: Mapping[str, Sensitivity] | None = None,
+    folded: Mapping[str, str] | None = None,
 ) -> tuple[Plan, list[FoundLayer]]:
     """The plan for a graph, and the found layers that it quantizes, in the same order.
 
     Args:
-        graph_module: the traced network.
+        graph_module: the network as the front end gives it.
         config: the settings.
         original: the network as it came, for its size.
         original_bytes: of the network that a chain of steps started from.
         sensitivities: of the free layers, where a budget is to be spent; None: by the weights alone.
+        folded: layers whose weight something computed, and what.
     """
-    chosen, skipped = _outcomes(graph_module, config)
+    chosen, skipped = _outcomes(graph_module, config, folded)
     skipped += _unreached(original, graph_module)
     _require_some(chosen, skipped, config)
     original_bytes = _chain_bytes(original, original_bytes)
@@ -223,7 +240,7 @@ def make_plan(
 
 
 def require_plannable(
-    graph_module: fx.GraphModule, config: BGDConfig, *, original: nn.Module, original_bytes: int | None = None
+    graph_module: nn.Module, config: BGDConfig, *, original: nn.Module, original_bytes: int | None = None
 ) -> None:
     """Refuse what `make_plan` would refuse, without any choice.
 
@@ -237,7 +254,7 @@ def require_plannable(
         _budget(graph_module, config, chosen, target).require_reachable()
 
 
-def _budget(graph_module: fx.GraphModule, config: BGDConfig, chosen: _Chosen, target: int) -> Budget:
+def _budget(graph_module: nn.Module, config: BGDConfig, chosen: _Chosen, target: int) -> Budget:
     leftovers = family_leftovers(graph_module, config)
     return Budget(
         layers=chosen,
@@ -260,7 +277,7 @@ def _require_some(chosen: _Chosen, skipped: list[SkippedLayer], config: BGDConfi
         )
 
 
-def free_layers(graph_module: fx.GraphModule, config: BGDConfig) -> _Chosen:
+def free_layers(graph_module: nn.Module, config: BGDConfig) -> _Chosen:
     """The layers whose sizes a budget chooses: those without an override whose kind has the default setting."""
     return [(f, p) for f, p in _outcomes(graph_module, config)[0] if _is_free(f, p, config)]
 
@@ -270,7 +287,9 @@ def _is_free(layer: FoundLayer, planned: PlannedLayer, config: BGDConfig) -> boo
     return not is_named and config.has_default_sizes(planned.family)
 
 
-def _outcomes(graph_module: fx.GraphModule, config: BGDConfig) -> tuple[_Chosen, list[SkippedLayer]]:
+def _outcomes(
+    graph_module: nn.Module, config: BGDConfig, folded: Mapping[str, str] | None = None
+) -> tuple[_Chosen, list[SkippedLayer]]:
     """What the settings say to each layer: how it is quantized, or why it is not."""
     found, left = find_layers(graph_module)
     _check_globs(config, found, left)
@@ -280,7 +299,7 @@ def _outcomes(graph_module: fx.GraphModule, config: BGDConfig) -> tuple[_Chosen,
     for layer in found:
         outcome = _planned(layer, config, is_first=layer is first)
         if isinstance(outcome, PlannedLayer):
-            chosen.append((layer, outcome))
+            chosen.append((layer, _with_notes(layer, outcome, folded or {})))
         else:
             skipped.append(outcome)
     return chosen, skipped
@@ -299,7 +318,7 @@ def _chain_bytes(model: nn.Module, original_bytes: int | None) -> int:
     return original_bytes
 
 
-def is_finished(graph_module: fx.GraphModule, config: BGDConfig) -> bool:
+def is_finished(graph_module: nn.Module, config: BGDConfig) -> bool:
     """Whether a graph has quantized layers, and no other one that the settings would quantize.
 
     With a budget, a free layer that is still float is one that the budget left so.
@@ -316,7 +335,7 @@ def is_finished(graph_module: fx.GraphModule, config: BGDConfig) -> bool:
     )
 
 
-def family_leftovers(graph_module: fx.GraphModule, config: BGDConfig) -> list[str]:
+def family_leftovers(graph_module: nn.Module, config: BGDConfig) -> list[str]:
     """Names of the weights that stay float because the settings have nothing for their kind of layer.
 
     Layers that an override keeps float are not among them: those the user wants as they are.
@@ -326,18 +345,41 @@ def family_leftovers(graph_module: fx.GraphModule, config: BGDConfig) -> list[st
     names = []
     for layer in found:
         is_named = any(fnmatch.fnmatchcase(layer.name, pattern) for pattern, _ in config.overrides)
-        if not is_named and _setting(layer, config, is_first=layer is first)[0] is None:
+        if not is_named and not layer.tied and _setting(layer, config, is_first=layer is first)[0] is None:
             names.append(layer.target if layer.functional else f"{layer.target}.weight")
     return names
 
 
-def _first_layer(graph_module: fx.GraphModule, found: list[FoundLayer]) -> FoundLayer | None:
+def _with_notes(layer: FoundLayer, planned: PlannedLayer, folded: Mapping[str, str]) -> PlannedLayer:
+    """Say what became of a weight that others share, or that something else computed."""
+    notes = [planned.note] if planned.note else []
+    if layer.name in folded:
+        notes.append(f"{folded[layer.name]} folded into the weight")
+    if layer.tied:
+        notes.append(f"tied to {', '.join(layer.tied)}")
+    return dataclasses.replace(planned, note="; ".join(notes))
+
+
+def _first_layer(graph_module: nn.Module, found: list[FoundLayer]) -> FoundLayer | None:
     """The network's first layer, if it is still float."""
+    if not isinstance(graph_module, fx.GraphModule):
+        return _first_held(graph_module, found)
     for node in graph_module.graph.nodes:
-        if node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), PQModule):
+        if node.op == "call_module" and isinstance(module_at(graph_module, str(node.target)), (PQModule, nn.Embedding)):
             return None
         if found and node.name == found[0].calls[0]:
             return found[0]
+    return None
+
+
+def _first_held(network: nn.Module, found: list[FoundLayer]) -> FoundLayer | None:
+    """The first layer that a network holds, if it is float; after an embedding none reads the input."""
+    targets = {layer.name: layer for layer in found}
+    for path, module in network.named_modules():
+        if isinstance(module, (PQModule, nn.Embedding)):
+            return None
+        if path in targets:
+            return targets[path]
     return None
 
 
@@ -347,7 +389,7 @@ def paper_bytes(model: nn.Module) -> int:
     `log2(k) / d` bits for each quantized weight, codebooks in half precision, every other parameter in single
     precision; masks, which the paper has none of, in the bits that they take.
     """
-    layers = [module for module in model.modules() if isinstance(module, PQModule)]
+    layers = list({id(m.codebook): m for m in model.modules() if isinstance(m, PQModule)}.values())  # tied ones once
     codebooks = {id(layer.codebook) for layer in layers}
     bits = sum(layer.codes.numel() * layer.code_bits + 16 * layer.codebook.numel() for layer in layers)
     bits += sum(8 * pack_mask(m.mask, mask_form(m.mask)).numel() for m in layers if m.mask is not None)
@@ -370,7 +412,7 @@ def _planned(layer: FoundLayer, config: BGDConfig, *, is_first: bool) -> Planned
     setting, reason, adapts = _setting(layer, config, is_first=is_first)
     if setting is None:
         return SkippedLayer(name=layer.name, reason=reason)
-    rows, columns = layer.weight.shape[0], math.prod(layer.weight.shape[1:])
+    rows, columns = layer.rows, layer.columns
     block_size, notes = setting.block_size, []
     if columns % block_size:
         divisors = [d for d in range(1, columns + 1) if columns % d == 0]
@@ -398,7 +440,7 @@ def _planned(layer: FoundLayer, config: BGDConfig, *, is_first: bool) -> Planned
         target=layer.target,
         kind=layer.kind,
         family=layer.family,
-        weight_shape=tuple(layer.weight.shape),
+        weight_shape=tuple(layer.matrix.shape),
         block_size=block_size,
         codebook_size=codebook_size,
         calls=layer.calls,
@@ -416,7 +458,7 @@ def _stored_mask(layer: FoundLayer) -> tuple[str, int]:
             f"layer {layer.name!r}: preserve_zeros=True, and its weight is on the meta device, where no value is zero: "
             "give the network with its weights"
         )
-    mask = layer.weight.detach() != 0
+    mask = layer.matrix.detach() != 0
     if bool(mask.all()):
         return "", 0
     form = mask_form(mask)
@@ -431,10 +473,11 @@ def _setting(layer: FoundLayer, config: BGDConfig, *, is_first: bool) -> tuple[L
     family = "first_layer" if is_first else layer.family
     assert family in FAMILIES
     setting = getattr(config, family)
-    return setting, f"{family}=None", config.is_default(family)
+    tied = f" (tied to {', '.join(layer.tied)})" if layer.tied and family == "embedding" else ""
+    return setting, f"{family}=None{tied}", config.is_default(family)
 
 
-def _unreached(original: nn.Module, graph_module: fx.GraphModule) -> list[SkippedLayer]:
+def _unreached(original: nn.Module, graph_module: nn.Module) -> list[SkippedLayer]:
     """Weights of the network that its graph in evaluation mode never uses."""
     used = {name for name, _ in graph_module.named_parameters(remove_duplicate=False)}
     return [
@@ -444,7 +487,7 @@ def _unreached(original: nn.Module, graph_module: fx.GraphModule) -> list[Skippe
     ]
 
 
-def _file_size(sketch: fx.GraphModule, config: BGDConfig, leftovers: list[str]) -> int:
+def _file_size(sketch: nn.Module, config: BGDConfig, leftovers: list[str]) -> int:
     """Length of a sketch's file; what stays float in it is rounded as the settings say.
 
     With a budget it is the length that the file may come to: the work ahead changes statistics and biases, and then a
@@ -470,16 +513,15 @@ def _may_change(name: str, value: Tensor) -> bool:
     return value.is_floating_point() and value.ndim == 1 and not name.endswith(".codebook")
 
 
-def _sketch(graph_module: fx.GraphModule, chosen: list[tuple[FoundLayer, PlannedLayer]]) -> fx.GraphModule:
+def _sketch(graph_module: nn.Module, chosen: list[tuple[FoundLayer, PlannedLayer]]) -> nn.Module:
     """The compressed network with empty codebooks and codes, for its sizes alone."""
-    sketch: fx.GraphModule = copy_module(graph_module, share_tensors=True)
+    sketch: nn.Module = copy_module(graph_module, share_tensors=True)
     isolate_weights_(sketch, [found for found, _ in chosen])
     for found, planned in chosen:
         dtype = torch.int8 if planned.codebook_storage == "int8" else found.weight.dtype
         codebook = torch.empty(planned.codebook_size, planned.block_size, dtype=dtype, device="meta")
         codes = torch.empty(planned.rows, planned.blocks_per_row, dtype=torch.int64, device="meta")
-        module = sketch.get_submodule(found.target)
-        swap_(sketch, found.target, quantized(module, codebook, codes, planned.kept(found.weight)))
+        install_(sketch, found, codebook, codes, planned.kept(found.matrix))
     return sketch
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from tqdm import tqdm
 
 from bgd_plugin.budget import Sensitivity
@@ -27,16 +28,25 @@ from bgd_plugin.config import BGDConfig
 from bgd_plugin.distributed import from_first, is_first, largest, processes, synchronize_, watched
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.graph import (
-    FoundLayer,
     baked,
     copy_module,
+    front_end,
     isolate_weights_,
+    module_or_none,
     set_modes,
-    trace,
+    unwrapped,
 )
 from bgd_plugin.layerwise import Job, quantize_layers
-from bgd_plugin.nn import freeze_norms_
-from bgd_plugin.plan import Plan, family_leftovers, free_layers, make_plan, paper_bytes, require_plannable
+from bgd_plugin.nn import PQModule, freeze_norms_
+from bgd_plugin.plan import (
+    Plan,
+    SkippedLayer,
+    family_leftovers,
+    free_layers,
+    make_plan,
+    paper_bytes,
+    require_plannable,
+)
 from bgd_plugin.report import LayerReport, Report
 from bgd_plugin.reproducible import if_asked
 from bgd_plugin.run import Run, digest
@@ -48,19 +58,21 @@ from bgd_plugin.training.finetuning import total_steps
 
 __all__ = ["Quantized", "quantize"]
 
+_UNREACHED = "no calibration input reaches it"
+
 
 @dataclass(frozen=True)
 class Quantized:
     """What `quantize` returns."""
 
-    model: fx.GraphModule
+    model: nn.Module
     report: Report
 
 
 @watched()
 @if_asked
 def quantize(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     calibration: Iterable[Any],
     config: BGDConfig | None = None,
     *,
@@ -78,7 +90,8 @@ def quantize(
     settings and its own part of the calibration data, and every process gets the same result.
 
     Args:
-        model: the float network; it is left untouched.
+        model: the float network; it is left untouched. What `torch.export` gives goes in, too, and what comes out can
+            be exported again.
         calibration: batches of unlabelled inputs. A batch is a tensor, a sequence whose first item is the input, or a
             mapping of keyword arguments. Finetuning walks it several times.
         config: what to quantize and how; `BGDConfig()` if not given.
@@ -101,23 +114,32 @@ def quantize(
         BGDError: one of its subclasses; the message names the layer, what was found, and what to do.
     """
     config = config or BGDConfig()
-    model = baked(model)
+    model = baked(unwrapped(model))
     _check_model(model)
     _require_one_job(model, config)
     if memory_bytes is not None and memory_bytes < 1:
         raise ConfigError(f"memory_bytes={memory_bytes}: give a positive number of bytes, or None for no bound")
     if config.finetuning:
         require_rewalkable(calibration, "finetuning")
-    student = trace(copy_module(model))
+    student, folded = front_end(copy_module(model))
     modes = {path: module.training for path, module in student.named_modules()}
-    student.eval()
+    set_modes(student, {"": False})
+    if processes() > 1 and not isinstance(student, fx.GraphModule):
+        raise ConfigError("this network does not trace, so its processes may come to different layers: use one process")
+    if config.reconstruction and not isinstance(student, fx.GraphModule):
+        raise ConfigError(
+            "reconstruction works block by block along a graph, and this network does not trace: leave it out"
+        )
     require_plannable(student, config, original=model, original_bytes=original_bytes)
     device = next(student.parameters()).device
     batches = collect_batches(calibration, model, device=device, forward=forward, memory_bytes=memory_bytes)
     run = Run.open(checkpoint if is_first() else None, model, config, batches, teacher)
     start = time.perf_counter()
     sensitivities = _sensitivities(student, batches, config, progress) if config.has_budget else None
-    plan, found = make_plan(student, config, original=model, original_bytes=original_bytes, sensitivities=sensitivities)
+    plan, found = make_plan(
+        student, config, original=model, original_bytes=original_bytes, sensitivities=sensitivities, folded=folded
+    )
+    learnt = {layer.target: layer.weight.requires_grad for layer in found}
     leftovers = family_leftovers(student, config)
     seconds = {"budget": time.perf_counter() - start} if config.has_budget else {}
     isolate_weights_(student, found)
@@ -125,7 +147,7 @@ def quantize(
         job = Job(
             student=student,
             reference=copy_module(student, share_tensors=True),
-            teacher=_teacher(teacher or model, device),
+            teacher=_teacher(unwrapped(teacher) if teacher is not None else model, device),
             config=config,
             plan=plan,
             found=found,
@@ -147,7 +169,7 @@ def quantize(
             _finetune(job, calibration, forward)
     _round(student, config, plan, leftovers)
     synchronize_(student)
-    _restore(student, model, found, modes)
+    _restore(job, model, modes, learnt)
     return Quantized(student, _report(job, results))
 
 
@@ -179,9 +201,14 @@ def _require_one_job(model: nn.Module, config: BGDConfig) -> None:
 
 
 def _sensitivities(
-    student: fx.GraphModule, batches: Sequence[Batch], config: BGDConfig, progress: bool
-) -> dict[str, Sensitivity]:
-    """What each layer whose size the budget chooses does to the output: the first process measures it, on its data."""
+    student: nn.Module, batches: Sequence[Batch], config: BGDConfig, progress: bool
+) -> dict[str, Sensitivity] | None:
+    """What each layer whose size the budget chooses does to the output: the first process measures it, on its data.
+
+    None where that cannot be measured.
+    """
+    if not isinstance(student, fx.GraphModule):
+        return None
     names = [planned.name for _, planned in free_layers(student, config)]
 
     def measured() -> tuple[dict[str, Tensor], str]:
@@ -193,11 +220,9 @@ def _sensitivities(
     return {name: Sensitivity.from_dict(values) for name, values in json.loads(text).items()}
 
 
-def _progress_bar(
-    student: fx.GraphModule, config: BGDConfig, plan: Plan, batches: Sequence[Batch], progress: bool
-) -> Any:
+def _progress_bar(student: nn.Module, config: BGDConfig, plan: Plan, batches: Sequence[Batch], progress: bool) -> Any:
     steps = len(plan.layers) * (1 + (config.distillation.steps if config.distillation else 0))
-    if config.reconstruction:
+    if config.reconstruction and isinstance(student, fx.GraphModule):
         steps += reconstruction_steps(student, [layer.target for layer in plan.layers], config.reconstruction)
     steps += total_steps(config.finetuning, len(batches)) if config.finetuning else 0
     return tqdm(total=steps, disable=not (progress and is_first()), desc="quantize", unit="step", dynamic_ncols=True)
@@ -208,7 +233,8 @@ def _teacher(model: nn.Module, device: torch.device) -> nn.Module:
     parameter = next(model.parameters(), None)
     moves = parameter is not None and parameter.device != device
     copied: nn.Module = copy_module(model, share_tensors=not moves)
-    return (copied.to(device) if moves else copied).eval()
+    set_modes(copied, {"": False})
+    return copied.to(device) if moves else copied
 
 
 @torch.no_grad()
@@ -222,6 +248,7 @@ def _check_teacher(job: Job) -> None:
 
 
 def _reconstruct(job: Job) -> None:
+    assert isinstance(job.student, fx.GraphModule) and isinstance(job.reference, fx.GraphModule)
     assert job.config.reconstruction
     job.bar.set_description("reconstruct")
     with job.timed("reconstruct"):
@@ -252,11 +279,12 @@ def _finetune(job: Job, calibration: Iterable[Any], forward: Forward | None) -> 
     job.notes.append(f"finetuning: final loss {loss:.4g}")
 
 
-def _round(student: fx.GraphModule, config: BGDConfig, plan: Plan, leftovers: list[str]) -> None:
+def _round(student: nn.Module, config: BGDConfig, plan: Plan, leftovers: list[str]) -> None:
     """Round everything to the type in which it will be stored."""
     for planned in plan.layers:
-        layer: Any = student.get_submodule(planned.target)
-        layer.round_codebook_(planned.codebook_storage)
+        layer = module_or_none(student, planned.target)
+        if isinstance(layer, PQModule):
+            layer.round_codebook_(planned.codebook_storage)
     if config.freeze_norms:
         freeze_norms_(student)
     round_weights_(student, leftovers, config.weight_storage)
@@ -264,15 +292,16 @@ def _round(student: fx.GraphModule, config: BGDConfig, plan: Plan, leftovers: li
         round_floats_(student)
 
 
-def _restore(student: fx.GraphModule, model: nn.Module, found: list[FoundLayer], modes: dict[str, bool]) -> None:
+def _restore(job: Job, model: nn.Module, modes: dict[str, bool], learnt: dict[str, bool]) -> None:
     """Give the student the training modes and the gradient flags of the user's network."""
-    set_modes(student, modes)
+    set_modes(job.student, modes)
     flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    for name, parameter in student.named_parameters():
+    for name, parameter in job.student.named_parameters():
         parameter.requires_grad_(flags.get(name, True))
-    for layer in found:
-        module: Any = student.get_submodule(layer.target)
-        module.codebook.requires_grad_(flags[layer.target if layer.functional else f"{layer.target}.weight"])
+    for target, is_learnt in learnt.items():
+        module = module_or_none(job.student, target)
+        if isinstance(module, PQModule):
+            module.codebook.requires_grad_(is_learnt)
 
 
 def _memory_note(store: BatchStore) -> str:
@@ -288,7 +317,7 @@ def _report(job: Job, layers: list[LayerReport]) -> Report:
         job.notes.append(_memory_note(job.batches.store))
     return Report(
         layers=tuple(layers),
-        skipped=job.plan.skipped,
+        skipped=(*job.plan.skipped, *(SkippedLayer(name=x.name, reason=_UNREACHED) for x in job.unreached)),
         original_bytes=job.plan.original_bytes,
         compressed_bytes=file_size(content),
         paper_bytes=paper_bytes(job.student),

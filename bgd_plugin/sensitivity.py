@@ -57,7 +57,7 @@ def measure_sensitivities(
         CalibrationError: what any walk over the calibration data may meet.
     """
     network = copy_module(network, share_tensors=True)
-    layers = [layer for layer in find_layers(network)[0] if layer.name in set(names)]
+    layers = [layer for layer in find_layers(network)[0] if layer.name in set(names) and not layer.hidden]
     isolate_weights_(network, layers)
     few = some_samples(batches, _SAMPLES)
     outputs = [batch.call(network) for batch in few]

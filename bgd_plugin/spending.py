@@ -71,7 +71,7 @@ class Budget:
         Raises:
             ConfigError: the budget is too small for anything, or large enough for everything in float.
         """
-        known = self._by_weights() if sensitivities is None else sensitivities
+        known = {**self._by_weights(sensitivities or {}), **(sensitivities or {})}
         options = [rated(o, known[name]) for o, name in zip(self._options(), self.free, strict=True)]
         choice = choose(options, self.target_bytes, self._file_size)
         pairs = list(zip(choice.options, self.free, strict=True))
@@ -100,9 +100,9 @@ class Budget:
         size = layer.weight.element_size()
         return layer.weight.numel() * (min(size, 2) if self.float_storage == "float16" else size)
 
-    def _by_weights(self) -> dict[str, Sensitivity]:
-        weights = {p.name: f.weight for f, p in self.layers}
-        seeds = {name: zlib.crc32(f"{self.seed} {name} budget".encode()) for name in self.free}
+    def _by_weights(self, measured: Mapping[str, Sensitivity]) -> dict[str, Sensitivity]:
+        weights = {p.name: f.matrix for f, p in self.layers}
+        seeds = {name: zlib.crc32(f"{self.seed} {name} budget".encode()) for name in self.free if name not in measured}
         return {
             name: weight_sensitivity(weights[name], torch.Generator().manual_seed(seed)) for name, seed in seeds.items()
         }

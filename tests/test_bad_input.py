@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import bgd_plugin as bgd
 from bgd_plugin import CalibrationError, ConfigError, DistillationConfig, FinetuningConfig, LayerConfig, TraceError
-from tests.networks import PlainNet, SmallResNet, em, images, randomized, vectors
+from bgd_plugin.graph import trace
+from tests.networks import PlainNet, SmallResNet, em, images, randomized, same_outputs, vectors
 
 
 def _quantize(model: nn.Module, data: Any, config: Any = None, **options: Any) -> bgd.Quantized:
@@ -29,11 +30,10 @@ class _Branching(nn.Module):
         return self.fc(x) if x.sum() > 0 else x
 
 
-@pytest.mark.parametrize("verb", ["plan", "quantize"])
-def test_a_part_that_does_not_trace_is_named_with_a_way_out(verb: str) -> None:
+def test_tracing_names_the_part_that_does_not_trace_with_a_way_out() -> None:
     model = nn.Sequential(nn.Linear(12, 12), nn.Sequential(nn.ReLU(), _Branching()))
     with pytest.raises(TraceError, match=r"submodule '1\.1' \(_Branching\) raises .*Quantize the parts that do trace"):
-        bgd.plan(model, em()) if verb == "plan" else _quantize(model, vectors())
+        trace(model)
 
 
 def test_a_block_size_that_does_not_divide() -> None:
@@ -174,9 +174,12 @@ def test_a_network_on_the_meta_device_can_only_be_planned() -> None:
         _quantize(model, vectors())
 
 
-def test_a_weight_that_a_hook_computes_says_to_bake_it_first() -> None:
+def test_a_weight_that_a_hook_of_ones_own_computes_says_to_bake_it_first() -> None:
     model = PlainNet().eval()
-    nn.utils.spectral_norm(model[2])
+    stored = nn.Parameter(model[2].weight.detach() / 2)
+    del model[2]._parameters["weight"]
+    model[2].register_parameter("stored", stored)
+    model[2].register_forward_pre_hook(lambda module, _: setattr(module, "weight", 2 * module.stored.detach()))
     result = _quantize(model, vectors())
     assert {s.name: s.reason for s in result.report.skipped}["2"].endswith("bake it first")
 
@@ -203,3 +206,37 @@ def test_every_error_of_ours_has_one_root() -> None:
 
 def test_a_healthy_network_raises_nothing() -> None:
     assert len(_quantize(randomized(SmallResNet()), images()).report.layers) == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+def test_a_scripted_network_says_what_to_give() -> None:
+    scripted = torch.jit.script(PlainNet())
+    for call in (lambda: bgd.plan(scripted, em()), lambda: _quantize(scripted, vectors())):
+        with pytest.raises(ConfigError, match=r"the network is scripted .* give the network that it was made from"):
+            call()
+
+
+def test_what_is_no_network_at_all() -> None:
+    with pytest.raises(ConfigError, match=r"the network is a dict: give a torch\.nn\.Module"):
+        bgd.plan(dict(PlainNet().state_dict()), em())
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_a_wrapped_network_is_taken_out(wrap: Any) -> None:
+    model = PlainNet()
+    plain, wrapped = (_quantize(net, vectors()).model for net in (model, wrap(model)))
+    assert list(plain.state_dict()) == list(wrapped.state_dict())
+    assert same_outputs(plain, wrapped, vectors())
+
+
+def test_a_network_on_the_meta_device_is_planned_only() -> None:
+    with torch.device("meta"):
+        model = PlainNet()
+    assert bgd.plan(model, em()).layers
+    with pytest.raises(ConfigError, match="on the meta device, without values: such a network can be planned"):
+        _quantize(model, vectors())
+
+
+def test_frozen_parameters_stay_frozen() -> None:
+    result = _quantize(PlainNet().requires_grad_(False), vectors()).model
+    assert not any(p.requires_grad for p in result.parameters())

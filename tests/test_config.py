@@ -134,5 +134,5 @@ def test_the_papers_keywords() -> None:
 
 
 def test_another_regime_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="regime='tiny': give 'small' or 'large'"):
+    with pytest.raises(ConfigError, match="regime='tiny': give 'small', 'large' or 'mask_rcnn'"):
         BGDConfig.paper("tiny")  # type: ignore[arg-type]

@@ -9,7 +9,10 @@ from bgd_plugin.calibration.batches import (
     logits_of,
     require_rewalkable,
 )
+from bgd_plugin.calibration.decisions import Recorder, Replayer
+from bgd_plugin.calibration.rerun import Rerun
 from bgd_plugin.calibration.statistics import (
+    CollectedInputs,
     InputSample,
     LayerInputs,
     PairedRows,
@@ -20,17 +23,23 @@ from bgd_plugin.calibration.statistics import (
 )
 from bgd_plugin.calibration.store import BatchStore
 from bgd_plugin.calibration.walk import Walk
+from bgd_plugin.calibration.watch import Watch
 
 __all__ = [
     "Batch",
     "BatchStore",
     "Batches",
+    "CollectedInputs",
     "Forward",
     "InputSample",
     "LayerInputs",
     "PairedRows",
     "PooledGram",
+    "Recorder",
+    "Replayer",
+    "Rerun",
     "Walk",
+    "Watch",
     "collect_batches",
     "iterate_batches",
     "logits_of",

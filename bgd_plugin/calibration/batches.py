@@ -167,10 +167,18 @@ def _batch(item: Any, index: int) -> Batch:
         return Batch((), dict(item))
     if isinstance(item, Sequence) and not isinstance(item, str) and item and isinstance(item[0], Tensor):
         return Batch((item[0],))
+    if isinstance(item, Sequence) and not isinstance(item, str) and item and _are_tensors(item[0]):
+        return Batch((list(item[0]),))
     raise CalibrationError(
         f"calibration batch {index} is a {type(item).__name__}: give a tensor, a sequence whose first item is the "
-        "input tensor, or a mapping of keyword arguments; anything else goes through forward=callable(model, batch)"
+        "input tensor (or a list of tensors, as detectors take it), or a mapping of keyword arguments; anything else "
+        "goes through forward=callable(model, batch)"
     )
+
+
+def _are_tensors(value: Any) -> bool:
+    """Whether something is a list of tensors, as detectors take their images."""
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(x, Tensor) for x in value)
 
 
 class _Called(BaseException):

@@ -6,15 +6,25 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from bgd_plugin.calibration.walk import Walk
+from bgd_plugin.calibration.watch import Watch, weight_key
 from bgd_plugin.distributed import processes, rank, sum_, total
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import call_geometry, call_input
 from bgd_plugin.pq.blocks import Geometry, input_blocks, sample_inputs
 
-__all__ = ["InputSample", "LayerInputs", "PairedRows", "PooledGram", "paired_pieces", "pooled_gram", "sampled_inputs"]
+__all__ = [
+    "CollectedInputs",
+    "InputSample",
+    "LayerInputs",
+    "PairedRows",
+    "PooledGram",
+    "paired_pieces",
+    "pooled_gram",
+    "sampled_inputs",
+]
 
 _CHUNK_ELEMENTS = 2_000_000
 
@@ -63,16 +73,23 @@ class LayerInputs:
         walk: stands at the layer's first call.
         name: the layer's, for errors.
         calls: names of the nodes that compute with the layer's weight.
+        hidden: the weight, where the nodes hide what it computes with.
     """
 
-    def __init__(self, walk: Walk, name: str, calls: Sequence[str]) -> None:
+    def __init__(self, walk: Walk, name: str, calls: Sequence[str], hidden: Tensor | None = None) -> None:
         self.name = name
         self._walk = walk
+        self._hidden = hidden
+        self._count: int | None = None
         nodes = {node.name: node for node in walk.order}
         self._calls = [nodes[call] for call in calls]
 
     def __len__(self) -> int:
-        return len(self._calls) * self._walk.batch_count
+        if self._hidden is None:
+            return len(self._calls) * self._walk.batch_count
+        if self._count is None:  # as many in each batch as in the first
+            self._count = self._walk.batch_count * sum(len(self._read(node, 0)) for node in self._calls)
+        return self._count
 
     def __iter__(self) -> Iterator[tuple[Tensor, Geometry]]:
         """Each input, and how the call walks over it.
@@ -81,12 +98,13 @@ class LayerInputs:
             CalibrationError: an input is not a tensor.
         """
         for node in self._calls:
-            geometry = call_geometry(self._walk.student, node)
             for batch in range(self._walk.batch_count):
-                value = self._walk.student_value(call_input(node), batch)
-                if not isinstance(value, Tensor):
-                    raise CalibrationError(f"layer {self.name!r}: its input is a {type(value).__name__}, not a tensor")
-                yield value, geometry
+                for value, geometry in self._read(node, batch):
+                    if not isinstance(value, Tensor):
+                        raise CalibrationError(
+                            f"layer {self.name!r}: its input is a {type(value).__name__}, not a tensor"
+                        )
+                    yield value, geometry
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor, Geometry]]:
         """Each input of the student, the float network's at the same place, and how the call walks over them.
@@ -95,9 +113,57 @@ class LayerInputs:
         """
         for batch in range(self._walk.batch_count):
             for node in self._calls:
-                mine = self._walk.student_value(call_input(node), batch)
-                theirs = self._walk.reference_value(call_input(node), batch)
-                yield mine, theirs, call_geometry(self._walk.student, node)
+                theirs = self._read(node, batch, of_reference=True)
+                for (mine, geometry), (other, _) in zip(self._read(node, batch), theirs, strict=True):
+                    yield mine, other, geometry
+
+    def _read(self, node: fx.Node, batch: int, *, of_reference: bool = False) -> list[tuple[Tensor, Geometry]]:
+        """What a node computes on with the layer's weight, and how."""
+        if self._hidden is None:
+            value = self._walk.reference_value if of_reference else self._walk.student_value
+            return [(value(call_input(node), batch), call_geometry(self._walk.student, node))]
+        calls: list[tuple[Tensor, Geometry]] = []
+
+        def on_call(_: str, x: Tensor, geometry: Geometry | None) -> None:
+            if geometry is not None:
+                calls.append((x.detach().clone(), geometry))
+
+        watch = Watch({weight_key(self._hidden): self.name}, on_call)
+        with torch.no_grad():
+            self._walk.run_ahead(node, batch, watch, of_reference=of_reference)
+        return calls
+
+
+class CollectedInputs(LayerInputs):
+    """The inputs of a layer, held in memory.
+
+    Args:
+        name: the layer's, for errors.
+        student, reference: for each batch the input of each call, and how the call walks over it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        student: Sequence[Sequence[tuple[Tensor, Geometry]]],
+        reference: Sequence[Sequence[tuple[Tensor, Geometry]]],
+    ) -> None:
+        self.name = name
+        self._student, self._reference = student, reference
+
+    def __len__(self) -> int:
+        return sum(len(calls) for calls in self._student)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Geometry]]:
+        """Each input, and how the call walks over it."""
+        for calls in self._student:
+            yield from calls
+
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor, Geometry]]:
+        """Each input of the student, the float network's at the same place, and how the call walks over them."""
+        for mine, theirs in zip(self._student, self._reference, strict=True):
+            for (own, geometry), (other, _) in zip(mine, theirs, strict=True):
+                yield own, other, geometry
 
 
 @torch.no_grad()

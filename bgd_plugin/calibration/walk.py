@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.utils import _pytree as pytree
 from bgd_plugin.calibration.batches import Batch, Batches
 from bgd_plugin.calibration.store import Shelf, memory_of
 from bgd_plugin.errors import CalibrationError
+from bgd_plugin.graph import module_at
 
 __all__ = ["Values", "Walk", "run_node"]
 
@@ -70,6 +72,11 @@ class Walk:
         """Number of batches."""
         return len(self.student_values)
 
+    @property
+    def place(self) -> str:
+        """Where the walk stands, for errors."""
+        return str(self.order[self.position].target)
+
     def nodes(self) -> Iterator[fx.Node]:
         """The nodes that compute something, each before it runs; it runs when the loop asks for the next one."""
         for position, node in enumerate(self.order):
@@ -81,7 +88,7 @@ class Walk:
                 self.seconds += time.perf_counter() - start
 
     def mark_changed(self, target: str) -> None:
-        """The student's module, or parameter, at `target` is no longer the reference's."""
+        """The student's module or parameter at `target`, or what the node of that name runs, is not the reference's."""
         self._changed.add(target)
 
     def differs(self, node: fx.Node) -> bool:
@@ -124,6 +131,18 @@ class Walk:
                 return ahead[node.name]
         raise AssertionError(f"{node.name} is not live and does not come later")
 
+    def run_ahead(self, node: fx.Node, batch: int, context: AbstractContextManager[Any], *, of_reference: bool) -> None:
+        """Run the graph up to a node, on copies of the live values, the node itself within a context."""
+        network = self.reference if of_reference else self.student
+        values = (self.reference_values if of_reference else self.student_values)[batch]
+        assert network is not None
+        ahead = dict(values)
+        for later in self.order[self.position :]:
+            with context if later is node else nullcontext():
+                run_node(network, later, ahead, protected=(values, self._given[batch]))
+            if later is node:
+                return
+
     def finish(self, batch: int) -> Any:
         """The student's output for one batch, from the live values on. Gradients flow."""
         values = dict(self.student_values[batch])
@@ -137,9 +156,8 @@ class Walk:
 
     @torch.no_grad()
     def _advance(self, node: fx.Node) -> None:
-        differs = (node.op in ("call_module", "get_attr") and str(node.target) in self._changed) or any(
-            n.name in self._differs for n in node.all_input_nodes
-        )
+        at_target = node.op in ("call_module", "get_attr") and str(node.target) in self._changed
+        differs = at_target or node.name in self._changed or any(n.name in self._differs for n in node.all_input_nodes)
         if differs:
             self._differs.add(node.name)
         for mine, theirs, given in zip(self.student_values, self.reference_values, self._given, strict=True):
@@ -166,7 +184,7 @@ def run_node(
     """
     if node.op in ("placeholder", "output"):
         return
-    module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    module = module_at(graph_module, str(node.target)) if node.op == "call_module" else None
     if _writes_in_place(node, module):
         _own_memory_(values, [n.name for n in node.all_input_nodes], protected)
     inputs = {n: values[n.name] for n in node.all_input_nodes}
@@ -220,6 +238,9 @@ def _writes_in_place(node: fx.Node, module: nn.Module | None) -> bool:
     if node.op == "call_method":
         name = str(node.target)
         return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:  # an operator of torch's, as exported graphs have them
+        return bool(schema.is_mutable)
     name = getattr(node.target, "__name__", "")
     in_place_argument = bool(node.kwargs.get("inplace")) or any(a is True for a in node.args)
     return node.target in _IN_PLACE_OPERATORS or in_place_argument or (name.endswith("_") and not name.endswith("__"))

@@ -1,10 +1,24 @@
-"""The graph of a network: trace it, find the layers in it, put modules in their place."""
+"""The graph of a network, or the network itself where it has none: find the layers, put modules in their place."""
 
 from bgd_plugin.graph.bake import baked
-from bgd_plugin.graph.find import FoundLayer, LeftLayer, call_geometry, call_input, find_layers, layer_has_bias
+from bgd_plugin.graph.computed import module_at, module_or_none
+from bgd_plugin.graph.find import call_geometry, call_input, find_layers, pointwise
+from bgd_plugin.graph.fold import fold_parametrizations_
 from bgd_plugin.graph.following import added_to, following_batchnorm, following_batchnorm_node
+from bgd_plugin.graph.front import front_end, unwrapped
+from bgd_plugin.graph.layer import FoundLayer, LeftLayer
+from bgd_plugin.graph.norms import has_running_statistics
 from bgd_plugin.graph.partition import Block, block_module, partition
-from bgd_plugin.graph.replace import isolate_weights_, materialize_, module_paths, swap_
+from bgd_plugin.graph.parts import batchnorms_in_parts
+from bgd_plugin.graph.replace import (
+    float_module,
+    install_,
+    isolate_weights_,
+    materialize_,
+    module_paths,
+    release_,
+    swap_,
+)
 from bgd_plugin.graph.tracer import PQTracer, copy_module, set_modes, trace
 
 __all__ = [
@@ -14,19 +28,29 @@ __all__ = [
     "PQTracer",
     "added_to",
     "baked",
+    "batchnorms_in_parts",
     "block_module",
     "call_geometry",
     "call_input",
     "copy_module",
     "find_layers",
+    "float_module",
+    "fold_parametrizations_",
     "following_batchnorm",
     "following_batchnorm_node",
+    "front_end",
+    "has_running_statistics",
+    "install_",
     "isolate_weights_",
-    "layer_has_bias",
     "materialize_",
+    "module_at",
+    "module_or_none",
     "module_paths",
     "partition",
+    "pointwise",
+    "release_",
     "set_modes",
     "swap_",
     "trace",
+    "unwrapped",
 ]

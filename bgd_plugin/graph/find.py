@@ -2,86 +2,84 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.utils import parametrize
 
-from bgd_plugin.graph.tracer import is_quantized_elsewhere
+from bgd_plugin.graph.computed import module_at
+from bgd_plugin.graph.inside import bias_of, find_inside, unfit
+from bgd_plugin.graph.kinds import FUNCTIONS, MODULES, family_of, kind_of
+from bgd_plugin.graph.layer import FoundLayer, LeftLayer
 from bgd_plugin.nn import PQModule
 from bgd_plugin.pq.blocks import Geometry
 
-__all__ = ["FoundLayer", "LeftLayer", "attribute", "call_geometry", "call_input", "find_layers", "layer_has_bias"]
+__all__ = ["attribute", "call_geometry", "call_input", "find_layers"]
 
-_MODULES: dict[type[nn.Module], str] = {
-    nn.Conv1d: "conv1d",
-    nn.Conv2d: "conv2d",
-    nn.Conv3d: "conv3d",
-    nn.Linear: "linear",
-}
-_FUNCTIONS: dict[Callable[..., Any], str] = {
-    F.conv1d: "conv1d",
-    F.conv2d: "conv2d",
-    F.conv3d: "conv3d",
-    F.linear: "linear",
-}
 _CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _CONV_DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FoundLayer:
-    """A convolution or linear layer that can be quantized.
+# A function that none of these brings is a network's own: what it does with a weight shows when it runs.
+_LIBRARIES = frozenset(("torch", "operator", "_operator", "math", "builtins"))
 
-    Attributes:
-        name: what users call it: the module's path, or the parameter's where a weight stands alone.
-        target: path of the module that is, or will be, replaced.
-        kind: "conv1d", "conv2d", "conv3d" or "linear".
-        family: which setting of `BGDConfig` applies: "conv", "pointwise_conv", "depthwise_conv" or "linear".
-        weight: `[C_out, C_in / groups, *kernel]` or `[C_out, C_in]`.
-        calls: names of the nodes that compute with it, in order.
-        functional: whether the weight is read by a `get_attr` node rather than held by a module that is called.
+
+def find_layers(network: nn.Module) -> tuple[list[FoundLayer], list[LeftLayer]]:
+    """All layers that can be quantized, and all weights left alone, each with its reason.
+
+    In the order in which they run; for a network that is not a graph, in the order in which it holds them.
     """
-
-    name: str
-    target: str
-    kind: str
-    family: str
-    weight: nn.Parameter
-    calls: tuple[str, ...]
-    functional: bool
+    if not isinstance(network, fx.GraphModule):
+        found, left = find_inside(network)
+        return _tied(found), left
+    return _find_in_graph(network)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LeftLayer:
-    """Something with weights that stays as it is, and why."""
-
-    name: str
-    reason: str
-
-
-def find_layers(graph_module: fx.GraphModule) -> tuple[list[FoundLayer], list[LeftLayer]]:
-    """All layers of a graph in the order in which they run, and all weights left alone, each with its reason."""
+def _find_in_graph(graph_module: fx.GraphModule) -> tuple[list[FoundLayer], list[LeftLayer]]:
     calls = _group_calls(graph_module)
     users = _users_of_parameters(graph_module)
     found: list[FoundLayer] = []
     left: dict[str, str] = {}
     for target, nodes in calls.items():
-        outcome = _examine(graph_module, target, nodes, users)
+        outcome = _examine(graph_module, _speaker(graph_module, target, nodes), nodes, users)
         if isinstance(outcome, FoundLayer):
             found.append(outcome)
         elif outcome:
             left[outcome.name] = outcome.reason
     names = {layer.name for layer in found}
-    for name, reason in _other_weights(graph_module, calls):
-        if name not in names:
-            left.setdefault(name, reason)
+    for other in _other_weights(graph_module, calls):
+        if isinstance(other, FoundLayer):
+            found.append(other)
+        elif other.name not in names:
+            left.setdefault(other.name, other.reason)
+    order = {node.name: index for index, node in enumerate(graph_module.graph.nodes)}
+    found.sort(key=lambda layer: order[layer.calls[0]])
     return found, [LeftLayer(name=name, reason=reason) for name, reason in left.items()]
+
+
+def _speaker(graph_module: fx.GraphModule, target: str, nodes: list[fx.Node]) -> str:
+    """Which of tied modules the layer goes by: an embedding is fitted on the inputs of the layer tied to it, if any."""
+    if nodes[0].op != "call_module":
+        return target
+    others = [node for node in nodes if _kind_at(graph_module, node) != "embedding"]
+    return str(others[0].target) if others and _kind_at(graph_module, nodes[0]) == "embedding" else target
+
+
+def _tied(found: list[FoundLayer]) -> list[FoundLayer]:
+    """One layer for all that hold the same weight."""
+    groups: dict[int, list[FoundLayer]] = {}
+    for layer in found:
+        groups.setdefault(id(layer.weight), []).append(layer)
+    return [_as_one(group) for group in groups.values()]
+
+
+def _as_one(group: list[FoundLayer]) -> FoundLayer:
+    """An embedding gives its family to the layers that are tied to it, and is fitted on the inputs that they get."""
+    first = next((layer for layer in group if layer.kind != "embedding"), group[0])
+    family = "embedding" if any(layer.kind == "embedding" for layer in group) else first.family
+    return replace(first, family=family, tied=tuple(layer.target for layer in group if layer is not first))
 
 
 def call_input(node: fx.Node) -> fx.Node:
@@ -98,8 +96,10 @@ def call_geometry(graph_module: fx.GraphModule, node: fx.Node) -> Geometry:
         if hasattr(module, "in_features"):
             return Geometry.linear()
         conv: Any = module
+        if getattr(conv, "transposed", False):  # a transposed convolution is one matrix product for each input position
+            return pointwise(len(conv.kernel_size), conv.groups)
         return Geometry.of(conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
-    if _FUNCTIONS[_function(node)] == "linear":
+    if FUNCTIONS[_function(node)] == "linear":
         return Geometry.linear()
     values = _conv_arguments(node)
     weight = values["weight"]
@@ -107,12 +107,9 @@ def call_geometry(graph_module: fx.GraphModule, node: fx.Node) -> Geometry:
     return Geometry.of(tuple(shape[2:]), values["stride"], values["padding"], values["dilation"], values["groups"])
 
 
-def layer_has_bias(graph_module: fx.GraphModule, layer: FoundLayer) -> bool:
-    """Whether a layer adds a bias, its module's or the one given to its call."""
-    if not layer.functional:
-        return getattr(graph_module.get_submodule(layer.target), "bias", None) is not None
-    call = next(node for node in graph_module.graph.nodes if node.name == layer.calls[0])
-    return _conv_arguments(call).get("bias") is not None
+def pointwise(dimensions: int, groups: int) -> Geometry:
+    """Each position by itself."""
+    return Geometry.of((1,) * dimensions, 1, 0, 1, groups)
 
 
 def _conv_arguments(node: fx.Node) -> dict[str, Any]:
@@ -143,7 +140,7 @@ def _weight_node(node: fx.Node) -> Any:
 
 
 def _is_functional(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target in _FUNCTIONS
+    return node.op == "call_function" and node.target in FUNCTIONS
 
 
 def _group_calls(graph_module: fx.GraphModule) -> dict[str, list[fx.Node]]:
@@ -152,14 +149,16 @@ def _group_calls(graph_module: fx.GraphModule) -> dict[str, list[fx.Node]]:
     path_of: dict[int, str] = {}
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
-            module = graph_module.get_submodule(str(node.target))
-            if isinstance(module, tuple(_MODULES)):
-                calls.setdefault(path_of.setdefault(id(module), str(node.target)), []).append(node)
+            module = module_at(graph_module, str(node.target))
+            if isinstance(module, tuple(MODULES)):
+                key = id(module._parameters.get("weight", module))
+                calls.setdefault(path_of.setdefault(key, str(node.target)), []).append(node)
         elif _is_functional(node):
             weight = _weight_node(node)
             if isinstance(weight, fx.Node) and weight.op == "get_attr":
                 value = attribute(graph_module, str(weight.target))
-                calls.setdefault(path_of.setdefault(id(value), str(weight.target)), []).append(node)
+                # its own key: a weight that a module and a function share is told apart from one that modules share
+                calls.setdefault(path_of.setdefault(-id(value), str(weight.target)), []).append(node)
             elif not _is_weight_module(graph_module, weight):
                 calls[node.name] = [node]
     return calls
@@ -197,15 +196,13 @@ def _examine(
     graph_module: fx.GraphModule, target: str, nodes: list[fx.Node], users: dict[int, set[str]]
 ) -> FoundLayer | LeftLayer | None:
     """A layer that can be quantized, or the reason why not."""
-    first = nodes[0]
+    first = next((node for node in nodes if str(node.target) == target), nodes[0])
     functional = first.op == "call_function"
     if functional and target == first.name:
         return LeftLayer(name=target, reason="its weight is computed in the graph, not a parameter")
     name = _user_name(graph_module, target) if functional else target
     owner = graph_module.get_submodule(target.rpartition(".")[0] if functional else target)
     attribute = target.rpartition(".")[2] if functional else "weight"
-    if parametrize.is_parametrized(owner, attribute):
-        return LeftLayer(name=name, reason="its weight is parametrized (torch.nn.utils.parametrize)")
     weight = owner._parameters.get(attribute)
     if weight is None:
         return LeftLayer(
@@ -213,23 +210,46 @@ def _examine(
         )
     if not weight.is_floating_point():
         return LeftLayer(name=name, reason=f"its weight has dtype {weight.dtype}")
-    others = sorted(users.get(id(weight), set()) - {target, "its calls"})
+    tied = () if functional else tuple(sorted({str(node.target) for node in nodes} - {target}))
+    tied = tuple(path for path in tied if module_at(graph_module, path) is not owner)
+    kind = FUNCTIONS[_function(first)] if functional else str(kind_of(owner))
+    if any(kind_of(module_at(graph_module, path)) not in (kind, "embedding") for path in tied):
+        return LeftLayer(name=name, reason=f"its weight is also that of another kind of layer, {', '.join(tied)}")
+    if not functional and (reason := unfit(owner, kind, functional=False)):
+        return LeftLayer(name=name, reason=reason)
+    others = sorted(users.get(id(weight), set()) - {target, *tied, "its calls"})
     if others or (not functional and "its calls" in users.get(id(weight), set())):
         return LeftLayer(name=name, reason=f"its weight is also used by {', '.join(others) or 'a function'}")
-    kind = _FUNCTIONS[_function(first)] if functional else _kind(owner)
     for node in nodes:
         if functional and any(isinstance(v, fx.Node) for k, v in _conv_arguments(node).items() if k in _CONV_DEFAULTS):
             return LeftLayer(name=name, reason="its stride, padding or groups are computed in the graph")
-    groups = 1 if kind == "linear" else call_geometry(graph_module, first).groups
+    groups = 1 if kind in ("linear", "embedding") else call_geometry(graph_module, first).groups
+    is_embedding = any(kind_of(module_at(graph_module, path)) == "embedding" for path in tied)
+    bias = _bias_of_call(graph_module, first) if functional else bias_of(owner, target)
     return FoundLayer(
         name=name,
         target=target,
         kind=kind,
-        family=_family(kind, weight.shape, groups),
+        family="embedding" if is_embedding else family_of(kind, weight.shape, groups),
         weight=weight,
-        calls=tuple(node.name for node in nodes),
+        calls=tuple(node.name for node in nodes if functional or _kind_at(graph_module, node) == kind),
         functional=functional,
+        groups=groups,
+        bias=None if kind.startswith("conv_transpose") else bias,
+        tied=tied,
     )
+
+
+def _kind_at(graph_module: fx.GraphModule, node: fx.Node) -> str | None:
+    return kind_of(module_at(graph_module, str(node.target)))
+
+
+def _bias_of_call(graph_module: fx.GraphModule, call: fx.Node) -> str | None:
+    """The path of the parameter that a call alone adds."""
+    bias = _conv_arguments(call).get("bias")
+    if not isinstance(bias, fx.Node) or bias.op != "get_attr" or list(bias.users) != [call]:
+        return None
+    return str(bias.target) if isinstance(attribute(graph_module, str(bias.target)), nn.Parameter) else None
 
 
 def _user_name(graph_module: fx.GraphModule, target: str) -> str:
@@ -239,32 +259,56 @@ def _user_name(graph_module: fx.GraphModule, target: str) -> str:
     return owner if alone else target
 
 
-def _kind(module: nn.Module) -> str:
-    return next(kind for base, kind in _MODULES.items() if isinstance(module, base))
-
-
-def _family(kind: str, shape: torch.Size, groups: int) -> str:
-    if kind == "linear":
-        return "linear"
-    if groups > 1 and shape[1] == 1:
-        return "depthwise_conv"
-    return "pointwise_conv" if math.prod(shape[2:]) == 1 else "conv"
-
-
-def _other_weights(graph_module: fx.GraphModule, calls: dict[str, list[fx.Node]]) -> Iterator[tuple[str, str]]:
-    """Parameters of two or more dimensions that no conv or linear call of the graph reads."""
+def _other_weights(graph_module: fx.GraphModule, calls: dict[str, list[fx.Node]]) -> Iterator[FoundLayer | LeftLayer]:
+    """Weights that no conv or linear call of the graph reads: hidden in the nodes that use them, or left alone."""
+    seen: set[str] = set()
     for node in graph_module.graph.nodes:
-        if node.op == "call_module" and str(node.target) not in calls:
-            module = graph_module.get_submodule(str(node.target))
-            kind = type(module).__name__
-            if isinstance(module, PQModule):
-                yield str(node.target), "already quantized"
-            elif is_quantized_elsewhere(module):
-                yield str(node.target), f"{kind} is quantized already, by another library"
-            elif not isinstance(module, tuple(_MODULES)) and any(p.ndim > 1 for p in module.parameters()):
-                yield str(node.target), f"{kind} has no product-quantized form here"
-        elif node.op == "get_attr" and str(node.target) not in calls:
-            value = attribute(graph_module, str(node.target))
+        target = str(node.target)
+        if node.op not in ("call_module", "get_attr") or target in calls or target in seen:
+            continue
+        seen.add(target)
+        if node.op == "call_module":
+            module = module_at(graph_module, target)
+            if not isinstance(module, tuple(MODULES)):
+                runs = tuple(n.name for n in graph_module.graph.nodes if n.op == node.op and n.target == node.target)
+                found, left = find_inside(graph_module, target, runs)
+                yield from found
+                yield from left
+        else:
+            value = attribute(graph_module, target)
             if isinstance(value, nn.Parameter) and value.ndim > 1:
-                names = ", ".join(sorted(user.name for user in node.users))
-                yield str(node.target), f"a plain tensor, used by {names or 'nothing'}"
+                yield _read_by_function(graph_module, target, value)
+
+
+def _read_by_function(graph_module: fx.GraphModule, target: str, weight: nn.Parameter) -> FoundLayer | LeftLayer:
+    """A weight that goes into functions: a layer's, if a layer owns it and unknown functions alone read it."""
+    readers = [n for n in graph_module.graph.nodes if n.op == "get_attr" and n.target == target]
+    users = list(dict.fromkeys(user for reader in readers for user in reader.users))
+    owner_path, _, name = target.rpartition(".")
+    owner = module_at(graph_module, owner_path)
+    kind = kind_of(owner)
+    if (
+        kind not in FUNCTIONS.values()
+        or name != "weight"
+        or not users
+        or not all(_is_networks_own(user) for user in users)
+    ):
+        names = ", ".join(sorted(user.name for user in users))
+        return LeftLayer(name=target, reason=f"a plain tensor, used by {names or 'nothing'}")
+    return FoundLayer(
+        name=owner_path,
+        target=target,
+        kind=str(kind),
+        family=family_of(str(kind), weight.shape, getattr(owner, "groups", 1)),
+        weight=weight,
+        calls=tuple(user.name for user in users),
+        functional=True,
+        groups=getattr(owner, "groups", 1),
+        hidden=True,
+        bias=bias_of(owner, owner_path),
+    )
+
+
+def _is_networks_own(node: fx.Node) -> bool:
+    module = getattr(node.target, "__module__", None) or ""
+    return node.op == "call_function" and module.partition(".")[0] not in _LIBRARIES

@@ -7,9 +7,11 @@ import operator
 import torch
 from torch import fx, nn
 
+from bgd_plugin.graph.computed import module_at
+from bgd_plugin.graph.norms import has_running_statistics
+
 __all__ = ["added_to", "following_batchnorm", "following_batchnorm_node"]
 
-_BatchNorm = nn.modules.batchnorm._BatchNorm
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _NO_OPS = (nn.Identity, nn.modules.dropout._DropoutNd)  # in evaluation mode
 
@@ -33,10 +35,9 @@ def following_batchnorm_node(graph_module: fx.GraphModule, calls: tuple[str, ...
     if len(users) != 1 or users[0].op != "call_module":
         return None
     target = str(users[0].target)
-    module = graph_module.get_submodule(target)
+    module = module_at(graph_module, target)
     uses = sum(1 for node in graph_module.graph.nodes if node.op == "call_module" and node.target == target)
-    has_statistics = isinstance(module, _BatchNorm) and module.running_mean is not None
-    return users[0] if has_statistics and uses == 1 else None
+    return users[0] if has_running_statistics(module) and uses == 1 else None
 
 
 def added_to(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:

@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from bgd_plugin.graph.find import FoundLayer, attribute
-from bgd_plugin.nn import FloatWeight, PQModule, PQWeight, materialized, restored_parameter
+from bgd_plugin.graph.computed import compute_parameter_, module_at, module_or_none, restore_parameter_
+from bgd_plugin.graph.find import attribute
+from bgd_plugin.graph.layer import FoundLayer
+from bgd_plugin.nn import FloatWeight, PQModule, PQWeight, materialized, quantized, restored_parameter
 
-__all__ = ["isolate_weights_", "materialize_", "module_paths", "swap_"]
+__all__ = ["float_module", "install_", "isolate_weights_", "materialize_", "module_paths", "release_", "swap_"]
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 def module_paths(root: nn.Module, module: nn.Module) -> list[str]:
@@ -18,25 +30,59 @@ def module_paths(root: nn.Module, module: nn.Module) -> list[str]:
     return [path for path, child in root.named_modules(remove_duplicate=False) if child is module]
 
 
+def float_module(root: nn.Module, target: str) -> nn.Module:
+    """The module that stands at a layer's target, or one that returns the parameter there."""
+    owner_path, _, name = target.rpartition(".")
+    parameter = module_at(root, owner_path)._parameters.get(name)
+    return module_at(root, target) if parameter is None else FloatWeight(parameter)
+
+
 def swap_(root: nn.Module, target: str, module: nn.Module) -> None:
-    """Put `module` in the place of the one at `target`, under every path it has."""
-    for path in module_paths(root, root.get_submodule(target)):
-        owner, _, name = path.rpartition(".")
-        setattr(root.get_submodule(owner), name, module)
+    """Put `module` in the place of the one at `target`, under every path it has, or of the parameter there.
 
-
-def isolate_weights_(graph_module: fx.GraphModule, layers: Iterable[FoundLayer]) -> fx.GraphModule:
-    """Rewrite a graph, in place, so that a module at the parameter's path returns each functional layer's weight.
-
-    The module stands right before the first call that needs it, where the inputs of that call are known.
+    The hooks of a replaced layer move along.
     """
-    nodes = {node.name: node for node in graph_module.graph.nodes}
+    owner_path, _, name = target.rpartition(".")
+    owner = module_at(root, owner_path)
+    if name in owner._parameters:
+        compute_parameter_(owner, name, module)
+        return
+    old = module_at(root, target)
+    for hooks in _HOOKS:
+        vars(module)[hooks].update(vars(old)[hooks])
+    for path in module_paths(root, old):
+        owner_path, _, name = path.rpartition(".")
+        module_at(root, owner_path)._modules[name] = module
+
+
+def install_(
+    network: nn.Module, layer: FoundLayer, codebook: Tensor, codes: Tensor, mask: Tensor | None = None
+) -> list[PQModule]:
+    """Put a layer's product-quantized modules in place: its own, and one with the same tensors for each tied layer."""
+    modules: list[PQModule] = []
+    for target in (layer.target, *layer.tied):
+        module = quantized(float_module(network, target), codebook, codes, mask)
+        if modules:
+            module.codebook, module.codes = modules[0].codebook, modules[0].codes
+        modules.append(module)
+        swap_(network, target, module)
+    return modules
+
+
+def isolate_weights_(network: nn.Module, layers: Iterable[FoundLayer]) -> None:
+    """Rewrite a graph, in place, so that a module at the parameter's path returns each weight that its nodes read.
+
+    The module stands right before the first call that needs it, where the inputs of that call are known. Weights that
+    modules read themselves stay parameters until they are quantized, as in a network that is not a graph.
+    """
+    if not isinstance(network, fx.GraphModule):
+        return
+    nodes = {node.name: node for node in network.graph.nodes}
     for layer in layers:
         if layer.functional:
-            _isolate(graph_module, layer, nodes[layer.calls[0]])
-    graph_module.graph.lint()
-    graph_module.recompile()
-    return graph_module
+            _isolate(network, layer, nodes[layer.calls[0]])
+    network.graph.lint()
+    network.recompile()
 
 
 def _isolate(graph_module: fx.GraphModule, layer: FoundLayer, first_call: fx.Node) -> None:
@@ -46,10 +92,12 @@ def _isolate(graph_module: fx.GraphModule, layer: FoundLayer, first_call: fx.Nod
         for node in graph.nodes
         if node.op == "get_attr" and attribute(graph_module, str(node.target)) is layer.weight
     ]
+    if not readers:
+        return
     parent, _, name = layer.target.rpartition(".")
-    holder = graph_module.get_submodule(parent)
+    holder = module_at(graph_module, parent)
     del holder._parameters[name]
-    setattr(holder, name, FloatWeight(layer.weight).train(holder.training))
+    holder._modules[name] = FloatWeight(layer.weight).train(holder.training)
     with graph.inserting_before(first_call):
         value = graph.call_module(layer.target)
     for node in readers:
@@ -57,26 +105,38 @@ def _isolate(graph_module: fx.GraphModule, layer: FoundLayer, first_call: fx.Nod
         graph.erase_node(node)
 
 
-def materialize_(graph_module: fx.GraphModule) -> fx.GraphModule:
+def materialize_(network: nn.Module) -> nn.Module:
     """Replace every product-quantized module by an ordinary one with the decoded weight, in place."""
-    for path, module in list(graph_module.named_modules()):
+    weights: dict[int, nn.Parameter] = {}  # tied layers share one
+    for path, module in list(network.named_modules()):
+        if not isinstance(module, PQModule):
+            continue
+        weight = weights.setdefault(id(module.codebook), restored_parameter(module))
         if isinstance(module, PQWeight):
-            _restore_parameter(graph_module, path, module)
-        elif isinstance(module, PQModule):
+            _restore_parameter(network, path, weight)
+        else:
             layer: Any = module
-            swap_(graph_module, path, materialized(layer))
-    graph_module.graph.lint()
-    graph_module.recompile()
-    return graph_module
+            swap_(network, path, materialized(layer, weight))
+    if isinstance(network, fx.GraphModule):
+        network.graph.lint()
+        network.recompile()
+    return network
 
 
-def _restore_parameter(graph_module: fx.GraphModule, path: str, module: PQWeight) -> None:
-    owner, _, name = path.rpartition(".")
-    holder = graph_module.get_submodule(owner)
-    delattr(holder, name)
-    holder.register_parameter(name, restored_parameter(module))
-    for node in list(graph_module.graph.nodes):
+def release_(network: nn.Module, layer: FoundLayer) -> None:
+    """Undo `isolate_weights_` for a layer that stays float."""
+    module = module_or_none(network, layer.target)
+    if isinstance(module, FloatWeight):
+        _restore_parameter(network, layer.target, module.weight)
+
+
+def _restore_parameter(network: nn.Module, path: str, parameter: nn.Parameter) -> None:
+    owner_path, _, name = path.rpartition(".")
+    restore_parameter_(module_at(network, owner_path), name, parameter)
+    if not isinstance(network, fx.GraphModule):
+        return
+    for node in list(network.graph.nodes):
         if node.op == "call_module" and node.target == path:
-            with graph_module.graph.inserting_before(node):
-                node.replace_all_uses_with(graph_module.graph.get_attr(path))
-            graph_module.graph.erase_node(node)
+            with network.graph.inserting_before(node):
+                node.replace_all_uses_with(network.graph.get_attr(path))
+            network.graph.erase_node(node)

@@ -10,23 +10,27 @@ import torch
 from torch import Tensor, fx, nn
 
 from bgd_plugin.errors import TraceError
+from bgd_plugin.graph.computed import module_or_none
+from bgd_plugin.graph.kinds import MODULES
+from bgd_plugin.graph.norms import has_running_statistics
 from bgd_plugin.nn import FloatWeight, FrozenNorm, PQModule
 
 __all__ = ["PQTracer", "copy_module", "is_quantized_elsewhere", "set_modes", "trace"]
 
 
-_SWAPPABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_SWAPPABLE = tuple(MODULES)
 
 
 class PQTracer(fx.Tracer):
-    """A tracer that stops at our own modules, and at subclasses of Conv and Linear that run their parent's forward.
+    """A tracer that stops at our own modules, at norms with running statistics, and at the layers that we replace.
 
-    Without the first rule a second pass would walk into the decoding of a weight; a subclass with a forward of its
-    own is walked into, and found by its functional call.
+    Without the first rule a second pass would walk into the decoding of a weight. A subclass of Conv or Linear with a
+    forward of its own is walked into, and found by its functional call.
     """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, (PQModule, FloatWeight, FrozenNorm)) or is_quantized_elsewhere(m):
+        ours = isinstance(m, (PQModule, FloatWeight, FrozenNorm))
+        if ours or has_running_statistics(m) or is_quantized_elsewhere(m):
             return True
         for base in _SWAPPABLE:
             if isinstance(m, base):
@@ -85,7 +89,17 @@ def _traced(model: nn.Module) -> fx.GraphModule:
             "parts that do trace (bgd_plugin.quantize on a submodule), or pass a GraphModule from a tracer of your own "
             "in which that part is a leaf"
         ) from error
-    return fx.GraphModule(model, graph, type(model).__name__)
+    result = fx.GraphModule(model, graph, type(model).__name__)
+    _keep_owners_(result, model)
+    return result
+
+
+def _keep_owners_(result: fx.GraphModule, model: nn.Module) -> None:
+    """Put layers in place of which the graph reads parameters only: a `GraphModule` has plain holders there."""
+    for node in result.graph.nodes:
+        owner = str(node.target).rpartition(".")[0]
+        if node.op == "get_attr" and owner and isinstance(module_or_none(model, owner), _SWAPPABLE):
+            result.add_submodule(owner, model.get_submodule(owner))
 
 
 def _type_at(model: nn.Module, name: str) -> str:

@@ -2,7 +2,9 @@
 
 from bgd_plugin.nn.base import PQModule, storable
 from bgd_plugin.nn.conv import PQConv1d, PQConv2d, PQConv3d
+from bgd_plugin.nn.conv_transpose import PQConvTranspose1d, PQConvTranspose2d, PQConvTranspose3d
 from bgd_plugin.nn.convert import materialized, quantized, restored_parameter
+from bgd_plugin.nn.embedding import PQEmbedding
 from bgd_plugin.nn.frozen import FrozenNorm, freeze_norms_
 from bgd_plugin.nn.linear import PQLinear
 from bgd_plugin.nn.weight import FloatWeight, PQWeight
@@ -13,6 +15,10 @@ __all__ = [
     "PQConv1d",
     "PQConv2d",
     "PQConv3d",
+    "PQConvTranspose1d",
+    "PQConvTranspose2d",
+    "PQConvTranspose3d",
+    "PQEmbedding",
     "PQLinear",
     "PQModule",
     "PQWeight",

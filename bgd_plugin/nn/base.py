@@ -49,7 +49,7 @@ class PQModule(nn.Module):
 
     def __init__(self, codebook: Tensor, codes: Tensor, weight_shape: Sequence[int]) -> None:
         super().__init__()
-        self.weight_shape = torch.Size(weight_shape)
+        self.weight_shape = self.matrix_shape = torch.Size(weight_shape)
         self.codebook = nn.Parameter(codebook, requires_grad=codebook.is_floating_point())
         self.register_buffer("codes", codes.to(code_dtype(codebook.shape[0])))
         self.register_buffer("mask", None)
@@ -79,9 +79,14 @@ class PQModule(nn.Module):
         return max(1, math.ceil(math.log2(self.codebook_size)))
 
     @property
+    def matrix(self) -> Tensor:
+        """The decoded weight as it is cut into blocks, rows first: itself, but for transposed convolutions."""
+        return masked(decode(self.codebook, self.codes, self.matrix_shape), self.mask)
+
+    @property
     def weight(self) -> Tensor:
         """The decoded weight `[*weight_shape]`, differentiable with respect to the codebook."""
-        return masked(decode(self.codebook, self.codes, self.weight_shape), self.mask)
+        return self.matrix
 
     def codeword_uses(self) -> Tensor:
         """How many weights each number of the codebook stands for, `[codebook_size, block_size]`."""

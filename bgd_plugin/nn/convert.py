@@ -6,6 +6,13 @@ from torch import Tensor, nn
 
 from bgd_plugin.nn.base import PQModule
 from bgd_plugin.nn.conv import PQConv, PQConv1d, PQConv2d, PQConv3d
+from bgd_plugin.nn.conv_transpose import (
+    PQConvTranspose,
+    PQConvTranspose1d,
+    PQConvTranspose2d,
+    PQConvTranspose3d,
+)
+from bgd_plugin.nn.embedding import PQEmbedding
 from bgd_plugin.nn.linear import PQLinear
 from bgd_plugin.nn.weight import FloatWeight, PQWeight
 
@@ -16,7 +23,7 @@ def quantized(module: nn.Module, codebook: Tensor, codes: Tensor, mask: Tensor |
     """The product-quantized module that stands for a float one; bias and training mode are taken over.
 
     Args:
-        module: a Conv1d/2d/3d, Linear or FloatWeight.
+        module: a Conv1d/2d/3d, ConvTranspose1d/2d/3d, Linear, Embedding or FloatWeight.
         codebook: `[codebook_size, block_size]`.
         codes: `[rows, blocks_per_row]`.
         mask: bool of the weight's shape, false where the decoded weight is zero; None: nowhere.
@@ -31,6 +38,14 @@ def quantized(module: nn.Module, codebook: Tensor, codes: Tensor, mask: Tensor |
             result = PQConv2d(codebook, codes, module)
         case nn.Conv3d():
             result = PQConv3d(codebook, codes, module)
+        case nn.ConvTranspose1d():
+            result = PQConvTranspose1d(codebook, codes, module)
+        case nn.ConvTranspose2d():
+            result = PQConvTranspose2d(codebook, codes, module)
+        case nn.ConvTranspose3d():
+            result = PQConvTranspose3d(codebook, codes, module)
+        case nn.Embedding():
+            result = PQEmbedding(codebook, codes, module)
         case FloatWeight():
             result = PQWeight(codebook, codes, module)
         case _:
@@ -39,11 +54,14 @@ def quantized(module: nn.Module, codebook: Tensor, codes: Tensor, mask: Tensor |
     return result.train(module.training)
 
 
-def materialized(module: PQLinear | PQConv) -> nn.Module:
-    """The ordinary module with the decoded weight; the bias is shared with `module`."""
+def materialized(
+    module: PQLinear | PQConv | PQConvTranspose | PQEmbedding, weight: nn.Parameter | None = None
+) -> nn.Module:
+    """The ordinary module with the decoded weight, or with `weight`; the bias is shared with `module`."""
     result = module.to_float()
-    result.weight = restored_parameter(module)
-    result.bias = module.bias
+    result.weight = restored_parameter(module) if weight is None else weight
+    if not isinstance(module, PQEmbedding):
+        result.bias = module.bias
     return result.train(module.training)
 
 

@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["Geometry", "decode", "from_blocks", "input_blocks", "sample_inputs", "to_blocks", "unfold_inputs"]
+__all__ = [
+    "Geometry",
+    "decode",
+    "from_blocks",
+    "from_transposed_matrix",
+    "input_blocks",
+    "sample_inputs",
+    "to_blocks",
+    "transposed_matrix",
+    "unfold_inputs",
+]
 
 
 def to_blocks(weight: Tensor, block_size: int) -> Tensor:
@@ -29,6 +39,20 @@ def to_blocks(weight: Tensor, block_size: int) -> Tensor:
     if block_size < 1 or per_row % block_size:
         raise ValueError(f"{per_row} weights per row do not divide into blocks of {block_size}")
     return weight.reshape(rows, per_row // block_size, block_size)
+
+
+def transposed_matrix(weight: Tensor, groups: int) -> Tensor:
+    """The weight of a transposed convolution, `[C_in, C_out / groups, *kernel]`, as the matrix `[rows, C_in / groups]`.
+
+    A transposed convolution multiplies each input position with this matrix, and adds up what falls on the same output
+    position. A row is one output channel at one offset of the kernel; groups' rows stand one after another.
+    """
+    return weight.reshape(groups, weight.shape[0] // groups, -1).mT.flatten(0, 1)
+
+
+def from_transposed_matrix(matrix: Tensor, shape: Sequence[int], groups: int) -> Tensor:
+    """The weight of the given shape again; undoes `transposed_matrix`."""
+    return matrix.reshape(groups, -1, matrix.shape[1]).mT.reshape(tuple(shape))
 
 
 def from_blocks(blocks: Tensor, shape: Sequence[int]) -> Tensor:

@@ -1,6 +1,12 @@
 """Training on unlabelled data: batch norms, one layer's codewords, block after block, all codewords together."""
 
-from bgd_plugin.training.batchnorm import absorb_row_scale_, correct_batchnorm_, is_batchnorm, is_shared
+from bgd_plugin.training.batchnorm import (
+    absorb_row_scale_,
+    correct_batchnorm_,
+    correct_batchnorm_at_,
+    is_batchnorm,
+    is_shared,
+)
 from bgd_plugin.training.distillation import distill_
 from bgd_plugin.training.finetuning import finetune_
 from bgd_plugin.training.loss import kl_to_teacher
@@ -9,6 +15,7 @@ from bgd_plugin.training.reconstruction import reconstruct_, reconstruction_step
 __all__ = [
     "absorb_row_scale_",
     "correct_batchnorm_",
+    "correct_batchnorm_at_",
     "distill_",
     "finetune_",
     "is_batchnorm",

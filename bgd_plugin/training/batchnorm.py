@@ -6,33 +6,29 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from bgd_plugin.calibration import Walk
+from bgd_plugin.calibration import Rerun, Walk
 from bgd_plugin.distributed import sum_
 from bgd_plugin.distributed import total as sum_of
-from bgd_plugin.graph import call_input
+from bgd_plugin.graph import call_input, has_running_statistics, module_at
 
-__all__ = ["absorb_row_scale_", "correct_batchnorm_", "is_batchnorm", "is_shared"]
+__all__ = ["absorb_row_scale_", "correct_batchnorm_", "correct_batchnorm_at_", "is_batchnorm", "is_shared"]
 
-_BatchNorm = nn.modules.batchnorm._BatchNorm
 # How far a correction may move a scale: beyond it, the calibration data says more about itself than about the network.
 _SCALE_BOUNDS = (0.05, 20.0)
 
 
 def is_batchnorm(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node runs a batch norm that has running statistics."""
-    if node.op != "call_module":
-        return False
-    module = graph_module.get_submodule(str(node.target))
-    return isinstance(module, _BatchNorm) and module.running_mean is not None
+    return node.op == "call_module" and has_running_statistics(module_at(graph_module, str(node.target)))
 
 
 def is_shared(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether other nodes run the same module: statistics that serve several inputs can be matched to none of them."""
-    module = graph_module.get_submodule(str(node.target))
+    module = module_at(graph_module, str(node.target))
     calls = [n for n in graph_module.graph.nodes if n.op == "call_module"]
-    return sum(graph_module.get_submodule(str(n.target)) is module for n in calls) > 1
+    return sum(module_at(graph_module, str(n.target)) is module for n in calls) > 1
 
 
 @torch.no_grad()
@@ -68,6 +64,20 @@ def correct_batchnorm_(
         reference = _channel_moments(theirs for _, theirs in walk.pairs(call_input(node)))
         student = _matched(norm, shipped, student, reference)
     # new tensors, not new values: the reference may share the old ones
+    norm.running_mean, norm.running_var = (t.to(norm.running_mean) for t in student)
+    return True
+
+
+@torch.no_grad()
+def correct_batchnorm_at_(rerun: Rerun, path: str, mode: Literal["matched", "reestimate"]) -> bool:
+    """`correct_batchnorm_` for a batch norm of a network that is not a graph."""
+    mine, theirs = rerun.norm_inputs(path)
+    if all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=True)):
+        return False
+    norm: Any = module_at(rerun.student, path)
+    student = _channel_moments(iter(mine))
+    if mode == "matched":
+        student = _matched(norm, module_at(rerun.reference, path), student, _channel_moments(iter(theirs)))
     norm.running_mean, norm.running_var = (t.to(norm.running_mean) for t in student)
     return True
 

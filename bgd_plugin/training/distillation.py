@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from bgd_plugin.calibration import Walk, logits_of
+from bgd_plugin.calibration import Rerun, Walk, logits_of
 from bgd_plugin.config import DistillationConfig
 from bgd_plugin.distributed import parallel, processes, unsynchronized
 from bgd_plugin.errors import CalibrationError
@@ -19,7 +19,7 @@ __all__ = ["distill_"]
 
 
 def distill_(
-    walk: Walk,
+    walk: Walk | Rerun,
     layer: PQModule,
     teacher_logits: Sequence[Tensor],
     config: DistillationConfig,
@@ -32,7 +32,8 @@ def distill_(
     network from this layer on.
 
     Args:
-        walk: stands at the layer's node, which has not run yet.
+        walk: stands at the layer's node, which has not run yet. Where the network is not a graph, each step runs all
+            of it.
         layer: the student's module there.
         teacher_logits: of each calibration batch.
         on_step: called after each step.
@@ -64,7 +65,7 @@ def distill_(
             loss_of_step += loss.item()
         if not loss_of_step < float("inf"):
             raise CalibrationError(
-                f"distillation of layer {str(walk.order[walk.position].target)!r}: the loss is {loss_of_step}; "
+                f"distillation of layer {walk.place!r}: the loss is {loss_of_step}; "
                 f"lower learning_rate={config.learning_rate}"
             )
         mean_gradients_([layer])
@@ -78,7 +79,7 @@ def distill_(
 class _Rest(nn.Module):
     """The network from a layer on; the layer's codebook is its only parameter that learns."""
 
-    def __init__(self, walk: Walk, layer: PQModule) -> None:
+    def __init__(self, walk: Walk | Rerun, layer: PQModule) -> None:
         super().__init__()
         self.layer = layer
         self._walk = walk

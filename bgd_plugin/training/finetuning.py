@@ -6,13 +6,14 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bgd_plugin.calibration import Batch, logits_of
 from bgd_plugin.config import FinetuningConfig
 from bgd_plugin.distributed import largest, parallel, processes, sum_
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.training.loss import codebooks, kl_to_teacher, mean_gradients_
+from bgd_plugin.training.outputs import outputs_to_teacher
 
 __all__ = ["finetune_", "total_steps"]
 
@@ -33,7 +34,7 @@ def finetune_(
     config: FinetuningConfig,
     on_step: Callable[[], None] = lambda: None,
 ) -> float:
-    """Train all codebooks so that the student's logits come near the teacher's; batch-norm statistics update.
+    """Train all codebooks so that the student's logits (or `outputs`) come near the teacher's; batch norms update.
 
     Args:
         student: with product-quantized modules; changed in place, left in evaluation mode.
@@ -62,10 +63,8 @@ def finetune_(
     learner = parallel(student)
     try:
         for batch in itertools.islice(_endless(epochs), steps):
-            with torch.no_grad():
-                target = logits_of(batch.call(teacher))
             optimizer.zero_grad(set_to_none=True)
-            loss = kl_to_teacher(logits_of(batch.call(learner)), target)
+            loss = _loss(learner, teacher, batch, config)
             if not loss.item() < float("inf"):
                 raise CalibrationError(
                     f"finetuning: the loss is {loss.item()}; lower learning_rate={config.learning_rate}"
@@ -81,6 +80,14 @@ def finetune_(
     _share_batchnorms_(student)
     tail = losses[-max(1, len(losses) // 10) :]
     return sum(tail) / len(tail)
+
+
+def _loss(student: nn.Module, teacher: nn.Module, batch: Batch, config: FinetuningConfig) -> Tensor:
+    if config.outputs:
+        return outputs_to_teacher(student, teacher, batch, config.outputs)
+    with torch.no_grad():
+        target = logits_of(batch.call(teacher))
+    return kl_to_teacher(logits_of(batch.call(student)), target)
 
 
 def _endless(epochs: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:

@@ -35,8 +35,8 @@ def kl_to_teacher(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def codebooks(modules: Iterable[nn.Module]) -> list[PQModule]:
-    """The product-quantized modules among `modules`, each once."""
-    return list({id(m): m for m in modules if isinstance(m, PQModule)}.values())
+    """The product-quantized modules among `modules`, each codebook once."""
+    return list({id(m.codebook): m for m in modules if isinstance(m, PQModule)}.values())
 
 
 def mean_gradients_(layers: Iterable[PQModule]) -> None:

@@ -87,14 +87,12 @@ def test_a_sparsifier_of_torch_ao_is_baked_in_a_copy() -> None:
     assert torch.equal(model[2].weight, result.get_parameter("2.weight"))
 
 
-def test_a_weight_that_something_else_computes_stays_and_is_named() -> None:
+def test_a_weight_that_something_else_computes_is_not_a_masks_and_is_folded_later() -> None:
     model = PlainNet().eval()
     parametrizations.weight_norm(model[2])
     assert baked(model) is model
-    plan = bgd.plan(model, em())
-    assert [(s.name, s.reason) for s in plan.skipped if s.name == "2"] == [
-        ("2", "its weight is parametrized (torch.nn.utils.parametrize)")
-    ]
+    notes = {layer.name: layer.note for layer in bgd.plan(model, em()).layers}
+    assert "WeightNorm folded into the weight" in notes["2"]
 
 
 def test_a_module_of_which_another_weight_is_parametrized_stays_too() -> None:

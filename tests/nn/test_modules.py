@@ -157,8 +157,8 @@ def test_the_mode_is_taken_over(training: bool) -> None:
 
 
 def test_other_modules_have_no_quantized_form() -> None:
-    with pytest.raises(TypeError, match="no product-quantized module stands for Embedding"):
-        quantized(nn.Embedding(3, 4), torch.randn(2, 4), torch.zeros(3, 1))
+    with pytest.raises(TypeError, match="no product-quantized module stands for Bilinear"):
+        quantized(nn.Bilinear(4, 4, 4), torch.randn(2, 4), torch.zeros(3, 1))
 
 
 def test_it_prints_its_geometry_and_its_blocks() -> None:

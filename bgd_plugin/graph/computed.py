@@ -1,0 +1,82 @@
+"""Parameters that become computed: `module.weight` is then what another module returns.
+
+A module whose code reads its parameter by name (`F.linear(x, self.in_proj_weight)`), and is no graph that could be
+rewritten, keeps its code and gets a class of its own in which the name is a property. The computing module hangs at the
+parameter's path, so names in a state dict begin as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+__all__ = ["compute_parameter_", "module_at", "module_or_none", "restore_parameter_"]
+
+
+def module_at(root: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path, also where reading the name gives a computed weight.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    module = module_or_none(root, path)
+    if module is None:
+        raise AttributeError(f"{type(root).__name__} has no module {path!r}")
+    return module
+
+
+def module_or_none(root: nn.Module, path: str) -> nn.Module | None:
+    """The same, None where there is no such module: a parameter's path, for one."""
+    module: nn.Module | None = root
+    for atom in filter(None, path.split(".")):
+        module = None if module is None else module._modules.get(atom)
+    return module
+
+
+def compute_parameter_(owner: nn.Module, name: str, module: nn.Module) -> None:
+    """Let `module()` give what the parameter `name` of `owner` gave; a second call puts in another module."""
+    names = _computed(owner)
+    if name not in names:
+        del owner._parameters[name]
+        owner.__class__ = _class(_float_class(owner), (*names, name))
+    owner._modules[name] = module
+
+
+def restore_parameter_(owner: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Make a computed parameter an ordinary one again, with the value of `parameter`."""
+    names = tuple(n for n in _computed(owner) if n != name)
+    owner.__class__ = _class(_float_class(owner), names) if names else _float_class(owner)
+    del owner._modules[name]
+    owner.register_parameter(name, parameter)
+
+
+def _computed(owner: nn.Module) -> tuple[str, ...]:
+    names: tuple[str, ...] = getattr(type(owner), "_computed_parameters", ())
+    return names
+
+
+def _float_class(owner: nn.Module) -> type[nn.Module]:
+    kind: type[nn.Module] = getattr(type(owner), "_float_class", type(owner))
+    return kind
+
+
+def _class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    content: dict[str, Any] = {name: property(_reader(name)) for name in names}
+    content |= {"_computed_parameters": names, "_float_class": base, "__reduce_ex__": _reduce}
+    return type(base.__name__, (base,), content | {"__module__": base.__module__, "__doc__": base.__doc__})
+
+
+def _reader(name: str) -> Callable[[nn.Module], Any]:
+    return lambda owner: owner._modules[name]()  # type: ignore[misc]
+
+
+def _reduce(owner: nn.Module, protocol: Any) -> Any:
+    """Copy and pickle by the class that can be imported."""
+    return _blank, (_float_class(owner), _computed(owner)), owner.__getstate__()  # type: ignore[no-untyped-call]
+
+
+def _blank(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    kind = _class(base, names)
+    return kind.__new__(kind)

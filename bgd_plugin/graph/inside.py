@@ -1,0 +1,127 @@
+"""Find the layers of a module that is run as one piece: there are no nodes to go by, only what the module holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from bgd_plugin.graph.computed import module_at
+from bgd_plugin.graph.kinds import FUNCTIONS, family_of, kind_of, runs_its_parents_forward
+from bgd_plugin.graph.layer import FoundLayer, LeftLayer
+from bgd_plugin.graph.tracer import is_quantized_elsewhere
+from bgd_plugin.nn import FloatWeight, PQModule
+
+__all__ = ["bias_of", "find_inside", "unfit"]
+
+_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def find_inside(
+    root: nn.Module, path: str = "", calls: tuple[str, ...] = ()
+) -> tuple[list[FoundLayer], list[LeftLayer]]:
+    """All layers in the module at `path`, in the order in which it holds them, and all weights left alone.
+
+    Args:
+        root: the network; names are paths from here.
+        path: of the module to look into.
+        calls: names of the nodes that run it.
+    """
+    found: list[FoundLayer] = []
+    left: list[LeftLayer] = []
+    for outcome in _outcomes(root, path, calls):
+        if isinstance(outcome, FoundLayer):
+            found.append(outcome)
+        else:
+            left.append(outcome)
+    return found, left
+
+
+def _outcomes(root: nn.Module, path: str, calls: tuple[str, ...]) -> Iterator[FoundLayer | LeftLayer]:
+    prefix = f"{path}." if path else ""
+    seen: set[int] = set()
+    for inner, module in module_at(root, path).named_modules():
+        name = (prefix + inner).rstrip(".")
+        if isinstance(module, PQModule):
+            yield LeftLayer(name=name, reason="already quantized")
+        elif isinstance(module, FloatWeight):
+            continue
+        elif is_quantized_elsewhere(module):
+            kind = type(module).__name__
+            yield LeftLayer(name=name, reason=f"{kind} is quantized already, by another library")
+        elif kind_of(module):
+            yield _layer(module, name, str(kind_of(module)), calls)
+        else:
+            yield from _bare_parameters(module, name, calls, seen)
+
+
+def _layer(module: nn.Module, name: str, kind: str, calls: tuple[str, ...]) -> FoundLayer | LeftLayer:
+    weight = module._parameters.get("weight")
+    if weight is None:
+        if isinstance(module._modules.get("weight"), PQModule):
+            return LeftLayer(name=name, reason="already quantized")
+        return LeftLayer(
+            name=name, reason="its weight is not a parameter (a pruning mask or a hook computes it): bake it first"
+        )
+    if not weight.is_floating_point():
+        return LeftLayer(name=name, reason=f"its weight has dtype {weight.dtype}")
+    functional = not runs_its_parents_forward(module)
+    if reason := unfit(module, kind, functional=functional):
+        return LeftLayer(name=name, reason=reason)
+    return FoundLayer(
+        name=name,
+        target=f"{name}.weight" if functional else name,
+        kind=kind,
+        family=family_of(kind, weight.shape, getattr(module, "groups", 1)),
+        weight=weight,
+        calls=calls,
+        functional=functional,
+        groups=getattr(module, "groups", 1),
+        hidden=True,
+        bias=None if kind.startswith("conv_transpose") else bias_of(module, name),
+    )
+
+
+def unfit(module: Any, kind: str, *, functional: bool) -> str:
+    """Why a module of a known kind cannot be quantized; empty if it can."""
+    if functional and kind not in FUNCTIONS.values():
+        return f"{type(module).__name__} computes in a way of its own"
+    if kind == "embedding" and (module.max_norm is not None or module.sparse or module.scale_grad_by_freq):
+        return "an embedding with max_norm, sparse or scale_grad_by_freq writes to its weight or needs it whole"
+    return ""
+
+
+def bias_of(module: nn.Module, path: str, name: str = "bias") -> str | None:
+    """The path of a module's bias, if it has one."""
+    return None if module._parameters.get(name) is None else f"{path}.{name}".lstrip(".")
+
+
+def _bare_parameters(
+    module: nn.Module, name: str, calls: tuple[str, ...], seen: set[int]
+) -> Iterator[FoundLayer | LeftLayer]:
+    """What a module of no known kind holds itself."""
+    is_attention = isinstance(module, nn.MultiheadAttention)
+    others = []
+    for attribute, parameter in module._parameters.items():
+        if parameter is None or parameter.ndim < 2 or id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        path = f"{name}.{attribute}" if name else attribute
+        if is_attention and attribute in _ATTENTION and parameter.is_floating_point():
+            yield FoundLayer(
+                name=path,
+                target=path,
+                kind="linear",
+                family="linear",
+                weight=parameter,
+                calls=calls,
+                functional=True,
+                hidden=True,
+                bias=bias_of(module, name, "in_proj_bias") if attribute == "in_proj_weight" else None,
+            )
+        else:
+            others.append(attribute)
+    if others:
+        label = name or ", ".join(others)
+        yield LeftLayer(name=label, reason=f"{type(module).__name__} has no product-quantized form here")

@@ -1,0 +1,56 @@
+"""The kinds of layer that have a product-quantized form, as modules and as functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+__all__ = ["FUNCTIONS", "MODULES", "family_of", "kind_of", "runs_its_parents_forward"]
+
+MODULES: dict[type[nn.Module], str] = {
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.Conv3d: "conv3d",
+    nn.ConvTranspose1d: "conv_transpose1d",
+    nn.ConvTranspose2d: "conv_transpose2d",
+    nn.ConvTranspose3d: "conv_transpose3d",
+    nn.Linear: "linear",
+    nn.Embedding: "embedding",
+}
+FUNCTIONS: dict[Callable[..., Any], str] = {
+    F.conv1d: "conv1d",
+    F.conv2d: "conv2d",
+    F.conv3d: "conv3d",
+    F.linear: "linear",
+    # what they are in a graph that torch.export made
+    torch.ops.aten.conv1d.default: "conv1d",
+    torch.ops.aten.conv2d.default: "conv2d",
+    torch.ops.aten.conv3d.default: "conv3d",
+    torch.ops.aten.linear.default: "linear",
+}
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """The kind of a convolution, linear layer or embedding, None for any other module."""
+    return next((kind for base, kind in MODULES.items() if isinstance(module, base)), None)
+
+
+def runs_its_parents_forward(module: nn.Module) -> bool:
+    """Whether a subclass of one of our kinds computes as its parent does, so that another module may stand for it."""
+    return any(isinstance(module, base) and type(module).forward is base.forward for base in MODULES)
+
+
+def family_of(kind: str, shape: Sequence[int], groups: int) -> str:
+    """Which setting of `BGDConfig` applies to a layer with a weight of this shape."""
+    if kind in ("linear", "embedding"):
+        return kind
+    if kind.startswith("conv_transpose"):
+        return "pointwise_conv" if groups == 1 or shape[0] > groups else "depthwise_conv"
+    if groups > 1 and shape[1] == 1:
+        return "depthwise_conv"
+    return "pointwise_conv" if math.prod(shape[2:]) == 1 else "conv"

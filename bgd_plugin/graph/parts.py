@@ -1,0 +1,38 @@
+"""What follows what in a network that is not a graph: its largest parts that trace tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx, nn
+
+from bgd_plugin.errors import TraceError
+from bgd_plugin.graph.find import find_layers
+from bgd_plugin.graph.following import following_batchnorm
+from bgd_plugin.graph.norms import has_running_statistics
+from bgd_plugin.graph.tracer import trace
+
+__all__ = ["batchnorms_in_parts"]
+
+
+def batchnorms_in_parts(network: nn.Module) -> dict[str, str]:
+    """From layers' targets to the paths of the batch norms that `following_batchnorm` finds for them."""
+    return {
+        prefix + layer.target: f"{prefix}{norm}"
+        for prefix, part in _graphs(network, "")
+        for layer in find_layers(part)[0]
+        if not layer.hidden and (norm := following_batchnorm(part, layer.calls))
+    }
+
+
+def _graphs(network: nn.Module, prefix: str) -> Iterator[tuple[str, fx.GraphModule]]:
+    """The largest parts of a network that trace, with the prefix of their names."""
+    for name, child in network.named_children():
+        if not any(has_running_statistics(module) for module in child.modules()):
+            continue
+        try:
+            if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+                raise TraceError(f"{name}: no forward")
+            yield f"{prefix}{name}.", trace(child)
+        except TraceError:
+            yield from _graphs(child, f"{prefix}{name}.")
