@@ -61,8 +61,6 @@ __all__ = ["Quantized", "quantize", "round_to_storage_"]
 
 _UNREACHED = "no calibration input reaches it"
 
-_UNREACHED = "no calibration input reaches it"
-
 
 @dataclass(frozen=True)
 class Quantized:
@@ -129,6 +127,8 @@ def quantize(
     student, folded = front_end(copy_module(model))
     modes = {path: module.training for path, module in student.named_modules()}
     set_modes(student, {"": False})
+    if processes() > 1 and not isinstance(student, fx.GraphModule):
+        raise ConfigError("this network does not trace, so its processes may come to different layers: use one process")
     if config.reconstruction and not isinstance(student, fx.GraphModule):
         raise ConfigError(
             "reconstruction works block by block along a graph, and this network does not trace: leave it out"
@@ -207,9 +207,9 @@ def _require_one_job(model: nn.Module, config: BGDConfig) -> None:
 def _sensitivities(
     student: nn.Module, batches: Sequence[Batch], config: BGDConfig, progress: bool
 ) -> dict[str, Sensitivity] | None:
-    """What each layer whose size the budget chooses does to the output; None where that cannot be measured.
+    """What each layer whose size the budget chooses does to the output: the first process measures it, on its data.
 
-    Of several processes the first one measures it, on its data.
+    None where that cannot be measured.
     """
     if not isinstance(student, fx.GraphModule):
         return None

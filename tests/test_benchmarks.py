@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import bgd_plugin as bgd
 from bgd_plugin.calibration import LayerInputs
-from tests.networks import SmallResNet, images, randomized
+from tests.networks import FunctionalNet, SmallResNet, images, randomized
 
 pytest.importorskip("torchvision", reason="the benchmarks' networks are torchvision's")
 
@@ -21,10 +22,10 @@ from tests.benchmarks.peers.page import markdown, merge
 from tests.benchmarks.peers.subjects import Subject
 
 
-@pytest.fixture
-def subject() -> Subject:
+@pytest.fixture(params=[SmallResNet, FunctionalNet])
+def subject(request: pytest.FixtureRequest) -> Subject:
     batches = images()
-    model = randomized(SmallResNet()).eval()
+    model = randomized(request.param()).eval()
     with torch.no_grad():
         labels = torch.cat([model(batch) for batch in batches]).argmax(1)
     return Subject(name="small", images="few", model=model, calibration=batches, judged=batches, labels=labels)
@@ -38,7 +39,8 @@ def test_a_quantizer_that_changes_nothing_leaves_the_network_as_it_is(subject: S
     done = compress(subject, _unchanged)
     assert subject.judge(done.model)["agreement"] == 100
     assert subject.judge(done.model)["kl"] < 1e-4  # what half precision does to the rest
-    assert done.bytes > 4 * sum(m.weight.numel() for m in (subject.model.conv1, subject.model.conv2))
+    quantized = [layer.weights for layer in bgd.plan(subject.model).layers]
+    assert 4 * sum(quantized) < done.bytes < 4 * sum(p.numel() for p in subject.model.parameters()) + 8192
 
 
 def test_more_bits_cost_more_and_lose_less(subject: Subject) -> None:

@@ -98,7 +98,8 @@ def test_entries_that_once_ended_in_other_errors(entry: object, tmp_path: Path) 
 def test_nothing_that_runs_code_from_a_file_is_used() -> None:
     """Float weights for the command line may come from `torch.save`; they are read with torch's restricted reader."""
     suspicious = re.compile(
-        r"\bpickle\.loads?\b|(?<!safetensors\.)\btorch\.load\(|\beval\(|\bexec\(|\bmarshal\b|\bshelve\b|\bdill\b|\byaml\.load\("
+        r"\bpickle\.loads?\b|(?<!safetensors\.)\btorch\.load\(|\beval\(|\bexec\(|\bmarshal\b|\bshelve\b"
+        r"|\bdill\b|\byaml\.load\("
     )
     found = [
         (path.name, line.strip())

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import bgd_plugin as bgd
 from bgd_plugin.calibration import InputSample, LayerInputs, Walk, collect_batches, sampled_inputs
 from bgd_plugin.fitting import METHODS, LayerContext, output_error
-from bgd_plugin.graph import FoundLayer, copy_module, following_batchnorm, layer_has_bias, trace
+from bgd_plugin.graph import FoundLayer, copy_module, following_batchnorm, trace
 from bgd_plugin.plan import PlannedLayer, make_plan
 from bgd_plugin.tables import table
 from tests.benchmarks.peers.subjects import SUBJECTS
@@ -102,7 +102,7 @@ def _decoded(
         weight=layer.weight,
         inputs=inputs,
         has_batchnorm=following_batchnorm(network, layer.calls) is not None,
-        has_bias=layer_has_bias(network, layer),
+        has_bias=layer.bias is not None,
         config=config,
     )
     method, generator = METHODS[config.method], torch.Generator().manual_seed(0)

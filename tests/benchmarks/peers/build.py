@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import bgd_plugin as bgd
 from bgd_plugin.calibration import LayerInputs, Walk, collect_batches
-from bgd_plugin.graph import copy_module, trace
+from bgd_plugin.graph import copy_module, isolate_weights_, trace
 from bgd_plugin.plan import make_plan
 from bgd_plugin.storage import Stored, file_size, round_floats_, stored
 from bgd_plugin.training import correct_batchnorm_, is_batchnorm
@@ -54,13 +54,14 @@ def compress(subject: Subject, quantizer: Quantizer) -> Compressed:
     """
     student = trace(copy_module(subject.model)).eval()
     _, found = make_plan(student, bgd.BGDConfig(), original=subject.model)
+    isolate_weights_(student, found)
     batches = collect_batches(subject.calibration, subject.model, device=torch.device("cpu"), forward=None)
     walk = Walk(student, batches, copy_module(student, share_tensors=True))
-    layers = {layer.calls[0]: layer for layer in found}
+    layers = {layer.target if layer.functional else layer.calls[0]: layer for layer in found}
     packed: dict[str, Tensor] = {}
     for node in walk.nodes():
-        if node.name in layers:
-            layer = layers[node.name]
+        layer = layers.get(node.name) or layers.get(str(node.target))
+        if layer:
             result = quantizer(layer.weight.detach(), LayerInputs(walk, layer.name, layer.calls))
             module: Any = student.get_submodule(layer.target)
             module.weight = nn.Parameter(result.weight.reshape(layer.weight.shape).contiguous(), requires_grad=False)
