@@ -246,7 +246,7 @@ def test_training_lowers_the_divergence_at_the_tokens_that_count() -> None:
     data = batches(model)
     settings = BGDConfig(
         **SMALL,
-        distillation=DistillationConfig(steps=2, batch_size=8),
+        distillation=DistillationConfig(steps=10, batch_size=8, learning_rate=0.01),
         finetuning=FinetuningConfig(steps=20, learning_rate=0.05),
     )
     trained = adapter.quantize_pretrained(model, data, settings, progress=False).model
