@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import ConfigError
+from bgd_plugin.fitting import fit_weight
 from bgd_plugin.graph import baked, copy_module, find_layers, fold_parametrizations_, install_
-from bgd_plugin.nn import PQModule, quantized, storable
+from bgd_plugin.layerwise import layer_report
+from bgd_plugin.nn import PQModule, quantized
 from bgd_plugin.plan import PlannedLayer, SkippedLayer, family_leftovers, make_plan, paper_bytes, plan_layer
-from bgd_plugin.pq.blocks import to_blocks
-from bgd_plugin.pq.em import fit_em
-from bgd_plugin.pq.masked import fit_em_masked
 from bgd_plugin.quantize import Quantized, round_to_storage_
-from bgd_plugin.report import LayerReport, Report
+from bgd_plugin.report import Report
 from bgd_plugin.storage import file_size, stored
 
 __all__ = ["quantize_module", "quantize_weights"]
@@ -55,11 +54,11 @@ def quantize_weights(model: nn.Module, config: BGDConfig | None = None) -> Quant
     leftovers = family_leftovers(student, config)
     reports = []
     for layer, planned in zip(found, plan.layers, strict=True):
-        mask = planned.kept(layer.weight)
-        modules = install_(student, layer, *_fitted(layer.weight, planned, config), mask)
+        matrix = layer.matrix.detach()
+        modules = install_(student, layer, *_fitted(matrix, planned, config), planned.kept(matrix))
         for module in modules:
             module.codebook.requires_grad_(layer.weight.requires_grad)
-        reports.append(_layer_report(planned, layer.weight, modules[0].weight))
+        reports.append(layer_report(planned, _weight_error(matrix, modules[0].matrix), ""))
     round_to_storage_(student, config, plan, leftovers)
     report = Report(
         layers=tuple(reports),
@@ -93,42 +92,27 @@ def quantize_module(module: nn.Module, config: BGDConfig | None = None, *, name:
     outcome = plan_layer(found[0], config) if found else SkippedLayer(name=name, reason=reason)
     if isinstance(outcome, SkippedLayer):
         raise ConfigError(f"{name} cannot be quantized: {outcome.reason}")
-    result = quantized(module, *_fitted(found[0].weight, outcome, config), outcome.kept(found[0].weight))
+    matrix = found[0].matrix.detach()
+    result = quantized(module, *_fitted(matrix, outcome, config), outcome.kept(matrix))
     result.codebook.requires_grad_(found[0].weight.requires_grad)
     return result
 
 
 def _fitted(weight: Tensor, planned: PlannedLayer, config: BGDConfig) -> tuple[Tensor, Tensor]:
-    """Codebook and codes of one weight; the same whichever other layers there are."""
+    """Codebook and codes of one weight `[rows, ...]`; the same whichever other layers there are."""
     if weight.is_meta:
         raise ConfigError(
             f"layer {planned.name!r} is on the meta device, without values: it can be planned, not quantized"
         )
     if not bool(torch.isfinite(weight).all()):
         raise ConfigError(f"layer {planned.name!r} holds NaN or infinite values: repair the network first")
-    blocks = to_blocks(weight.detach().float(), planned.block_size)
     generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed} {tuple(weight.shape)}".encode()))
     gram = torch.eye(planned.block_size, device=weight.device)
-    size, iterations, mask = planned.codebook_size, config.em_iterations, planned.kept(weight)
-    if mask is None:
-        fit = fit_em(blocks, gram, size, iterations, generator=generator)
-    else:
-        kept = to_blocks(mask, planned.block_size)
-        fit = fit_em_masked(blocks, gram, kept, size, iterations, generator=generator)
-    return storable(fit.codebook, planned.codebook_storage).to(weight.dtype), fit.codes
+    fit = fit_weight(weight, gram, planned, planned.kept(weight), config.em_iterations, generator)
+    return fit.codebook, fit.codes
 
 
-def _layer_report(planned: PlannedLayer, weight: Tensor, decoded: Tensor) -> LayerReport:
+def _weight_error(weight: Tensor, decoded: Tensor) -> float:
     kept = float(weight.float().square().sum())
     lost = float((weight.float() - decoded.float()).square().sum())
-    return LayerReport(
-        name=planned.name,
-        kind=planned.kind,
-        block_size=planned.block_size,
-        codebook_size=planned.codebook_size,
-        weights=planned.weights,
-        bits_per_weight=planned.bits_per_weight,
-        compressed_bytes=planned.compressed_bytes,
-        relative_error=lost / kept if kept else 0.0,
-        note=planned.note,
-    )
+    return lost / kept if kept else 0.0

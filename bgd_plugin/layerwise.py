@@ -43,7 +43,7 @@ from bgd_plugin.training import (
     is_shared,
 )
 
-__all__ = ["Job", "quantize_layers"]
+__all__ = ["Job", "layer_report", "quantize_layers"]
 
 # The rows on which a layer's error is told: so many, but no more numbers than this.
 _ERROR_ROWS, _ERROR_NUMBERS = 4096, 4_000_000
@@ -307,7 +307,7 @@ def _quantize_layer(job: Job, walk: Walk | Rerun, index: int, logits: list[Tenso
     job.bar.update()
     layer.requires_grad_(False)
     error = output_error(found.matrix, _unscaled(layer.matrix, fit.row_scale), sample)
-    job.reports.append(_layer_report(planned, error, fit.note))
+    job.reports.append(layer_report(planned, error, fit.note))
 
 
 def _inputs(job: Job, walk: Walk | Rerun, found: FoundLayer) -> LayerInputs:
@@ -392,7 +392,8 @@ def _teacher_logits(job: Job) -> list[Tensor]:
         return [logits_of(batch.call(job.teacher)) for batch in job.batches]
 
 
-def _layer_report(planned: PlannedLayer, error: float, note: str) -> LayerReport:
+def layer_report(planned: PlannedLayer, error: float, note: str) -> LayerReport:
+    """What the report says of a layer that is done."""
     return LayerReport(
         name=planned.name,
         kind=planned.kind,

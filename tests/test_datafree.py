@@ -95,3 +95,16 @@ def test_the_same_codes_each_time() -> None:
     assert same_outputs(bgd.quantize_weights(model).model, bgd.quantize_weights(model).model, data)
     other = bgd.quantize_weights(model, BGDConfig(seed=1)).model
     assert not same_outputs(bgd.quantize_weights(model).model, other, data)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed_convolutions_come_near_their_weights(groups: int) -> None:
+    """Their blocks run along the input channels: cut the other way, the decoded weight has nothing to do with it."""
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(16, 24, 3, groups=groups)
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), layer)
+    report = bgd.quantize_weights(model).report
+    assert [x.name for x in report.layers] == ["1"]
+    assert report.layers[0].relative_error < 0.5
+    decoded = bgd.quantize_module(layer).weight
+    assert float((decoded - layer.weight).square().sum().detach()) < 0.5 * float(layer.weight.square().sum().detach())

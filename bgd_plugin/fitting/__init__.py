@@ -1,11 +1,21 @@
 """Fit one layer: from its weight and its inputs to a codebook and codes. One module for each method."""
 
 from bgd_plugin.fitting.base import FittedLayer, LayerContext, Method, Skip, output_error
-from bgd_plugin.fitting.em import EM
+from bgd_plugin.fitting.em import EM, fit_weight
 from bgd_plugin.fitting.full import FULL
 from bgd_plugin.fitting.refit import refitted
 from bgd_plugin.fitting.share import fitted_once
 
-__all__ = ["METHODS", "FittedLayer", "LayerContext", "Method", "Skip", "fitted_once", "output_error", "refitted"]
+__all__ = [
+    "METHODS",
+    "FittedLayer",
+    "LayerContext",
+    "Method",
+    "Skip",
+    "fit_weight",
+    "fitted_once",
+    "output_error",
+    "refitted",
+]
 
 METHODS: dict[str, Method] = {"em": EM, "full": FULL}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from bgd_plugin.calibration import PooledGram, pooled_gram
 from bgd_plugin.fitting.base import FittedLayer, LayerContext, Method
 from bgd_plugin.nn import storable
+from bgd_plugin.plan import PlannedLayer
 from bgd_plugin.pq.blocks import to_blocks
 from bgd_plugin.pq.em import fit_em
 from bgd_plugin.pq.masked import fit_em_masked
 
-__all__ = ["EM"]
+__all__ = ["EM", "fit_weight"]
 
 
 def _collect(context: LayerContext, generator: torch.Generator) -> PooledGram:
@@ -19,14 +21,34 @@ def _collect(context: LayerContext, generator: torch.Generator) -> PooledGram:
 
 
 def _solve(context: LayerContext, statistics: PooledGram, generator: torch.Generator) -> FittedLayer:
-    layer, weight = context.layer, context.weight
-    blocks = to_blocks(weight.detach().float(), layer.block_size)
     iterations = context.config.em_iterations
-    if context.mask is None:
-        fit = fit_em(blocks, statistics.gram, layer.codebook_size, iterations, generator=generator)
+    return fit_weight(context.weight, statistics.gram, context.layer, context.mask, iterations, generator)
+
+
+def fit_weight(
+    weight: Tensor,
+    gram: Tensor,
+    layer: PlannedLayer,
+    mask: Tensor | None,
+    iterations: int,
+    generator: torch.Generator,
+) -> FittedLayer:
+    """EM of one weight under a pooled Gram; what is stored is rounded as the layer's plan says.
+
+    Args:
+        weight: `[rows, ...]`.
+        gram: `[block_size, block_size]`; the identity where nothing is known of the inputs.
+        layer: its block and codebook size.
+        mask: bool of the weight's shape, false where the decoded weight is to be zero; None: nowhere.
+        iterations: at most so many.
+        generator: for the start.
+    """
+    blocks = to_blocks(weight.detach().float(), layer.block_size)
+    if mask is None:
+        fit = fit_em(blocks, gram, layer.codebook_size, iterations, generator=generator)
     else:
-        mask = to_blocks(context.mask, layer.block_size)
-        fit = fit_em_masked(blocks, statistics.gram, mask, layer.codebook_size, iterations, generator=generator)
+        kept = to_blocks(mask, layer.block_size)
+        fit = fit_em_masked(blocks, gram, kept, layer.codebook_size, iterations, generator=generator)
     codebook = storable(fit.codebook, layer.codebook_storage)
     return FittedLayer(codebook=codebook.to(weight.dtype), codes=fit.codes)
 
