@@ -132,3 +132,24 @@ def test_the_size_is_the_length_of_the_bytes(kind: Any) -> None:
 def test_state_bytes_count_shared_tensors_once() -> None:
     x = torch.zeros(10)
     assert state_bytes({"a": x, "b": x, "c": torch.zeros(3, dtype=torch.int64), "d": "text"}) == 64
+
+
+@pytest.mark.parametrize(
+    ("network", "regime", "most_mib"),
+    [
+        ("resnet18", "small", 1.48),
+        ("resnet18", "large", 0.93),
+        ("resnet50", "small", 4.93),
+        ("resnet50", "large", 2.95),
+    ],
+)
+def test_lean_files_of_the_papers_networks(network: str, regime: Any, most_mib: float) -> None:
+    """The paper's codes and codebook sizes, everything counted."""
+    torchvision = pytest.importorskip("torchvision")
+    model = randomized(getattr(torchvision.models, network)())
+    sizes: dict[str, Any] = {"fc_codebook_size": 2048 if network == "resnet18" else 1024}
+    if network == "resnet18":
+        sizes["pointwise_block_size"] = 4
+    lean: dict[str, Any] = {"codebook_storage": "int8", "weight_storage": "int8", "float_storage": "float16"}
+    config = BGDConfig.paper(regime, **sizes, **lean, freeze_norms=True)
+    assert bgd.plan(model, config).compressed_bytes <= most_mib * 2**20

@@ -255,7 +255,8 @@ def _bias_of_call(graph_module: fx.GraphModule, call: fx.Node) -> str | None:
 def _user_name(graph_module: fx.GraphModule, target: str) -> str:
     """`block.conv.weight` is called `block.conv`; a weight of any other name keeps its own."""
     owner, _, attribute = target.rpartition(".")
-    alone = owner and attribute == "weight" and not any(True for _ in graph_module.get_submodule(owner).children())
+    parts = graph_module.get_submodule(owner).children() if owner else ()
+    alone = owner and attribute == "weight" and not any(True for part in parts for _ in part.parameters())
     return owner if alone else target
 
 

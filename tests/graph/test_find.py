@@ -159,3 +159,18 @@ def test_a_layer_that_is_tied_to_what_has_no_form_stays_with_it_where_there_is_n
     assert [layer.name for layer in found] == ["other"]
     reasons = {layer.name: layer.reason for layer in left}
     assert reasons["head"] == "its weight is also used by 'bag', EmbeddingBag"
+
+
+def test_a_part_without_weights_does_not_change_a_layers_name() -> None:
+    class Padded(nn.Conv2d):
+        """A convolution with a forward of its own, as EfficientNet ports have it."""
+
+        def __init__(self) -> None:
+            super().__init__(3, 8, 3)
+            self.static_padding = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(self.static_padding(x), self.weight, self.bias)
+
+    found, _ = find_layers(trace(nn.Sequential(Padded()).eval()))
+    assert [layer.name for layer in found] == ["0"]
