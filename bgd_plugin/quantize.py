@@ -262,7 +262,7 @@ def _reconstruct(job: Job) -> None:
             job.batches,
             job.config.reconstruction,
             lambda name: job.generator(f"{name} reconstruction"),
-            job.bar.update,
+            lambda number: job.run.steps(f"block-{number:04d}", job.bar.update),
         )
     job.notes.append(
         f"reconstruction: {gain.blocks} blocks, mean loss on samples kept aside {gain.before:.4g} → {gain.after:.4g}"

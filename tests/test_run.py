@@ -155,10 +155,12 @@ def test_every_difference_is_named_at_once(model: nn.Module, tmp_path: Path) -> 
         _bytes(tmp_path, em(seed=1), randomized(SmallResNet()), images(seed=9))
 
 
-def _stop_after_steps(count: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def _stop_after_steps(
+    count: int, monkeypatch: pytest.MonkeyPatch, optimizer: type[torch.optim.Optimizer] = torch.optim.SGD
+) -> list[int]:
     """Save after every step of training, and stop at the end of step `count`; returns the steps as they are done."""
     done: list[int] = []
-    step = torch.optim.SGD.step
+    step: Any = optimizer.step
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         if len(done) == count:
@@ -166,7 +168,7 @@ def _stop_after_steps(count: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         done.append(1)
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(torch.optim.SGD, "step", counted)
+    monkeypatch.setattr(optimizer, "step", counted)
     monkeypatch.setattr(bgd_plugin.steps, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(bgd_plugin.steps, "_SHARE", float("inf"))
     return done
@@ -297,3 +299,20 @@ def test_a_damaged_description_says_what_to_delete(model: nn.Module, tmp_path: P
 def test_nothing_but_finished_files_lies_in_the_folder(model: nn.Module, tmp_path: Path) -> None:
     _bytes(tmp_path, em(), model)
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"layer-{i:04d}.safetensors" for i in range(4)] + ["run.json"]
+
+
+@pytest.mark.parametrize("stopped", [1, 3, 4, 5])
+def test_reconstruction_that_was_stopped_goes_on_at_its_step_and_ends_in_the_same_bytes(
+    model: nn.Module, stopped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = em(batchnorm="matched", reconstruction=bgd.ReconstructionConfig(steps=3, learning_rate=0.01))
+    expected = _bytes(None, config, model)
+    with monkeypatch.context() as patch:
+        _stop_after_steps(stopped, patch, torch.optim.Adam)
+        with pytest.raises(KeyboardInterrupt):
+            _bytes(tmp_path, config, model)
+    rest = _stop_after_steps(99, monkeypatch, torch.optim.Adam)
+    assert _bytes(tmp_path, config, model) == expected
+    blocks = len(list(tmp_path.glob("block-*.steps.safetensors")))
+    assert blocks > 1
+    assert len(rest) == 3 * blocks - stopped

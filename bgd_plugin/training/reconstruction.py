@@ -22,6 +22,7 @@ from bgd_plugin.config import ReconstructionConfig
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import block_module, partition
 from bgd_plugin.nn import PQModule
+from bgd_plugin.steps import Part, Steps
 from bgd_plugin.training.loss import kl_to_teacher
 
 __all__ = ["Reconstruction", "reconstruct_", "reconstruction_steps"]
@@ -58,7 +59,7 @@ def reconstruct_(
     batches: Sequence[Batch],
     config: ReconstructionConfig,
     generator: Callable[[str], torch.Generator],
-    on_step: Callable[[], None] = lambda: None,
+    steps: Callable[[int], Steps] = lambda number: Steps(),
 ) -> Reconstruction:
     """Train every block of the student that has quantized layers, the lowest first; codes stay as they are.
 
@@ -72,7 +73,7 @@ def reconstruct_(
         reference: the same graph with float modules.
         batches: calibration data.
         generator: random numbers for a block, by name.
-        on_step: called after each step.
+        steps: for the number of a block, what keeps the progress of its training, and tells it.
 
     Raises:
         CalibrationError: the loss is not finite.
@@ -82,14 +83,13 @@ def reconstruct_(
     losses: list[tuple[float, float]] = []
     mine, theirs = list(batches), list(batches)
     blocks = partition(student, _layers(student))
-    for block in blocks:
+    for number, block in enumerate(blocks):
         trained, exact = block_module(student, block), block_module(reference, block)
         targets = _outputs(exact, theirs)
         if block.layers:
             chunks = [c for pair in zip(mine, targets, strict=True) for c in _chunks(*pair, config.batch_size)]
-            losses.append(
-                _train_block(trained, chunks, block is blocks[-1], config, generator(block.layers[0]), on_step)
-            )
+            training = _Training(student, trained, chunks, is_last=block is blocks[-1])
+            losses.append(training.run_(config, generator(block.layers[0]), steps(number)))
         if block is not blocks[-1]:
             mine, theirs = [Batch((value,)) for value in _outputs(trained, mine)], [Batch((t,)) for t in targets]
     return Reconstruction(
@@ -130,81 +130,76 @@ def _chunks(inputs: Batch, target: Any, size: int) -> list[_Chunk]:
     return result
 
 
-def _train_block(
-    block: fx.GraphModule,
-    chunks: list[_Chunk],
-    is_last: bool,
-    config: ReconstructionConfig,
-    generator: torch.Generator,
-    on_step: Callable[[], None],
-) -> tuple[float, float]:
-    """Train a block; returns its loss on the samples kept aside, before and after."""
-    heldout = chunks[:: max(2, _HELDOUT)][: len(chunks) // 2] or chunks
-    aside = {id(chunk) for chunk in heldout}
-    fitted = [chunk for chunk in chunks if id(chunk) not in aside] or chunks
-    before = _mean_loss(block, heldout, is_last)
-    trained = _trainable(block)
-    kept = [(module, name, module._parameters[name]) for module, name in trained]
-    parameters = [_own(module, name) for module, name in trained]
-    optimizer = torch.optim.Adam(
-        [{"params": [p], "lr": config.learning_rate * _size_of(p)} for p in parameters], betas=(0.9, 0.99)
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-    order: list[int] = []
-    for _ in range(config.steps):
-        order = order or torch.randperm(len(fitted), generator=generator).tolist()
-        optimizer.zero_grad(set_to_none=True)
-        loss = _loss(block, fitted[order.pop()], is_last)
-        if not loss.item() < float("inf"):
-            raise CalibrationError(
-                f"reconstruction: the loss of a block is {loss.item()}; lower learning_rate={config.learning_rate}"
-            )
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-        on_step()
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    after = _mean_loss(block, heldout, is_last)
-    if after >= before:
-        for module, name, old in kept:
-            module._parameters[name] = old
-    return before, after
+class _Training:
+    """The training of one block, on some of its samples, judged on the others."""
+
+    def __init__(self, student: nn.Module, block: fx.GraphModule, chunks: list[_Chunk], *, is_last: bool) -> None:
+        self._block, self._is_last = block, is_last
+        self._heldout = chunks[::_HELDOUT][: len(chunks) // 2] or chunks
+        aside = {id(chunk) for chunk in self._heldout}
+        self._fitted = [chunk for chunk in chunks if id(chunk) not in aside] or chunks
+        self._owners = _owners(student, block)
+
+    def run_(self, config: ReconstructionConfig, generator: torch.Generator, steps: Steps) -> tuple[float, float]:
+        """Train the block; returns its loss on the samples kept aside, before and after."""
+        before = self._heldout_loss()
+        old = [owners[0][0]._parameters[owners[0][1]] for owners in self._owners]
+        new = [nn.Parameter(parameter.detach().clone()) for parameter in old if parameter is not None]
+        self._put_(new)  # copies: others may share the old tensors
+        optimizer = torch.optim.Adam(
+            [{"params": [p], "lr": config.learning_rate * _size_of(p)} for p in new], betas=(0.9, 0.99)
+        )
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
+        order: list[int] = []
+        parts: dict[str, Part] = {"block": self._block, "optimizer": optimizer, "schedule": schedule}
+        for _ in steps.run(config.steps, **parts, generator=generator, order=order):
+            if not order:
+                order.extend(torch.randperm(len(self._fitted), generator=generator).tolist())
+            optimizer.zero_grad(set_to_none=True)
+            loss = self._loss(self._fitted[order.pop()])
+            if not loss.item() < float("inf"):
+                raise CalibrationError(
+                    f"reconstruction: the loss of a block is {loss.item()}; lower learning_rate={config.learning_rate}"
+                )
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+        for parameter in new:
+            parameter.requires_grad_(False)
+        after = self._heldout_loss()
+        if after >= before:
+            self._put_([parameter for parameter in old if parameter is not None])
+        return before, after
+
+    def _put_(self, parameters: Sequence[nn.Parameter]) -> None:
+        for owners, parameter in zip(self._owners, parameters, strict=True):
+            for module, name in owners:
+                module._parameters[name] = parameter
+
+    @torch.no_grad()
+    def _heldout_loss(self) -> float:
+        return sum(self._loss(chunk).item() for chunk in self._heldout) / len(self._heldout)
+
+    def _loss(self, chunk: _Chunk) -> Tensor:
+        output = chunk.inputs.call(self._block)
+        if self._is_last:
+            return kl_to_teacher(logits_of(output), logits_of(chunk.target))
+        target: Tensor = chunk.target
+        error: Tensor = (output - target).square().mean() / target.var().clamp(min=1e-12)
+        return error
 
 
-def _trainable(block: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Every float parameter of a block, by its owner and name, each once."""
-    found: dict[int, tuple[nn.Module, str]] = {}
-    for module in block.modules():
+def _owners(student: nn.Module, block: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """Every float parameter of a block, by all the modules of the network that hold it: what is tied stays tied."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in student.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_floating_point():
-                found.setdefault(id(parameter), (module, name))
-    return list(found.values())
-
-
-def _own(module: nn.Module, name: str) -> nn.Parameter:
-    """A parameter's copy in its place: others may share the old tensor."""
-    old = module._parameters[name]
-    assert old is not None
-    new = nn.Parameter(old.detach().clone())
-    module._parameters[name] = new
-    return new
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((module, name))
+    wanted = {id(p): p for p in block.parameters() if p.is_floating_point()}
+    return [holders[key] for key in wanted if key in holders]
 
 
 def _size_of(parameter: Tensor) -> float:
     """What a step is measured by: the root mean square of the values."""
     return max(1e-3, float(parameter.detach().float().square().mean().sqrt()))
-
-
-@torch.no_grad()
-def _mean_loss(block: nn.Module, chunks: Sequence[_Chunk], is_last: bool) -> float:
-    return sum(_loss(block, chunk, is_last).item() for chunk in chunks) / len(chunks)
-
-
-def _loss(block: nn.Module, chunk: _Chunk, is_last: bool) -> Tensor:
-    output = chunk.inputs.call(block)
-    if is_last:
-        return kl_to_teacher(logits_of(output), logits_of(chunk.target))
-    target: Tensor = chunk.target
-    error: Tensor = (output - target).square().mean() / target.var().clamp(min=1e-12)
-    return error

@@ -12,6 +12,7 @@ import bgd_plugin as bgd
 from bgd_plugin import CalibrationError, ReconstructionConfig
 from bgd_plugin.calibration import Batch
 from bgd_plugin.graph import copy_module
+from bgd_plugin.steps import Steps
 from bgd_plugin.training import reconstruct_, reconstruction_steps
 from bgd_plugin.training.loss import kl_to_teacher
 from tests.networks import SmallResNet, em, images, randomized
@@ -88,9 +89,8 @@ def test_steps_are_those_that_will_be_taken() -> None:
     student, reference = _students(data)
     taken: list[int] = []
     config = ReconstructionConfig(steps=3, batch_size=2)
-    reconstruct_(
-        student, reference, [Batch((x,)) for x in data], config, lambda _: torch.Generator(), lambda: taken.append(1)
-    )
+    batches = [Batch((x,)) for x in data]
+    reconstruct_(student, reference, batches, config, lambda _: torch.Generator(), lambda _: Steps(None, taken.append))
     layers = ["conv1", "conv2", "down", "fc"]
     assert len(taken) == reconstruction_steps(student, layers, config) > 3
 
@@ -103,3 +103,14 @@ def test_one_setting_turns_it_on_and_the_report_says_what_it_gained() -> None:
     assert all(
         torch.equal(a, b) for a, b in zip(one.model.state_dict().values(), two.model.state_dict().values(), strict=True)
     )
+
+
+def test_tied_parameters_stay_tied() -> None:
+    """Two norms share their factor: training must move it for both."""
+    data = images(4)
+    student, reference = _students(data)
+    student.get_submodule("bn3").weight = student.get_submodule("bn2").weight
+    before = student.get_submodule("bn2").weight.clone()
+    _reconstruct(student, reference, data, ReconstructionConfig(steps=10, learning_rate=0.01))
+    assert student.get_submodule("bn3").weight is student.get_submodule("bn2").weight
+    assert not torch.equal(student.get_submodule("bn2").weight, before)
