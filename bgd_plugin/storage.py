@@ -145,7 +145,11 @@ def restored(content: Stored) -> dict[str, Tensor]:
         value = tensors.get(name) if isinstance(name, str) else None
         if value is None or value.dtype != torch.int8 or not value.numel():
             raise ValueError(f"{name!r} is said to have 8 bits, and has not")
-        rows = 1 if name.endswith(".codebook") and name.removesuffix(".codebook") in header["layers"] else len(value)
+        rows = (
+            1
+            if name.endswith(".codebook") and name.removesuffix(".codebook") in header.get("layers", {})
+            else len(value)
+        )
         if rows > len(scales):
             raise ValueError("there are too few scales")
         tensors[name] = from_eight_bits(value.reshape(rows, -1), scales[:rows]).reshape(value.shape)

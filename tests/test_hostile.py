@@ -95,6 +95,17 @@ def test_entries_that_once_ended_in_other_errors(entry: object, tmp_path: Path) 
         bgd.load(file, like=NETWORKS["resnet"]())
 
 
+@pytest.mark.parametrize("file", GOLDEN, ids=lambda file: file.stem)
+def test_a_header_without_layers_is_refused(file: Path, tmp_path: Path) -> None:
+    content = file.read_bytes()
+    ours = json.loads(safetensors.safe_open(str(file), framework="pt").metadata()["bgd_plugin"])
+    del ours["layers"]
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(_with_ours(content, json.dumps(ours)))
+    with pytest.raises(bgd.CheckpointError):
+        bgd.load(path, like=NETWORKS[file.name.split("-")[0]]())
+
+
 def test_nothing_that_runs_code_from_a_file_is_used() -> None:
     """Float weights for the command line may come from `torch.save`; they are read with torch's restricted reader."""
     suspicious = re.compile(
