@@ -6,19 +6,17 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 
 from bgd_plugin.errors import ConfigError
+from bgd_plugin.planned import PlannedLayer
 from bgd_plugin.pq.blocks import to_blocks
 from bgd_plugin.pq.rate import RateCurve, largest_codebook, rate_curve, sampled_positions
 from bgd_plugin.tables import mib
-
-if TYPE_CHECKING:  # plans call this module, which needs only their fields
-    from bgd_plugin.plan import PlannedLayer
 
 __all__ = [
     "Choice",

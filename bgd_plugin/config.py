@@ -9,11 +9,19 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bgd_plugin.errors import ConfigError
+from bgd_plugin.stages import (
+    DistillationConfig,
+    FinetuningConfig,
+    LayerConfig,
+    ReconstructionConfig,
+    check,
+    check_choice,
+    counts,
+)
 
 __all__ = ["FAMILIES", "BGDConfig", "DistillationConfig", "FinetuningConfig", "LayerConfig", "ReconstructionConfig"]
 
 CONFIG_VERSION = 1
-MAX_CODEBOOK_SIZE = 65536
 
 # What the paper leaves float in a Mask R-CNN beside its first layer, and what is distilled: torchvision's names.
 _MASK_RCNN_FLOAT = ("rpn.head.cls_logits", "rpn.head.bbox_pred", "roi_heads.mask_predictor.mask_fcn_logits")
@@ -22,150 +30,17 @@ _MASK_RCNN_OUTPUTS = ("backbone", "rpn.head", "roi_heads.box_predictor", "roi_he
 Override = tuple[str, "LayerConfig | None"]
 
 
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    given = ", ".join(map(repr, choices[:-1]))
-    _check(value in choices, f"{name}={value!r}: give {given} or {choices[-1]!r}")
-
-
-def _counts(value: Any) -> bool:
-    """Whether something is a whole number of at least 1."""
-    return isinstance(value, int) and value >= 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerConfig:
-    """How one layer is quantized.
-
-    Args:
-        block_size: weights in a block (d); must divide the weights of a row.
-        codebook_size: codewords in the layer's codebook (k); a power of two from 2 to 65536. Layers with few blocks get
-            the largest power of two strictly below a quarter of their blocks.
-    """
-
-    block_size: int
-    codebook_size: int = 256
-
-    def __post_init__(self) -> None:
-        _check(
-            isinstance(self.block_size, int) and self.block_size >= 1,
-            f"block_size={self.block_size!r}: give a whole number of at least 1",
-        )
-        k = self.codebook_size
-        _check(
-            isinstance(k, int) and 2 <= k <= MAX_CODEBOOK_SIZE and k & (k - 1) == 0,
-            f"codebook_size={k!r}: give a power of two from 2 to {MAX_CODEBOOK_SIZE}",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillationConfig:
-    """Training of one layer's codewords against the teacher's logits, right after the layer is quantized.
-
-    Codes and every other layer stay as they are. The defaults are the paper's (section 3.2 of arXiv 1907.05686).
-
-    Args:
-        steps: gradient steps for each layer.
-        batch_size: samples in a step; calibration batches are added up until they reach it.
-        learning_rate, momentum, weight_decay: of SGD.
-    """
-
-    steps: int = 2500
-    batch_size: int = 128
-    learning_rate: float = 0.05
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-
-    def __post_init__(self) -> None:
-        _check(
-            _counts(self.steps), f"distillation: steps={self.steps!r}: give at least 1, or distillation=None for none"
-        )
-        _check(_counts(self.batch_size), f"distillation: batch_size={self.batch_size!r}: give at least 1")
-        _check(self.learning_rate > 0, f"distillation: learning_rate={self.learning_rate}: give a positive number")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReconstructionConfig:
-    """Training of block after block, so that each gives the float block's outputs on the student's inputs.
-
-    It comes after the last layer is fitted and before finetuning, and takes a few hundred unlabelled samples.
-
-    Args:
-        steps: gradient steps for each block.
-        batch_size: samples in a step, at most; calibration batches are cut up.
-        learning_rate: of Adam, in units of each parameter's root mean square; falls to zero along a cosine.
-    """
-
-    steps: int = 100
-    batch_size: int = 32
-    learning_rate: float = 0.003
-
-    def __post_init__(self) -> None:
-        _check(
-            _counts(self.steps),
-            f"reconstruction: steps={self.steps!r}: give at least 1, or reconstruction=None for none",
-        )
-        _check(_counts(self.batch_size), f"reconstruction: batch_size={self.batch_size!r}: give at least 1")
-        _check(self.learning_rate > 0, f"reconstruction: learning_rate={self.learning_rate}: give a positive number")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuningConfig:
-    """Training of all codewords together against the teacher's logits, after the last layer.
-
-    Batch-norm statistics update on the way.
-
-    Give `epochs` (walks over the calibration data) or `steps`, not both; neither means 9 epochs. The learning rate
-    falls to a tenth after each third of the run. The defaults are the paper's (section 3.3 of arXiv 1907.05686).
-
-    Args:
-        epochs: walks over the calibration data.
-        steps: gradient steps, walking over the calibration data as often as needed.
-        learning_rate, momentum, weight_decay: of SGD.
-        outputs: globs on the names of modules. What these give is drawn to what they give in the teacher, by relative
-            squared difference, in place of the logits; for a network that answers with something else, such as a
-            detector.
-    """
-
-    epochs: int | None = None
-    steps: int | None = None
-    learning_rate: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    outputs: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        is_names = isinstance(self.outputs, (tuple, list)) and all(isinstance(x, str) for x in self.outputs)
-        _check(is_names, f"finetuning: outputs={self.outputs!r}: give a tuple of globs on names of modules")
-        object.__setattr__(self, "outputs", tuple(self.outputs))
-        _check(
-            self.epochs is None or self.steps is None,
-            f"finetuning: epochs={self.epochs} and steps={self.steps}: give one of the two",
-        )
-        for name in ("epochs", "steps"):
-            value = getattr(self, name)
-            _check(
-                value is None or _counts(value),
-                f"finetuning: {name}={value!r}: give at least 1, or finetuning=None for none",
-            )
-        _check(self.learning_rate > 0, f"finetuning: learning_rate={self.learning_rate}: give a positive number")
-
-
 def _check_budget(target_bytes: Any, target_ratio: Any) -> None:
-    _check(
+    check(
         target_bytes is None or target_ratio is None,
         f"target_bytes={target_bytes} and target_ratio={target_ratio}: give one of the two",
     )
-    _check(
-        target_bytes is None or _counts(target_bytes),
+    check(
+        target_bytes is None or counts(target_bytes),
         f"target_bytes={target_bytes!r}: give a whole number of bytes, or None for no budget",
     )
     is_ratio = isinstance(target_ratio, (int, float)) and 1 < target_ratio < float("inf")
-    _check(
+    check(
         target_ratio is None or is_ratio,
         f"target_ratio={target_ratio!r}: give how many times smaller the file is to be, a number above 1",
     )
@@ -241,20 +116,20 @@ class BGDConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_choice("method", self.method, ("full", "em"))
-        _check(self.rounds >= 0, f"rounds={self.rounds}: give 0 or more")
+        check_choice("method", self.method, ("full", "em"))
+        check(self.rounds >= 0, f"rounds={self.rounds}: give 0 or more")
         step = self.asymmetric_step
-        _check(0 <= step <= 1, f"asymmetric_step={step}: give a number from 0 to 1")
-        _check_choice("batchnorm", self.batchnorm, ("matched", "reestimate", "keep"))
-        _check_choice("codebook_storage", self.codebook_storage, ("int8", "float16"))
-        _check_choice("weight_storage", self.weight_storage, ("int8", "float16", "float32"))
-        _check_choice("float_storage", self.float_storage, ("float16", "float32"))
-        _check(isinstance(self.preserve_zeros, bool), f"preserve_zeros={self.preserve_zeros!r}: give True or False")
-        _check(_counts(self.em_iterations), f"em_iterations={self.em_iterations}: give at least 1")
+        check(0 <= step <= 1, f"asymmetric_step={step}: give a number from 0 to 1")
+        check_choice("batchnorm", self.batchnorm, ("matched", "reestimate", "keep"))
+        check_choice("codebook_storage", self.codebook_storage, ("int8", "float16"))
+        check_choice("weight_storage", self.weight_storage, ("int8", "float16", "float32"))
+        check_choice("float_storage", self.float_storage, ("float16", "float32"))
+        check(isinstance(self.preserve_zeros, bool), f"preserve_zeros={self.preserve_zeros!r}: give True or False")
+        check(counts(self.em_iterations), f"em_iterations={self.em_iterations}: give at least 1")
         _check_budget(self.target_bytes, self.target_ratio)
         for family in FAMILIES:
             value = getattr(self, family)
-            _check(
+            check(
                 value is None or isinstance(value, LayerConfig),
                 f"{family}={value!r}: give a LayerConfig, or None to keep these layers float",
             )
@@ -284,7 +159,7 @@ class BGDConfig:
 
         **Source**: arXiv 1907.05686, sections 4.1 and 4.4, table 1.
         """
-        _check(regime in ("small", "large", "mask_rcnn"), f"regime={regime!r}: give 'small', 'large' or 'mask_rcnn'")
+        check(regime in ("small", "large", "mask_rcnn"), f"regime={regime!r}: give 'small', 'large' or 'mask_rcnn'")
         small, detects = regime == "small", regime == "mask_rcnn"
         fc_codebook_size = fc_codebook_size or (256 if detects else 2048)
         pointwise = pointwise_block_size if pointwise_block_size is not None else (4 if small else 8)
@@ -346,10 +221,10 @@ class BGDConfig:
         Raises:
             ConfigError: an unknown field, a wrong value, or a version newer than this library's.
         """
-        _check(isinstance(values, Mapping), f"the settings are a {type(values).__name__}: give a mapping")
+        check(isinstance(values, Mapping), f"the settings are a {type(values).__name__}: give a mapping")
         fields = dict(values)
         version = fields.pop("version", CONFIG_VERSION)
-        _check(
+        check(
             isinstance(version, int) and version <= CONFIG_VERSION,
             f"the settings have version {version!r}, this library reads up to {CONFIG_VERSION}: upgrade bgd-plugin",
         )
@@ -382,10 +257,10 @@ def _nested(kind: type[Any], values: Any, where: str) -> Any:
     """An instance of `kind` from a mapping; None and finished instances pass."""
     if values is None or isinstance(values, kind):
         return values
-    _check(isinstance(values, Mapping), f"{where}: found {values!r}, give the fields of {kind.__name__}")
+    check(isinstance(values, Mapping), f"{where}: found {values!r}, give the fields of {kind.__name__}")
     known = {f.name for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - known)
-    _check(not unknown, f"{where}: unknown {', '.join(unknown)}; {kind.__name__} has {', '.join(sorted(known))}")
+    check(not unknown, f"{where}: unknown {', '.join(unknown)}; {kind.__name__} has {', '.join(sorted(known))}")
     return kind(**values)
 
 
@@ -399,12 +274,12 @@ def _nested_override(entry: Any) -> Any:
 def _checked_overrides(overrides: Any) -> tuple[Override, ...]:
     checked = []
     for entry in overrides:
-        _check(
+        check(
             isinstance(entry, (tuple, list)) and len(entry) == 2 and isinstance(entry[0], str),
             f"overrides: found {entry!r}, give pairs of a glob and a LayerConfig or None",
         )
         pattern, layer = entry
-        _check(
+        check(
             layer is None or isinstance(layer, LayerConfig),
             f"override {pattern!r}: found {layer!r}, give a LayerConfig, or None to keep the layers float",
         )

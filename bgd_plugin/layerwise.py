@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from bgd_plugin.calibration import Batches, CollectedInputs, LayerInputs, Rerun, Walk, logits_of, sampled_inputs
+from bgd_plugin.calibration import CollectedInputs, LayerInputs, Rerun, Walk, logits_of, sampled_inputs
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.fitting import METHODS, FittedLayer, LayerContext, Skip, fitted_once, output_error, refitted
 from bgd_plugin.graph import (
@@ -22,78 +17,29 @@ from bgd_plugin.graph import (
     added_to,
     batchnorms_in_parts,
     call_input,
-    following_batchnorm,
     following_batchnorm_node,
     has_running_statistics,
     install_,
     module_at,
-    release_,
 )
-from bgd_plugin.plan import Plan, PlannedLayer
+from bgd_plugin.job import Job
+from bgd_plugin.norms import DriftedSkip, NormCorrection
+from bgd_plugin.planned import PlannedLayer
 from bgd_plugin.pq.blocks import Geometry
 from bgd_plugin.report import LayerReport
-from bgd_plugin.run import Run, stage
+from bgd_plugin.run import stage
 from bgd_plugin.storage import round_weights_
 from bgd_plugin.training import (
     absorb_row_scale_,
-    correct_batchnorm_,
-    correct_batchnorm_at_,
     distill_,
     is_batchnorm,
-    is_shared,
 )
 
-__all__ = ["Job", "layer_report", "quantize_layers"]
+__all__ = ["layer_report", "quantize_layers"]
 
 # The rows on which a layer's error is told: so many, but no more numbers than this.
 _ERROR_ROWS, _ERROR_NUMBERS = 4096, 4_000_000
 _EMBEDDING_ROWS = 5  # one of them judges the fit of the others
-
-
-@dataclass(kw_only=True)
-class Job:
-    """Everything that the steps of one call share."""
-
-    student: nn.Module
-    reference: nn.Module
-    teacher: nn.Module
-    config: BGDConfig
-    plan: Plan
-    found: list[FoundLayer]
-    leftovers: Sequence[str]
-    batches: Batches
-    run: Run
-    bar: Any
-    seconds: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    reports: list[LayerReport] = field(default_factory=list)
-    unreached: list[FoundLayer] = field(default_factory=list)
-    norms: dict[str, str] = field(default_factory=dict)
-
-    @contextmanager
-    def timed(self, step: str) -> Iterator[None]:
-        """Add the seconds of a block to a step's."""
-        start = time.perf_counter()
-        yield
-        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
-
-    def leave(self, index: int) -> None:
-        """Let a layer stay float that no calibration input reaches."""
-        self.unreached.append(self.found[index])
-        release_(self.student, self.found[index])
-        self.bar.update(1 + (self.config.distillation.steps if self.config.distillation else 0))
-
-    def batchnorm_after(self, found: FoundLayer) -> str | None:
-        """Path of the batch norm that alone reads a layer's output."""
-        if found.kind.startswith("conv_transpose"):  # a row is not an output channel
-            return None
-        if isinstance(self.student, fx.GraphModule):
-            return None if found.hidden else following_batchnorm(self.student, found.calls)
-        return None if found.tied else self.norms.get(found.target)
-
-    def generator(self, name: str) -> torch.Generator:
-        """Random numbers of a layer, the same whichever layers were done before."""
-        return torch.Generator().manual_seed(zlib.crc32(f"{self.config.seed} {name}".encode()))
 
 
 def quantize_layers(job: Job) -> list[LayerReport]:
@@ -111,7 +57,7 @@ def _along_graph(job: Job, logits: list[Tensor]) -> None:
     first_nodes: dict[str, list[int]] = {}
     for index, found in enumerate(job.found):
         first_nodes.setdefault(_first_node(walk, found), []).append(index)
-    norms = _NormCorrection(job)
+    norms = NormCorrection(job)
     refits, leftovers = 0, _leftover_nodes(job)
     for node in walk.nodes():
         for index in first_nodes.get(node.name, ()):
@@ -138,7 +84,7 @@ def _by_runs(job: Job, logits: list[Tensor]) -> None:
     weights = {found.name: found.weight for found in job.found}
     walk = Rerun(job.student, job.reference, job.batches, weights, norms)
     job.norms.update(batchnorms_in_parts(job.student))
-    corrections = _NormCorrection(job)
+    corrections = NormCorrection(job)
     for name in walk.order:
         if name in indices:
             _quantize_layer(job, walk, indices[name], logits, None)
@@ -153,60 +99,6 @@ def _by_runs(job: Job, logits: list[Tensor]) -> None:
     job.notes += corrections.notes()
 
 
-class _NormCorrection:
-    """The batch norms of a walk, corrected one after another, and what is to be said of them."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._residual: set[str] = set()
-        self._corrected: set[str] = set()
-        self._shared: set[str] = set()
-
-    def remember(self, skip: _DriftedSkip | None) -> None:
-        """The layer before this norm makes good what the skip has lost."""
-        if skip is not None:
-            self._residual.add(skip.norm.name)
-
-    def correct_(self, walk: Walk, node: fx.Node) -> None:
-        """Correct the batch norm at a node, as the settings say."""
-        job, mode = self._job, self._job.config.batchnorm
-        if mode == "keep":
-            return
-        assert isinstance(job.student, fx.GraphModule)
-        if is_shared(job.student, node):
-            self._shared.add(str(node.target))
-            return
-        with job.timed("batch norm"):
-            skip = added_to(job.student, node) if node.name in self._residual else None
-            if correct_batchnorm_(walk, node, mode, skip):
-                walk.mark_changed(str(node.target))
-                self._corrected.add(node.name)
-
-    def correct_at_(self, walk: Rerun, path: str) -> None:
-        """Correct the batch norm at a path of a network that is not a graph."""
-        mode = self._job.config.batchnorm
-        if mode == "keep":
-            return
-        if walk.runs_twice(path):
-            self._shared.add(path)
-            return
-        with self._job.timed("batch norm"):
-            if correct_batchnorm_at_(walk, path, mode):
-                self._corrected.add(path)
-
-    def notes(self) -> list[str]:
-        """For the report."""
-        mode, count = self._job.config.batchnorm, len(self._corrected)
-        if mode == "keep":
-            return []
-        what = f"{count} corrected" if count else "nothing to correct, no batch norm follows a quantized layer"
-        notes = [f"batch norm ({mode}): {what}"]
-        if self._shared:
-            names = ", ".join(sorted(self._shared))
-            notes.append(f"batch norm: left as they are, since they run at several places: {names}")
-        return notes
-
-
 def _needs_reference(config: BGDConfig) -> bool:
     return config.batchnorm == "matched" or config.method == "full"
 
@@ -219,15 +111,7 @@ def _first_node(walk: Walk, layer: FoundLayer) -> str:
     raise AssertionError(f"{layer.name} has no node")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _DriftedSkip:
-    """The batch norm that ends a residual branch, and the other side of the addition."""
-
-    norm: fx.Node
-    node: fx.Node
-
-
-def _drifted_skip(job: Job, walk: Walk, found: FoundLayer) -> _DriftedSkip | None:
+def _drifted_skip(job: Job, walk: Walk, found: FoundLayer) -> DriftedSkip | None:
     """The skip whose drift a layer is to make good: it ends a residual branch, and the other side has run already."""
     config = job.config
     if config.method != "full" or not config.asymmetric_step or config.batchnorm != "matched":
@@ -237,7 +121,7 @@ def _drifted_skip(job: Job, walk: Walk, found: FoundLayer) -> _DriftedSkip | Non
         return None
     norm = following_batchnorm_node(job.student, found.calls)
     skip = None if norm is None else added_to(job.student, norm)
-    return None if norm is None or skip is None or not walk.differs(skip) else _DriftedSkip(norm=norm, node=skip)
+    return None if norm is None or skip is None or not walk.differs(skip) else DriftedSkip(norm=norm, node=skip)
 
 
 def _leftover_nodes(job: Job) -> dict[str, tuple[str, fx.Node]]:
@@ -274,7 +158,7 @@ def _refit(job: Job, walk: Walk, weight_name: str, call: fx.Node) -> bool:
     return is_refitted
 
 
-def _quantize_layer(job: Job, walk: Walk | Rerun, index: int, logits: list[Tensor], skip: _DriftedSkip | None) -> None:
+def _quantize_layer(job: Job, walk: Walk | Rerun, index: int, logits: list[Tensor], skip: DriftedSkip | None) -> None:
     """Fit one layer, put it in its place, distill it."""
     found, planned, config = job.found[index], job.plan.layers[index], job.config
     job.bar.set_description(planned.name)
@@ -349,7 +233,7 @@ def _fit(
     return fit
 
 
-def _skip_for_fit(job: Job, walk: Walk | Rerun, skip: _DriftedSkip | None) -> Skip | None:
+def _skip_for_fit(job: Job, walk: Walk | Rerun, skip: DriftedSkip | None) -> Skip | None:
     if skip is None or isinstance(walk, Rerun):
         return None
     norm: Any = job.student.get_submodule(str(skip.norm.target))

@@ -8,8 +8,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bgd_plugin.config import BGDConfig, DistillationConfig, FinetuningConfig, LayerConfig, ReconstructionConfig
+from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import ConfigError
+from bgd_plugin.stages import DistillationConfig, FinetuningConfig, LayerConfig, ReconstructionConfig
 
 if TYPE_CHECKING:  # images are for the commands that read some
     from bgd_plugin.images import Preprocessing

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from bgd_plugin.config import MAX_CODEBOOK_SIZE
 from bgd_plugin.errors import CheckpointError, ConfigError
 from bgd_plugin.graph import (
     FoundLayer,
@@ -26,6 +25,7 @@ from bgd_plugin.graph import (
 )
 from bgd_plugin.nn import FrozenNorm, PQModule
 from bgd_plugin.pq.packing import code_dtype
+from bgd_plugin.stages import MAX_CODEBOOK_SIZE
 
 __all__ = ["Placement", "make_room_", "placement_in", "placement_of", "transplant_", "transplanted"]
 

@@ -37,17 +37,11 @@ from bgd_plugin.graph import (
     set_modes,
     unwrapped,
 )
-from bgd_plugin.layerwise import Job, quantize_layers
+from bgd_plugin.job import Job
+from bgd_plugin.layerwise import quantize_layers
 from bgd_plugin.nn import PQModule, freeze_norms_
-from bgd_plugin.plan import (
-    Plan,
-    SkippedLayer,
-    family_leftovers,
-    free_layers,
-    make_plan,
-    paper_bytes,
-    require_plannable,
-)
+from bgd_plugin.plan import family_leftovers, free_layers, make_plan, paper_bytes, require_plannable
+from bgd_plugin.planned import Plan, SkippedLayer
 from bgd_plugin.report import LayerReport, Report
 from bgd_plugin.reproducible import if_asked
 from bgd_plugin.run import Run

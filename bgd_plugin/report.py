@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from bgd_plugin.plan import SkippedLayer
+from bgd_plugin.planned import SkippedLayer
 from bgd_plugin.tables import mib, table
 
 __all__ = ["LayerReport", "Report"]

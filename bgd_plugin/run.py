@@ -20,7 +20,7 @@ from bgd_plugin.errors import CheckpointError
 from bgd_plugin.files import remove_leftovers, write_atomically
 from bgd_plugin.fingerprint import described, differing
 from bgd_plugin.fitting import FittedLayer
-from bgd_plugin.plan import PlannedLayer
+from bgd_plugin.planned import PlannedLayer
 from bgd_plugin.steps import Steps
 
 __all__ = ["Run", "holds_run", "stage"]

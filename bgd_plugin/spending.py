@@ -6,7 +6,6 @@ import dataclasses
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,9 +21,7 @@ from bgd_plugin.budget import (
 )
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.graph import FoundLayer
-
-if TYPE_CHECKING:  # plans call this module, which needs only their fields
-    from bgd_plugin.plan import PlannedLayer
+from bgd_plugin.planned import PlannedLayer
 
 __all__ = ["Budget"]
 

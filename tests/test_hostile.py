@@ -72,7 +72,9 @@ def _loads_or_is_refused(file: Path) -> None:
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(key=st.sampled_from(["format", "layers", "aliases", "dtypes", "masks"]), value=_JSON)
+@given(
+    key=st.sampled_from(["format", "layers", "frozen", "scaled", "numbers", "aliases", "dtypes", "masks"]), value=_JSON
+)
 def test_any_json_in_our_header_loads_or_is_refused(key: str, value: object, tmp_path: Path) -> None:
     content = next(file for file in GOLDEN if file.name.startswith("resnet")).read_bytes()
     (length,) = struct.unpack("<Q", content[:8])

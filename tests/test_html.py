@@ -6,7 +6,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-from bgd_plugin.plan import SkippedLayer
+from bgd_plugin.planned import SkippedLayer
 from bgd_plugin.report import LayerReport, Report
 
 _VOID = {"meta", "rect", "img", "br"}

@@ -13,7 +13,7 @@ from torch import Tensor
 from bgd_plugin.calibration import InputSample, LayerInputs
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.distributed import total
-from bgd_plugin.plan import PlannedLayer
+from bgd_plugin.planned import PlannedLayer
 
 __all__ = ["FittedLayer", "LayerContext", "Method", "Skip", "output_error"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from bgd_plugin.nn.base import PQModule
@@ -19,6 +21,19 @@ from bgd_plugin.nn.weight import FloatWeight, PQWeight
 __all__ = ["materialized", "quantized", "restored_parameter"]
 
 
+_FORMS: dict[type[nn.Module], Any] = {
+    nn.Linear: PQLinear,
+    nn.Conv1d: PQConv1d,
+    nn.Conv2d: PQConv2d,
+    nn.Conv3d: PQConv3d,
+    nn.ConvTranspose1d: PQConvTranspose1d,
+    nn.ConvTranspose2d: PQConvTranspose2d,
+    nn.ConvTranspose3d: PQConvTranspose3d,
+    nn.Embedding: PQEmbedding,
+    FloatWeight: PQWeight,
+}
+
+
 def quantized(module: nn.Module, codebook: Tensor, codes: Tensor, mask: Tensor | None = None) -> PQModule:
     """The product-quantized module that stands for a float one; bias and training mode are taken over.
 
@@ -28,28 +43,10 @@ def quantized(module: nn.Module, codebook: Tensor, codes: Tensor, mask: Tensor |
         codes: `[rows, blocks_per_row]`.
         mask: bool of the weight's shape, false where the decoded weight is zero; None: nowhere.
     """
-    result: PQModule
-    match module:
-        case nn.Linear():
-            result = PQLinear(codebook, codes, module)
-        case nn.Conv1d():
-            result = PQConv1d(codebook, codes, module)
-        case nn.Conv2d():
-            result = PQConv2d(codebook, codes, module)
-        case nn.Conv3d():
-            result = PQConv3d(codebook, codes, module)
-        case nn.ConvTranspose1d():
-            result = PQConvTranspose1d(codebook, codes, module)
-        case nn.ConvTranspose2d():
-            result = PQConvTranspose2d(codebook, codes, module)
-        case nn.ConvTranspose3d():
-            result = PQConvTranspose3d(codebook, codes, module)
-        case nn.Embedding():
-            result = PQEmbedding(codebook, codes, module)
-        case FloatWeight():
-            result = PQWeight(codebook, codes, module)
-        case _:
-            raise TypeError(f"no product-quantized module stands for {type(module).__name__}")
+    form = next((pq for kind, pq in _FORMS.items() if isinstance(module, kind)), None)
+    if form is None:
+        raise TypeError(f"no product-quantized module stands for {type(module).__name__}")
+    result: PQModule = form(codebook, codes, module)
     result.mask = mask
     return result.train(module.training)
 

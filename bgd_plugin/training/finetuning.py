@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from bgd_plugin.calibration import Batch, logits_of
-from bgd_plugin.config import FinetuningConfig
 from bgd_plugin.distributed import largest, parallel, processes, sum_
 from bgd_plugin.errors import CalibrationError
+from bgd_plugin.stages import FinetuningConfig
 from bgd_plugin.steps import Part, Steps
 from bgd_plugin.training.loss import codebooks, kl_to_teacher, mean_gradients_
 from bgd_plugin.training.outputs import outputs_to_teacher

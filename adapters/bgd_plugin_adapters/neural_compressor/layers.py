@@ -11,7 +11,7 @@ from torch import fx, nn
 import bgd_plugin as bgd
 from bgd_plugin import ConfigError, LayerConfig
 from bgd_plugin.config import FAMILIES
-from bgd_plugin.plan import PlannedLayer
+from bgd_plugin.planned import PlannedLayer
 from bgd_plugin_adapters.neural_compressor.config import BGDConfig
 from bgd_plugin_adapters.neural_compressor.foreign import foreign_layers
 

@@ -1,0 +1,152 @@
+"""Settings of one layer, and of each stage of training: frozen, checked where they are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from bgd_plugin.errors import ConfigError
+
+__all__ = [
+    "MAX_CODEBOOK_SIZE",
+    "DistillationConfig",
+    "FinetuningConfig",
+    "LayerConfig",
+    "ReconstructionConfig",
+    "check",
+    "check_choice",
+    "counts",
+]
+
+MAX_CODEBOOK_SIZE = 65536
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    given = ", ".join(map(repr, choices[:-1]))
+    check(value in choices, f"{name}={value!r}: give {given} or {choices[-1]!r}")
+
+
+def counts(value: Any) -> bool:
+    """Whether something is a whole number of at least 1."""
+    return isinstance(value, int) and value >= 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """How one layer is quantized.
+
+    Args:
+        block_size: weights in a block (d); must divide the weights of a row.
+        codebook_size: codewords in the layer's codebook (k); a power of two from 2 to 65536. Layers with few blocks get
+            the largest power of two strictly below a quarter of their blocks.
+    """
+
+    block_size: int
+    codebook_size: int = 256
+
+    def __post_init__(self) -> None:
+        check(
+            isinstance(self.block_size, int) and self.block_size >= 1,
+            f"block_size={self.block_size!r}: give a whole number of at least 1",
+        )
+        k = self.codebook_size
+        check(
+            isinstance(k, int) and 2 <= k <= MAX_CODEBOOK_SIZE and k & (k - 1) == 0,
+            f"codebook_size={k!r}: give a power of two from 2 to {MAX_CODEBOOK_SIZE}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """Training of one layer's codewords against the teacher's logits, right after the layer is quantized.
+
+    Codes and every other layer stay as they are. The defaults are the paper's (section 3.2 of arXiv 1907.05686).
+
+    Args:
+        steps: gradient steps for each layer.
+        batch_size: samples in a step; calibration batches are added up until they reach it.
+        learning_rate, momentum, weight_decay: of SGD.
+    """
+
+    steps: int = 2500
+    batch_size: int = 128
+    learning_rate: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+
+    def __post_init__(self) -> None:
+        check(counts(self.steps), f"distillation: steps={self.steps!r}: give at least 1, or distillation=None for none")
+        check(counts(self.batch_size), f"distillation: batch_size={self.batch_size!r}: give at least 1")
+        check(self.learning_rate > 0, f"distillation: learning_rate={self.learning_rate}: give a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionConfig:
+    """Training of block after block, so that each gives the float block's outputs on the student's inputs.
+
+    It comes after the last layer is fitted and before finetuning, and takes a few hundred unlabelled samples.
+
+    Args:
+        steps: gradient steps for each block.
+        batch_size: samples in a step, at most; calibration batches are cut up.
+        learning_rate: of Adam, in units of each parameter's root mean square; falls to zero along a cosine.
+    """
+
+    steps: int = 100
+    batch_size: int = 32
+    learning_rate: float = 0.003
+
+    def __post_init__(self) -> None:
+        check(
+            counts(self.steps),
+            f"reconstruction: steps={self.steps!r}: give at least 1, or reconstruction=None for none",
+        )
+        check(counts(self.batch_size), f"reconstruction: batch_size={self.batch_size!r}: give at least 1")
+        check(self.learning_rate > 0, f"reconstruction: learning_rate={self.learning_rate}: give a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuningConfig:
+    """Training of all codewords together against the teacher's logits, after the last layer.
+
+    Batch-norm statistics update on the way.
+
+    Give `epochs` (walks over the calibration data) or `steps`, not both; neither means 9 epochs. The learning rate
+    falls to a tenth after each third of the run. The defaults are the paper's (section 3.3 of arXiv 1907.05686).
+
+    Args:
+        epochs: walks over the calibration data.
+        steps: gradient steps, walking over the calibration data as often as needed.
+        learning_rate, momentum, weight_decay: of SGD.
+        outputs: globs on the names of modules. What these give is drawn to what they give in the teacher, by relative
+            squared difference, in place of the logits; for a network that answers with something else, such as a
+            detector.
+    """
+
+    epochs: int | None = None
+    steps: int | None = None
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    outputs: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        is_names = isinstance(self.outputs, (tuple, list)) and all(isinstance(x, str) for x in self.outputs)
+        check(is_names, f"finetuning: outputs={self.outputs!r}: give a tuple of globs on names of modules")
+        object.__setattr__(self, "outputs", tuple(self.outputs))
+        check(
+            self.epochs is None or self.steps is None,
+            f"finetuning: epochs={self.epochs} and steps={self.steps}: give one of the two",
+        )
+        for name in ("epochs", "steps"):
+            value = getattr(self, name)
+            check(
+                value is None or counts(value),
+                f"finetuning: {name}={value!r}: give at least 1, or finetuning=None for none",
+            )
+        check(self.learning_rate > 0, f"finetuning: learning_rate={self.learning_rate}: give a positive number")
