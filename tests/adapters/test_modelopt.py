@@ -16,6 +16,7 @@ from torch import nn
 import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, CalibrationError, CheckpointError, ConfigError, LayerConfig
 from tests.adapters.digits import accuracy, digits, trained_on_digits
+from tests.adapters.entrances import same_state
 from tests.networks import PlainNet, same_outputs, vectors
 
 pytest.importorskip("modelopt", reason="ModelOpt is not installed: pip install 'bgd-plugin[modelopt]'")
@@ -27,11 +28,6 @@ import modelopt.torch.quantization as mtq  # noqa: E402
 import modelopt.torch.sparsity as mts  # noqa: E402
 
 SMALL = {"conv": LayerConfig(block_size=9, codebook_size=32), "linear": LayerConfig(block_size=4, codebook_size=16)}
-
-
-def same_state(one: nn.Module, other: nn.Module) -> bool:
-    first, second = one.state_dict(), other.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 def loop(data: list[torch.Tensor]) -> Any:

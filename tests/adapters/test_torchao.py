@@ -16,6 +16,7 @@ from torch import nn
 import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, CheckpointError, ConfigError, FinetuningConfig, LayerConfig
 from tests.adapters.digits import accuracy, digits, trained_on_digits
+from tests.adapters.entrances import same_state
 from tests.networks import PlainNet, same_outputs, vectors
 
 pytest.importorskip("torchao", reason="torchao is not installed: pip install 'bgd-plugin[torchao]'")
@@ -34,11 +35,6 @@ def any_layer(module: nn.Module, name: str) -> bool:
 
 def codes(model: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v for k, v in model.state_dict().items() if k.endswith(".codes")}
-
-
-def same_state(one: nn.Module, other: nn.Module) -> bool:
-    first, second = one.state_dict(), other.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 def test_calibrated_gives_the_cores_codes_and_accuracy() -> None:

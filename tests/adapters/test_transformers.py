@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, CheckpointError, ConfigError, FinetuningConfig, LayerConfig
 from bgd_plugin.training import kl_to_teacher
+from tests.adapters.entrances import same_state
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'bgd-plugin[transformers]'")
 
@@ -83,13 +84,6 @@ def batches(model: Any, count: int = 2) -> list[dict[str, Tensor]]:
 
 
 MODELS = {"resnet": resnet, "vit": vit, "bert": bert, "llama": llama}
-
-
-def same_state(one: nn.Module, other: nn.Module) -> bool:
-    first, second = one.state_dict(), other.state_dict()
-    return first.keys() == second.keys() and all(
-        first[k].dtype == second[k].dtype and torch.equal(first[k], second[k]) for k in first
-    )
 
 
 @torch.no_grad()
