@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from neural_compressor.common.base_config import config_registry
+from neural_compressor.torch.quantization import load as neural_compressor_load
 from neural_compressor.torch.quantization.config import FRAMEWORK_NAME
 from neural_compressor.torch.utils.utility import QCONFIG_NAME, WEIGHT_NAME
 from torch import nn
@@ -73,6 +74,9 @@ def save(model: Any, checkpoint_dir: str = "saved_results", format: str = "defau
 def load(checkpoint_dir: str, original_model: nn.Module, device: str = "cpu") -> Any:
     """Read a quantized network from a folder; neural-compressor's own `load` knows only its own algorithms.
 
+    A folder without a layer of ours, as it is saved where `autotune` picks another algorithm, goes to that `load`,
+    which takes the layers that are not quantized from `original_model`.
+
     Args:
         checkpoint_dir: the folder.
         original_model: a network of the same architecture; it is left untouched, and its weights are not used.
@@ -87,6 +91,8 @@ def load(checkpoint_dir: str, original_model: nn.Module, device: str = "cpu") ->
     from bgd_plugin_adapters.neural_compressor.model import as_quantized_
 
     folder = Path(checkpoint_dir).expanduser()
+    if _is_theirs(folder):
+        return neural_compressor_load(str(folder), original_model=copy.deepcopy(original_model), device=device)
     _check_files(folder)
     mapping = _read_mapping(folder / QCONFIG_NAME)
     network = copy.deepcopy(original_model)
@@ -112,6 +118,16 @@ def _version() -> str:
 def _fingerprint(file: Path) -> dict[str, Any]:
     content = file.read_bytes()
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _is_theirs(folder: Path) -> bool:
+    """Whether a folder holds their two files, and nothing that would say that ours are missing."""
+    if any((folder / name).exists() for name in (_NETWORK, _MANIFEST)):
+        return False
+    if not all((folder / name).is_file() for name in (QCONFIG_NAME, WEIGHT_NAME)):
+        return False
+    entries = _parsed(folder / QCONFIG_NAME, json.loads)
+    return isinstance(entries, dict) and not any(ALGORITHM in entry for entry in entries.values())
 
 
 def _check_files(folder: Path) -> None:
