@@ -79,7 +79,7 @@ def quantize_module(module: nn.Module, config: BGDConfig | None = None, *, name:
 
     Args:
         module: the layer; it is left untouched, and its bias is shared with the result.
-        config: the setting of the layer's kind applies.
+        config: the setting of the layer's kind applies, and `codebook_storage`.
         name: for messages.
 
     Raises:
@@ -95,6 +95,7 @@ def quantize_module(module: nn.Module, config: BGDConfig | None = None, *, name:
         raise ConfigError(f"{name} cannot be quantized: {outcome.reason}")
     matrix = found[0].matrix.detach()
     result = quantized(module, *_fitted(matrix, outcome, config), outcome.kept(matrix))
+    result.round_codebook_(outcome.codebook_storage)
     result.codebook.requires_grad_(found[0].weight.requires_grad)
     return result
 

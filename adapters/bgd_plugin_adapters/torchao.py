@@ -31,7 +31,7 @@ __all__ = ["BGDWeightOnlyConfig", "make_room_", "quantize_", "register"]
 
 Filter = Callable[[nn.Module, str], bool]
 
-_OF_NETWORKS = ("distillation", "finetuning", "target_bytes", "target_ratio")
+_OF_NETWORKS = ("distillation", "reconstruction", "finetuning", "freeze_norms", "target_bytes", "target_ratio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,11 @@ class BGDWeightOnlyConfig(BGDConfig, AOBaseConfig):
         super().__post_init__()
         if self.overrides:
             raise ConfigError("overrides: torchao chooses layers by filter_fn, and settings by name with FqnToConfig")
-        object.__setattr__(self, "overrides", [])  # torchao's JSON has no tuples
+        object.__setattr__(self, "overrides", [])  # torchao's JSON has no tuples, here and below
+        if self.finetuning:
+            finetuning = dataclasses.replace(self.finetuning)
+            object.__setattr__(finetuning, "outputs", list(finetuning.outputs))
+            object.__setattr__(self, "finetuning", finetuning)
 
 
 def register() -> None:
@@ -107,14 +111,21 @@ def make_room_(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
     placement = bgd.placement_in(state_dict)
     if not placement:
         raise bgd.CheckpointError("the state dict holds no layer with a codebook and codes: load it as it is")
-    bgd.make_room_(model, placement)
+    bgd.make_room_(model, placement | dict.fromkeys(_frozen_norms(model, state_dict), ()))
     return model
+
+
+def _frozen_norms(model: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:
+    """Batch norms of a network that have a factor and a summand in the state dict, and no statistics."""
+    norms = [path for path, norm in model.named_modules() if getattr(norm, "running_mean", None) is not None]
+    present = [path for path in norms if {f"{path}.weight", f"{path}.bias"} <= state_dict.keys()]
+    return [path for path in present if not {f"{path}.running_mean", f"{path}.running_var"} & state_dict.keys()]
 
 
 def _handle(module: nn.Module, config: BGDWeightOnlyConfig) -> nn.Module:
     """What torchao calls for each module that its filter or its names choose."""
     _require_float(module, f"a {type(module).__name__}")
-    wholes = [name for name in _OF_NETWORKS if getattr(config, name, None) is not None]
+    wholes = [name for name in _OF_NETWORKS if getattr(config, name)]
     if wholes:
         raise ConfigError(
             f"{', '.join(wholes)}: for a whole network, and torchao hands over one layer at a time: use "
@@ -196,4 +207,6 @@ def _core_config(model: nn.Module, ours: Mapping[str, AOBaseConfig]) -> BGDConfi
 
 def _plain(config: AOBaseConfig) -> BGDConfig:
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(BGDConfig)}
+    if values["finetuning"]:
+        values["finetuning"] = dataclasses.replace(values["finetuning"])  # with a tuple again
     return BGDConfig(**values)

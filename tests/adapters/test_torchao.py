@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,7 +15,15 @@ import torch
 from torch import nn
 
 import bgd_plugin as bgd
-from bgd_plugin import BGDConfig, CheckpointError, ConfigError, FinetuningConfig, LayerConfig
+from bgd_plugin import (
+    BGDConfig,
+    CheckpointError,
+    ConfigError,
+    DistillationConfig,
+    FinetuningConfig,
+    LayerConfig,
+    ReconstructionConfig,
+)
 from tests.adapters.digits import accuracy, digits, trained_on_digits
 from tests.adapters.entrances import same_state
 from tests.networks import PlainNet, same_outputs, vectors
@@ -54,7 +63,8 @@ def test_torchaos_own_quantize_gives_the_cores_codes_without_data() -> None:
     expected = bgd.quantize_weights(model)
     quantize_(model, adapter.BGDWeightOnlyConfig(), lambda module, name: isinstance(module, nn.Linear) and name != "0")
     assert codes(model).keys() == codes(expected.model).keys() == {"2.codes", "4.codes"}
-    assert all(torch.equal(v, codes(expected.model)[k]) for k, v in codes(model).items())
+    found, wanted = model.state_dict(), expected.model.state_dict()
+    assert all(torch.equal(found[f"{n}.{part}"], wanted[f"{n}.{part}"]) for n in "24" for part in ("codes", "codebook"))
 
 
 def test_ours_without_data_is_the_cores() -> None:
@@ -105,9 +115,56 @@ def test_every_field_of_the_core_is_a_field_of_the_config() -> None:
     assert same_state(model, expected.model)
 
 
-def test_a_config_goes_through_torchaos_json_and_back() -> None:
-    config = adapter.BGDWeightOnlyConfig(seed=4, conv=None, linear=LayerConfig(block_size=8))
-    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+TRAINED: dict[str, Any] = {
+    "method": "em",
+    "distillation": DistillationConfig(steps=2, batch_size=8),
+    "reconstruction": ReconstructionConfig(steps=2),
+    "finetuning": FinetuningConfig(steps=2, outputs=("2", "4")),
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"seed": 4, "conv": None, "linear": LayerConfig(block_size=8)},
+        TRAINED,
+        {"freeze_norms": True, "target_ratio": 2},
+    ],
+    ids=["sizes", "training", "of networks"],
+)
+def test_a_config_goes_through_torchaos_json_and_back(settings: dict[str, Any]) -> None:
+    config = adapter.BGDWeightOnlyConfig(**settings)
+    again = config_from_dict(json.loads(json.dumps(config_to_dict(config))))
+    assert again == config
+    assert all(getattr(again, name) == getattr(config, name) for name in settings)
+
+
+def test_settings_that_came_out_of_json_train_as_the_core_does() -> None:
+    model, data = PlainNet(), vectors()
+    expected = bgd.quantize(model, data, BGDConfig(**TRAINED), progress=False)
+    config = config_from_dict(json.loads(json.dumps(config_to_dict(adapter.BGDWeightOnlyConfig(**TRAINED)))))
+    adapter.quantize_(model, config, calibration=data, progress=False)
+    assert same_state(model, expected.model)
+
+
+def test_every_field_of_the_core_survives_torchaos_json() -> None:
+    """A new field that torchao's JSON cannot hold is found here."""
+    for config in (BGDConfig(), BGDConfig.paper("small"), BGDConfig.paper("large")):
+        ours = adapter.BGDWeightOnlyConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
+        assert config_from_dict(json.loads(json.dumps(config_to_dict(ours)))) == ours
+
+
+def test_frozen_norms_are_restored_from_a_state_dict() -> None:
+    model, data = trained_on_digits(), [digits()[0][:100]]
+    settings: dict[str, Any] = SMALL | {"freeze_norms": True}
+    expected = bgd.quantize(model, data, BGDConfig(**settings), progress=False)
+    adapter.quantize_(model, adapter.BGDWeightOnlyConfig(**settings), any_layer, calibration=data, progress=False)
+    assert same_state(model, expected.model)
+    state = model.state_dict()
+    assert "bn1.running_mean" not in state
+    fresh = adapter.make_room_(trained_on_digits(), state)
+    fresh.load_state_dict(state)
+    assert same_outputs(model, fresh, data)
 
 
 def test_saved_and_restored_in_a_fresh_process_bit_for_bit(tmp_path: Path) -> None:
@@ -172,6 +229,9 @@ def test_a_model_that_torchao_has_quantized_is_an_error() -> None:
 def test_what_needs_the_whole_network_is_refused_by_torchaos_own_quantize() -> None:
     with pytest.raises(ConfigError, match="finetuning: for a whole network"):
         quantize_(PlainNet(), adapter.BGDWeightOnlyConfig(finetuning=FinetuningConfig(steps=1)))
+    for settings in ({"freeze_norms": True}, {"reconstruction": ReconstructionConfig()}, {"target_ratio": 4.0}):
+        with pytest.raises(ConfigError, match=f"{next(iter(settings))}: for a whole network"):
+            quantize_(PlainNet(), adapter.BGDWeightOnlyConfig(**settings))
     with pytest.raises(ConfigError, match="without data there is no finetuning"):
         adapter.quantize_(PlainNet(), adapter.BGDWeightOnlyConfig(finetuning=FinetuningConfig(steps=1)))
 
