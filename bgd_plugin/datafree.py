@@ -115,6 +115,7 @@ def _fitted(weight: Tensor, planned: PlannedLayer, config: BGDConfig) -> tuple[T
 
 
 def _weight_error(weight: Tensor, decoded: Tensor) -> float:
-    kept = float(weight.float().square().sum())
-    lost = float((weight.float() - decoded.float()).square().sum())
+    kept, lost = (
+        float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2 for values in (weight, weight - decoded)
+    )
     return lost / kept if kept else 0.0

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from bgd_plugin.calibration import CollectedInputs, LayerInputs, Rerun, Walk, logits_of, sampled_inputs
 from bgd_plugin.config import BGDConfig
+from bgd_plugin.errors import CalibrationError
 from bgd_plugin.fitting import METHODS, FittedLayer, LayerContext, Skip, fitted_once, output_error, refitted
 from bgd_plugin.graph import (
     FoundLayer,
@@ -33,6 +35,7 @@ from bgd_plugin.training import (
     absorb_row_scale_,
     distill_,
     is_batchnorm,
+    row_scale_bounds,
 )
 
 __all__ = ["layer_report", "quantize_layers"]
@@ -215,20 +218,29 @@ def _fit(
     skip: Skip | None,
 ) -> FittedLayer:
     method = METHODS[job.config.method]
+    norm = job.batchnorm_after(found)
     context = LayerContext(
         layer=planned,
         weight=found.matrix,
         inputs=inputs,
         mask=planned.kept(found.matrix),
-        has_batchnorm=job.batchnorm_after(found) is not None,
+        has_batchnorm=norm is not None,
         has_bias=found.bias is not None,
         config=job.config,
         skip=skip,
+        scale_bounds=None if norm is None else row_scale_bounds(module_at(job.student, norm)),
     )
     with job.timed("statistics"):
         statistics = method.collect(context, generator)
+
+    def solved() -> FittedLayer:
+        try:
+            return method.solve(context, statistics, generator)
+        except (ValueError, LinAlgError) as error:
+            raise CalibrationError(f"layer {found.name!r} cannot be fitted: {error}") from error
+
     with job.timed("fit"):
-        fit = fitted_once(lambda: method.solve(context, statistics, generator))
+        fit = fitted_once(solved)
     assert fit is not None
     return fit
 

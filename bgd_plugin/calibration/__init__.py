@@ -19,6 +19,7 @@ from bgd_plugin.calibration.statistics import (
     PooledGram,
     paired_pieces,
     pooled_gram,
+    require_finite,
     sampled_inputs,
 )
 from bgd_plugin.calibration.store import BatchStore
@@ -45,6 +46,7 @@ __all__ = [
     "logits_of",
     "paired_pieces",
     "pooled_gram",
+    "require_finite",
     "require_rewalkable",
     "sampled_inputs",
 ]

@@ -23,6 +23,7 @@ __all__ = [
     "PooledGram",
     "paired_pieces",
     "pooled_gram",
+    "require_finite",
     "sampled_inputs",
 ]
 
@@ -190,7 +191,7 @@ def paired_pieces(
 
     def drawn(value: Tensor, geometry: Geometry, index: int) -> Tensor:
         sample = sample_inputs(value, geometry, share, torch.Generator().manual_seed(seed + index)).float()
-        _require_finite(sample, inputs.name)
+        require_finite(sample, inputs.name)
         return sample
 
     for number, (mine, theirs, geometry) in enumerate(inputs.pairs()):
@@ -222,7 +223,7 @@ def pooled_gram(inputs: LayerInputs, block_size: int) -> PooledGram:
         raise CalibrationError(f"layer {inputs.name!r}: no input reached it during calibration")
     sum_([gram])
     count = int(total(count))
-    _require_finite(gram, inputs.name)
+    require_finite(gram, inputs.name)
     return PooledGram(gram=gram / count, count=count)
 
 
@@ -236,7 +237,7 @@ def sampled_inputs(inputs: LayerInputs, rows: int, generator: torch.Generator) -
     share = max(1, -(-rows // len(inputs)))
     samples = []
     for value, geometry in inputs:
-        _require_finite(value, inputs.name)  # the whole input: what is not sampled counts, too
+        require_finite(value, inputs.name)  # the whole input: what is not sampled counts, too
         samples.append(sample_inputs(value, geometry, share, generator).float())
     return InputSample(rows=torch.cat(samples, dim=1))
 
@@ -253,7 +254,12 @@ def _pieces(value: Tensor, geometry: Geometry) -> Iterator[Tensor]:
     yield from torch.split(value, max(1, _CHUNK_ELEMENTS // per_sample))
 
 
-def _require_finite(statistic: Tensor, name: str) -> None:
+def require_finite(statistic: Tensor, name: str) -> None:
+    """Check what was gathered of a layer's inputs.
+
+    Raises:
+        CalibrationError: it is not finite; the layer is named.
+    """
     if not bool(torch.isfinite(statistic).all()):
         raise CalibrationError(
             f"layer {name!r}: its inputs on the calibration data hold NaN or infinite values, or overflow; "

@@ -44,6 +44,8 @@ class LayerContext:
         has_bias: whether the layer adds a bias of its own.
         skip: the other side of the residual block that the layer ends, where it has lost something already.
         config: of the whole run.
+        scale_bounds: the least and the largest factor on each row that the batch norm can take out again, both
+            `[rows]`; None: any.
     """
 
     layer: PlannedLayer
@@ -54,6 +56,7 @@ class LayerContext:
     has_bias: bool
     config: BGDConfig
     skip: Skip | None = None
+    scale_bounds: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +98,8 @@ def output_error(weight: Tensor, decoded: Tensor, sample: InputSample) -> float:
     groups, _, columns = sample.rows.shape
     exact = weight.float().reshape(groups, -1, columns)
     difference = exact - decoded.float().reshape(groups, -1, columns)
-    kept = float((sample.rows @ exact.mT).square().sum())
-    lost = float((sample.rows @ difference.mT).square().sum())
+    kept, lost = (
+        float(torch.linalg.vector_norm(sample.rows @ w.mT, dtype=torch.float64)) ** 2 for w in (exact, difference)
+    )
     kept, lost = total(kept), total(lost)
     return lost / kept if kept > 0 and math.isfinite(kept) else 0.0

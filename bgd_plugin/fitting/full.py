@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bgd_plugin.calibration import PooledGram, paired_pieces, pooled_gram
+from bgd_plugin.calibration import PooledGram, paired_pieces, pooled_gram, require_finite
 from bgd_plugin.fitting import em
 from bgd_plugin.fitting.base import FittedLayer, LayerContext, Method
 from bgd_plugin.nn import storable
 from bgd_plugin.pq.full import fit_full
 from bgd_plugin.pq.masked import masked
-from bgd_plugin.pq.target import Moments, MomentSums, asymmetric_target, matching_bias
+from bgd_plugin.pq.target import Moments, MomentSums, matching_bias, ridge_target
 
 __all__ = ["FULL"]
 
@@ -27,11 +27,11 @@ _HELDOUT = 5  # one row in so many judges the fit
 
 @dataclass(frozen=True, kw_only=True)
 class _Statistics:
-    """Second moments of the rows that the fit sees, of those that judge it, and of both."""
+    """Second moments of the rows that the fit sees and of those that judge it, and the share of the former."""
 
     fitted: Moments
     heldout: Moments
-    everything: Moments
+    share: float
     rows: int
 
 
@@ -51,9 +51,12 @@ def _collect(context: LayerContext, generator: torch.Generator) -> _Statistics |
         cut = _rows_to_fit(piece.student.shape[1], piece.index, piece.pieces)
         fitted.add_(piece.student[:, :cut], outputs[:, :cut])
         heldout.add_(piece.student[:, cut:], outputs[:, cut:])
-    fitted.share_()
-    heldout.share_()
-    return _statistics(fitted, heldout)
+    for sums in (fitted, heldout):
+        sums.share_()
+        for moment in sums.sums:
+            require_finite(moment, context.inputs.name)
+    rows = fitted.count + heldout.count
+    return _Statistics(fitted=fitted.means_(), heldout=heldout.means_(), share=fitted.count / rows, rows=rows)
 
 
 def _rows_to_fit(rows: int, index: int, pieces: int) -> int:
@@ -68,16 +71,6 @@ def _inverse(gain: Tensor) -> Tensor:
     return gain / (gain.square() + floor).clamp(min=torch.finfo(gain.dtype).tiny)
 
 
-def _statistics(fitted: MomentSums, heldout: MomentSums) -> _Statistics:
-    rows = fitted.count + heldout.count
-    share = fitted.count / rows
-    first = fitted.means_()
-    if share == 1:
-        return _Statistics(fitted=first, heldout=first, everything=first, rows=rows)
-    second = heldout.means_()
-    return _Statistics(fitted=first, heldout=second, everything=Moments.pooled(first, second, share), rows=rows)
-
-
 def _solve(context: LayerContext, statistics: _Statistics | PooledGram, generator: torch.Generator) -> FittedLayer:
     if isinstance(statistics, PooledGram):
         pooled = em.EM.solve(context, statistics, generator)
@@ -86,14 +79,12 @@ def _solve(context: LayerContext, statistics: _Statistics | PooledGram, generato
     weight = context.weight.detach().float().flatten(1)
     takes_mean = context.has_batchnorm or context.has_bias
     damping = min(1.0, _DAMPING * (1 + weight.shape[1] / statistics.rows))
-    step = context.config.asymmetric_step
-    target = asymmetric_target(weight, statistics.everything, step=step, damping=damping) if step else weight
-    scale = _row_scale(target, statistics.everything) if context.has_batchnorm and not context.has_bias else None
-    rows = target if scale is None else target * scale[:, None]
+    aim = _aim(context, statistics, damping)
+    gram, heldout = (_gram_(m, centred=takes_mean) for m in (statistics.fitted, statistics.heldout))
     fit = fit_full(
-        rows,
-        _gram(statistics.fitted, centred=takes_mean),
-        _gram(statistics.heldout, centred=takes_mean),
+        aim.rows,
+        gram,
+        heldout if statistics.share < 1 else gram,
         context.layer.codebook_size,
         context.layer.block_size,
         damping=damping,
@@ -105,21 +96,52 @@ def _solve(context: LayerContext, statistics: _Statistics | PooledGram, generato
     shift = None
     if context.has_bias and not context.has_batchnorm:
         decoded = masked(torch.nn.functional.embedding(fit.codes, codebook).reshape(weight.shape), context.mask)
-        shift = matching_bias(decoded, statistics.everything)
-    return FittedLayer(codebook=codebook.to(context.weight.dtype), codes=fit.codes, row_scale=scale, bias_shift=shift)
+        shift = matching_bias(decoded, aim.mean, aim.output_mean)
+    codebook = codebook.to(context.weight.dtype)
+    return FittedLayer(codebook=codebook, codes=fit.codes, row_scale=aim.row_scale, bias_shift=shift)
 
 
-def _gram(moments: Moments, *, centred: bool) -> Tensor:
-    return moments.centred()[0] if centred else moments.gram
+@dataclass(frozen=True, kw_only=True)
+class _Aim:
+    """The weight to quantize, `[rows, columns]`, what its rows were multiplied with, and the means of `Moments`."""
+
+    rows: Tensor
+    row_scale: Tensor | None
+    mean: Tensor
+    output_mean: Tensor
 
 
-def _row_scale(target: Tensor, moments: Moments) -> Tensor:
-    """One over the standard deviation of each row's output: every row's error then counts the same; `[rows]`."""
-    covariance = moments.centred()[0]
+def _aim(context: LayerContext, statistics: _Statistics, damping: float) -> _Aim:
+    everything = Moments.pooled(statistics.fitted, statistics.heldout, statistics.share)
+    gram, cross = everything.centred_()
+    rows, step, scale = context.weight.detach().float().flatten(1), context.config.asymmetric_step, None
+    if step:
+        rows = ridge_target(rows, gram, cross, step=step, damping=damping)
+    if context.has_batchnorm and not context.has_bias:
+        scale = _row_scale(rows, gram, context)
+        rows = rows * scale[:, None]
+    return _Aim(rows=rows, row_scale=scale, mean=everything.mean, output_mean=everything.output_mean)
+
+
+def _gram_(moments: Moments, *, centred: bool) -> Tensor:
+    """The Gram, in the memory of the moments."""
+    return moments.centred_()[0] if centred else moments.gram
+
+
+def _row_scale(target: Tensor, covariance: Tensor, context: LayerContext) -> Tensor:
+    """One over the standard deviation of each row's output: every row's error then counts the same; `[rows]`.
+
+    As far as the batch norm can take it out again, and the weight's type has room for the product.
+    """
     rows = target.double().reshape(covariance.shape[0], -1, covariance.shape[1])
     deviation = ((rows @ covariance) * rows).sum(2).clamp(min=0).sqrt().flatten()
     alive = deviation > 1e-3 * deviation.mean()
-    return torch.where(alive, deviation, deviation.mean().clamp(min=1e-12)).reciprocal().float()
+    scale = torch.where(alive, deviation, deviation.mean().clamp(min=1e-150)).reciprocal()
+    if context.scale_bounds is not None:
+        least, largest = context.scale_bounds
+        scale = torch.minimum(torch.maximum(scale, least.to(scale)), largest.to(scale))
+    room = torch.finfo(context.weight.dtype).max / 4 / target.double().abs().amax(1).clamp(min=1e-150)
+    return torch.minimum(scale, room).clamp(max=1e30).float()
 
 
 FULL = Method(collect=_collect, solve=_solve)

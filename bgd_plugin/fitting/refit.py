@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bgd_plugin.calibration import LayerInputs, paired_pieces
+from bgd_plugin.calibration import LayerInputs, paired_pieces, require_finite
 from bgd_plugin.pq.target import MomentSums, asymmetric_target
 
 __all__ = ["refitted"]
@@ -37,5 +37,7 @@ def refitted(weight: Tensor, inputs: LayerInputs, generator: torch.Generator) ->
         outputs = piece.reference @ rows.reshape(len(piece.reference), -1, columns).mT
         sums.add_(piece.student, outputs)
     sums.share_()
+    for moment in sums.sums:
+        require_finite(moment, inputs.name)
     target = asymmetric_target(weight.flatten(1), sums.means_(), step=1.0, damping=_DAMPING)
     return target.reshape(weight.shape)

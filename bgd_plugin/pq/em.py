@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bgd_plugin.pq.kmeans import cluster_sums, kmeans
+from bgd_plugin.pq.scaling import near_one
 
 __all__ = ["Fit", "fit_em", "gram_root", "reconstruction_objective"]
 
@@ -51,20 +52,20 @@ def fit_em(blocks: Tensor, gram: Tensor, codebook_size: int, iterations: int, *,
     """
     _check(blocks, gram, codebook_size)
     flat = blocks.flatten(0, 1)
-    flat = flat if flat.dtype == torch.float64 else flat.float()
+    flat, unit = near_one(flat if flat.dtype == torch.float64 else flat.float())
     chosen = torch.randperm(flat.shape[0], generator=generator, device=generator.device)[:codebook_size].to(flat.device)
     root, scale = gram_root(gram, flat.dtype)
     root = root.to(flat)
     found = kmeans(flat @ root, flat[chosen] @ root, iterations, generator=generator)
     counts = torch.bincount(found.codes, minlength=codebook_size).unsqueeze(1)
     means = cluster_sums(flat, found.codes, codebook_size) / counts.clamp(min=1)
-    codebook = torch.where(counts > 0, means, flat[chosen]).to(blocks.dtype)
+    codebook = (torch.where(counts > 0, means, flat[chosen]) * unit).to(blocks.dtype)
     codes = found.codes.view(blocks.shape[:2])
     return Fit(
         codebook=codebook,
         codes=codes,
         objective=reconstruction_objective(blocks, codebook, codes, gram),
-        history=tuple(value * scale for value in found.history),
+        history=tuple(value * scale * unit**2 for value in found.history),
     )
 
 

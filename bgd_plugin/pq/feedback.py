@@ -9,10 +9,12 @@ from torch import Tensor
 
 from bgd_plugin.pq.masked import masked, nearest_masked
 
-__all__ = ["damped", "diagonal_blocks", "encode_with_feedback", "grouped", "nearest"]
+__all__ = ["damped", "diagonal_blocks", "encode_damped", "encode_with_feedback", "grouped", "nearest"]
 
 _SCRATCH = 1 << 18
 """Distances held at once; 1 MiB of float32 stays in a core's second-level cache."""
+_COLUMNS = 512
+"""Columns of an inverse that are found at once."""
 
 
 @torch.no_grad()
@@ -48,12 +50,17 @@ def encode_with_feedback(
     """
     if not damping > 0:
         raise ValueError(f"error feedback needs a damping above 0, not {damping}")
+    return encode_damped(weight, codebook, damped(grouped(weight, gram)[1], damping), mask)
+
+
+@torch.no_grad()
+def encode_damped(weight: Tensor, codebook: Tensor, gram: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`encode_with_feedback` under a Gram `[groups, columns, columns]` that is damped already."""
     rows, grams = grouped(weight, gram)
     block_size = codebook.shape[1]
     if rows.shape[2] % block_size:
         raise ValueError(f"{rows.shape[2]} weights per row do not divide into blocks of {block_size}")
-    root, inverse = _factors(damped(grams, damping))
-    root, inverse = root.to(weight), inverse.to(weight)
+    root, inverse = _factors(grams, weight.dtype)
     rest, kept = rows.clone(), None if mask is None else mask.reshape(rows.shape)
     codes = torch.empty(*rows.shape[:2], rows.shape[2] // block_size, dtype=torch.int64, device=weight.device)
     for block in range(codes.shape[2]):
@@ -85,11 +92,11 @@ def damped(gram: Tensor, damping: float) -> Tensor:
     Args:
         gram: `[groups, columns, columns]`.
     """
-    symmetric = (gram.double() + gram.double().mT) / 2
-    level = symmetric.diagonal(dim1=1, dim2=2).mean(1).clamp(min=0)
-    identity = torch.eye(gram.shape[1], dtype=torch.float64, device=gram.device)
-    added = torch.where(level > 0, damping * level, torch.ones_like(level))
-    return symmetric + added[:, None, None] * identity
+    symmetric = (gram.double() + gram.double().mT).div_(2)
+    diagonal = symmetric.diagonal(dim1=1, dim2=2)
+    level = diagonal.mean(1).clamp(min=0)
+    diagonal += torch.where(level > 0, damping * level, torch.ones_like(level))[:, None]
+    return symmetric
 
 
 def diagonal_blocks(gram: Tensor, block_size: int) -> Tensor:
@@ -138,12 +145,16 @@ def _pieces(groups: int, rows: int, codewords: int) -> Iterator[tuple[slice, sli
             yield slice(group, group + group_step), slice(row, row + row_step)
 
 
-def _factors(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """V and V⁻¹, both upper triangular `[groups, columns, columns]`, with gram = V Vᵀ.
+def _factors(gram: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """V and V⁻¹ in `dtype`, both upper triangular `[groups, columns, columns]`, with gram = V Vᵀ.
 
-    Cholesky gives a lower triangle; of the matrix with rows and columns reversed it is V reversed.
+    Cholesky gives a lower triangle; of the matrix with rows and columns reversed it is V reversed. The inverse comes
+    some columns at a time, of which only the rows above their end are not zero: that spares time, and a Gram's memory.
     """
-    lower = torch.linalg.cholesky(gram.flip((1, 2)))
-    root = lower.flip((1, 2))
-    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device).expand_as(root)
-    return root, torch.linalg.solve_triangular(root, identity, upper=True)
+    root = torch.linalg.cholesky(gram.flip((1, 2))).flip((1, 2))
+    inverse = torch.zeros_like(root, dtype=dtype)
+    for start in range(0, gram.shape[1], _COLUMNS):
+        end = min(start + _COLUMNS, gram.shape[1])
+        identity = torch.eye(end, dtype=gram.dtype, device=gram.device)[:, start:].expand(len(gram), -1, -1)
+        inverse[:, :end, start:end] = torch.linalg.solve_triangular(root[:, :end, :end], identity, upper=True)
+    return root.to(dtype), inverse

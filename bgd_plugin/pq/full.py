@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.pq.em import fit_em
-from bgd_plugin.pq.feedback import damped, diagonal_blocks, encode_with_feedback, grouped, nearest
+from bgd_plugin.pq.feedback import damped, diagonal_blocks, encode_damped, grouped, nearest
 from bgd_plugin.pq.least_squares import output_objective, refine_codes, solve_codebook
 from bgd_plugin.pq.masked import fit_masked
+from bgd_plugin.pq.scaling import near_one, power_of_two
 
 __all__ = ["FullFit", "fit_full", "fit_positions", "positions_as_groups"]
 
@@ -83,11 +84,13 @@ def fit_full(
     """
     rows, grams = grouped(weight, gram)
     _check(rows, grams, block_size)
-    rows = rows if rows.dtype == torch.float64 else rows.float()
+    rows, unit = near_one(rows if rows.dtype == torch.float64 else rows.float())
     flat = rows.flatten(0, 1)
     hessian = damped(grams, damping)
+    level = power_of_two(hessian)
+    hessian /= level
     codebook = _start(rows, hessian, mask, codebook_size, block_size, start_iterations, generator)
-    codes = encode_with_feedback(flat, codebook, grams, damping=damping, mask=mask)
+    codes = encode_damped(flat, codebook, hessian, mask)
     heldout = None if heldout_gram is None else grouped(weight, heldout_gram)[1]
     trail = _Trail(flat, hessian, heldout, row_weights, mask)
     trail.add(codebook, codes)
@@ -102,11 +105,11 @@ def fit_full(
             break
     codebook, codes = trail.best
     return FullFit(
-        codebook=codebook.to(weight.dtype),
+        codebook=(codebook * unit).to(weight.dtype),
         codes=codes,
-        objective=output_objective(flat, codebook, codes, grams, mask=mask),
-        history=tuple(trail.history),
-        heldout=tuple(trail.heldout),
+        objective=unit**2 * output_objective(flat, codebook, codes, grams, mask=mask),
+        history=tuple(level * unit**2 * loss for loss in trail.history),
+        heldout=tuple(unit**2 * loss for loss in trail.heldout),
         chosen=trail.chosen,
         notes=_notes(codes, codebook_size, grams),
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.pq.em import Fit, gram_root
+from bgd_plugin.pq.scaling import near_one
 
 __all__ = ["codeword_uses", "fit_em_masked", "fit_masked", "masked", "nearest_masked"]
 
@@ -93,15 +94,15 @@ def fit_em_masked(
     blocks: Tensor, gram: Tensor, mask: Tensor, codebook_size: int, iterations: int, *, generator: torch.Generator
 ) -> Fit:
     """`fit_em` for pruned blocks; `mask` is bool `[rows, blocks_per_row, d]`, the other arguments are the same."""
-    flat = blocks.flatten(0, 1).unsqueeze(0)
+    flat, unit = near_one(blocks.flatten(0, 1).unsqueeze(0))
     root, scale = gram_root(gram, torch.float32)
     metric, kept = (root @ root.T).unsqueeze(0), mask.flatten(0, 1).unsqueeze(0)
     codebook, codes, history = fit_masked(flat, metric, kept, codebook_size, iterations, generator=generator)
     return Fit(
-        codebook=codebook.to(blocks.dtype),
+        codebook=(codebook * unit).to(blocks.dtype),
         codes=codes.view(blocks.shape[:2]),
-        objective=scale * float(_losses(flat, metric, kept, codebook[codes]).sum()),
-        history=tuple(scale * value for value in history),
+        objective=scale * unit**2 * float(_losses(flat, metric, kept, codebook[codes]).sum()),
+        history=tuple(scale * unit**2 * value for value in history),
     )
 
 

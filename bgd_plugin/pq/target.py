@@ -13,7 +13,10 @@ from torch import Tensor
 from bgd_plugin.distributed import sum_, total
 from bgd_plugin.pq.feedback import damped
 
-__all__ = ["MomentSums", "Moments", "asymmetric_target", "matching_bias"]
+__all__ = ["MomentSums", "Moments", "asymmetric_target", "matching_bias", "ridge_target"]
+
+_ROUNDING = 1e-11
+"""A variance this small, in units of the mean's square, is what rounding has left: some last places of float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +38,9 @@ class Moments:
     @classmethod
     def of(cls, inputs: Tensor, outputs: Tensor) -> Moments:
         """From inputs `[groups, positions, columns]` and outputs `[groups, positions, rows_per_group]` held whole."""
-        count = inputs.shape[1]
-        return cls(
-            gram=(inputs.mT @ inputs).double() / count,
-            mean=inputs.double().mean(1),
-            cross=(inputs.mT @ outputs).double() / count,
-            output_mean=outputs.double().mean(1),
-        )
+        sums = MomentSums()
+        sums.add_(inputs, outputs)
+        return sums.means_()
 
     @classmethod
     def pooled(cls, first: Moments, second: Moments, share: float) -> Moments:
@@ -59,14 +58,28 @@ class Moments:
 
     def centred(self) -> tuple[Tensor, Tensor]:
         """The covariances of x with itself and with y: what is left to the weight once a bias takes the means."""
-        mean, output_mean = self.mean.double().unsqueeze(2), self.output_mean.double().unsqueeze(1)
-        gram = torch.baddbmm(self.gram.double(), mean, mean.mT, alpha=-1)
-        cross = torch.baddbmm(self.cross.double(), mean, output_mean, alpha=-1)
-        return gram, cross
+        copied = Moments(
+            gram=self.gram.to(torch.float64, copy=True),
+            mean=self.mean.double(),
+            cross=self.cross.to(torch.float64, copy=True),
+            output_mean=self.output_mean.double(),
+        )
+        return copied.centred_()
+
+    def centred_(self) -> tuple[Tensor, Tensor]:
+        """`centred`, in the memory of the moments, which are used up; the means stay."""
+        mean, output_mean = self.mean.unsqueeze(2), self.output_mean.unsqueeze(1)
+        self.gram.baddbmm_(mean, mean.mT, alpha=-1)
+        self.gram.diagonal(dim1=1, dim2=2).add_(self.mean.square(), alpha=_ROUNDING)
+        self.cross.baddbmm_(mean, output_mean, alpha=-1)
+        return self.gram, self.cross
 
 
 class MomentSums:
     """Moments as they add up, piece by piece; the pieces themselves are not kept.
+
+    The products of a piece are summed in single precision, around the piece's first position. Where inputs hardly vary
+    around a large mean, the products of the inputs themselves would be all rounding.
 
     Attributes:
         count: positions so far.
@@ -79,11 +92,22 @@ class MomentSums:
 
     def add_(self, inputs: Tensor, outputs: Tensor) -> None:
         """Inputs `[groups, positions, columns]` and outputs `[groups, positions, rows_per_group]`."""
+        count = inputs.shape[1]
+        first, first_output = (values[:, :1].sum(1, keepdim=True) for values in (inputs, outputs))  # or zeros
+        inputs, outputs = inputs - first, outputs - first_output
         parts = (inputs.mT @ inputs, inputs.double().sum(1), inputs.mT @ outputs, outputs.double().sum(1))
-        self.count += inputs.shape[1]
+        self.count += count
         self.sums = self.sums or [torch.zeros_like(part, dtype=torch.float64) for part in parts]
         for so_far, part in zip(self.sums, parts, strict=True):
             so_far += part
+        # (x + f)(y + g)ᵀ = xyᵀ + f(y + g)ᵀ + xgᵀ, summed, in double precision
+        gram, mean, cross, output_mean = self.sums
+        rest, output_rest = parts[1].unsqueeze(1), parts[3].unsqueeze(1)
+        first, first_output = first.double(), first_output.double()
+        gram.baddbmm_(first.mT, rest + count * first).baddbmm_(rest.mT, first)
+        cross.baddbmm_(first.mT, output_rest + count * first_output).baddbmm_(rest.mT, first_output)
+        mean += count * first.sum(1)
+        output_mean += count * first_output.sum(1)
 
     def share_(self) -> None:
         """Add what other processes have, in all of them."""
@@ -122,20 +146,26 @@ def asymmetric_target(weight: Tensor, moments: Moments, *, step: float = 0.5, da
     """
     if not damping > 0:
         raise ValueError(f"the asymmetric target needs a damping above 0, not {damping}")
-    gram, cross = moments.centred()
+    return ridge_target(weight, *moments.centred(), step=step, damping=damping)
+
+
+@torch.no_grad()
+def ridge_target(weight: Tensor, gram: Tensor, cross: Tensor, *, step: float, damping: float) -> Tensor:
+    """`asymmetric_target` from moments that are centred already, `Moments.centred`."""
     current = weight.double().reshape(gram.shape[0], -1, gram.shape[1])
-    missing = cross - gram @ current.mT
+    missing = torch.baddbmm(cross, gram, current.mT, alpha=-1)
     change = torch.cholesky_solve(missing, torch.linalg.cholesky(damped(gram, damping)))
     return (current + step * change.mT).reshape(weight.shape).to(weight.dtype)
 
 
 @torch.no_grad()
-def matching_bias(weight: Tensor, moments: Moments) -> Tensor:
+def matching_bias(weight: Tensor, mean: Tensor, output_mean: Tensor) -> Tensor:
     """The bias `[rows]` with which this (quantized) weight has the mean outputs it should have: E y − W E x.
 
     Args:
         weight: `[rows, columns]`.
+        mean, output_mean: those of `Moments`.
     """
-    grouped_weight = weight.double().reshape(moments.mean.shape[0], -1, weight.shape[1])
-    produced = (grouped_weight @ moments.mean.double().unsqueeze(2)).squeeze(2)
-    return (moments.output_mean.double() - produced).flatten().to(weight.dtype)
+    grouped_weight = weight.double().reshape(mean.shape[0], -1, weight.shape[1])
+    produced = (grouped_weight @ mean.double().unsqueeze(2)).squeeze(2)
+    return (output_mean.double() - produced).flatten().to(weight.dtype)

@@ -6,6 +6,7 @@ from bgd_plugin.training.batchnorm import (
     correct_batchnorm_at_,
     is_batchnorm,
     is_shared,
+    row_scale_bounds,
 )
 from bgd_plugin.training.distillation import distill_
 from bgd_plugin.training.finetuning import Epochs, finetune_
@@ -24,4 +25,5 @@ __all__ = [
     "kl_to_teacher",
     "reconstruct_",
     "reconstruction_steps",
+    "row_scale_bounds",
 ]

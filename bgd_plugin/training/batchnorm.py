@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,9 +11,17 @@ from torch import Tensor, fx
 from bgd_plugin.calibration import Rerun, Walk
 from bgd_plugin.distributed import sum_
 from bgd_plugin.distributed import total as sum_of
+from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import call_input, has_running_statistics, module_at
 
-__all__ = ["absorb_row_scale_", "correct_batchnorm_", "correct_batchnorm_at_", "is_batchnorm", "is_shared"]
+__all__ = [
+    "absorb_row_scale_",
+    "correct_batchnorm_",
+    "correct_batchnorm_at_",
+    "is_batchnorm",
+    "is_shared",
+    "row_scale_bounds",
+]
 
 # How far a correction may move a scale: beyond it, the calibration data says more about itself than about the network.
 _SCALE_BOUNDS = (0.05, 20.0)
@@ -53,18 +61,18 @@ def correct_batchnorm_(
     """
     if not walk.differs(call_input(node)):
         return False
-    norm: Any = walk.student.get_submodule(str(node.target))
-    shipped: Any = walk.reference.get_submodule(str(node.target)) if walk.reference is not None else None
+    name = str(node.target)
+    norm: Any = walk.student.get_submodule(name)
+    shipped: Any = walk.reference.get_submodule(name) if walk.reference is not None else None
     if mode == "matched" and skip is not None:
-        statistics = _nearest(norm, shipped, walk, call_input(node), skip)
-        norm.running_mean, norm.running_var = (t.to(norm.running_mean) for t in statistics)
+        _set_(norm, _nearest(norm, shipped, walk, call_input(node), skip), name)
         return True
-    student = _channel_moments(walk.student_value(call_input(node), batch) for batch in range(walk.batch_count))
+    mine = (walk.student_value(call_input(node), batch) for batch in range(walk.batch_count))
+    student = _channel_moments(mine, name)
     if mode == "matched":
-        reference = _channel_moments(theirs for _, theirs in walk.pairs(call_input(node)))
+        reference = _channel_moments((theirs for _, theirs in walk.pairs(call_input(node))), name)
         student = _matched(norm, shipped, student, reference)
-    # new tensors, not new values: the reference may share the old ones
-    norm.running_mean, norm.running_var = (t.to(norm.running_mean) for t in student)
+    _set_(norm, student, name)
     return True
 
 
@@ -75,10 +83,11 @@ def correct_batchnorm_at_(rerun: Rerun, path: str, mode: Literal["matched", "ree
     if all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=True)):
         return False
     norm: Any = module_at(rerun.student, path)
-    student = _channel_moments(iter(mine))
+    student = _channel_moments(iter(mine), path)
     if mode == "matched":
-        student = _matched(norm, module_at(rerun.reference, path), student, _channel_moments(iter(theirs)))
-    norm.running_mean, norm.running_var = (t.to(norm.running_mean) for t in student)
+        reference = _channel_moments(iter(theirs), path)
+        student = _matched(norm, module_at(rerun.reference, path), student, reference)
+    _set_(norm, student, path)
     return True
 
 
@@ -90,9 +99,23 @@ def absorb_row_scale_(norm: Any, scale: Tensor) -> None:
         norm: the batch norm; its statistics are replaced, its parameters stay.
         scale: `[channels]`, positive.
     """
-    scale = scale.to(norm.running_mean)
-    variance = (norm.running_var + norm.eps) * scale.square() - norm.eps
-    norm.running_mean, norm.running_var = norm.running_mean * scale, variance
+    scale = scale.to(norm.running_mean.device).double()
+    variance = (norm.running_var.double() + norm.eps) * scale.square() - norm.eps
+    mean = norm.running_mean.double() * scale
+    norm.running_mean, norm.running_var = (t.to(norm.running_mean) for t in (mean, variance))
+
+
+@torch.no_grad()
+def row_scale_bounds(norm: Any) -> tuple[Tensor, Tensor]:
+    """The least and the largest factor on each channel, `[channels]`, that `absorb_row_scale_` can take out.
+
+    The variance must stay above eps, since eps is under the same root, and its type must hold the statistics.
+    """
+    limits = torch.finfo(norm.running_var.dtype)
+    sigma = (norm.running_var.double() + norm.eps).sqrt().clamp(min=limits.tiny)
+    least = max(2 * norm.eps, limits.tiny) ** 0.5 / sigma
+    largest = torch.minimum((limits.max / 4) ** 0.5 / sigma, limits.max / 4 / norm.running_mean.double().abs())
+    return torch.minimum(least, largest), largest
 
 
 def _matched(
@@ -140,13 +163,32 @@ def _nearest(norm: Any, shipped: Any, walk: Walk, before: fx.Node, skip: fx.Node
     return mean, (wanted.square() - norm.eps).clamp(min=0)
 
 
+def _set_(norm: Any, statistics: Sequence[Tensor], name: str) -> None:
+    """Give a batch norm its statistics: new tensors, not new values, since the reference may share the old ones."""
+    statistics = [t.to(norm.running_mean) for t in statistics]
+    _require_finite(statistics, name)
+    norm.running_mean, norm.running_var = statistics
+
+
+def _require_finite(moments: Sequence[Tensor], name: str) -> None:
+    if not all(bool(torch.isfinite(moment).all()) for moment in moments):
+        raise CalibrationError(
+            f"batch norm {name!r}: its inputs on the calibration data hold NaN or infinite values, or overflow; "
+            "check the data and the layers before it"
+        )
+
+
 def _channels(value: Tensor) -> Tensor:
     """`[batch, channels, ...]` as `[channels, positions]`, in single precision."""
     return value.transpose(0, 1).flatten(1).float()
 
 
-def _channel_moments(values: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and variance over batch and positions of `[batch, channels, ...]` values, summed in double precision."""
+def _channel_moments(values: Iterator[Tensor], name: str) -> tuple[Tensor, Tensor]:
+    """Mean and variance over batch and positions of `[batch, channels, ...]` values, summed in double precision.
+
+    Raises:
+        CalibrationError: they are not finite; the batch norm of that name has these values as its inputs.
+    """
     count = 0
     total, squares = torch.zeros(()), torch.zeros(())
     for value in values:
@@ -156,6 +198,7 @@ def _channel_moments(values: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
         total = total + x.shape[1] * center.double()
         squares = squares + ((x - center[:, None]).square().sum(dim=1)).double() + x.shape[1] * center.double().square()
     sum_([total, squares])
+    _require_finite([total, squares], name)
     count = int(sum_of(count))
     mean = total / count
     return mean, (squares / count - mean.square()).clamp(min=0)
