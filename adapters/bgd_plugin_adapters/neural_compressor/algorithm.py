@@ -21,6 +21,7 @@ from bgd_plugin_adapters.neural_compressor.model import as_quantized_
 __all__ = ["BGDQuantizer", "bgd_entry"]
 
 _META = "bgd_calibration"
+_OPTIONS = ("teacher", "checkpoint", "memory_bytes", "reproducible", "progress", "original_bytes")
 
 
 @register_algo(name=ALGORITHM)
@@ -31,8 +32,8 @@ def bgd_entry(model: nn.Module, configs_mapping: Mapping, *args: Any, mode: Any 
         model: the float or the prepared network.
         configs_mapping: the config of each layer, by name and type.
         mode: prepare, convert or quantize.
-        **kwargs: `run_fn` and `run_args`; `convert` also passes on `teacher`, `checkpoint` and `progress` of
-            `bgd_plugin.quantize`.
+        **kwargs: `run_fn` and `run_args`; `convert` also passes on the options of `bgd_plugin.quantize`: `teacher`,
+            `checkpoint`, `memory_bytes`, `reproducible`, `progress`, `original_bytes`.
     """
     return BGDQuantizer(configs_mapping).execute(model, mode, *args, **kwargs)
 
@@ -79,18 +80,14 @@ class BGDQuantizer(Quantizer):
                 f"BGDConfig needs calibration, and the network {what}: prepare it, call it on some batches, "
                 "then convert what prepare returned"
             )
-        options = {name: kwargs[name] for name in ("teacher", "checkpoint", "progress") if name in kwargs}
+        options = {name: kwargs[name] for name in _OPTIONS if name in kwargs}
         graph = traced(model)
-        config = core_settings(graph, self.quant_config)
+        config = core_settings(graph, self.quant_config, options.get("original_bytes"))
         result = bgd.quantize(graph, recording.batches, config, forward=_call, **options)
         for skipped in result.report.skipped:
             logger.info("bgd leaves %s as it is: %s", skipped.name, skipped.reason)
         logger.info("bgd: %d bytes, %.1f times smaller", result.report.compressed_bytes, result.report.ratio)
-        for name in (
-            "is_prepared",
-            "quant_config",
-            "example_inputs",
-        ):  # what `prepare` left on the network that was copied
+        for name in ("is_prepared", "quant_config", "example_inputs"):  # what `prepare` left on the copied network
             vars(result.model).pop(name, None)
         earlier = getattr(model, "qconfig", None)  # of another algorithm, or of layers that were quantized before
         qconfig = (earlier if isinstance(earlier, dict) else {}) | self.quant_config

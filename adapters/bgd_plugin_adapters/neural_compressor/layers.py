@@ -20,8 +20,13 @@ __all__ = ["Mapping", "core_settings"]
 Mapping = dict[tuple[str, Any], Any]
 
 
-def core_settings(model: nn.Module, mapping: Mapping) -> bgd.BGDConfig:
+def core_settings(model: nn.Module, mapping: Mapping, original_bytes: int | None = None) -> bgd.BGDConfig:
     """The core's settings for the configs of all layers, ours and other algorithms'.
+
+    Args:
+        model: the float network.
+        mapping: the config of each layer.
+        original_bytes: what a ratio is measured against, if not the network itself.
 
     Raises:
         ConfigError: a layer is asked for, by name or type, and it stays float; or none is asked for.
@@ -45,7 +50,7 @@ def core_settings(model: nn.Module, mapping: Mapping) -> bgd.BGDConfig:
         if name in known and (kept_float or (differs and name in default)):
             own[name] = _layer(known[name], config, base)
     result = replace(base, overrides=_overrides(others) + _overrides(own) + base.overrides)
-    _check_asked(bgd.plan(model, result), wanted)
+    _check_asked(bgd.plan(model, result, original_bytes=original_bytes), wanted)
     return result
 
 

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 import bgd_plugin as bgd
 from bgd_plugin import BGDError, CalibrationError, ConfigError, LayerConfig
-from bgd_plugin_adapters.neural_compressor import BGDConfig
+from bgd_plugin_adapters.neural_compressor import BGDConfig, load
 from tests.adapters.neural_compressor.networks import IMAGES, VECTORS, conv_net, feed, kinds, linears
 
 RUN = feed(IMAGES)
@@ -39,6 +39,12 @@ CONFIGS: list[dict[str, Any]] = [
     {"target_ratio": 6.0},
     {"method": "em", "distillation": bgd.DistillationConfig(steps=3, batch_size=8)},
     {"method": "em", "finetuning": bgd.FinetuningConfig(steps=4)},
+    {
+        "reconstruction": bgd.ReconstructionConfig(steps=3),
+        "finetuning": bgd.FinetuningConfig(steps=2, outputs=("fc1",)),
+    },
+    {"codebook_storage": "float16", "weight_storage": "float32", "refit_depthwise": False, "depthwise_conv": None},
+    {"freeze_norms": True, "target_bytes": 9000, "batchnorm": "reestimate"},
 ]
 
 
@@ -48,6 +54,21 @@ def test_it_gives_the_codes_of_the_core(settings: dict[str, Any]) -> None:
     result = _quantized(BGDConfig(**settings))
     assert _same(result, expected.model)
     assert result.report.compressed_bytes == expected.report.compressed_bytes
+
+
+@pytest.mark.parametrize("settings", CONFIGS, ids=[", ".join(c) or "default" for c in CONFIGS])
+def test_settings_survive_json_and_a_saved_folder(settings: dict[str, Any], tmp_path: Any) -> None:
+    config = BGDConfig(**settings)
+    config.to_json_file(str(tmp_path / "config.json"))
+    again = BGDConfig.from_json_file(str(tmp_path / "config.json"))
+    assert again == config
+    assert all(getattr(again, name) == value for name, value in settings.items())
+    result = _quantized({"bgd": config.to_dict()})
+    result.save(str(tmp_path / "saved"))
+    loaded = load(str(tmp_path / "saved"), conv_net())
+    assert loaded.qconfig == result.qconfig
+    assert _same(loaded, result)
+    assert torch.equal(loaded(IMAGES[0]), result(IMAGES[0]))
 
 
 def test_every_setting_of_the_core_is_a_parameter() -> None:
@@ -92,6 +113,19 @@ def test_convert_passes_a_teacher_on() -> None:
     result = convert(prepared, teacher=teacher, progress=False)
     core = bgd.quantize(conv_net(), IMAGES, bgd.BGDConfig(**settings), teacher=teacher, progress=False)
     assert _same(result, core.model)
+
+
+def test_convert_passes_the_options_of_the_core_on(tmp_path: Any) -> None:
+    options: dict[str, Any] = {"checkpoint": str(tmp_path / "run"), "memory_bytes": 100_000, "reproducible": True}
+    config = {"target_ratio": 100.0}  # which only the bytes of a larger network, before pruning, make reachable
+    prepared = prepare(conv_net(), BGDConfig(**config))
+    RUN(prepared)
+    result = convert(prepared, progress=False, original_bytes=10**6, **options)
+    assert (tmp_path / "run").is_dir()
+    assert result.report.original_bytes == 10**6
+    assert any("in memory" in note for note in result.report.notes)
+    expected = bgd.quantize(conv_net(), IMAGES, bgd.BGDConfig(**config), original_bytes=10**6, progress=False)
+    assert _same(result, expected.model)
 
 
 def test_local_configs_by_name_type_and_fp32() -> None:
