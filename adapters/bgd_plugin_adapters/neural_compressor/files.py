@@ -97,13 +97,22 @@ def load(checkpoint_dir: str, original_model: nn.Module, device: str = "cpu") ->
     mapping = _read_mapping(folder / QCONFIG_NAME)
     network = copy.deepcopy(original_model)
     if any(config.name != ALGORITHM and getattr(config, "dtype", "") != "fp32" for config in mapping.values()):
-        from neural_compressor.torch.algorithms import weight_only
-
-        network = weight_only.load(str(folder), original_model=network)
+        network = _with_their_layers(folder, network)
     foreign = foreign_layers(network)
     like = without_foreign(traced(network))
     result = restored(bgd.load(folder / _NETWORK, like=like), foreign)
     return as_quantized_(result, mapping, None).eval().to(device)
+
+
+def _with_their_layers(folder: Path, network: nn.Module) -> nn.Module:
+    """The network with the layers that neural-compressor's own algorithms quantized."""
+    from neural_compressor.torch.algorithms import weight_only
+
+    try:
+        result: nn.Module = weight_only.load(str(folder), original_model=network)
+    except Exception as error:  # whatever their code makes of a damaged file
+        raise CheckpointError(f"{folder / WEIGHT_NAME}: neural-compressor cannot load its layers ({error})") from error
+    return result
 
 
 def _version() -> str:
@@ -150,20 +159,20 @@ def _check_files(folder: Path) -> None:
 
 def _read_mapping(file: Path) -> dict[Any, Any]:
     """The config of each layer."""
+    entries = _parsed(file, json.loads)
+    try:
+        return {ast.literal_eval(key): _config(*one) for key, entry in entries.items() for one in entry.items()}
+    except (AttributeError, SyntaxError, TypeError, ValueError, ConfigError) as error:
+        raise CheckpointError(f"{file} is damaged ({error})") from error
+
+
+def _config(name: str, values: dict[str, Any]) -> Any:
+    """The config of one layer, as the algorithm of that name has it."""
     classes = config_registry.get_cls_configs()[FRAMEWORK_NAME]
-    mapping = {}
-    for key, entry in _parsed(file, json.loads).items():
-        ((name, values),) = entry.items()
-        if name not in classes:
-            raise CheckpointError(
-                f"{file}: {key} was quantized by {name!r}, which is no algorithm of this neural-compressor"
-            )
-        values.pop("loaded_by", None)
-        is_ours = name == ALGORITHM
-        mapping[ast.literal_eval(key)] = (
-            classes[name](**values, white_list=None) if is_ours else classes[name](**values)
-        )
-    return mapping
+    if name not in classes:
+        raise CheckpointError(f"a layer was quantized by {name!r}, which is no algorithm of this neural-compressor")
+    values = {key: value for key, value in values.items() if key != "loaded_by"}
+    return classes[name](**values, white_list=None) if name == ALGORITHM else classes[name](**values)
 
 
 def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 import bgd_plugin as bgd
+from bgd_plugin_adapters.neural_compressor.config import ALGORITHM
 from bgd_plugin_adapters.neural_compressor.files import save
 
 __all__ = ["QuantizedModel", "as_quantized_"]
@@ -46,7 +47,7 @@ class QuantizedModel(nn.Module):
     @qconfig.setter
     def qconfig(self, mapping: dict[Any, Any]) -> None:
         held = self._held()
-        held["qconfig"] = held["qconfig"] | mapping
+        held["qconfig"] = _ours_first(held["qconfig"] | mapping)
 
     @property
     def report(self) -> bgd.Report:
@@ -80,5 +81,10 @@ def as_quantized_(model: nn.Module, qconfig: dict[Any, Any], report: bgd.Report 
     else:
         model.__class__ = type(kind.__name__, (QuantizedModel, kind), {})
     result: Any = model
-    result._held().update(qconfig=dict(qconfig), report=report)
+    result._held().update(qconfig=_ours_first(qconfig), report=report)
     return result
+
+
+def _ours_first(qconfig: dict[Any, Any]) -> dict[Any, Any]:
+    """In this order, since neural-compressor's `save` goes by the first config, and others would leave ours out."""
+    return dict(sorted(qconfig.items(), key=lambda item: getattr(item[1], "name", None) != ALGORITHM))

@@ -17,6 +17,7 @@ from neural_compressor.torch.quantization import (
     TuningConfig,
     autotune,
     quantize,
+    save,
 )
 from torch import nn
 
@@ -97,7 +98,7 @@ def test_one_after_the_other(ours_first: bool, tmp_path: Any) -> None:
     found = kinds(model)
     assert (found["conv"], found["fc1"], found["fc2"]) == (PQ[0], RTN, RTN)
     assert {config.name for config in model.qconfig.values()} == {"bgd", "rtn"}
-    model.save(str(tmp_path))
+    save(model, str(tmp_path))
     assert torch.equal(load(str(tmp_path), conv_net())(IMAGES[0]), model(IMAGES[0]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -104,6 +105,38 @@ def test_an_edited_file(folder: Path, name: str) -> None:
     (folder / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=f"{name} was changed since it was saved"):
         load(str(folder), conv_net())
+
+
+def _forged(folder: Path, name: str, content: bytes) -> None:
+    """Another content, of which the manifest knows."""
+    (folder / name).write_bytes(content)
+    manifest = json.loads((folder / "bgd.json").read_text())
+    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "bgd.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", r"qconfig\.json is damaged"),
+        ('{"layer": 3}', r"qconfig\.json is damaged"),
+        ('{"print(1)": {"bgd": {}}}', r"qconfig\.json is damaged"),
+        ('{"(\'fc1\', \'Linear\')": {"bgd": {"block_size": -1}}}', r"qconfig\.json is damaged \(block_size=-1"),
+        ("{\"('fc1', 'Linear')\": {\"nobody\": {}}}", "quantized by 'nobody', which is no algorithm"),
+    ],
+)
+def test_a_forged_config(folder: Path, content: str, message: str) -> None:
+    _forged(folder, "qconfig.json", content.encode())
+    with pytest.raises(CheckpointError, match=message):
+        load(str(folder), conv_net())
+
+
+def test_forged_weights_of_their_layers(tmp_path: Path) -> None:
+    both = inc.RTNConfig(white_list=["fc1"]) + BGDConfig(white_list=["conv"])
+    inc.save(inc.quantize(conv_net(), both, run_fn=feed(IMAGES)), str(tmp_path))
+    _forged(tmp_path, "quantized_weight.pt", b"not a file of torch")
+    with pytest.raises(CheckpointError, match="neural-compressor cannot load its layers"):
+        load(str(tmp_path), conv_net())
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1, "files": 3}'])
