@@ -107,12 +107,12 @@ def load_adapter(name: str) -> Any:
         raise BGDError(f"adapter {name!r} cannot be used: {'; '.join(unknown)}: {install}")
     try:
         module = point.load()
+        module.register()
     except Exception as error:  # importing a framework runs its code: anything may come out of it
         # only now, since a framework may come by another distribution than the extra's
         missing = [str(requirement) for requirement in requirements if not requirement.found]
         why = "; ".join([f"{type(error).__name__}: {error}", *missing])
         raise BGDError(f"adapter {name!r} cannot be imported ({why}): {install}") from error
-    module.register()
     return module
 
 
