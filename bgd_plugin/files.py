@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bgd_plugin.errors import CheckpointError
 
-__all__ = ["remove_leftovers", "write_atomically"]
+__all__ = ["remove", "remove_leftovers", "write_atomically"]
 
 _SUFFIX = ".tmp"
 
@@ -32,9 +32,29 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a process that was killed while it wrote into `folder` left there."""
+    """Remove what a process that was killed while it wrote into `folder` left there.
+
+    Raises:
+        CheckpointError: the folder is read-only.
+    """
     for file in folder.glob(f".*{_SUFFIX}"):
-        file.unlink(missing_ok=True)
+        remove(file)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, if it is there.
+
+    Raises:
+        CheckpointError: the folder is read-only.
+    """
+    if not path.exists():  # some systems refuse to remove even what is not there
+        return
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be removed ({error.strerror or error}): let its folder be written to"
+        ) from error
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.errors import CheckpointError
-from bgd_plugin.files import write_atomically
+from bgd_plugin.files import remove, write_atomically
 
 __all__ = ["Part", "Stateful", "Steps"]
 
@@ -76,7 +76,7 @@ class Steps:
     def forget(self) -> None:
         """The stage is over, and its result kept elsewhere."""
         if self.file is not None:
-            self.file.unlink(missing_ok=True)
+            remove(self.file)
 
     def _save(self, step: int, parts: Mapping[str, Part]) -> None:
         assert self.file is not None
