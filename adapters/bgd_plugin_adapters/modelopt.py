@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import nn
 
 import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, CheckpointError, ConfigError
+from bgd_plugin.nn import PQModule
 
 __all__ = ["BGDModeConfig", "BGDModeDescriptor", "BGDModeRegistry", "quantize", "register", "report"]
 
@@ -131,7 +133,8 @@ def _convert(model: nn.Module, config: Any, forward_loop: ForwardLoop | None = N
         result = bgd.quantize(model, calls, settings, forward=lambda net, call: net(*call[0], **call[1]))
     bgd.transplant_(model, result.model)
     placement = {path: list(sizes) for path, sizes in bgd.placement_of(model).items() if path not in before}
-    return model, {"placement": placement, "report": result.report.to_dict()}
+    codes = {path: digest for path, digest in _codes_of(model).items() if path not in before}
+    return model, {"placement": placement, "codes": codes, "report": result.report.to_dict()}
 
 
 def _restore(model: nn.Module, config: Any, metadata: Mapping[str, Any]) -> nn.Module:
@@ -139,7 +142,45 @@ def _restore(model: nn.Module, config: Any, metadata: Mapping[str, Any]) -> nn.M
     if not isinstance(placement, Mapping):
         raise CheckpointError("the saved state of the mode 'bgd' has no placement of its layers: it is damaged")
     bgd.make_room_(model, placement)
+    hooked: Any = model  # torch has no types for this
+    hooked.register_load_state_dict_post_hook(_CodesAsSaved(metadata.get("codes", {})))
     return model
+
+
+class _CodesAsSaved:
+    """A hook that compares the codes that were loaded with those that were saved; training does not change codes."""
+
+    def __init__(self, codes: Mapping[str, str]) -> None:
+        self.codes = dict(codes)
+
+    def __call__(self, model: nn.Module, incompatible: Any) -> None:
+        """Refuse codes that are others.
+
+        Raises:
+            CheckpointError: naming the layers.
+        """
+        found = _codes_of(model)
+        loaded = {path for path in found if f"{path}.codes" not in incompatible.missing_keys}
+        changed = [path for path, digest in self.codes.items() if path in loaded and found[path] != digest]
+        if changed:
+            raise CheckpointError(
+                f"the codes of {', '.join(changed)} are not those that were saved with this state: the file was "
+                "damaged or edited, or its weights are of another network"
+            )
+
+
+def _codes_of(model: nn.Module) -> dict[str, str]:
+    """A fingerprint of the codes and the mask of each quantized layer, by its path."""
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, PQModule)}
+    return {path: _fingerprint(layer) for path, layer in layers.items() if not layer.codes.is_meta}
+
+
+def _fingerprint(layer: PQModule) -> str:
+    digest = hashlib.sha256()
+    for tensor in (layer.codes, layer.mask):
+        if tensor is not None:
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _core_config(config: Any) -> BGDConfig:

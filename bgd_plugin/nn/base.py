@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,28 @@ class PQModule(nn.Module):
                 "could be pruned or parametrized: prune the float network first, quantize last"
             )
         super().register_parameter(name, param)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As every module, but refuses codes for which there is no codeword, before they are loaded."""
+        codes = state_dict.get(f"{prefix}codes")
+        if isinstance(codes, Tensor) and not codes.is_meta and codes.numel():
+            name, size = f"{prefix}codes", self.codebook_size
+            if codes.is_floating_point():
+                error_msgs.append(f"{name}: codes of type {codes.dtype}, which are no integers")
+            elif int(codes.min()) < 0 or int(codes.max()) >= size:
+                error_msgs.append(f"{name}: codes from {int(codes.min())} to {int(codes.max())}, for {size} codewords")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     @property
     def codebook_size(self) -> int:

@@ -129,6 +129,47 @@ def test_a_file_with_a_tensor_missing_is_an_error(tmp_path: Path) -> None:
         mto.restore(PlainNet(), tmp_path / "model.pt")
 
 
+def _edited(path: Path, name: str, change: Any) -> None:
+    content = torch.load(path, weights_only=True)
+    content["model_state_dict"][name] = change(content["model_state_dict"][name])
+    torch.save(content, path)
+
+
+def test_edited_codes_are_an_error(tmp_path: Path) -> None:
+    model = PlainNet()
+    adapter.quantize(model)
+    mto.save(model, tmp_path / "model.pt")
+    _edited(tmp_path / "model.pt", "2.codes", lambda codes: codes.flip(0))
+    with pytest.raises(CheckpointError, match="the codes of 2 are not those that were saved"):
+        mto.restore(PlainNet(), tmp_path / "model.pt")
+
+
+def test_a_missing_file_and_one_cut_short_are_errors(tmp_path: Path) -> None:
+    model = PlainNet()
+    adapter.quantize(model)
+    mto.save(model, tmp_path / "model.pt")
+    content = (tmp_path / "model.pt").read_bytes()
+    (tmp_path / "model.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises((OSError, RuntimeError)):
+        mto.restore(PlainNet(), tmp_path / "model.pt")
+    with pytest.raises(FileNotFoundError):
+        mto.restore(PlainNet(), tmp_path / "nothing.pt")
+
+
+def test_frozen_norms_and_a_restored_copy_that_is_trained_and_saved_again(tmp_path: Path) -> None:
+    model, data = trained_on_digits(), list(digits()[0][:200].split(100))
+    settings: dict[str, Any] = SMALL | {"freeze_norms": True}
+    expected = bgd.quantize(model, data, BGDConfig(**settings), progress=False)
+    adapter.quantize(model, BGDConfig(**settings), forward_loop=loop(data))
+    assert same_state(model, expected.model)
+    mto.save(model, tmp_path / "model.pt")
+    again = copy.deepcopy(mto.restore(trained_on_digits(), tmp_path / "model.pt"))
+    with torch.no_grad():
+        again.get_submodule("conv1").codebook.mul_(1.01)
+    mto.save(again, tmp_path / "again.pt")
+    assert same_state(again, mto.restore(trained_on_digits(), tmp_path / "again.pt"))
+
+
 def test_after_sparsity_and_its_export() -> None:
     model, data = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32)), vectors(features=16)
     model = mts.sparsify(model, "sparse_magnitude")

@@ -263,6 +263,25 @@ def test_a_state_dict_of_another_network_is_refused() -> None:
         adapter.make_room_(model, state)
 
 
+@pytest.mark.parametrize("part", ["codes", "codebook", "bias"])
+def test_a_state_dict_that_lacks_a_part_of_a_layer_is_an_error(part: str) -> None:
+    model = PlainNet()
+    adapter.quantize_(model, adapter.BGDWeightOnlyConfig())
+    state = model.state_dict()
+    del state[f"2.{part}"]
+    with pytest.raises(RuntimeError, match=r"(Missing|Unexpected) key\(s\) in state_dict: .*2\."):
+        adapter.make_room_(PlainNet(), state).load_state_dict(state)
+
+
+def test_edited_codes_without_a_codeword_are_an_error() -> None:
+    model = PlainNet()
+    adapter.quantize_(model, adapter.BGDWeightOnlyConfig())
+    state = model.state_dict()
+    state["2.codes"] = state["2.codes"] + 200
+    with pytest.raises(RuntimeError, match=r"2\.codes: codes from .* for 32 codewords"):
+        adapter.make_room_(PlainNet(), state).load_state_dict(state)
+
+
 def test_registering_twice_does_nothing_more() -> None:
     adapter.register()
     model = PlainNet()

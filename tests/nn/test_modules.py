@@ -168,3 +168,18 @@ def test_it_prints_its_geometry_and_its_blocks() -> None:
     assert "PQLinear(in_features=8, out_features=6, bias=True, block_size=4" in repr(
         _quantized(nn.Linear(8, 6), block_size=4)
     )
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (torch.full((4, 2), 8, dtype=torch.uint8), "layer.codes: codes from 8 to 8, for 8 codewords"),
+        (torch.full((4, 2), -1), "layer.codes: codes from -1 to -1, for 8 codewords"),
+        (torch.zeros(4, 2), "layer.codes: codes of type torch.float32, which are no integers"),
+    ],
+)
+def test_codes_without_a_codeword_are_not_loaded(codes: torch.Tensor, message: str) -> None:
+    model = nn.ModuleDict({"layer": _quantized(nn.Linear(4, 4), block_size=2)})
+    state = model.state_dict() | {"layer.codes": codes}
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(state)
