@@ -10,6 +10,7 @@ from torch.ao.pruning.sparsifier.utils import FakeSparsity
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.sparse import SparseSemiStructuredTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.graph.tracer import copy_module
@@ -31,9 +32,9 @@ def baked(model: nn.Module) -> nn.Module:
         masked parameters keep their names, without `_orig`.
 
     Raises:
-        ConfigError: a parameter is held as a sparse tensor.
+        ConfigError: a parameter is held as a sparse tensor, or as a tensor of another library's own kind.
     """
-    _require_dense(model)
+    _require_plain(model)
     if not any(_hooks(module) or _sparse_tensors(module) for module in model.modules()):
         return model
     result: nn.Module = copy_module(model, share_tensors=True)
@@ -46,12 +47,17 @@ def baked(model: nn.Module) -> nn.Module:
     return result
 
 
-def _require_dense(model: nn.Module) -> None:
+def _require_plain(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.layout is not torch.strided or isinstance(parameter, SparseSemiStructuredTensor):
             kind = type(parameter.data).__name__ if parameter.layout is torch.strided else parameter.layout
             raise ConfigError(
                 f"{name!r} is a sparse tensor ({kind}): make it dense with to_dense(); preserve_zeros=True keeps zeros"
+            )
+        if is_traceable_wrapper_subclass(parameter):
+            raise ConfigError(
+                f"{name!r} is a tensor of another library's own kind ({type(parameter).__name__}), quantized already "
+                "or split up: quantize the float network first, and let that library have the layers that are left"
             )
 
 

@@ -226,6 +226,28 @@ def test_a_model_that_torchao_has_quantized_is_an_error() -> None:
         quantize_(model, adapter.BGDWeightOnlyConfig())
 
 
+def test_a_layer_of_torchaos_anywhere_in_the_network_is_an_error_that_names_it() -> None:
+    model = PlainNet()
+    quantize_(model, Int8WeightOnlyConfig(version=2), lambda module, name: name == "4")
+    message = r"'4.weight' is a tensor of another library's own kind \(Int8Tensor\).*quantize the float network first"
+    with pytest.raises(ConfigError, match=message):
+        adapter.quantize_(model, adapter.BGDWeightOnlyConfig(), lambda module, name: name == "2")
+    with pytest.raises(ConfigError, match=message):
+        bgd.quantize(model, vectors(), progress=False)
+    with pytest.raises(ConfigError, match=message):
+        bgd.plan(model)
+
+
+def test_torchao_may_have_what_we_left() -> None:
+    model = PlainNet()
+    adapter.quantize_(model, adapter.BGDWeightOnlyConfig(), calibration=vectors(), progress=False)
+    before = model.get_submodule("2").weight.detach()
+    quantize_(model, Int8WeightOnlyConfig(version=2))
+    assert type(model[0].weight).__name__ == "Int8Tensor"
+    assert torch.equal(model.get_submodule("2").weight, before)
+    assert torch.isfinite(model(vectors()[0])).all()
+
+
 def test_what_needs_the_whole_network_is_refused_by_torchaos_own_quantize() -> None:
     with pytest.raises(ConfigError, match="finetuning: for a whole network"):
         quantize_(PlainNet(), adapter.BGDWeightOnlyConfig(finetuning=FinetuningConfig(steps=1)))

@@ -389,6 +389,21 @@ def test_a_model_that_is_quantized_already_is_an_error(folder: Path) -> None:
         adapter.quantize_pretrained(model, None)
 
 
+def test_a_model_that_torchao_has_quantized_is_an_error(tmp_path: Path) -> None:
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    vit().save_pretrained(tmp_path)
+    int8 = quantization.Int8WeightOnlyConfig(version=2)
+    by_config = AutoModelForImageClassification.from_pretrained(
+        tmp_path, quantization_config=transformers.TorchAoConfig(int8)
+    )
+    with pytest.raises(ConfigError, match="quantized already, by 'torchao'"):
+        adapter.quantize_pretrained(by_config, None)
+    by_hand = AutoModelForImageClassification.from_pretrained(tmp_path)
+    quantization.quantize_(by_hand, int8)
+    with pytest.raises(ConfigError, match=r"weight' is a tensor of another library's own kind \(Int8Tensor\)"):
+        adapter.quantize_pretrained(by_hand, batches(by_hand))
+
+
 def test_a_second_config_for_a_quantized_folder_is_refused_by_transformers(folder: Path) -> None:
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
         model = AutoModelForImageClassification.from_pretrained(
