@@ -173,14 +173,14 @@ class BGDConfig:
             "weight_storage": "float32",
             "float_storage": "float32",
             "distillation": DistillationConfig(),
-            "finetuning": FinetuningConfig(epochs=9),
+            "finetuning": FinetuningConfig(epochs=9, trained="codebooks"),
         }
         if detects:
             settings |= {
                 "overrides": tuple((name, None) for name in _MASK_RCNN_FLOAT),
                 "float_storage": "float16",
                 "distillation": None,
-                "finetuning": FinetuningConfig(epochs=9, outputs=_MASK_RCNN_OUTPUTS),
+                "finetuning": FinetuningConfig(epochs=9, trained="codebooks", outputs=_MASK_RCNN_OUTPUTS),
             }
         return cls(**(settings | fields))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from bgd_plugin.errors import ConfigError
 
@@ -112,17 +112,20 @@ class ReconstructionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuningConfig:
-    """Training of all codewords together against the teacher's logits, after the last layer.
+    """Training of the whole network against the teacher's logits, after the last layer. Codes stay as they are.
 
-    Batch-norm statistics update on the way.
-
-    Give `epochs` (walks over the calibration data) or `steps`, not both; neither means 9 epochs. The learning rate
-    falls to a tenth after each third of the run. The defaults are the paper's (section 3.3 of arXiv 1907.05686).
+    Give `epochs` (walks over the calibration data) or `steps`, not both; neither means 9 epochs.
 
     Args:
         epochs: walks over the calibration data.
         steps: gradient steps, walking over the calibration data as often as needed.
-        learning_rate, momentum, weight_decay: of SGD.
+        trained: "all" trains what the network has: codebooks, biases, factors and summands of norms, and the layers
+            that stay float, by Adam along a cosine, while batch norms work with their running statistics. "codebooks"
+            is the paper's routine (section 3.3 of arXiv 1907.05686): the codewords alone, by SGD on mean gradients, at
+            a tenth of the rate after each third of the run, while batch-norm statistics update.
+        learning_rate: with "all", in units of each tensor's root mean square, 0.001 if not given; with "codebooks"
+            SGD's own, the paper's 0.01.
+        momentum, weight_decay: of SGD.
         outputs: globs on the names of modules. What these give is drawn to what they give in the teacher, by relative
             squared difference, in place of the logits; for a network that answers with something else, such as a
             detector.
@@ -130,7 +133,8 @@ class FinetuningConfig:
 
     epochs: int | None = None
     steps: int | None = None
-    learning_rate: float = 0.01
+    trained: Literal["all", "codebooks"] = "all"
+    learning_rate: float | None = None
     momentum: float = 0.9
     weight_decay: float = 1e-4
     outputs: tuple[str, ...] = ()
@@ -149,4 +153,11 @@ class FinetuningConfig:
                 value is None or counts(value),
                 f"finetuning: {name}={value!r}: give at least 1, or finetuning=None for none",
             )
-        check(self.learning_rate > 0, f"finetuning: learning_rate={self.learning_rate}: give a positive number")
+        check_choice("finetuning: trained", self.trained, ("all", "codebooks"))
+        rate = self.learning_rate
+        check(rate is None or rate > 0, f"finetuning: learning_rate={rate}: give a positive number")
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, whether given or not."""
+        return self.learning_rate or {"all": 0.001, "codebooks": 0.01}[self.trained]

@@ -28,10 +28,13 @@ CONFIGS: dict[str, bgd.BGDConfig] = {
         linear=bgd.LayerConfig(block_size=1, codebook_size=512),  # codes in 16 bits
         overrides=(("4", bgd.LayerConfig(block_size=1, codebook_size=16)),),
         codebook_storage="float16",
-        finetuning=bgd.FinetuningConfig(epochs=3, learning_rate=10.0),  # the network is nearly exact as it is
+        finetuning=bgd.FinetuningConfig(
+            epochs=3, trained="codebooks", learning_rate=10.0
+        ),  # the network is nearly exact as it is
     ),
     "trained": bgd.BGDConfig(
-        distillation=bgd.DistillationConfig(steps=3, batch_size=16), finetuning=bgd.FinetuningConfig(epochs=2)
+        distillation=bgd.DistillationConfig(steps=3, batch_size=16),
+        finetuning=bgd.FinetuningConfig(epochs=2, trained="codebooks"),
     ),
 }
 

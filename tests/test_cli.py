@@ -340,8 +340,8 @@ def test_options_become_settings(tmp_path: Path) -> None:
     assert paper.overrides == (("fc", None), ("layer4.*", bgd.LayerConfig(block_size=18)))
     assert with_distillation(paper, 7, True).distillation == bgd.DistillationConfig(steps=7)
     assert with_distillation(paper, 7, False).distillation is None
-    assert with_finetuning(paper, None, True, 10).finetuning == bgd.FinetuningConfig(steps=90)
-    assert with_finetuning(paper, 2, True, 10).finetuning == bgd.FinetuningConfig(steps=20)
+    assert with_finetuning(paper, None, True, 10).finetuning == bgd.FinetuningConfig(steps=90, trained="codebooks")
+    assert with_finetuning(paper, 2, True, 10).finetuning == bgd.FinetuningConfig(steps=20, trained="codebooks")
     assert with_finetuning(paper, 2, False, 10).finetuning is None
     assert with_finetuning(bgd.BGDConfig(), None, True, 10).finetuning is None
     (tmp_path / "a.json").write_text(paper.to_json())

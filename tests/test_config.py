@@ -119,7 +119,8 @@ def test_the_papers_regimes(regime: Any, conv: int, pointwise: int) -> None:
     assert config.distillation == DistillationConfig(
         steps=2500, batch_size=128, learning_rate=0.05, momentum=0.9, weight_decay=1e-4
     )
-    assert config.finetuning == FinetuningConfig(epochs=9, learning_rate=0.01, momentum=0.9, weight_decay=1e-4)
+    assert config.finetuning == FinetuningConfig(epochs=9, trained="codebooks", momentum=0.9, weight_decay=1e-4)
+    assert config.finetuning.rate == 0.01
     assert (config.depthwise_conv, config.first_layer) == (None, None)
 
 

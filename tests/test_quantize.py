@@ -212,7 +212,7 @@ def _loss(student: nn.Module, teacher: nn.Module, data: list[Tensor]) -> float:
 
 TRAINED: dict[str, Any] = {
     "distillation": DistillationConfig(steps=20, batch_size=16, learning_rate=0.5),
-    "finetuning": FinetuningConfig(epochs=10, learning_rate=0.5),
+    "finetuning": FinetuningConfig(epochs=10, learning_rate=0.01),
 }
 
 

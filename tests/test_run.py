@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -155,43 +155,49 @@ def test_every_difference_is_named_at_once(model: nn.Module, tmp_path: Path) -> 
         _bytes(tmp_path, em(seed=1), randomized(SmallResNet()), images(seed=9))
 
 
-def _stop_after_steps(
-    count: int, monkeypatch: pytest.MonkeyPatch, optimizer: type[torch.optim.Optimizer] = torch.optim.SGD
-) -> list[int]:
+def _stop_after_steps(count: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Save after every step of training, and stop at the end of step `count`; returns the steps as they are done."""
     done: list[int] = []
-    step: Any = optimizer.step
 
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(done) == count:
-            raise KeyboardInterrupt
-        done.append(1)
-        return step(self, *args, **kwargs)
+    def counted(step: Any) -> Any:
+        def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if len(done) == count:
+                raise KeyboardInterrupt
+            done.append(1)
+            return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(optimizer, "step", counted)
+        return counting
+
+    for optimizer in (torch.optim.SGD, torch.optim.Adam):
+        monkeypatch.setattr(optimizer, "step", counted(optimizer.step))
     monkeypatch.setattr(bgd_plugin.steps, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(bgd_plugin.steps, "_SHARE", float("inf"))
     return done
 
 
-LONGER = em(
-    batchnorm="matched",
-    distillation=DistillationConfig(steps=3, batch_size=8, learning_rate=0.01),
-    finetuning=FinetuningConfig(steps=8),
+def _longer(trained: Literal["all", "codebooks"]) -> bgd.BGDConfig:
+    return em(
+        batchnorm="matched",
+        distillation=DistillationConfig(steps=3, batch_size=8, learning_rate=0.01),
+        finetuning=FinetuningConfig(steps=8, trained=trained),
+    )
+
+
+@pytest.mark.parametrize(
+    ("stopped", "trained"),
+    [(n, "codebooks") for n in (1, 2, 3, 4, 11, 13, 14, 16, 17, 19)] + [(n, "all") for n in (13, 19)],
 )
-
-
-@pytest.mark.parametrize("stopped", [1, 2, 3, 4, 11, 13, 14, 16, 17, 19])
 def test_training_that_was_stopped_goes_on_at_its_step_and_ends_in_the_same_bytes(
-    model: nn.Module, stopped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module, stopped: int, trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = _bytes(None, LONGER, model)
+    config = _longer(trained)
+    expected = _bytes(None, config, model)
     with monkeypatch.context() as patch:
         _stop_after_steps(stopped, patch)
         with pytest.raises(KeyboardInterrupt):
-            _bytes(tmp_path, LONGER, model)
+            _bytes(tmp_path, config, model)
     rest = _stop_after_steps(99, monkeypatch)
-    assert _bytes(tmp_path, LONGER, model) == expected
+    assert _bytes(tmp_path, config, model) == expected
     assert len(rest) == 4 * 3 + 8 - stopped
     names = [f"layer-{i:04d}.safetensors" for i in range(4)]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["finetuning.steps.safetensors", *names, "run.json"]
@@ -255,14 +261,14 @@ def test_ctrl_c_says_how_the_run_goes_on(model: nn.Module, tmp_path: Path, monke
 def test_a_finished_training_is_not_done_again(
     model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = _bytes(tmp_path, LONGER, model)
+    expected = _bytes(tmp_path, _longer("all"), model)
     again = _stop_after_steps(0, monkeypatch)
-    assert _bytes(tmp_path, LONGER, model) == expected
+    assert _bytes(tmp_path, _longer("all"), model) == expected
     assert again == []
 
 
 def test_a_damaged_file_of_training_says_what_to_delete(model: nn.Module, tmp_path: Path) -> None:
-    expected = _bytes(tmp_path, LONGER, model)
+    expected = _bytes(tmp_path, _longer("all"), model)
     file = tmp_path / "finetuning.steps.safetensors"
     whole = file.read_bytes()
     for damaged in (whole[:-1], b"", whole.replace(b"step", b"stop", 1), whole.replace(b"tensor", b"tomato", 1)):
@@ -270,9 +276,9 @@ def test_a_damaged_file_of_training_says_what_to_delete(model: nn.Module, tmp_pa
         with pytest.raises(
             CheckpointError, match=rf"{file.name} is damaged .*: delete it, this stage then begins again"
         ):
-            _bytes(tmp_path, LONGER, model)
+            _bytes(tmp_path, _longer("all"), model)
     file.unlink()
-    assert _bytes(tmp_path, LONGER, model) == expected
+    assert _bytes(tmp_path, _longer("all"), model) == expected
 
 
 def test_leftovers_of_a_killed_process_are_removed(model: nn.Module, tmp_path: Path) -> None:
@@ -308,10 +314,10 @@ def test_reconstruction_that_was_stopped_goes_on_at_its_step_and_ends_in_the_sam
     config = em(batchnorm="matched", reconstruction=bgd.ReconstructionConfig(steps=3, learning_rate=0.01))
     expected = _bytes(None, config, model)
     with monkeypatch.context() as patch:
-        _stop_after_steps(stopped, patch, torch.optim.Adam)
+        _stop_after_steps(stopped, patch)
         with pytest.raises(KeyboardInterrupt):
             _bytes(tmp_path, config, model)
-    rest = _stop_after_steps(99, monkeypatch, torch.optim.Adam)
+    rest = _stop_after_steps(99, monkeypatch)
     assert _bytes(tmp_path, config, model) == expected
     blocks = len(list(tmp_path.glob("block-*.steps.safetensors")))
     assert blocks > 1

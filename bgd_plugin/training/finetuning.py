@@ -1,4 +1,4 @@
-"""Finetuning of all codewords together, after the last layer is quantized."""
+"""Finetuning of the whole network, after the last layer is quantized."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from bgd_plugin.calibration import Batch, logits_of
 from bgd_plugin.distributed import largest, parallel, processes, sum_
 from bgd_plugin.errors import CalibrationError
+from bgd_plugin.nn import PQModule
 from bgd_plugin.stages import FinetuningConfig
 from bgd_plugin.steps import Part, Steps
+from bgd_plugin.training.adam import relative_adam
 from bgd_plugin.training.loss import codebooks, kl_to_teacher, mean_gradients_
 from bgd_plugin.training.outputs import outputs_to_teacher
 
@@ -85,7 +88,7 @@ def finetune_(
     config: FinetuningConfig,
     steps: Steps | None = None,
 ) -> float:
-    """Train all codebooks so that the student's logits (or `outputs`) come near the teacher's; batch norms update.
+    """Train the student so that its logits (or `outputs`) come near the teacher's; codes stay as they are.
 
     Args:
         student: with product-quantized modules; changed in place, left in evaluation mode.
@@ -99,18 +102,18 @@ def finetune_(
     Raises:
         CalibrationError: the loss is not finite.
 
-    **Source**: arXiv 1907.05686, section 3.3, "global finetuning".
+    **Source**: arXiv 1907.05686, section 3.3, "global finetuning", for `trained="codebooks"`.
     """
-    layers = codebooks(student.modules())
-    parameters = [layer.codebook.requires_grad_(True) for layer in layers]
-    optimizer = torch.optim.SGD(
-        parameters, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
-    )
     total = largest(total_steps(config, batches_per_epoch))
-    thirds = [total // 3, 2 * total // 3] if total >= 3 else []
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=thirds, gamma=0.1)
+    layers = codebooks(student.modules())
+    is_papers = config.trained == "codebooks"
+    student.eval()
+    if is_papers:
+        optimizer, schedule = _papers_optimizer(layers, config, total)
+        _batchnorms_train(student)
+    else:
+        optimizer, schedule = relative_adam(_trainable(student), config.rate, total)
     losses: list[float] = []
-    _batchnorms_train(student)
     learner = parallel(student)
     try:
         parts: dict[str, Part] = {"student": student, "optimizer": optimizer, "schedule": schedule}
@@ -119,19 +122,35 @@ def finetune_(
             optimizer.zero_grad(set_to_none=True)
             loss = _loss(learner, teacher, batch, config)
             if not loss.item() < float("inf"):
-                raise CalibrationError(
-                    f"finetuning: the loss is {loss.item()}; lower learning_rate={config.learning_rate}"
-                )
+                raise CalibrationError(f"finetuning: the loss is {loss.item()}; lower learning_rate={config.rate}")
             loss.backward()  # type: ignore[no-untyped-call]
-            mean_gradients_(layers)
+            if is_papers:
+                mean_gradients_(layers)
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
     finally:
         student.eval()
-    _share_batchnorms_(student)
+    if is_papers:
+        _share_batchnorms_(student)
     tail = losses[-max(1, len(losses) // 10) :]
     return sum(tail) / len(tail)
+
+
+def _trainable(student: nn.Module) -> list[nn.Parameter]:
+    parameters = [p for p in student.parameters() if p.is_floating_point()]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    return parameters
+
+
+def _papers_optimizer(
+    layers: list[PQModule], config: FinetuningConfig, total: int
+) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    parameters = [layer.codebook.requires_grad_(True) for layer in layers]
+    optimizer = torch.optim.SGD(parameters, lr=config.rate, momentum=config.momentum, weight_decay=config.weight_decay)
+    thirds = [total // 3, 2 * total // 3] if total >= 3 else []
+    return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=thirds, gamma=0.1)
 
 
 def _loss(student: nn.Module, teacher: nn.Module, batch: Batch, config: FinetuningConfig) -> Tensor:
@@ -154,8 +173,7 @@ def _share_batchnorms_(student: nn.Module) -> None:
 
 
 def _batchnorms_train(student: nn.Module) -> None:
-    """Evaluation mode, except that batch norms normalise by the batch and update their statistics."""
-    student.eval()
+    """Batch norms normalise by the batch and update their statistics."""
     for module in student.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.train()

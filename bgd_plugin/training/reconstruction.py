@@ -23,6 +23,7 @@ from bgd_plugin.graph import block_module, partition
 from bgd_plugin.nn import PQModule
 from bgd_plugin.stages import ReconstructionConfig
 from bgd_plugin.steps import Part, Steps
+from bgd_plugin.training.adam import relative_adam
 from bgd_plugin.training.loss import kl_to_teacher
 
 __all__ = ["Reconstruction", "reconstruct_", "reconstruction_steps"]
@@ -146,10 +147,7 @@ class _Training:
         old = [owners[0][0]._parameters[owners[0][1]] for owners in self._owners]
         new = [nn.Parameter(parameter.detach().clone()) for parameter in old if parameter is not None]
         self._put_(new)  # copies: others may share the old tensors
-        optimizer = torch.optim.Adam(
-            [{"params": [p], "lr": config.learning_rate * _size_of(p)} for p in new], betas=(0.9, 0.99)
-        )
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
+        optimizer, schedule = relative_adam(new, config.learning_rate, config.steps)
         order: list[int] = []
         parts: dict[str, Part] = {"block": self._block, "optimizer": optimizer, "schedule": schedule}
         for _ in steps.run(config.steps, **parts, generator=generator, order=order):
@@ -198,8 +196,3 @@ def _owners(student: nn.Module, block: nn.Module) -> list[list[tuple[nn.Module, 
                 holders.setdefault(id(parameter), []).append((module, name))
     wanted = {id(p): p for p in block.parameters() if p.is_floating_point()}
     return [holders[key] for key in wanted if key in holders]
-
-
-def _size_of(parameter: Tensor) -> float:
-    """What a step is measured by: the root mean square of the values."""
-    return max(1e-3, float(parameter.detach().float().square().mean().sqrt()))

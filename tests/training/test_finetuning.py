@@ -1,4 +1,4 @@
-"""Global finetuning: codebooks and batch-norm statistics move towards the teacher, and nothing else does."""
+"""Global finetuning: the student moves towards the teacher, with all that it trains and nothing else."""
 
 from __future__ import annotations
 
@@ -33,19 +33,50 @@ def _loss(student: nn.Module, teacher: nn.Module, data: list[Tensor]) -> float:
     return sum(float(kl_to_teacher(student(x), teacher(x))) for x in data)
 
 
-def test_the_loss_falls() -> None:
+@pytest.mark.parametrize(
+    ("config", "share"),
+    [
+        (FinetuningConfig(epochs=10, trained="codebooks", learning_rate=0.5), 0.8),
+        (FinetuningConfig(epochs=10, learning_rate=0.01), 0.5),
+    ],
+    ids=["codebooks", "all"],
+)
+def test_the_loss_falls(config: FinetuningConfig, share: float) -> None:
     teacher, data = PlainNet().eval(), vectors(4)
     student = _student(teacher, data)
     before = _loss(student, teacher, data)
-    _finetune(student, teacher, data, FinetuningConfig(epochs=10, learning_rate=0.5))
-    assert _loss(student, teacher, data) < 0.8 * before
+    _finetune(student, teacher, data, config)
+    assert _loss(student, teacher, data) < share * before
+
+
+def test_all_that_is_learnt_moves_and_neither_codes_nor_statistics() -> None:
+    teacher, data = randomized(SmallResNet()), images()
+    student = _student(teacher, data)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    learnt = {name for name, _ in student.named_parameters()}
+    _finetune(student, teacher, data, FinetuningConfig(steps=3))
+    moved = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == learnt
+
+
+def test_a_step_moves_each_tensor_by_its_share() -> None:
+    teacher, data = PlainNet().eval(), vectors(1)
+    student = _student(teacher, data)
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    _finetune(student, teacher, data, FinetuningConfig(steps=1, learning_rate=0.01))
+    for name, parameter in student.named_parameters():
+        size = max(1e-3, float(before[name].square().mean().sqrt()))
+        largest = float((parameter.detach() - before[name]).abs().max())
+        assert largest == pytest.approx(0.01 * size, rel=2e-2, abs=1e-8), (
+            name
+        )  # Adam's first step has the rate's length
 
 
 def test_codebooks_and_batch_norm_statistics_move_and_nothing_else() -> None:
     teacher, data = randomized(SmallResNet()), images()
     student = _student(teacher, data)
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    _finetune(student, teacher, data, FinetuningConfig(steps=3))
+    _finetune(student, teacher, data, FinetuningConfig(steps=3, trained="codebooks"))
     moved = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
     norms = {f"{n}.{b}" for n in ("bn1", "bn2", "bn3") for b in ("running_mean", "running_var", "num_batches_tracked")}
     assert moved == {f"{layer}.codebook" for layer in ("conv1", "conv2", "down", "fc")} | norms
@@ -62,7 +93,8 @@ def test_the_first_step_is_that_of_sgd_on_the_mean_gradients() -> None:
     with torch.no_grad():
         target = teacher(data[0])
     kl_to_teacher(hidden @ weights[1].T + layers[1].bias, target).backward()
-    _finetune(student, teacher, data, FinetuningConfig(steps=1, learning_rate=0.5, weight_decay=0.0))
+    config = FinetuningConfig(steps=1, trained="codebooks", learning_rate=0.5, weight_decay=0.0)
+    _finetune(student, teacher, data, config)
     for layer, start, weight in zip(layers, starts, weights, strict=True):
         blocks = weight.grad.reshape(*layer.codes.shape, 4)
         for code in layer.codes.unique().tolist():
@@ -102,7 +134,8 @@ def test_the_learning_rate_falls_to_a_tenth_after_each_third(monkeypatch: pytest
 
     monkeypatch.setattr(torch.optim.SGD, "step", recorded)
     teacher, data = PlainNet().eval(), vectors(1)
-    _finetune(_student(teacher, data), teacher, data, FinetuningConfig(steps=6, learning_rate=0.1))
+    config = FinetuningConfig(steps=6, trained="codebooks", learning_rate=0.1)
+    _finetune(_student(teacher, data), teacher, data, config)
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 
 
@@ -110,7 +143,7 @@ def test_a_loss_that_is_not_finite_says_what_to_lower() -> None:
     teacher, data = PlainNet().eval(), vectors(2)
     student = _student(teacher, data)
     teacher[4].bias.data.fill_(float("nan"))
-    with pytest.raises(CalibrationError, match=r"finetuning: the loss is nan; lower learning_rate=0\.01"):
+    with pytest.raises(CalibrationError, match=r"finetuning: the loss is nan; lower learning_rate=0\.001"):
         _finetune(student, teacher, data, FinetuningConfig(steps=2))
 
 
