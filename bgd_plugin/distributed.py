@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bgd_plugin.errors import BGDError, DistributedError
 
 __all__ = [
+    "from_all",
     "from_first",
     "is_first",
     "largest",
@@ -143,6 +144,20 @@ def from_first(work: Callable[[], tuple[dict[str, Tensor], str]]) -> tuple[dict[
     if "error" in metadata:
         raise DistributedError(f"the first process stopped: {metadata['error']}")
     return safetensors.torch.load(content), metadata["text"]
+
+
+def from_all(content: bytes) -> list[bytes]:
+    """What each process gives, in all of them, in the order of their numbers."""
+    if processes() == 1:
+        return [content]
+    sizes = torch.zeros(processes(), dtype=torch.int64, device=_device())
+    sizes[rank()] = len(content)
+    sum_([sizes])
+    room = max(1, int(sizes.max()))
+    padded = torch.frombuffer(bytearray(content.ljust(room)), dtype=torch.uint8).to(_device())
+    parts = [torch.empty_like(padded) for _ in range(processes())]
+    _finish(dist.all_gather(parts, padded, async_op=True))
+    return [bytes(part.cpu().numpy())[:size] for part, size in zip(parts, sizes.tolist(), strict=True)]
 
 
 @torch.no_grad()

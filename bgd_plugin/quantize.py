@@ -256,7 +256,7 @@ def _reconstruct(job: Job) -> None:
             job.batches,
             job.config.reconstruction,
             lambda name: job.generator(f"{name} reconstruction"),
-            lambda number: job.run.steps(f"block-{number:04d}", job.bar.update),
+            lambda number: job.run.steps(f"block-{number:04d}", job.bar.update, is_shared=False),
         )
     job.notes.append(
         f"reconstruction: {gain.blocks} blocks, mean loss on samples kept aside {gain.before:.4g} → {gain.after:.4g}"

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from bgd_plugin.calibration import Batch
 from bgd_plugin.config import BGDConfig
-from bgd_plugin.distributed import processes
+from bgd_plugin.distributed import largest
 from bgd_plugin.errors import CheckpointError
-from bgd_plugin.files import remove_leftovers, write_atomically
+from bgd_plugin.files import remove, remove_leftovers, write_atomically
 from bgd_plugin.fingerprint import described, differing
 from bgd_plugin.fitting import FittedLayer
 from bgd_plugin.planned import PlannedLayer
@@ -31,12 +31,15 @@ _DESCRIPTION = "run.json"
 class Run:
     """The progress of one `quantize` call, in a folder; without a folder nothing is kept.
 
+    Of several processes, the first one has the folder; all make their runs together.
+
     A layer's file holds its codebook and codes as they were when the layer was done. A stage of training keeps a file
     of its own while it goes on.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
+        self._is_kept = bool(largest(folder is not None))
 
     @classmethod
     def open(
@@ -71,10 +74,13 @@ class Run:
             write_atomically(file, json.dumps(wanted, indent=2).encode())
         return cls(path)
 
-    def steps(self, name: str, on_steps: Callable[[int], object]) -> Steps:
-        """The gradient steps of the stage with that name; several processes begin a stage anew, all together."""
-        keeps = self.folder is not None and processes() == 1
-        return Steps(None if not keeps or self.folder is None else self.folder / f"{name}.steps.safetensors", on_steps)
+    def steps(self, name: str, on_steps: Callable[[int], object], *, is_shared: bool = True) -> Steps:
+        """The gradient steps of the stage with that name.
+
+        Args:
+            is_shared: of several processes, all take them together; else only the first one takes them.
+        """
+        return Steps(self._steps_file(name), on_steps, is_shared=is_shared and self._is_kept)
 
     @contextmanager
     def says_how_to_go_on(self) -> Iterator[None]:
@@ -98,7 +104,7 @@ class Run:
         file = self._file(index)
         if file is None or not file.exists():
             return None
-        self.steps(stage(index), lambda count: None).forget()  # it may have been killed between the two
+        self._forget_steps(index)  # it may have been killed between the two
         try:
             with safetensors.safe_open(str(file), framework="pt") as content:
                 note = (content.metadata() or {}).get("note", "")
@@ -124,7 +130,15 @@ class Run:
             values = {f.name: getattr(fit, f.name) for f in dataclasses.fields(fit)}
             tensors = {k: v.detach().cpu().contiguous() for k, v in values.items() if isinstance(v, Tensor)}
             write_atomically(file, safetensors.torch.save(tensors, metadata={"note": fit.note}))
-            self.steps(stage(index), lambda count: None).forget()
+            self._forget_steps(index)
+
+    def _forget_steps(self, index: int) -> None:
+        file = self._steps_file(stage(index))
+        if file is not None:
+            remove(file)
+
+    def _steps_file(self, name: str) -> Path | None:
+        return None if self.folder is None else self.folder / f"{name}.steps.safetensors"
 
     def _file(self, index: int) -> Path | None:
         return None if self.folder is None else self.folder / f"{stage(index)}.safetensors"

@@ -1,7 +1,12 @@
-"""Gradient steps that a stopped run takes up again where it was, to the bit."""
+"""Gradient steps that a stopped run takes up again where it was, to the bit.
+
+Several processes that train together save together: the first one writes its state, and of the others' what differs
+from it, such as the place in the data, or the statistics of batch norms.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,8 +18,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from bgd_plugin.distributed import from_all, from_first, is_first, largest, processes, rank
 from bgd_plugin.errors import CheckpointError
-from bgd_plugin.files import remove, write_atomically
+from bgd_plugin.files import write_atomically
 
 __all__ = ["Part", "Stateful", "Steps"]
 
@@ -48,11 +54,20 @@ class Steps:
     Args:
         file: where progress is kept; the folder is there.
         on_steps: called with the number of steps that are done, one by one, or all that an earlier call did.
+        is_shared: all processes take the steps together; the first one has the file. What was saved by another number
+            of processes is left aside: the stage begins again.
     """
 
-    def __init__(self, file: Path | None = None, on_steps: Callable[[int], object] = lambda count: None) -> None:
+    def __init__(
+        self,
+        file: Path | None = None,
+        on_steps: Callable[[int], object] = lambda count: None,
+        *,
+        is_shared: bool = False,
+    ) -> None:
         self.file = file
         self.on_steps = on_steps
+        self._is_shared = is_shared and processes() > 1
 
     def run(self, total: int, **parts: Part) -> Iterator[int]:
         """The numbers of the steps still to do; what is in `parts` is saved between two of them, and at the end.
@@ -68,41 +83,84 @@ class Steps:
             yield step
             self.on_steps(1)
             start = time.monotonic()
-            if self.file is not None and (start >= due or step + 1 == total):
+            if self._wants_save(start >= due) or (step + 1 == total and self._keeps):
                 self._save(step + 1, parts)
                 now = time.monotonic()
                 due = now + max(SAVE_SECONDS, (now - start) / _SHARE)
 
-    def forget(self) -> None:
-        """The stage is over, and its result kept elsewhere."""
-        if self.file is not None:
-            remove(self.file)
+    @property
+    def _keeps(self) -> bool:
+        return self._is_shared or self.file is not None
+
+    def _wants_save(self, is_due: bool) -> bool:
+        """Whether to save now, by the first process's clock."""
+        is_due = is_due and self.file is not None
+        return bool(largest(is_due)) if self._is_shared else is_due
 
     def _save(self, step: int, parts: Mapping[str, Part]) -> None:
-        assert self.file is not None
         tensors: dict[str, Tensor] = {}
         plain = {name: _plain(_state(part), tensors) for name, part in parts.items()}
-        metadata = {_KEY: json.dumps({"step": step, "parts": plain})}
-        write_atomically(self.file, safetensors.torch.save(tensors, metadata))
+        kept = {"step": step, "parts": plain, "others": _of_others(plain, tensors) if self._is_shared else []}
+        if self.file is not None:
+            write_atomically(self.file, safetensors.torch.save(tensors, {_KEY: json.dumps(kept)}))
 
     def _restore(self, total: int, parts: Mapping[str, Part]) -> int:
         """Give each part its state back; returns the number of steps that are done."""
-        if self.file is None or not self.file.exists():
+        tensors, text = from_first(self._read) if self._is_shared else self._read()
+        if not text:
             return 0
         try:
-            with safetensors.safe_open(str(self.file), framework="pt") as content:
-                kept = json.loads((content.metadata() or {})[_KEY])
-                tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (no mapping)
+            kept = json.loads(text)
             step, states = kept["step"], kept["parts"]
             if not isinstance(step, int) or not 0 < step <= total or set(states) != set(parts):
                 raise ValueError(f"step {step} of {total}, parts {', '.join(states)}")
+            if len(kept["others"]) + 1 != (processes() if self._is_shared else 1):
+                return 0
+            if self._is_shared and not is_first():
+                states = kept["others"][rank() - 1]
+                own = {name: f"{rank()}/{name}" for name in tensors if f"{rank()}/{name}" in tensors}
+                tensors |= {name: tensors[place] for name, place in own.items()}
             for name, part in parts.items():
                 _restore_(part, _restored(states[name], tensors))
-        except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{self.file} is damaged ({error}): delete it, this stage then begins again"
-            ) from error
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise self._damaged(error) from error
         return step
+
+    def _read(self) -> tuple[dict[str, Tensor], str]:
+        """Tensors and text of the file; no text where there is none."""
+        if self.file is None or not self.file.exists():
+            return {}, ""
+        try:
+            with safetensors.safe_open(str(self.file), framework="pt") as content:
+                text = (content.metadata() or {})[_KEY]
+                return {name: content.get_tensor(name) for name in content.keys()}, text  # noqa: SIM118 (no mapping)
+        except (safetensors.SafetensorError, KeyError) as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> CheckpointError:
+        file = self.file or "what the first process has kept of this stage"
+        return CheckpointError(f"{file} is damaged ({error}): delete it, this stage then begins again")
+
+
+def _of_others(plain: dict[str, Any], tensors: dict[str, Tensor]) -> list[Any]:
+    """The plain states of the other processes, for the first one; their tensors that differ go to its `tensors`."""
+    digests = {name: hashlib.sha256(_raw(tensor)).hexdigest() for name, tensor in tensors.items()}
+    of_first = json.loads(from_first(lambda: ({}, json.dumps(digests)))[1])
+    content = b""
+    if not is_first():
+        own = {name: tensor for name, tensor in tensors.items() if digests[name] != of_first.get(name)}
+        content = safetensors.torch.save(own, {"plain": json.dumps(plain)})
+    states = []
+    for number, sent in enumerate(from_all(content)):
+        if number and is_first():
+            header = json.loads(sent[8 : 8 + int.from_bytes(sent[:8], "little")])
+            states.append(json.loads(header["__metadata__"]["plain"]))
+            tensors.update({f"{number}/{name}": tensor for name, tensor in safetensors.torch.load(sent).items()})
+    return states
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return bytes(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def _state(part: Part) -> Any:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import bgd_plugin as bgd
+import bgd_plugin.steps
 from tests.networks import SmallResNet, images, randomized, vectors
 
 CONFIGS: dict[str, bgd.BGDConfig] = {
@@ -33,8 +34,7 @@ CONFIGS: dict[str, bgd.BGDConfig] = {
         ),  # the network is nearly exact as it is
     ),
     "trained": bgd.BGDConfig(
-        distillation=bgd.DistillationConfig(steps=3, batch_size=16),
-        finetuning=bgd.FinetuningConfig(epochs=2, trained="codebooks"),
+        distillation=bgd.DistillationConfig(steps=3, batch_size=16), finetuning=bgd.FinetuningConfig(epochs=3)
     ),
 }
 
@@ -89,10 +89,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--checkpoint")
     parser.add_argument("--prelude", action="store_true", help="try different networks in the processes first")
+    parser.add_argument("--save-each-step", action="store_true", help="in stages of training")
     parser.add_argument("--dies", type=int, help="the process that ends after so many walks over its data")
     parser.add_argument("--walks", type=int, default=0)
     parser.add_argument("--how", choices=["killed", "error"])
     options = parser.parse_args()
+    if options.save_each_step:
+        bgd_plugin.steps.SAVE_SECONDS, bgd_plugin.steps._SHARE = 0.0, float("inf")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()

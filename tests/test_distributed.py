@@ -26,9 +26,11 @@ def _environment(**more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | more
 
 
-def _torchrun(output: Path, configs: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+def _torchrun(
+    output: Path, configs: list[str], *arguments: str, processes: int = 2
+) -> subprocess.CompletedProcess[str]:
     output.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += ["-m", "tests.distributed_job", "--output", str(output), "--configs", *configs, *arguments]
     return subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=300)
 
@@ -92,6 +94,21 @@ def test_under_torchrun_a_killed_process_ends_the_job_and_the_next_one_goes_on(j
     assert len(list((tmp_path / "run").glob("layer-*.safetensors"))) == 4
     assert not _torchrun(tmp_path, ["trained"], *checkpoint).returncode
     assert (tmp_path / "trained-1.safetensors").read_bytes() == (job / "trained-1.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_killed_while_it_trains_it_goes_on_at_the_step(processes: int, tmp_path: Path) -> None:
+    whole, checkpoint = tmp_path / "whole", tmp_path / "run"
+    assert not _torchrun(whole, ["trained"], processes=processes).returncode
+    # the data is walked once for calibration, and once for each of three epochs of finetuning
+    common = ["--checkpoint", str(checkpoint), "--save-each-step", "--dies=1", "--walks=3", "--how=killed"]
+    assert _torchrun(tmp_path, ["trained"], *common, processes=processes).returncode
+    assert (checkpoint / "finetuning.steps.safetensors").exists()
+    run = _torchrun(tmp_path, ["trained"], *common, processes=processes)  # two epochs' walks are left
+    assert not run.returncode, run.stderr
+    for rank in range(processes):
+        name = f"trained-{rank}.safetensors"
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.mark.parametrize(("dies", "walks", "how"), [(1, 0, "killed"), (1, 0, "error"), (0, 1, "killed")])

@@ -63,8 +63,8 @@ def distill_(
         batches = _next_batches(order, teacher_logits, -(-config.batch_size // processes()), generator)
         samples = sum(teacher_logits[b].shape[0] for b in batches)
         loss_of_step = 0.0
-        for b in batches:
-            with nullcontext() if b is batches[-1] else unsynchronized(rest):
+        for number, b in enumerate(batches, 1):  # one may come twice: the end of a walk, and again early in the next
+            with nullcontext() if number == len(batches) else unsynchronized(rest):
                 loss = kl_to_teacher(rest(b), teacher_logits[b], tokens[b] if tokens else None)
                 loss = loss * (teacher_logits[b].shape[0] / samples)
                 loss.backward()  # type: ignore[no-untyped-call]
