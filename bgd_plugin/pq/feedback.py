@@ -60,12 +60,12 @@ def encode_damped(weight: Tensor, codebook: Tensor, gram: Tensor, mask: Tensor |
     block_size = codebook.shape[1]
     if rows.shape[2] % block_size:
         raise ValueError(f"{rows.shape[2]} weights per row do not divide into blocks of {block_size}")
-    root, inverse = _factors(grams, weight.dtype)
+    metrics, inverse = (factor.to(weight) for factor in _factors(grams, block_size))
     rest, kept = rows.clone(), None if mask is None else mask.reshape(rows.shape)
     codes = torch.empty(*rows.shape[:2], rows.shape[2] // block_size, dtype=torch.int64, device=weight.device)
     for block in range(codes.shape[2]):
         here = slice(block * block_size, (block + 1) * block_size)
-        metric = root[:, here, here]
+        metric = metrics[:, block]
         here_kept = None if kept is None else kept[:, :, here]
         codes[:, :, block] = nearest(rest[:, :, here], metric, codebook, here_kept)
         error = rest[:, :, here] - masked(codebook[codes[:, :, block]].to(rest), here_kept)
@@ -145,16 +145,19 @@ def _pieces(groups: int, rows: int, codewords: int) -> Iterator[tuple[slice, sli
             yield slice(group, group + group_step), slice(row, row + row_step)
 
 
-def _factors(gram: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """V and V⁻¹ in `dtype`, both upper triangular `[groups, columns, columns]`, with gram = V Vᵀ.
+def _factors(gram: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """With gram = V Vᵀ, V upper triangular: V's diagonal blocks `[groups, blocks_per_row, d, d]`, and the whole V⁻¹.
 
-    Cholesky gives a lower triangle; of the matrix with rows and columns reversed it is V reversed. The inverse comes
-    some columns at a time, of which only the rows above their end are not zero: that spares time, and a Gram's memory.
+    Cholesky gives a lower triangle; of the matrix with rows and columns reversed it is V reversed. The inverse takes
+    V's place, run of columns by run of columns: with X the inverse of what stands to the left, and above, of a run's
+    own triangle T, and B what stands above T, the inverse has −X B T⁻¹ above T⁻¹.
     """
     root = torch.linalg.cholesky(gram.flip((1, 2))).flip((1, 2))
-    inverse = torch.zeros_like(root, dtype=dtype)
+    metrics = diagonal_blocks(root, block_size).clone()
     for start in range(0, gram.shape[1], _COLUMNS):
         end = min(start + _COLUMNS, gram.shape[1])
-        identity = torch.eye(end, dtype=gram.dtype, device=gram.device)[:, start:].expand(len(gram), -1, -1)
-        inverse[:, :end, start:end] = torch.linalg.solve_triangular(root[:, :end, :end], identity, upper=True)
-    return root.to(dtype), inverse
+        above, own = root[:, :start, start:end], root[:, start:end, start:end]
+        identity = torch.eye(end - start, dtype=gram.dtype, device=gram.device).expand(len(gram), -1, -1)
+        own.copy_(torch.linalg.solve_triangular(own, identity, upper=True))
+        above.copy_((root[:, :start, :start] @ above) @ own.neg())
+    return metrics, root
