@@ -58,7 +58,7 @@ def run(network: FloatNetwork, regime: str, data: FashionData, options: argparse
 def _finetune(student: nn.Module, teacher: nn.Module, data: FashionData, options: argparse.Namespace) -> None:
     """The last stage of `quantize`, on what the stages before it gave."""
     batches = input_batches(data.train_images[: options.finetuning_images], options.batch_size)
-    config = bgd.FinetuningConfig(epochs=options.finetuning_epochs)
+    config = bgd.FinetuningConfig(epochs=options.finetuning_epochs, trained="codebooks")
 
     def epoch(number: int) -> Any:
         order = torch.randperm(len(batches), generator=generator).tolist()

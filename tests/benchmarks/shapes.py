@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1200, help="of the float network's training")
     parser.add_argument("--images", type=int, default=64, help="for calibration")
     parser.add_argument("--finetuning-steps", type=int, default=150)
-    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--learning-rate", type=float, default=None)
     parser.add_argument("--test-images", type=int, default=300)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
