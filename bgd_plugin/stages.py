@@ -126,6 +126,8 @@ class FinetuningConfig:
         learning_rate: with "all", in units of each tensor's root mean square, 0.001 if not given; with "codebooks"
             SGD's own, the paper's 0.01.
         momentum, weight_decay: of SGD.
+        mixing: blend each batch's samples with one another, so that a few hundred of them suffice; for pictures and
+            other inputs that are floating point numbers.
         outputs: globs on the names of modules. What these give is drawn to what they give in the teacher, by relative
             squared difference, in place of the logits; for a network that answers with something else, such as a
             detector.
@@ -137,6 +139,7 @@ class FinetuningConfig:
     learning_rate: float | None = None
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    mixing: bool = False
     outputs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -154,6 +157,7 @@ class FinetuningConfig:
                 f"finetuning: {name}={value!r}: give at least 1, or finetuning=None for none",
             )
         check_choice("finetuning: trained", self.trained, ("all", "codebooks"))
+        check(isinstance(self.mixing, bool), f"finetuning: mixing={self.mixing!r}: give True or False")
         rate = self.learning_rate
         check(rate is None or rate > 0, f"finetuning: learning_rate={rate}: give a positive number")
 

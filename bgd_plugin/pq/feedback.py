@@ -11,6 +11,9 @@ from bgd_plugin.pq.masked import masked, nearest_masked
 
 __all__ = ["damped", "diagonal_blocks", "encode_damped", "encode_with_feedback", "grouped", "nearest"]
 
+_LEAST_SHARE = 1e-4
+_MOST_TIMES = 100.0
+
 _SCRATCH = 1 << 18
 """Distances held at once; 1 MiB of float32 stays in a core's second-level cache."""
 _COLUMNS = 512
@@ -89,13 +92,18 @@ def grouped(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
 def damped(gram: Tensor, damping: float) -> Tensor:
     """H + damping · mean(diag H) · I per group, symmetric, float64; the identity for a group without any input.
 
+    Columns that are next to always zero, such as a kernel's weights that meet only padding, are damped by a hundred
+    times their own power instead, where that is less: to the mean they would owe all their say in the fit. What is left
+    of the mean, one part in 10,000, keeps H regular.
+
     Args:
         gram: `[groups, columns, columns]`.
     """
     symmetric = (gram.double() + gram.double().mT).div_(2)
     diagonal = symmetric.diagonal(dim1=1, dim2=2)
-    level = diagonal.mean(1).clamp(min=0)
-    diagonal += torch.where(level > 0, damping * level, torch.ones_like(level))[:, None]
+    level = diagonal.mean(1, keepdim=True).clamp(min=0)
+    added = torch.minimum(level, _MOST_TIMES * diagonal.clamp(min=0)) + _LEAST_SHARE * level
+    diagonal += torch.where(level > 0, damping * added, torch.ones_like(added))
     return symmetric
 
 

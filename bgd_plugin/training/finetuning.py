@@ -18,6 +18,7 @@ from bgd_plugin.stages import FinetuningConfig
 from bgd_plugin.steps import Part, Steps
 from bgd_plugin.training.adam import relative_adam
 from bgd_plugin.training.loss import codebooks, kl_to_teacher, mean_gradients_
+from bgd_plugin.training.mixing import mixed
 from bgd_plugin.training.outputs import outputs_to_teacher
 
 __all__ = ["Epochs", "finetune_", "total_steps"]
@@ -117,8 +118,8 @@ def finetune_(
     learner = parallel(student)
     try:
         parts: dict[str, Part] = {"student": student, "optimizer": optimizer, "schedule": schedule}
-        for _ in (steps or Steps()).run(total, **parts, data=data, losses=losses):
-            batch = next(data)
+        for step in (steps or Steps()).run(total, **parts, data=data, losses=losses):
+            batch = mixed(next(data), step) if config.mixing else next(data)
             optimizer.zero_grad(set_to_none=True)
             loss = _loss(learner, teacher, batch, config)
             if not loss.item() < float("inf"):

@@ -130,3 +130,22 @@ def test_what_does_not_fit_is_refused() -> None:
         encode_with_feedback(weight[:3], random_codebook(4, 4), gram, damping=0.1)
     with pytest.raises(ValueError, match="damping above 0"):
         encode_with_feedback(weight, random_codebook(4, 4), gram, damping=0.0)
+
+
+def test_damping_is_the_mean_but_for_columns_that_are_next_to_always_zero() -> None:
+    gram = torch.diag(torch.tensor([1.0, 3.0, 0.001, 0.0], dtype=torch.float64))[None]
+    added = (damped(gram, 0.1) - gram)[0].diagonal()
+    mean = float(gram.diagonal(dim1=1, dim2=2).mean())
+    expected = [0.1 * (part + 1e-4 * mean) for part in (mean, mean, 100 * 0.001, 0.0)]
+    assert added.tolist() == pytest.approx(expected)
+
+
+def test_weights_that_meet_only_zeros_leave_the_others_their_codewords() -> None:
+    """A 3×3 kernel on a single pixel: only its centre counts, and 16 codewords hit 16 different centres exactly."""
+    weight = random_codebook(16, 9, seed=2)
+    gram = torch.zeros(9, 9, dtype=torch.float64)
+    gram[4, 4] = 1.0
+    codebook = random_codebook(16, 9)
+    codebook[:, 4] = weight[:, 4]
+    codes = encode_with_feedback(weight, codebook, gram, damping=1.0)
+    assert torch.equal(codebook[codes.flatten(), 4], weight[:, 4])

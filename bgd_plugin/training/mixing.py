@@ -1,0 +1,69 @@
+"""Samples mixed with each other: from a few hundred of them, endlessly many that no network knows by heart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from bgd_plugin.calibration import Batch
+from bgd_plugin.errors import CalibrationError
+
+__all__ = ["mixed"]
+
+
+def mixed(batch: Batch, number: int) -> Batch:
+    """Each sample with another one of the batch: blended, or for every second number, where they are pictures, with a
+    square of the other pasted in.
+
+    The teacher answers the mixed samples as well, so nothing need be known of labels.
+
+    Args:
+        batch: of floating point tensors with samples in front; a batch of one stays as it is.
+        number: of the step; it alone decides what is drawn.
+
+    Raises:
+        CalibrationError: a tensor of numbers that cannot be blended, such as tokens.
+
+    **Source**: Zhang et al., "mixup", arXiv 1710.09412; Yun et al., "CutMix", arXiv 1905.04899; that a student learns
+    more of its teacher from them: Beyer et al., arXiv 2106.05237.
+    """
+    count = batch.size
+    generator = torch.Generator().manual_seed(number)
+    order = torch.randperm(count, generator=generator)
+    weights = torch.rand(count, generator=generator)
+    below, right, share = torch.rand(3, generator=generator).tolist()
+
+    def blended(tensor: Tensor) -> Tensor:
+        shape = (count, *(1 for _ in tensor.shape[1:]))
+        return torch.lerp(tensor[order.to(tensor.device)], tensor, weights.to(tensor).reshape(shape))
+
+    def pasted(tensor: Tensor) -> Tensor:
+        top, height = _span(below, share, tensor.shape[2])
+        left, width = _span(right, share, tensor.shape[3])
+        result = tensor.clone()
+        result[:, :, top : top + height, left : left + width] = tensor[
+            order.to(tensor.device), :, top : top + height, left : left + width
+        ]
+        return result
+
+    def mix(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or tensor.shape[:1] != (count,):
+            raise CalibrationError(
+                f"finetuning: mixing=True, and a batch holds a tensor of {str(tensor.dtype).removeprefix('torch.')} "
+                f"{list(tensor.shape)}, whose samples cannot be blended: leave mixing out"
+            )
+        chosen: Callable[[Tensor], Tensor] = pasted if number % 2 and tensor.ndim == 4 else blended
+        return chosen(tensor)
+
+    if count < 2:
+        return batch
+    return Batch(*pytree.tree_map_only(Tensor, mix, (batch.args, batch.kwargs)))
+
+
+def _span(place: float, share: float, size: int) -> tuple[int, int]:
+    """First index and length of one side of a square that covers `share` of a picture."""
+    length = int(size * share**0.5)
+    return int(place * (size - length + 1)), length
