@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,13 +62,25 @@ def trace(model: nn.Module) -> fx.GraphModule:
     if isinstance(model, fx.GraphModule):
         return model
     modes = {path: module.training for path, module in model.named_modules()}
-    model.eval()
-    try:
+    with _attributes_kept(model):
+        model.eval()
         result = _traced(model)
-    finally:
-        set_modes(model, modes)
     set_modes(result, modes)
     return result
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Give every module its attributes back at the end: a forward that keeps what it computes, as torchvision's
+    `MultiScaleRoIAlign` does, would otherwise keep the stand-ins that the tracer sent through it.
+    """
+    before = [(vars(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for attributes, kept in before:
+            attributes.clear()
+            attributes.update(kept)
 
 
 def set_modes(model: nn.Module, modes: dict[str, bool]) -> None:

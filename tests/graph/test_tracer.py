@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -145,3 +146,30 @@ def test_a_layer_of_another_quantizer_is_a_leaf_and_other_integers_are_not() -> 
 
     graph = trace(nn.Sequential(_Theirs(), _Positions()).eval()).graph
     assert [node.target for node in graph.nodes if node.op == "call_module"] == ["0"]
+
+
+class _Remembers(nn.Module):
+    """Computes something at its first call and keeps it, as torchvision's region pooling does; then fails to trace."""
+
+    def __init__(self, traces: bool) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 4)
+        self.scale: Any = None
+        self.traces = traces
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            self.scale = x.mean()
+        y: Tensor = self.body(x) * self.scale
+        return y if self.traces or y.sum() > 0 else -y
+
+
+@pytest.mark.parametrize("traces", [True, False])
+def test_what_a_module_keeps_is_not_a_stand_in_of_the_tracer(traces: bool) -> None:
+    model = nn.Sequential(_Remembers(traces)).eval()
+    try:
+        trace(model)
+    except TraceError:
+        assert not traces
+    assert model[0].scale is None
+    assert isinstance(model(torch.randn(2, 4)), Tensor)
