@@ -213,8 +213,12 @@ def _call(graph_module: fx.GraphModule, node: fx.Node, module: nn.Module | None,
 
 
 def _plain(arguments: Any) -> Any:
-    """Fx keeps arguments in immutable lists and dicts; plain ones are what functions expect."""
-    return fx.node.map_aggregate(arguments, lambda x: x)
+    """Fx keeps arguments in immutable lists and dicts; plain ones are what functions expect, and some write into."""
+    if isinstance(arguments, list):
+        return [_plain(argument) for argument in arguments]
+    if isinstance(arguments, dict):
+        return {key: _plain(argument) for key, argument in arguments.items()}
+    return tuple(map(_plain, arguments)) if type(arguments) is tuple else arguments
 
 
 def _own_memory_(values: Values, inputs: list[str], protected: tuple[Values, ...]) -> None:

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.fashion_finetuned", description=main.__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--sizes", nargs="+", default=["large", "60", "100"])
+    parser.add_argument("--sizes", nargs="+", default=["large", "43", "60", "100"])
     parser.add_argument("--data", type=Path, default=None, metavar="DIR", help="folder with the four idx files")
     parser.add_argument("--images", type=int, default=256, help="for calibration")
     parser.add_argument("--steps", type=int, default=2400, help="of finetuning, 128 images each")

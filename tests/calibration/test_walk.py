@@ -207,3 +207,27 @@ def test_a_network_that_fails_on_a_batch_names_the_node() -> None:
     walk = Walk(model, [Batch((vectors()[0],))])
     with pytest.raises(CalibrationError, match=r"the network fails on a calibration batch, at '_?1' \(layer '1'\): "):
         list(walk.nodes())
+
+
+def _narrowed(sizes: list[int], options: dict[str, list[int]], limit: int) -> int:
+    """Writes into its arguments, as torchvision's video transformers do where a window is larger than the input."""
+    sizes[0] = min(sizes[0], limit)
+    options["sizes"][0] = sizes[0]
+    return sizes[0]
+
+
+fx.wrap("_narrowed")
+
+
+class WritesIntoArguments(nn.Module):
+    """Calls a function that changes the lists it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * _narrowed([50, 50], {"sizes": [50]}, x.shape[1])
+
+
+def test_functions_may_write_into_their_lists() -> None:
+    model, x = trace(WritesIntoArguments()), vectors()[0]
+    walk = Walk(model, [Batch((x,))])
+    assert "_narrowed" in [node.name for node in walk.nodes()]
+    torch.testing.assert_close(model(x), 12 * x)
