@@ -276,3 +276,17 @@ def test_a_budget_counts_the_masks() -> None:
     assert sum(layer.mask_bytes for layer in plan.layers) > 0
     for layer in plan.layers:
         assert torch.equal(zeros(result.model, layer.name), zeros(model, layer.name))
+
+
+def test_finetuning_leaves_the_zeros_of_float_layers() -> None:
+    model = randomized(SmallResNet())
+    with torch.no_grad():
+        for layer in (model.stem, model.conv1):
+            layer.weight[layer.weight.abs() < layer.weight.abs().median()] = 0.0
+    zeros = model.stem.weight == 0
+    finetuning = bgd.FinetuningConfig(steps=20, learning_rate=0.05)
+    result = bgd.quantize(
+        model, images(), bgd.BGDConfig(preserve_zeros=True, finetuning=finetuning), progress=False
+    ).model
+    assert not torch.equal(result.get_submodule("stem").weight, model.stem.weight)
+    assert not result.get_submodule("stem").weight[zeros].any()

@@ -114,6 +114,7 @@ def finetune_(
         _batchnorms_train(student)
     else:
         optimizer, schedule = relative_adam(_trainable(student), config.rate, total)
+    zeros = [] if is_papers else _zeros(student, layers)
     losses: list[float] = []
     learner = parallel(student)
     try:
@@ -127,6 +128,9 @@ def finetune_(
             loss.backward()  # type: ignore[no-untyped-call]
             if is_papers:
                 mean_gradients_(layers)
+            for parameter, is_zero in zeros:
+                if parameter.grad is not None:
+                    parameter.grad.masked_fill_(is_zero, 0.0)
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
@@ -143,6 +147,13 @@ def _trainable(student: nn.Module) -> list[nn.Parameter]:
     for parameter in parameters:
         parameter.requires_grad_(True)
     return parameters
+
+
+def _zeros(student: nn.Module, layers: list[PQModule]) -> list[tuple[nn.Parameter, Tensor]]:
+    """Where weights that stay float are zero, as pruning leaves them: they stay so. Codebooks are not meant."""
+    learnt = {id(layer.codebook) for layer in layers}
+    weights = [p for p in student.parameters() if p.ndim > 1 and id(p) not in learnt]
+    return [(p, p.detach() == 0) for p in weights]
 
 
 def _papers_optimizer(
