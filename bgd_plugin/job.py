@@ -39,6 +39,7 @@ class Job:
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     reports: list[LayerReport] = field(default_factory=list)
+    shift_gains: list[float] = field(default_factory=list)
     unreached: list[FoundLayer] = field(default_factory=list)
     norms: dict[str, str] = field(default_factory=dict)
 

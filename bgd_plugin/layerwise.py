@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import statistics
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from bgd_plugin.calibration import CollectedInputs, LayerInputs, Rerun, Walk, logits_of, sampled_inputs
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import CalibrationError
-from bgd_plugin.fitting import METHODS, FittedLayer, LayerContext, Skip, fitted_once, output_error, refitted
+from bgd_plugin.fitting import METHODS, FittedLayer, LayerContext, Skip, fitted_once, output_error, refitted, shift_gain
+from bgd_plugin.gains import Gain
 from bgd_plugin.graph import (
     FoundLayer,
     added_to,
@@ -50,6 +52,12 @@ def quantize_layers(job: Job) -> list[LayerReport]:
     job.student.requires_grad_(False)
     logits = _teacher_logits(job)
     (_along_graph if isinstance(job.student, fx.GraphModule) else _by_runs)(job, logits)
+    if job.shift_gains:
+        gain = statistics.median(job.shift_gains)
+        job.notes.append(
+            f"bias (matched): {len(job.shift_gains)} shifted, which takes {gain:.2%} of their outputs' variance off "
+            "the error (median)"
+        )
     return job.reports
 
 
@@ -61,7 +69,8 @@ def _along_graph(job: Job, logits: list[Tensor]) -> None:
     for index, found in enumerate(job.found):
         first_nodes.setdefault(_first_node(walk, found), []).append(index)
     norms = NormCorrection(job)
-    refits, leftovers = 0, _leftover_nodes(job)
+    refits: list[Gain] = []
+    leftovers = _leftover_nodes(job)
     for node in walk.nodes():
         for index in first_nodes.get(node.name, ()):
             skip = _drifted_skip(job, walk, job.found[index])
@@ -69,13 +78,15 @@ def _along_graph(job: Job, logits: list[Tensor]) -> None:
             _quantize_layer(job, walk, index, logits, skip)
         if node.name in leftovers:
             with job.timed("refit"):
-                refits += _refit(job, walk, *leftovers[node.name])
+                gain = _refit(job, walk, *leftovers[node.name])
+            refits += [gain] if gain else []
         elif is_batchnorm(job.student, node):
             norms.correct_(walk, node)
     job.seconds["forward"] = walk.seconds
     if refits:
         job.notes.append(
-            f"{refits} depthwise convolutions, which stay float, were fitted anew to the inputs they now get"
+            f"{len(refits)} depthwise convolutions, which stay float, were fitted anew to the inputs they now get, "
+            f"{Gain.said(refits)}"
         )
     job.notes += norms.notes()
 
@@ -139,8 +150,9 @@ def _leftover_nodes(job: Job) -> dict[str, tuple[str, fx.Node]]:
     return due
 
 
-def _refit(job: Job, walk: Walk, weight_name: str, call: fx.Node) -> bool:
+def _refit(job: Job, walk: Walk, weight_name: str, call: fx.Node) -> Gain | None:
     """A layer that stays float: a depthwise one is fitted anew; each is rounded as it will be stored."""
+    gain = None
     config = job.config
     path, _, attribute = weight_name.rpartition(".")
     owner = job.student.get_submodule(path)
@@ -152,13 +164,13 @@ def _refit(job: Job, walk: Walk, weight_name: str, call: fx.Node) -> bool:
         and walk.differs_at(call_input(call))
     )
     if is_refitted:
-        weight = refitted(weight, LayerInputs(walk, path, [call.name]), job.generator(f"{path} refit"))
+        weight, gain = refitted(weight, LayerInputs(walk, path, [call.name]), job.generator(f"{path} refit"))
         # a new parameter: the reference may share the old one
         owner._parameters[attribute] = nn.Parameter(weight, requires_grad=False)
     round_weights_(job.student, [weight_name], config.weight_storage)
     if is_refitted or config.weight_storage != "float32":
         walk.mark_changed(path if call.op == "call_module" else weight_name)
-    return is_refitted
+    return gain
 
 
 def _quantize_layer(job: Job, walk: Walk | Rerun, index: int, logits: list[Tensor], skip: DriftedSkip | None) -> None:
@@ -193,7 +205,10 @@ def _quantize_layer(job: Job, walk: Walk | Rerun, index: int, logits: list[Tenso
         job.bar.update(config.distillation.steps)
     job.bar.update()
     layer.requires_grad_(False)
-    error = output_error(found.matrix, _unscaled(layer.matrix, fit.row_scale), sample)
+    decoded = _unscaled(layer.matrix, fit.row_scale)
+    error = output_error(found.matrix, decoded, sample)
+    if fit.bias_shift is not None and found.bias is not None:
+        job.shift_gains.append(shift_gain(fit.bias_shift, decoded, sample))
     job.reports.append(layer_report(planned, error, fit.note))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from bgd_plugin.calibration import Rerun, Walk
+from bgd_plugin.gains import Gain
 from bgd_plugin.graph import added_to
 from bgd_plugin.job import Job
 from bgd_plugin.training import correct_batchnorm_, correct_batchnorm_at_, is_shared
@@ -28,7 +29,7 @@ class NormCorrection:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._residual: set[str] = set()
-        self._corrected: set[str] = set()
+        self._gains: dict[str, Gain] = {}
         self._shared: set[str] = set()
 
     def remember(self, skip: DriftedSkip | None) -> None:
@@ -47,9 +48,10 @@ class NormCorrection:
             return
         with job.timed("batch norm"):
             skip = added_to(job.student, node) if node.name in self._residual else None
-            if correct_batchnorm_(walk, node, mode, skip):
-                walk.mark_changed(str(node.target))
-                self._corrected.add(node.name)
+            gain = correct_batchnorm_(walk, node, mode, skip)
+        if gain:
+            walk.mark_changed(str(node.target))
+            self._gains[node.name] = gain
 
     def correct_at_(self, walk: Rerun, path: str) -> None:
         """Correct the batch norm at a path of a network that is not a graph."""
@@ -60,15 +62,18 @@ class NormCorrection:
             self._shared.add(path)
             return
         with self._job.timed("batch norm"):
-            if correct_batchnorm_at_(walk, path, mode):
-                self._corrected.add(path)
+            gain = correct_batchnorm_at_(walk, path, mode)
+        if gain:
+            self._gains[path] = gain
 
     def notes(self) -> list[str]:
         """For the report."""
-        mode, count = self._job.config.batchnorm, len(self._corrected)
+        mode, gains = self._job.config.batchnorm, list(self._gains.values())
         if mode == "keep":
             return []
-        what = f"{count} corrected" if count else "nothing to correct, no batch norm follows a quantized layer"
+        what = "nothing to correct, no batch norm follows a quantized layer"
+        if gains:
+            what = f"{len(gains)} corrected, {Gain.said(gains)}"
         notes = [f"batch norm ({mode}): {what}"]
         if self._shared:
             names = ", ".join(sorted(self._shared))

@@ -1,6 +1,6 @@
 """Fit one layer: from its weight and its inputs to a codebook and codes. One module for each method."""
 
-from bgd_plugin.fitting.base import FittedLayer, LayerContext, Method, Skip, output_error
+from bgd_plugin.fitting.base import FittedLayer, LayerContext, Method, Skip, output_error, shift_gain
 from bgd_plugin.fitting.em import EM, fit_weight
 from bgd_plugin.fitting.full import FULL
 from bgd_plugin.fitting.refit import refitted
@@ -16,6 +16,7 @@ __all__ = [
     "fitted_once",
     "output_error",
     "refitted",
+    "shift_gain",
 ]
 
 METHODS: dict[str, Method] = {"em": EM, "full": FULL}

@@ -15,7 +15,7 @@ from bgd_plugin.config import BGDConfig
 from bgd_plugin.distributed import total
 from bgd_plugin.planned import PlannedLayer
 
-__all__ = ["FittedLayer", "LayerContext", "Method", "Skip", "output_error"]
+__all__ = ["FittedLayer", "LayerContext", "Method", "Skip", "output_error", "shift_gain"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,3 +103,22 @@ def output_error(weight: Tensor, decoded: Tensor, sample: InputSample) -> float:
     )
     kept, lost = total(kept), total(lost)
     return lost / kept if kept > 0 and math.isfinite(kept) else 0.0
+
+
+@torch.no_grad()
+def shift_gain(shift: Tensor, decoded: Tensor, sample: InputSample) -> float:
+    """What a shift of the bias takes off the squared error of a layer's outputs, in units of their variance.
+
+    A shift by the mean of an error takes its square off the mean square, whatever else the error is.
+
+    Args:
+        shift: `[C_out]`.
+        decoded: Ŵ, as in `output_error`.
+        sample: as there.
+    """
+    groups, _, columns = sample.rows.shape
+    outputs = sample.rows @ decoded.float().reshape(groups, -1, columns).mT
+    square = float(shift.double().square().sum()) * sample.rows.shape[1]
+    variance = float((outputs - outputs.mean(1, keepdim=True)).square().sum(dtype=torch.float64))
+    square, variance = total(square), total(variance)
+    return square / variance if 0 < variance < math.inf else 0.0

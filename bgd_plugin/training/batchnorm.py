@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional
 
 from bgd_plugin.calibration import Rerun, Walk
 from bgd_plugin.distributed import sum_
 from bgd_plugin.distributed import total as sum_of
 from bgd_plugin.errors import CalibrationError
+from bgd_plugin.gains import Gain, output_distance
 from bgd_plugin.graph import call_input, has_running_statistics, module_at
 
 __all__ = [
@@ -25,6 +28,8 @@ __all__ = [
 
 # How far a correction may move a scale: beyond it, the calibration data says more about itself than about the network.
 _SCALE_BOUNDS = (0.05, 20.0)
+_JUDGED_BATCHES = 4
+"""Batches on which it is told what a correction gained, at most."""
 
 
 def is_batchnorm(graph_module: fx.GraphModule, node: fx.Node) -> bool:
@@ -42,8 +47,10 @@ def is_shared(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 @torch.no_grad()
 def correct_batchnorm_(
     walk: Walk, node: fx.Node, mode: Literal["matched", "reestimate"], skip: fx.Node | None = None
-) -> bool:
-    """Correct the statistics of the student's batch norm at `node`; nothing else is touched. Returns whether it moved.
+) -> Gain | None:
+    """Correct the statistics of the student's batch norm at `node`; nothing else is touched.
+
+    Returns what that gained, with the skip added where there is one; None where nothing was to be corrected.
 
     "matched" keeps, for each channel, the mean and the variance that the float network's batch norm gives on the
     calibration data. With input moments (m, v) in the float network and (m', v') in the student, and shipped statistics
@@ -60,35 +67,39 @@ def correct_batchnorm_(
     for each channel, that brings the norm's output nearest to (least squares) the float network's output and drift.
     """
     if not walk.differs(call_input(node)):
-        return False
+        return None
     name = str(node.target)
     norm: Any = walk.student.get_submodule(name)
     shipped: Any = walk.reference.get_submodule(name) if walk.reference is not None else None
+    before = _distance(walk, node, skip)
     if mode == "matched" and skip is not None:
-        _set_(norm, _nearest(norm, shipped, walk, call_input(node), skip), name)
-        return True
-    mine = (walk.student_value(call_input(node), batch) for batch in range(walk.batch_count))
-    student = _channel_moments(mine, name)
-    if mode == "matched":
-        reference = _channel_moments((theirs for _, theirs in walk.pairs(call_input(node))), name)
-        student = _matched(norm, shipped, student, reference)
-    _set_(norm, student, name)
-    return True
+        found = _nearest(norm, shipped, walk, call_input(node), skip)
+    else:
+        mine = (walk.student_value(call_input(node), batch) for batch in range(walk.batch_count))
+        found = _channel_moments(mine, name)
+        if mode == "matched":
+            reference = _channel_moments((theirs for _, theirs in walk.pairs(call_input(node))), name)
+            found = _matched(norm, shipped, found, reference)
+    _set_(norm, found, name)
+    return Gain(before=before, after=_distance(walk, node, skip))
 
 
 @torch.no_grad()
-def correct_batchnorm_at_(rerun: Rerun, path: str, mode: Literal["matched", "reestimate"]) -> bool:
+def correct_batchnorm_at_(rerun: Rerun, path: str, mode: Literal["matched", "reestimate"]) -> Gain | None:
     """`correct_batchnorm_` for a batch norm of a network that is not a graph."""
     mine, theirs = rerun.norm_inputs(path)
     if all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=True)):
-        return False
+        return None
     norm: Any = module_at(rerun.student, path)
-    student = _channel_moments(iter(mine), path)
+    shipped = module_at(rerun.reference, path)
+    judged = list(zip(mine, theirs, strict=True))[:_JUDGED_BATCHES]
+    before = output_distance((_normalized(norm, x), _normalized(shipped, y)) for x, y in judged)
+    found = _channel_moments(iter(mine), path)
     if mode == "matched":
-        reference = _channel_moments(iter(theirs), path)
-        student = _matched(norm, module_at(rerun.reference, path), student, reference)
-    _set_(norm, student, path)
-    return True
+        found = _matched(norm, shipped, found, _channel_moments(iter(theirs), path))
+    _set_(norm, found, path)
+    after = output_distance((_normalized(norm, x), _normalized(shipped, y)) for x, y in judged)
+    return Gain(before=before, after=after)
 
 
 @torch.no_grad()
@@ -116,6 +127,28 @@ def row_scale_bounds(norm: Any) -> tuple[Tensor, Tensor]:
     least = max(2 * norm.eps, limits.tiny) ** 0.5 / sigma
     largest = torch.minimum((limits.max / 4) ** 0.5 / sigma, limits.max / 4 / norm.running_mean.double().abs())
     return torch.minimum(least, largest), largest
+
+
+def _distance(walk: Walk, node: fx.Node, skip: fx.Node | None) -> float:
+    """Of a norm's outputs from the float network's, on the first batches, with what the skip adds; NaN without one."""
+    if walk.reference is None:
+        return math.nan
+    norms = [network.get_submodule(str(node.target)) for network in (walk.student, walk.reference)]
+
+    def judged() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch, pair in zip(range(_JUDGED_BATCHES), walk.pairs(call_input(node)), strict=False):
+            mine, theirs = map(_normalized, norms, pair)
+            yield (mine if skip is None else mine - walk.drift(skip, batch)), theirs
+
+    return output_distance(judged())
+
+
+def _normalized(norm: Any, value: Tensor) -> Tensor:
+    """What the norm makes of its input by its statistics. The module itself is not run: hooks of the user's see
+    calibration once.
+    """
+    mean, variance = norm.running_mean, norm.running_var
+    return functional.batch_norm(value.to(mean), mean, variance, norm.weight, norm.bias, eps=norm.eps)
 
 
 def _matched(
