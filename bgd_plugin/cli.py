@@ -86,6 +86,9 @@ TargetSize = Annotated[
 TargetRatio = Annotated[
     float | None, typer.Option(help="the same as a ratio: how many times smaller the file is to be")
 ]
+FreezeNorms = Annotated[
+    bool, typer.Option("--freeze-norms", help="batch norms as a factor and a summand each, in half the bytes")
+]
 PointwiseBlock = Annotated[int | None, typer.Option(help="block size of 1x1 convolutions")]
 Size = Annotated[int, typer.Option(help="centre crop, pixels")]
 Resize = Annotated[int, typer.Option(help="shorter side before the crop, pixels")]
@@ -111,6 +114,7 @@ def plan(
     pointwise_block_size: PointwiseBlock = None,
     target_size: TargetSize = None,
     target_ratio: TargetRatio = None,
+    freeze_norms: FreezeNorms = False,
     as_json: Json = False,
 ) -> None:
     """Say what would be quantized, into what, and how large the file would be. Needs no data."""
@@ -119,6 +123,7 @@ def plan(
 
     settings = settings_from(regime, config, override, fc_codebook_size, pointwise_block_size)
     settings = with_budget(settings, target_size, target_ratio)
+    settings = replace(settings, freeze_norms=freeze_norms or settings.freeze_norms)
     network = named_model(model, weights, only_shapes=not settings.preserve_zeros)  # zeros are seen in values alone
     result = make_plan(network.model, settings)
     typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else str(result))
@@ -137,10 +142,14 @@ def quantize(
     pointwise_block_size: PointwiseBlock = None,
     target_size: TargetSize = None,
     target_ratio: TargetRatio = None,
+    freeze_norms: FreezeNorms = False,
     distill_steps: Annotated[int | None, typer.Option(min=1, help="gradient steps for each layer's codewords")] = None,
     reconstruct_steps: Annotated[int | None, typer.Option(min=1, help="gradient steps for each block")] = None,
     distillation: Annotated[bool, typer.Option(help="whether the settings' distillation is done")] = True,
     finetune_epochs: Annotated[int | None, typer.Option(min=1, help="walks over all images of the folder")] = None,
+    finetune_mixing: Annotated[
+        bool, typer.Option("--finetune-mixing", help="blend images with one another, where there are few")
+    ] = False,
     finetuning: Annotated[bool, typer.Option(help="whether the settings' finetuning is done")] = True,
     images: Annotated[int, typer.Option(min=1, help="calibration images, a seeded choice")] = 1024,
     batch_size: BatchSize = 64,
@@ -177,6 +186,7 @@ def quantize(
         _require_run(checkpoint)
     settings = settings_from(regime, config, override, fc_codebook_size, pointwise_block_size)
     settings = with_budget(settings, target_size, target_ratio)
+    settings = replace(settings, freeze_norms=freeze_norms or settings.freeze_norms)
     _require_folders(output, report, None if json_file == "-" else json_file)
     settings = settings if seed is None else replace(settings, seed=seed)
     with process_group(device) as place:
@@ -188,7 +198,7 @@ def quantize(
         )
         settings = with_distillation(settings, distill_steps, distillation)
         settings = with_reconstruction(settings, reconstruct_steps)
-        settings = with_finetuning(settings, finetune_epochs, finetuning, data.steps_per_epoch)
+        settings = with_finetuning(settings, finetune_epochs, finetuning, data.steps_per_epoch, finetune_mixing)
         with _says_how_to_go_on(checkpoint):
             result = quantize_model(
                 network.model,

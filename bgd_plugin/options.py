@@ -117,14 +117,19 @@ def with_reconstruction(settings: BGDConfig, steps: int | None) -> BGDConfig:
     return replace(settings, reconstruction=replace(settings.reconstruction or ReconstructionConfig(), steps=steps))
 
 
-def with_finetuning(settings: BGDConfig, epochs: int | None, wanted: bool, steps_per_epoch: int) -> BGDConfig:
+def with_finetuning(
+    settings: BGDConfig, epochs: int | None, wanted: bool, steps_per_epoch: int, mixing: bool = False
+) -> BGDConfig:
     """Epochs are walks over the whole folder, of which the calibration set is a part: count them as steps."""
     old = settings.finetuning
+    if mixing and (not wanted or (old is None and epochs is None)):
+        raise ConfigError("--finetune-mixing: nothing is finetuned; give --finetune-epochs, too")
     if not wanted or (old is None and epochs is None):
         return replace(settings, finetuning=None)
     old = old or FinetuningConfig()
+    old = replace(old, mixing=mixing or old.mixing)
     if epochs is None and old.steps is not None:
-        return settings
+        return replace(settings, finetuning=old)
     steps = (epochs or old.epochs or 9) * steps_per_epoch
     return replace(settings, finetuning=replace(old, epochs=None, steps=steps))
 

@@ -126,6 +126,7 @@ def test_quantize_trains_with_a_teacher(tmp_path: Path, flat: Path) -> None:
         "2",
         "--finetune-epochs",
         "2",
+        "--finetune-mixing",
         "--images",
         "4",
         "--teacher",
@@ -133,6 +134,22 @@ def test_quantize_trains_with_a_teacher(tmp_path: Path, flat: Path) -> None:
     ]
     values = json.loads(RUNNER.invoke(app, arguments).stdout)
     assert {"distill", "reconstruct", "finetune"} <= set(values["seconds"])
+
+
+def test_norms_are_frozen_on_demand() -> None:
+    sizes = []
+    for more in ([], ["--freeze-norms"]):
+        done = RUNNER.invoke(app, ["plan", "torchvision:resnet18", "--json", *more])
+        sizes.append(json.loads(done.stdout)["compressed_bytes"])
+    channels = 4800  # of resnet18's norms: mean and variance less, two bytes each
+    assert 2 * 2 * channels <= sizes[0] - sizes[1] <= 2 * 2 * channels + 8192
+
+
+def test_mixing_without_finetuning_is_an_error(tmp_path: Path, flat: Path) -> None:
+    arguments = ["quantize", NET, "--calibration", str(flat), "--output", str(tmp_path / "a"), *SMALL]
+    done = RUNNER.invoke(app, [*arguments, "--finetune-mixing"])
+    assert done.exit_code != 0 and "give --finetune-epochs, too" in done.stderr
+    assert not (tmp_path / "a").exists()
 
 
 def test_the_same_command_writes_the_same_bytes(tmp_path: Path, flat: Path, file: Path) -> None:
@@ -343,6 +360,8 @@ def test_options_become_settings(tmp_path: Path) -> None:
     assert with_finetuning(paper, None, True, 10).finetuning == bgd.FinetuningConfig(steps=90, trained="codebooks")
     assert with_finetuning(paper, 2, True, 10).finetuning == bgd.FinetuningConfig(steps=20, trained="codebooks")
     assert with_finetuning(paper, 2, False, 10).finetuning is None
+    mixed = with_finetuning(bgd.BGDConfig(), 2, True, 10, mixing=True).finetuning
+    assert mixed == bgd.FinetuningConfig(steps=20, mixing=True)
     assert with_finetuning(bgd.BGDConfig(), None, True, 10).finetuning is None
     (tmp_path / "a.json").write_text(paper.to_json())
     assert settings_from(Regime.default, tmp_path / "a.json", None, None, None) == paper

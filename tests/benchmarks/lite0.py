@@ -1,0 +1,136 @@
+"""EfficientNet-Lite0 on real photos at one size: what each step of the method brings, without and with training.
+
+Run `python -m tests.benchmarks.lite0 --photos FOLDER` (`make bench-lite0`): one half of the folder's labelled images
+(NAME_CLASS.jpg) calibrates, without labels, the other half judges, and `--splits` are seeds of the halves. Without a
+folder the demo's 20 photos stand in, which shows that all works and measures nothing.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import bgd_plugin as bgd
+from bgd_plugin.tables import mib, table
+from tests.benchmarks.peers.subjects import Subject, lite0
+
+BYTES = 1_705_000
+_BATCH = 25
+
+
+class Crops:
+    """The calibration photos: as they are on the first walk, then shuffled, in random crops, some of them mirrored."""
+
+    def __init__(self, photos: Sequence[Tensor]) -> None:
+        self._photos = torch.cat(list(photos))
+        self._walk = 0
+
+    def set_epoch(self, number: int) -> None:
+        """Called before each walk of finetuning."""
+        self._walk = number
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The batches of one walk."""
+        from torchvision.transforms import v2
+
+        crop = v2.Compose([v2.RandomResizedCrop(self._photos.shape[2:], (0.5, 1.0)), v2.RandomHorizontalFlip()])
+        order = torch.arange(len(self._photos))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._walk)
+            if self._walk:
+                order = torch.randperm(len(order))
+            for chosen in order.split(_BATCH):
+                photos = self._photos[chosen]
+                photos = torch.stack([crop(photo) for photo in photos]) if self._walk else photos
+                yield photos.contiguous(memory_format=torch.channels_last)
+
+
+def arms(subject: Subject, steps: int) -> dict[str, bgd.BGDConfig]:
+    """Settings by name. Those of the steps have the sizes that the budget chose for the whole method, so that they
+    differ in nothing else; `as it is` stands for these.
+    """
+    uniform = {name: bgd.LayerConfig(block_size=4) for name in ("pointwise_conv", "linear")}
+    budget = bgd.BGDConfig(target_bytes=BYTES, freeze_norms=True)
+    chosen = _chosen_sizes(subject, budget)
+    em = dataclasses.replace(chosen, method="em")
+    full: dict[str, Any] = {"asymmetric_step": 0.0, "refit_depthwise": False}
+    return {
+        "EM, blocks of 4": bgd.BGDConfig(method="em", **uniform),
+        "default": bgd.BGDConfig(),
+        "budget": budget,
+        "EM, batch norms kept": dataclasses.replace(em, batchnorm="keep"),
+        "EM": em,
+        "full Gram alone": dataclasses.replace(chosen, batchnorm="keep", **full),
+        "+ batch norm": dataclasses.replace(chosen, **full),
+        "+ refitted depthwise": dataclasses.replace(chosen, asymmetric_step=0.0),
+        "+ asymmetric and residual target, without refitting": dataclasses.replace(chosen, refit_depthwise=False),
+        "all": chosen,
+        "all, half-precision codebooks and depthwise": dataclasses.replace(
+            chosen, codebook_storage="float16", weight_storage="float16"
+        ),
+        "all + reconstruction": dataclasses.replace(chosen, reconstruction=bgd.ReconstructionConfig()),
+        "all + finetuning": dataclasses.replace(chosen, finetuning=bgd.FinetuningConfig(steps=steps, mixing=True)),
+    }
+
+
+def _chosen_sizes(subject: Subject, budget: bgd.BGDConfig) -> bgd.BGDConfig:
+    """The settings of a budget with the sizes that it chose written out, layer by layer."""
+    report = bgd.quantize(subject.model, subject.calibration, budget, progress=False).report
+    sizes: dict[str, bgd.LayerConfig | None] = {
+        layer.name: bgd.LayerConfig(block_size=layer.block_size, codebook_size=layer.codebook_size)
+        for layer in report.layers
+    }
+    left = (layer.name for layer in bgd.plan(subject.model).layers if layer.name not in sizes)
+    sizes |= dict.fromkeys(left)
+    return dataclasses.replace(budget, target_bytes=None, overrides=tuple(sizes.items()))
+
+
+def row_of(subject: Subject, config: bgd.BGDConfig) -> dict[str, float]:
+    """Compress and judge."""
+    start = time.process_time()
+    result = bgd.quantize(subject.model, Crops(subject.calibration), config, progress=False)
+    seconds = time.process_time() - start
+    return {"bytes": result.report.compressed_bytes, "cpu_seconds": seconds} | subject.judge(result.model)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.lite0", description=main.__doc__)
+    parser.add_argument("--photos", type=Path, help="folder of labelled images: NAME_CLASS.jpg")
+    parser.add_argument("--splits", type=int, nargs="+", default=[0, 1, 2], help="seeds of the photos' two halves")
+    parser.add_argument("--arms", nargs="+", default=[""], help="beginnings of their names")
+    parser.add_argument("--steps", type=int, default=250, help="of finetuning, 25 photos each")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    found: dict[str, list[dict[str, float]]] = {}
+    for split in options.splits:
+        subject = lite0(argparse.Namespace(photos=options.photos, split=split))
+        print(f"split {split}: {subject.images}; float {subject.judge(subject.model)['top1']:.1f}", flush=True)
+        for name, config in arms(subject, options.steps).items():
+            if name.startswith(tuple(options.arms)):
+                row = row_of(subject, config)
+                found.setdefault(name, []).append(row)
+                figures = f"top-1 {row['top1']:.1f}, KL {row['kl']:.3f}, {row['cpu_seconds']:.0f} CPU-s"
+                print(f"  {name}: {row['bytes']:,} bytes, {figures}", flush=True)
+    print(table(["settings", "file", "top-1", "KL to float", "agrees", "CPU-s"], [_line(*x) for x in found.items()]))
+
+
+def _line(name: str, rows: Sequence[dict[str, float]]) -> list[str]:
+    """One line for all splits."""
+
+    def each(field: str, digits: int) -> str:
+        return " / ".join(f"{row[field]:.{digits}f}" for row in rows)
+
+    seconds = statistics.median(row["cpu_seconds"] for row in rows)
+    return [name, mib(rows[0]["bytes"]), each("top1", 1), each("kl", 3), each("agreement", 1), f"{seconds:.0f}"]
+
+
+if __name__ == "__main__":
+    main()
