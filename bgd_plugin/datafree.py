@@ -18,10 +18,11 @@ from bgd_plugin.fitting import fit_weight
 from bgd_plugin.graph import baked, copy_module, find_layers, fold_parametrizations_, install_
 from bgd_plugin.layerwise import layer_report
 from bgd_plugin.nn import PQModule, quantized
-from bgd_plugin.plan import family_leftovers, make_plan, paper_bytes, plan_layer
+from bgd_plugin.plan import family_leftovers, make_plan, plan_layer
 from bgd_plugin.planned import PlannedLayer, SkippedLayer
 from bgd_plugin.quantize import Quantized, round_to_storage_
 from bgd_plugin.report import Report
+from bgd_plugin.sketch import paper_bytes
 from bgd_plugin.storage import file_size, stored
 
 __all__ = ["quantize_module", "quantize_weights"]

@@ -40,12 +40,13 @@ from bgd_plugin.graph import (
 from bgd_plugin.job import Job
 from bgd_plugin.layerwise import quantize_layers
 from bgd_plugin.nn import PQModule, freeze_norms_
-from bgd_plugin.plan import family_leftovers, free_layers, make_plan, paper_bytes, require_plannable
+from bgd_plugin.plan import family_leftovers, free_layers, make_plan, require_plannable
 from bgd_plugin.planned import Plan, SkippedLayer
 from bgd_plugin.report import LayerReport, Report
 from bgd_plugin.reproducible import if_asked
 from bgd_plugin.run import Run
 from bgd_plugin.sensitivity import measure_sensitivities
+from bgd_plugin.sketch import paper_bytes
 from bgd_plugin.storage import file_size, round_floats_, round_weights_, stored
 from bgd_plugin.tables import mib
 from bgd_plugin.training import Epochs, finetune_, kl_to_teacher, reconstruct_, reconstruction_steps

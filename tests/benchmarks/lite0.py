@@ -6,21 +6,21 @@ folder the demo's 20 photos stand in, which shows that all works and measures no
 """
 
 import argparse
-import dataclasses
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import bgd_plugin as bgd
+from bgd_plugin.storage import state_bytes
 from bgd_plugin.tables import mib, table
 from tests.benchmarks.peers.subjects import Subject, lite0
 
-BYTES = 1_705_000
+BUDGET = bgd.BGDConfig(target_bytes=1_705_000, freeze_norms=True)
 _BATCH = 25
 
 
@@ -51,52 +51,40 @@ class Crops:
                 yield photos.contiguous(memory_format=torch.channels_last)
 
 
-def arms(subject: Subject, steps: int) -> dict[str, bgd.BGDConfig]:
-    """Settings by name. Those of the steps have the sizes that the budget chose for the whole method, so that they
-    differ in nothing else; `as it is` stands for these.
+def arms(report: bgd.Report, names: Sequence[str], steps: int) -> dict[str, bgd.BGDConfig]:
+    """Settings by name. Those of single steps have the sizes that the budget chose, and differ in nothing else.
+
+    Args:
+        report: of the budget alone.
+        names: of all layers that could be quantized.
+        steps: of finetuning.
     """
-    uniform = {name: bgd.LayerConfig(block_size=4) for name in ("pointwise_conv", "linear")}
-    budget = bgd.BGDConfig(target_bytes=BYTES, freeze_norms=True)
-    chosen = _chosen_sizes(subject, budget)
-    em = dataclasses.replace(chosen, method="em")
-    full: dict[str, Any] = {"asymmetric_step": 0.0, "refit_depthwise": False}
+    sizes: dict[str, bgd.LayerConfig | None] = dict.fromkeys(names)
+    for layer in report.layers:
+        sizes[layer.name] = bgd.LayerConfig(block_size=layer.block_size, codebook_size=layer.codebook_size)
+    chosen = replace(BUDGET, target_bytes=None, overrides=tuple(sizes.items()))
+    plain = replace(chosen, asymmetric_step=0.0, refit_depthwise=False)
     return {
-        "EM, blocks of 4": bgd.BGDConfig(method="em", **uniform),
-        "default": bgd.BGDConfig(),
-        "budget": budget,
-        "EM, batch norms kept": dataclasses.replace(em, batchnorm="keep"),
-        "EM": em,
-        "full Gram alone": dataclasses.replace(chosen, batchnorm="keep", **full),
-        "+ batch norm": dataclasses.replace(chosen, **full),
-        "+ refitted depthwise": dataclasses.replace(chosen, asymmetric_step=0.0),
-        "+ asymmetric and residual target, without refitting": dataclasses.replace(chosen, refit_depthwise=False),
-        "all": chosen,
-        "all, half-precision codebooks and depthwise": dataclasses.replace(
-            chosen, codebook_storage="float16", weight_storage="float16"
-        ),
-        "all + reconstruction": dataclasses.replace(chosen, reconstruction=bgd.ReconstructionConfig()),
-        "all + finetuning": dataclasses.replace(chosen, finetuning=bgd.FinetuningConfig(steps=steps, mixing=True)),
+        "uniform, EM": bgd.BGDConfig(method="em"),
+        "uniform": bgd.BGDConfig(),
+        "sizes, EM, norms kept": replace(chosen, method="em", batchnorm="keep"),
+        "sizes, EM": replace(chosen, method="em"),
+        "sizes, full Gram, norms kept": replace(plain, batchnorm="keep"),
+        "sizes, full Gram": plain,
+        "sizes, full Gram, depthwise": replace(plain, refit_depthwise=True),
+        "sizes, full Gram, targets": replace(chosen, refit_depthwise=False),
+        "sizes, half precision": replace(chosen, codebook_storage="float16", weight_storage="float16"),
+        "budget, reconstruction": replace(BUDGET, reconstruction=bgd.ReconstructionConfig()),
+        "budget, finetuning": replace(BUDGET, finetuning=bgd.FinetuningConfig(steps=steps, mixing=True)),
     }
 
 
-def _chosen_sizes(subject: Subject, budget: bgd.BGDConfig) -> bgd.BGDConfig:
-    """The settings of a budget with the sizes that it chose written out, layer by layer."""
-    report = bgd.quantize(subject.model, subject.calibration, budget, progress=False).report
-    sizes: dict[str, bgd.LayerConfig | None] = {
-        layer.name: bgd.LayerConfig(block_size=layer.block_size, codebook_size=layer.codebook_size)
-        for layer in report.layers
-    }
-    left = (layer.name for layer in bgd.plan(subject.model).layers if layer.name not in sizes)
-    sizes |= dict.fromkeys(left)
-    return dataclasses.replace(budget, target_bytes=None, overrides=tuple(sizes.items()))
-
-
-def row_of(subject: Subject, config: bgd.BGDConfig) -> dict[str, float]:
+def compress(subject: Subject, config: bgd.BGDConfig) -> tuple[bgd.Report, dict[str, float]]:
     """Compress and judge."""
     start = time.process_time()
     result = bgd.quantize(subject.model, Crops(subject.calibration), config, progress=False)
-    seconds = time.process_time() - start
-    return {"bytes": result.report.compressed_bytes, "cpu_seconds": seconds} | subject.judge(result.model)
+    row = {"bytes": result.report.compressed_bytes, "cpu_seconds": time.process_time() - start}
+    return result.report, row | subject.judge(result.model)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -104,21 +92,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.lite0", description=main.__doc__)
     parser.add_argument("--photos", type=Path, help="folder of labelled images: NAME_CLASS.jpg")
     parser.add_argument("--splits", type=int, nargs="+", default=[0, 1, 2], help="seeds of the photos' two halves")
-    parser.add_argument("--arms", nargs="+", default=[""], help="beginnings of their names")
-    parser.add_argument("--steps", type=int, default=250, help="of finetuning, 25 photos each")
+    parser.add_argument("--arms", nargs="*", default=[""], help="beginnings of their names, besides the budget")
+    parser.add_argument("--steps", type=int, default=100, help="of finetuning, 25 photos each")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     found: dict[str, list[dict[str, float]]] = {}
+
+    def add(name: str, row: dict[str, float]) -> None:
+        found.setdefault(name, []).append(row)
+        figures = f"top-1 {row['top1']:.1f}, KL {row['kl']:.3f}, {row['cpu_seconds']:.0f} CPU-s"
+        print(f"  {name}: {row['bytes']:,.0f} bytes, {figures}", flush=True)
+
     for split in options.splits:
         subject = lite0(argparse.Namespace(photos=options.photos, split=split))
-        print(f"split {split}: {subject.images}; float {subject.judge(subject.model)['top1']:.1f}", flush=True)
-        for name, config in arms(subject, options.steps).items():
+        print(f"split {split}: {subject.images}", flush=True)
+        add(
+            "float", {"bytes": state_bytes(subject.model.state_dict()), "cpu_seconds": 0} | subject.judge(subject.model)
+        )
+        report, row = compress(subject, BUDGET)
+        add("budget", row)
+        names = [layer.name for layer in bgd.plan(subject.model).layers]
+        for name, config in arms(report, names, options.steps).items():
             if name.startswith(tuple(options.arms)):
-                row = row_of(subject, config)
-                found.setdefault(name, []).append(row)
-                figures = f"top-1 {row['top1']:.1f}, KL {row['kl']:.3f}, {row['cpu_seconds']:.0f} CPU-s"
-                print(f"  {name}: {row['bytes']:,} bytes, {figures}", flush=True)
+                add(name, compress(subject, config)[1])
     print(table(["settings", "file", "top-1", "KL to float", "agrees", "CPU-s"], [_line(*x) for x in found.items()]))
 
 
