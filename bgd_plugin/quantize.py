@@ -280,8 +280,8 @@ def _finetune(job: Job, calibration: Iterable[Any], forward: Forward | None) -> 
     with job.timed("finetune"):
         data = Epochs(epoch, can_skip=set_epoch is not None or isinstance(calibration, (list, tuple)))
         steps = job.run.steps("finetuning", job.bar.update)
-        loss = finetune_(job.student, job.teacher, data, len(job.batches), job.config.finetuning, steps)
-    job.notes.append(f"finetuning: final loss {loss:.4g}")
+        first, last = finetune_(job.student, job.teacher, data, len(job.batches), job.config.finetuning, steps)
+    job.notes.append(f"finetuning: final loss {last:.4g}, at first {first:.4g}")
 
 
 def round_to_storage_(student: nn.Module, config: BGDConfig, plan: Plan, leftovers: list[str]) -> None:

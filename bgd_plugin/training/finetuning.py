@@ -88,7 +88,7 @@ def finetune_(
     batches_per_epoch: int,
     config: FinetuningConfig,
     steps: Steps | None = None,
-) -> float:
+) -> tuple[float, float]:
     """Train the student so that its logits (or `outputs`) come near the teacher's; codes stay as they are.
 
     Args:
@@ -98,7 +98,7 @@ def finetune_(
         steps: keeps the progress, and tells it.
 
     Returns:
-        the mean loss of the last tenth of the steps.
+        the mean loss of the first and of the last tenth of the steps.
 
     Raises:
         CalibrationError: the loss is not finite.
@@ -138,8 +138,8 @@ def finetune_(
         student.eval()
     if is_papers:
         _share_batchnorms_(student)
-    tail = losses[-max(1, len(losses) // 10) :]
-    return sum(tail) / len(tail)
+    tenth = max(1, len(losses) // 10)
+    return sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
 
 
 def _trainable(student: nn.Module) -> list[nn.Parameter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -154,7 +155,9 @@ def test_data_that_is_empty_on_a_second_walk_says_so() -> None:
         finetune_(_student(teacher, data), teacher, Epochs(lambda _: next(walks)), 1, FinetuningConfig(steps=2))
 
 
-def test_the_report_gives_the_final_loss() -> None:
-    config = em(finetuning=FinetuningConfig(steps=2))
+def test_the_report_gives_the_loss_at_first_and_at_last() -> None:
+    config = em(finetuning=FinetuningConfig(steps=60))
     report = bgd.quantize(PlainNet(), vectors(), config, progress=False).report
-    assert any(note.startswith("finetuning: final loss ") for note in report.notes)
+    (note,) = [note for note in report.notes if note.startswith("finetuning: final loss ")]
+    last, first = (float(number) for number in re.findall(r"\d[\d.e-]*", note))
+    assert 0 < last < first
