@@ -16,6 +16,7 @@ from tests.networks import FunctionalNet, SmallResNet, images, randomized
 pytest.importorskip("torchvision", reason="the benchmarks' networks are torchvision's")
 
 from tests.benchmarks.layer_error import layer_errors
+from tests.benchmarks.lite0 import Crops, arms
 from tests.benchmarks.peers.build import PackedWeight, compress
 from tests.benchmarks.peers.grids import gptq, round_to_nearest
 from tests.benchmarks.peers.page import markdown, merge
@@ -98,3 +99,27 @@ def test_a_new_row_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
     rows = merge(rows, row | {"top1": 9.0})
     assert [(r["arm"], r["top1"]) for r in rows] == [("RTN g32 2-bit", 9.0), ("RTN g32 3-bit", 1.0)]
     assert "| RTN g32 3-bit | 6.84 KiB | 7,000 | 1.00 | 2.00 | 3.0000 | 4 |" in markdown(rows)
+
+
+def test_crops_are_the_photos_once_and_then_others_each_walk() -> None:
+    photos = images(2, size=16, batch=20)
+    crops = Crops(photos)
+    assert torch.equal(torch.cat(list(crops)), torch.cat(photos))
+    walks = []
+    for number in (1, 2, 1):
+        crops.set_epoch(number)
+        walks.append(torch.cat(list(crops)))
+    assert walks[0].shape == torch.cat(photos).shape
+    assert torch.equal(walks[0], walks[2]) and not torch.equal(walks[0], walks[1])
+
+
+def test_single_steps_are_measured_at_the_sizes_of_the_budget() -> None:
+    model, data = randomized(SmallResNet()), images()
+    report = bgd.quantize(model, data, bgd.BGDConfig(target_bytes=6000), progress=False).report
+    names = [layer.name for layer in bgd.plan(model).layers]
+    chosen = {layer.name: (layer.block_size, layer.codebook_size) for layer in report.layers}
+    assert chosen
+    for name, config in arms(report, names, steps=1).items():
+        if name.startswith("sizes"):
+            planned = bgd.plan(model, config)
+            assert {layer.name: (layer.block_size, layer.codebook_size) for layer in planned.layers} == chosen
