@@ -67,30 +67,52 @@ def write_page(rows: Sequence[Row], page: Path) -> None:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Accuracy against bytes: one picture for each network, one curve for each method."""
+    """Accuracy, and divergence from the float network, against bytes: a column for each network."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
     subjects = _subjects(rows)
-    figure, axes = pyplot.subplots(1, len(subjects), figsize=(7 * len(subjects), 5.2), squeeze=False)
-    methods = list(dict.fromkeys(arm.method for arm in ARMS.values()))
-    colours = dict(zip(methods, pyplot.get_cmap("tab10").colors, strict=False))
-    for (network, images), axis in zip(subjects, axes[0], strict=True):
+    figure, axes = pyplot.subplots(2, len(subjects), figsize=(7 * len(subjects), 9.5), squeeze=False)
+    for column, (network, images) in enumerate(subjects):
         chosen = [r for r in rows if (r["network"], r["images"]) == (network, images) and "failed" not in r]
-        for method in methods:
-            points = sorted((r["bytes"] / 1e6, r["top1"]) for r in chosen if r.get("method") == method)
-            if points:
-                bold = {"linewidth": 2.6, "zorder": 3} if method == DEFAULT else {"linewidth": 1.2}
-                axis.plot(*zip(*points, strict=True), "o-", color=colours[method], label=method, markersize=5, **bold)
+        accuracy, divergence = axes[:, column]
+        _curves(accuracy, chosen, "top1")
+        _curves(divergence, [row for row in chosen if row["kl"] > 0], "kl")
         for row in chosen:
             if row["arm"] == "float":
-                axis.axhline(row["top1"], color="grey", linestyle=":", label=f"float, {row['bytes'] / 1e6:.1f} MB")
-        axis.set(title=f"{network}\n{images}", xlabel="file, MB (everything counted)", ylabel="top-1, %")
-        axis.title.set_fontsize(10)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="lower right")
+                accuracy.axhline(row["top1"], color="grey", linestyle=":", label=f"float, {row['bytes'] / 1e6:.1f} MB")
+        accuracy.set_title(f"{network}\n{images}", fontsize=10)
+        accuracy.set_ylabel("top-1, %")
+        accuracy.legend(fontsize=8, loc="lower right")
+        divergence.set(yscale="log", ylabel="KL to float, nats")
+        for axis in (accuracy, divergence):
+            axis.set_xlabel("file, MB (everything counted)")
+            axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+def _curves(axis: Any, rows: Sequence[Row], field: str) -> None:
+    """A curve for each method; what is no point of its method's curve stands alone, in the same colour."""
+    from matplotlib import pyplot
+
+    methods = list(dict.fromkeys(arm.method for arm in ARMS.values()))
+    colours = dict(zip(methods, pyplot.get_cmap("tab10").colors, strict=False))
+    for method in methods:
+        mine = [row for row in rows if row.get("method") == method]
+        bold = {"linewidth": 2.6, "zorder": 3} if method == DEFAULT else {"linewidth": 1.2}
+        for name, stands_alone, style in ((method, False, "o-"), (f"{method}, {_ALONE.get(method)}", True, "^")):
+            points = sorted((r["bytes"] / 1e6, r[field]) for r in mine if _stands_alone(r) == stands_alone)
+            if points:
+                axis.plot(*zip(*points, strict=True), style, color=colours[method], label=name, markersize=6, **bold)
+
+
+_ALONE = {DEFAULT: "default sizes", "torchao codebook": "vectors", "coremltools": "vectors"}
+
+
+def _stands_alone(row: Row) -> bool:
+    setting = row["arm"].removeprefix(row["method"]).strip()
+    return row["method"] in _ALONE and (setting == "default" or setting.startswith("d="))
