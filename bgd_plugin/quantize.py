@@ -54,6 +54,7 @@ from bgd_plugin.training.finetuning import total_steps
 
 __all__ = ["Quantized", "quantize", "round_to_storage_"]
 
+_LEAST_HALF = torch.finfo(torch.half).smallest_normal
 _UNREACHED = "no calibration input reaches it"
 
 
@@ -167,6 +168,7 @@ def quantize(
             if config.finetuning:
                 _finetune(job, calibration, forward)
     round_to_storage_(student, config, plan, leftovers)
+    _keep_within_budget_(job)
     synchronize_(student)
     _restore(job, model, modes, learnt)
     return Quantized(student, _report(job, results))
@@ -295,6 +297,27 @@ def round_to_storage_(student: nn.Module, config: BGDConfig, plan: Plan, leftove
     round_weights_(student, leftovers, config.weight_storage)
     if config.float_storage == "float16":
         round_floats_(student)
+
+
+@torch.no_grad()
+def _keep_within_budget_(job: Job) -> None:
+    """A bias or a mean that the run has moved next to zero is nothing that half precision holds: beyond the budget, it
+    becomes zero.
+    """
+    target = job.config.budget_bytes(job.plan.original_bytes)
+    if target is None or file_size(stored(job.student)) <= target:
+        return
+    names = [name for name, value in job.student.state_dict().items() if value.ndim == 1 and value.is_floating_point()]
+    rounded = []
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        owner = job.student.get_submodule(path)
+        value: Any = getattr(owner, attribute)
+        if 0 < float(value.abs().max()) < _LEAST_HALF:
+            value.copy_(value.half())
+            rounded.append(name)
+    if rounded:
+        job.notes.append(f"budget: next to zero, and rounded to half precision to stay within it: {', '.join(rounded)}")
 
 
 def _restore(job: Job, model: nn.Module, modes: dict[str, bool], learnt: dict[str, bool]) -> None:

@@ -7,12 +7,13 @@ samples, then runs to its end with this layer alone roughly quantized, and shows
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -38,6 +39,12 @@ _DAMPING = 0.2
 _MAX_COLUMNS = 8192
 _REFERENCE_CODEBOOK = 256
 _TINY = 1e-12
+_Measure = Literal["KL", "squared difference"]
+_LEAST_KL = 1e-6
+"""A divergence this small is what rounding has left."""
+_NOTHING = 1e-30
+_LEAST_SHARE = 1e-6
+"""Of the largest loss for each unit of error: a layer whose error does nothing still takes what bytes are left."""
 
 
 @torch.no_grad()
@@ -45,6 +52,9 @@ def measure_sensitivities(
     network: fx.GraphModule, batches: Sequence[Batch], names: Sequence[str], config: BGDConfig, step: Any
 ) -> dict[str, Sensitivity]:
     """The sensitivity of layers, by name.
+
+    Where no layer's error moves the logits' divergence (the logits are next to constant, as those of many a network
+    with random weights), the squared difference of the outputs is measured instead.
 
     Args:
         network: the traced float network, in evaluation mode; it is left untouched.
@@ -56,6 +66,21 @@ def measure_sensitivities(
     Raises:
         CalibrationError: what any walk over the calibration data may meet.
     """
+    found = _measured(network, batches, names, config, step, measure="KL")
+    if found and max(s.per_error for s in found.values()) < _LEAST_KL:
+        found = _measured(network, batches, names, config, lambda: None, measure="squared difference")
+    least = _LEAST_SHARE * max((s.per_error for s in found.values()), default=0.0) or _NOTHING
+    return {name: dataclasses.replace(s, per_error=max(s.per_error, least)) for name, s in found.items()}
+
+
+def _measured(
+    network: fx.GraphModule,
+    batches: Sequence[Batch],
+    names: Sequence[str],
+    config: BGDConfig,
+    step: Any,
+    measure: _Measure,
+) -> dict[str, Sensitivity]:
     network = copy_module(network, share_tensors=True)
     layers = [layer for layer in find_layers(network)[0] if layer.name in set(names) and not layer.hidden]
     isolate_weights_(network, layers)
@@ -69,7 +94,7 @@ def measure_sensitivities(
         if layer is not None:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed} {layer.name} sensitivity".encode()))
             facts = _facts(network, wide, layer, config, generator)
-            found[layer.name] = _sensitivity(narrow, facts, outputs, generator)
+            found[layer.name] = _sensitivity(narrow, facts, outputs, generator, measure)
             step()
     return found
 
@@ -89,13 +114,13 @@ def some_samples(batches: Sequence[Batch], count: int) -> list[Batch]:
     return taken
 
 
-def output_loss(output: Any, exact: Any) -> tuple[float, str]:
+def output_loss(output: Any, exact: Any, measure: _Measure = "KL") -> tuple[float, str]:
     """How far an output is from the float network's, and by which measure.
 
-    Logits, `[samples, classes]` or a field of that name, by their KL divergence; anything else by the squared
-    difference over the squares of the exact one.
+    Logits, `[samples, classes]` or a field of that name, by their KL divergence if that is wanted; anything else by the
+    squared difference over the squares of the exact one.
     """
-    if _has_logits(exact):
+    if measure == "KL" and _has_logits(exact):
         loss = float(kl_to_teacher(logits_of(output), logits_of(exact)))
         return (max(0.0, loss) if math.isfinite(loss) else math.inf), "KL"
     pairs = zip(pytree.tree_leaves(output), pytree.tree_leaves(exact), strict=True)
@@ -192,7 +217,13 @@ def _facts(
     )
 
 
-def _sensitivity(walk: Walk, facts: _Facts, outputs: Sequence[Any], generator: torch.Generator) -> Sensitivity:
+def _sensitivity(
+    walk: Walk,
+    facts: _Facts,
+    outputs: Sequence[Any],
+    generator: torch.Generator,
+    measure: _Measure,
+) -> Sensitivity:
     """Error curves for each block size, and the loss that the reference's error brings."""
     shape = tuple(facts.layer.weight.shape)
     sizes = [d for d in block_sizes(shape) if codebook_sizes(shape, d)]
@@ -207,8 +238,8 @@ def _sensitivity(walk: Walk, facts: _Facts, outputs: Sequence[Any], generator: t
             k = max(k for k in codebook_sizes(shape, d) if k <= _REFERENCE_CODEBOOK)
             fit = quick_fit(*sample, k, generator=generator)
     rough = _roughly_quantized(scaled, facts, fit.codebook) / facts.scale[..., None]
-    loss, measure = _loss_alone(walk, facts, rough, outputs)
-    reason = f"alone at {reference}×{len(fit.codebook)} it costs {loss:.2g} ({measure})"
+    loss, measured = _loss_alone(walk, facts, rough, outputs, measure)
+    reason = f"alone at {reference}×{len(fit.codebook)} it costs {loss:.2g} ({measured})"
     return Sensitivity(curves=tuple(curves), per_error=loss / max(fit.error, _TINY), reason=reason)
 
 
@@ -229,15 +260,17 @@ def _roughly_quantized(scaled: Tensor, facts: _Facts, codebook: Tensor) -> Tenso
     return decoded.reshape(groups, -1, rows, codebook.shape[1]).transpose(1, 2).reshape(groups, rows, columns)
 
 
-def _loss_alone(walk: Walk, facts: _Facts, rough: Tensor, outputs: Sequence[Any]) -> tuple[float, str]:
+def _loss_alone(
+    walk: Walk, facts: _Facts, rough: Tensor, outputs: Sequence[Any], measure: _Measure
+) -> tuple[float, str]:
     """The loss of the network's output when this layer alone has its rough weight; means are corrected as in a run."""
-    total, samples, measure = 0.0, 0, ""
+    total, samples, measured = 0.0, 0, ""
     with _replaced(walk.student, facts, rough):
         for index, exact in enumerate(outputs):
-            loss, measure = output_loss(walk.finish(index), exact)
+            loss, measured = output_loss(walk.finish(index), exact, measure)
             size = _samples_in(exact)
             total, samples = total + size * loss, samples + size
-    return total / max(1, samples), measure
+    return total / max(1, samples), measured
 
 
 def _samples_in(output: Any) -> int:

@@ -88,6 +88,27 @@ def test_a_layer_without_any_input_costs_nothing() -> None:
         assert found.loss(9, 16) < 1e-6
 
 
+@pytest.mark.parametrize("size", [1e-12, 0.0])
+def test_logits_that_hardly_vary_leave_no_layer_without_a_loss(size: float) -> None:
+    """A divergence of nothing in every layer would spend nothing of a budget."""
+    model = randomized(_Wide())
+    model.head.weight.data *= size
+    model.head.bias.data.zero_()
+    found = _measured(model, images(channels=32), BGDConfig(), ["heard", "quiet", "head"])
+    assert all(s.per_error > 0 and "squared difference" in s.reason for s in found.values())
+    config = BGDConfig(target_bytes=14_000)
+    report = bgd.quantize(model, images(channels=32), config, progress=False).report
+    assert 0.9 * 14_000 < report.compressed_bytes <= 14_000
+
+
+def test_a_layer_that_does_nothing_takes_what_is_left() -> None:
+    model = randomized(_Wide())
+    model.quiet.weight.data.zero_()
+    model.quiet.bias.data.zero_()
+    found = _measured(model, images(channels=32), BGDConfig(), ["heard", "quiet", "head"])
+    assert 0 < found["quiet"].per_error < 1e-5 * found["heard"].per_error
+
+
 def test_a_cluster_of_samples_is_cut_where_it_can_be() -> None:
     batches = [Batch((torch.zeros(20, 3),)), Batch((torch.zeros(20, 3),), {"mask": torch.ones(20)}), Batch((), {})]
     assert [b.size for b in some_samples(batches, 32)] == [20, 12]
