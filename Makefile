@@ -94,7 +94,7 @@ docs-serve: $(STAMP)
 ## make bench-fashion  ResNet-18 on Fashion-MNIST after each stage of the paper's routine
 ## make bench-fashion_methods EM and the default method on the same network, without training
 ## make bench-fashion_finetuned the same at 43 to 100 times less, then finetuned on unlabelled images
-## make bench-lite0   EfficientNet-Lite0 at one size: what each step of the method brings, and training
+## make bench-lite0    EfficientNet-Lite0 at one size: what each step of the method brings, and training
 ## make bench-memory   peak memory of a ResNet-18 at 224 px under a bound
 ## make bench-pruning  half of the channels pruned, a short finetuning, quantization: size and accuracy
 ## make bench-resnet18 a whole ResNet-18 at 224 px: CPU time, calibration work, memory

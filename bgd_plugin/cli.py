@@ -122,8 +122,7 @@ def plan(
     from bgd_plugin.plan import plan as make_plan
 
     settings = settings_from(regime, config, override, fc_codebook_size, pointwise_block_size)
-    settings = with_budget(settings, target_size, target_ratio)
-    settings = replace(settings, freeze_norms=freeze_norms or settings.freeze_norms)
+    settings = with_budget(settings, target_size, target_ratio, freeze_norms)
     network = named_model(model, weights, only_shapes=not settings.preserve_zeros)  # zeros are seen in values alone
     result = make_plan(network.model, settings)
     typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else str(result))
@@ -185,8 +184,7 @@ def quantize(
     if resume:
         _require_run(checkpoint)
     settings = settings_from(regime, config, override, fc_codebook_size, pointwise_block_size)
-    settings = with_budget(settings, target_size, target_ratio)
-    settings = replace(settings, freeze_norms=freeze_norms or settings.freeze_norms)
+    settings = with_budget(settings, target_size, target_ratio, freeze_norms)
     _require_folders(output, report, None if json_file == "-" else json_file)
     settings = settings if seed is None else replace(settings, seed=seed)
     with process_group(device) as place:

@@ -84,8 +84,9 @@ _SIZE_UNITS = {"": 1, "B": 1} | {f"{m}B": 1000**i for i, m in enumerate("kMG", 1
 _SIZE_UNITS |= {f"{m}iB": 1024**i for i, m in enumerate("KMG", 1)}
 
 
-def with_budget(settings: BGDConfig, size: str | None, ratio: float | None) -> BGDConfig:
+def with_budget(settings: BGDConfig, size: str | None, ratio: float | None, freeze_norms: bool = False) -> BGDConfig:
     """The settings with a budget: a size such as "5MB" (millions) or "4.8MiB" (of 1024 KiB), or a ratio."""
+    settings = replace(settings, freeze_norms=freeze_norms or settings.freeze_norms)
     if size is None and ratio is None:
         return settings
     target = None if size is None else _size_bytes(size)

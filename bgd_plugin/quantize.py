@@ -313,8 +313,9 @@ def _keep_within_budget_(job: Job) -> None:
         path, _, attribute = name.rpartition(".")
         owner = job.student.get_submodule(path)
         value: Any = getattr(owner, attribute)
-        if 0 < float(value.abs().max()) < _LEAST_HALF:
-            value.copy_(value.half())
+        half = value.half().to(value)
+        if 0 < float(value.abs().max()) < _LEAST_HALF and not torch.equal(half, value):
+            value.copy_(half)
             rounded.append(name)
     if rounded:
         job.notes.append(f"budget: next to zero, and rounded to half precision to stay within it: {', '.join(rounded)}")

@@ -99,6 +99,9 @@ def test_logits_that_hardly_vary_leave_no_layer_without_a_loss(size: float) -> N
     config = BGDConfig(target_bytes=14_000)
     report = bgd.quantize(model, images(channels=32), config, progress=False).report
     assert 0.9 * 14_000 < report.compressed_bytes <= 14_000
+    said = [note for note in report.notes if "to stay within it" in note]
+    assert len(said) == (1 if size else 0)
+    assert all(note.endswith(": head.bias") for note in said)
 
 
 def test_a_layer_that_does_nothing_takes_what_is_left() -> None:
