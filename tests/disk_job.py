@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import bgd_plugin as bgd
-import bgd_plugin.steps
+import bgd_plugin.support.steps
 from tests.networks import SmallResNet, images, randomized
 
 __all__ = ["SCENARIOS"]
@@ -63,13 +63,13 @@ class Disk:
         subprocess.run(["mount", *options, str(self.folder)], check=True)
 
 
-def _run(checkpoint: Path | None, memory_bytes: int | None = None) -> bgd.Quantized:
+def _run(checkpoint: Path | None, memory_bytes: int | None = None) -> bgd.results.Quantized:
     torch.manual_seed(0)
     model = randomized(SmallResNet())
     return bgd.quantize(model, images(4), CONFIG, checkpoint=checkpoint, memory_bytes=memory_bytes, progress=False)
 
 
-def _bytes(result: bgd.Quantized) -> bytes:
+def _bytes(result: bgd.results.Quantized) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         bgd.save(result.model, Path(folder) / "net.safetensors")
         return (Path(folder) / "net.safetensors").read_bytes()
@@ -100,7 +100,7 @@ def checkpoint(disk: Disk) -> None:
         try:
             assert _bytes(_run(run)) == expected
             break
-        except bgd.CheckpointError as error:
+        except bgd.errors.CheckpointError as error:
             fails += 1
             assert "No space left on device" in str(error), error
         kept = _contents(run)
@@ -171,7 +171,7 @@ SCENARIOS = {job.__name__: job for job in (checkpoint, saved_file, read_only, sp
 
 def main(name: str, folder: str) -> None:
     """Run one of them."""
-    bgd_plugin.steps.SAVE_SECONDS, bgd_plugin.steps._SHARE = 0.0, float("inf")
+    bgd_plugin.support.steps.SAVE_SECONDS, bgd_plugin.support.steps._SHARE = 0.0, float("inf")
     SCENARIOS[name](Disk(Path(folder)))
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import bgd_plugin as bgd
-import bgd_plugin.steps
+import bgd_plugin.support.steps
 from tests.networks import SmallResNet, images, randomized, vectors
 
 CONFIGS: dict[str, bgd.BGDConfig] = {
@@ -78,7 +78,7 @@ def _refused(output: Path, rank: int) -> None:
     """Write down the error that different networks are."""
     try:
         bgd.quantize(network("full", seed=rank), batches("full"), CONFIGS["full"], progress=False)
-    except bgd.ConfigError as error:
+    except bgd.errors.ConfigError as error:
         (output / f"refused-{rank}").write_text(str(error))
 
 
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--how", choices=["killed", "error"])
     options = parser.parse_args()
     if options.save_each_step:
-        bgd_plugin.steps.SAVE_SECONDS, bgd_plugin.steps._SHARE = 0.0, float("inf")
+        bgd_plugin.support.steps.SAVE_SECONDS, bgd_plugin.support.steps._SHARE = 0.0, float("inf")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import bgd_plugin as bgd
-from bgd_plugin.datafree import quantize_weights
+from bgd_plugin.quantization.datafree import quantize_weights
 from tests.benchmarks.memory import forget_peak, resident_mib
 
 __all__ = ["COLUMNS", "LAYERS", "WIDTH"]

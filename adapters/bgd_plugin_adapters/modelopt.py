@@ -21,8 +21,8 @@ from pydantic import create_model
 from torch import nn
 
 import bgd_plugin as bgd
-from bgd_plugin import BGDConfig, CheckpointError, ConfigError
-from bgd_plugin.nn import PQModule
+from bgd_plugin import BGDConfig, integration
+from bgd_plugin.integration import CheckpointError, ConfigError, PQModule
 
 __all__ = ["BGDModeConfig", "BGDModeDescriptor", "BGDModeRegistry", "quantize", "register", "report"]
 
@@ -118,7 +118,7 @@ class BGDModeDescriptor(ModeDescriptor):
 
 def _convert(model: nn.Module, config: Any, forward_loop: ForwardLoop | None = None) -> tuple[nn.Module, Any]:
     _check_before(model)
-    before = bgd.placement_of(model)
+    before = integration.placement_of(model)
     settings = _core_config(config)
     for pattern, setting in settings.overrides:
         twice = [path for path in before if setting is not None and fnmatch.fnmatchcase(path, pattern)]
@@ -131,8 +131,8 @@ def _convert(model: nn.Module, config: Any, forward_loop: ForwardLoop | None = N
     else:
         calls = _recorded(model, forward_loop)
         result = bgd.quantize(model, calls, settings, forward=lambda net, call: net(*call[0], **call[1]))
-    bgd.transplant_(model, result.model)
-    placement = {path: list(sizes) for path, sizes in bgd.placement_of(model).items() if path not in before}
+    integration.transplant_(model, result.model)
+    placement = {path: list(sizes) for path, sizes in integration.placement_of(model).items() if path not in before}
     codes = {path: digest for path, digest in _codes_of(model).items() if path not in before}
     return model, {"placement": placement, "codes": codes, "report": result.report.to_dict()}
 
@@ -141,7 +141,7 @@ def _restore(model: nn.Module, config: Any, metadata: Mapping[str, Any]) -> nn.M
     placement = metadata.get("placement")
     if not isinstance(placement, Mapping):
         raise CheckpointError("the saved state of the mode 'bgd' has no placement of its layers: it is damaged")
-    bgd.make_room_(model, placement)
+    integration.make_room_(model, placement)
     hooked: Any = model  # torch has no types for this
     hooked.register_load_state_dict_post_hook(_CodesAsSaved(metadata.get("codes", {})))
     return model
@@ -233,5 +233,5 @@ def _recorded(model: nn.Module, forward_loop: ForwardLoop) -> list[Any]:
         for module, mode in modes.items():
             module.training = mode
     if not calls:
-        raise bgd.CalibrationError("forward_loop(model) returned without calling the model")
+        raise integration.CalibrationError("forward_loop(model) returned without calling the model")
     return calls

@@ -15,9 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from bgd_plugin import CheckpointError, ConfigError
-from bgd_plugin.checkpoint import read_file
-from bgd_plugin.nn import PQModule
+from bgd_plugin.integration import CheckpointError, ConfigError, PQModule, read_file
 
 __all__ = ["narrowed", "register"]
 

@@ -24,8 +24,8 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 from torchao.utils import TorchAOBaseTensor
 
 import bgd_plugin as bgd
-from bgd_plugin import BGDConfig, ConfigError, LayerConfig, Report
-from bgd_plugin.config import FAMILIES
+from bgd_plugin import BGDConfig, LayerConfig, integration
+from bgd_plugin.integration import FAMILIES, ConfigError, Report
 
 __all__ = ["BGDWeightOnlyConfig", "make_room_", "quantize_", "register"]
 
@@ -96,7 +96,7 @@ def quantize_(
         result = bgd.quantize_weights(model, settings)
     else:
         result = bgd.quantize(model, calibration, settings, **options)
-    bgd.transplant_(model, result.model)
+    integration.transplant_(model, result.model)
     if others:
         torchao_quantize_(model, FqnToConfig(others), filter_fn=None)
     return result.report
@@ -108,10 +108,10 @@ def make_room_(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
     Raises:
         CheckpointError: the state dict holds no quantized layer, or one that the network has no place for.
     """
-    placement = bgd.placement_in(state_dict)
+    placement = integration.placement_in(state_dict)
     if not placement:
-        raise bgd.CheckpointError("the state dict holds no layer with a codebook and codes: load it as it is")
-    bgd.make_room_(model, placement | dict.fromkeys(_frozen_norms(model, state_dict), ()))
+        raise integration.CheckpointError("the state dict holds no layer with a codebook and codes: load it as it is")
+    integration.make_room_(model, placement | dict.fromkeys(_frozen_norms(model, state_dict), ()))
     return model
 
 
@@ -131,7 +131,7 @@ def _handle(module: nn.Module, config: BGDWeightOnlyConfig) -> nn.Module:
             f"{', '.join(wholes)}: for a whole network, and torchao hands over one layer at a time: use "
             "bgd_plugin_adapters.torchao.quantize_(model, config, filter_fn, calibration=...)"
         )
-    return bgd.quantize_module(module, _plain(config), name=f"a {type(module).__name__}")
+    return integration.quantize_module(module, _plain(config), name=f"a {type(module).__name__}")
 
 
 def _require_float(module: nn.Module, where: str) -> None:
@@ -188,7 +188,7 @@ def _core_config(model: nn.Module, ours: Mapping[str, AOBaseConfig]) -> BGDConfi
     """One setting for the network: the first config, overrides where others differ, everything else float."""
     plain = {name: _plain(config) for name, config in ours.items()}
     base = next(iter(plain.values()))
-    families, reasons = bgd.layers_in(model)
+    families, reasons = integration.layers_in(model)
     for name in set(ours) - set(families):
         reason = reasons.get(name, f"a {type(model.get_submodule(name)).__name__} has no product-quantized form")
         raise ConfigError(f"layer {name!r} cannot be quantized: {reason}")

@@ -9,9 +9,7 @@ from bgd_plugin.calibration.batches import (
     logits_of,
     require_rewalkable,
 )
-from bgd_plugin.calibration.decisions import Recorder, Replayer
-from bgd_plugin.calibration.rerun import Rerun
-from bgd_plugin.calibration.statistics import (
+from bgd_plugin.calibration.inputs import (
     CollectedInputs,
     InputSample,
     LayerInputs,
@@ -22,6 +20,8 @@ from bgd_plugin.calibration.statistics import (
     require_finite,
     sampled_inputs,
 )
+from bgd_plugin.calibration.replay import Recorder, Replayer
+from bgd_plugin.calibration.rerun import Rerun
 from bgd_plugin.calibration.store import BatchStore
 from bgd_plugin.calibration.walk import Walk
 from bgd_plugin.calibration.watch import Watch

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from bgd_plugin.calibration.batches import Batch
-from bgd_plugin.calibration.decisions import Decisions, Recorder, Replayer
-from bgd_plugin.calibration.statistics import CollectedInputs
+from bgd_plugin.calibration.inputs import CollectedInputs
+from bgd_plugin.calibration.replay import Decisions, Recorder, Replayer
 from bgd_plugin.calibration.watch import OnCall, Stop, Watch, weight_key
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import module_at

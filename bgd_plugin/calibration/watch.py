@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bgd_plugin.calibration.decisions import Decisions
+from bgd_plugin.calibration.replay import Decisions
 from bgd_plugin.graph import pointwise
 from bgd_plugin.pq.blocks import Geometry
 

@@ -1,9 +1,8 @@
 """Fit one layer: from its weight and its inputs to a codebook and codes. One module for each method."""
 
-from bgd_plugin.fitting.base import FittedLayer, LayerContext, Method, Skip, output_error, shift_gain
 from bgd_plugin.fitting.em import EM, fit_weight
-from bgd_plugin.fitting.full import FULL
-from bgd_plugin.fitting.refit import refitted
+from bgd_plugin.fitting.full_gram import FULL
+from bgd_plugin.fitting.method import FittedLayer, LayerContext, Method, Skip, output_error, shift_gain
 from bgd_plugin.fitting.share import fitted_once
 
 __all__ = [
@@ -15,7 +14,6 @@ __all__ = [
     "fit_weight",
     "fitted_once",
     "output_error",
-    "refitted",
     "shift_gain",
 ]
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.calibration import PooledGram, pooled_gram
-from bgd_plugin.fitting.base import FittedLayer, LayerContext, Method
+from bgd_plugin.fitting.method import FittedLayer, LayerContext, Method
 from bgd_plugin.nn import storable
-from bgd_plugin.planned import PlannedLayer
+from bgd_plugin.planning.types import PlannedLayer
 from bgd_plugin.pq.blocks import to_blocks
 from bgd_plugin.pq.em import fit_em
 from bgd_plugin.pq.masked import fit_em_masked

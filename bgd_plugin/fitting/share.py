@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from bgd_plugin.distributed import from_first
-from bgd_plugin.fitting.base import FittedLayer
+from bgd_plugin.fitting.method import FittedLayer
+from bgd_plugin.support.processes import from_first
 
 __all__ = ["fitted_once"]
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bgd_plugin.encoding.codes import code_dtype
+from bgd_plugin.encoding.eight_bit import round_to_eight_bits
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.pq.blocks import decode
-from bgd_plugin.pq.eight_bit import round_to_eight_bits
 from bgd_plugin.pq.masked import codeword_uses, masked
-from bgd_plugin.pq.packing import code_dtype
 
 __all__ = ["PQModule", "storable"]
 
@@ -23,7 +23,7 @@ def storable(codebook: Tensor, storage: str = "float16") -> Tensor:
 
     Args:
         codebook: any shape; "int8" has one grid for the whole of it.
-        storage: "float16", or "int8", which only single precision has (see `bgd_plugin.pq.eight_bit`).
+        storage: "float16", or "int8", which only single precision has (see `bgd_plugin.encoding.eight_bit`).
     """
     if storage == "int8" and codebook.dtype == torch.float32:
         return round_to_eight_bits(codebook.reshape(1, -1)).reshape(codebook.shape)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bgd_plugin.distributed import sum_, total
 from bgd_plugin.pq.feedback import damped
+from bgd_plugin.support.processes import sum_, total
 
 __all__ = ["MomentSums", "Moments", "asymmetric_target", "matching_bias", "ridge_target"]
 

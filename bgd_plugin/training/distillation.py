@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from bgd_plugin.calibration import Rerun, Walk, logits_of
-from bgd_plugin.distributed import parallel, processes, unsynchronized
+from bgd_plugin.config import DistillationConfig
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.nn import PQModule
-from bgd_plugin.stages import DistillationConfig
-from bgd_plugin.steps import Part, Steps
+from bgd_plugin.support.processes import parallel, processes, unsynchronized
+from bgd_plugin.support.steps import Part, Steps
 from bgd_plugin.training.loss import kl_to_teacher, mean_gradients_
 
 __all__ = ["distill_"]

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from bgd_plugin.calibration import Batch, logits_of
-from bgd_plugin.distributed import largest, parallel, processes, sum_
+from bgd_plugin.config import FinetuningConfig
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.nn import PQModule
-from bgd_plugin.stages import FinetuningConfig
-from bgd_plugin.steps import Part, Steps
+from bgd_plugin.support.processes import largest, parallel, processes, sum_
+from bgd_plugin.support.steps import Part, Steps
 from bgd_plugin.training.adam import relative_adam
 from bgd_plugin.training.loss import codebooks, kl_to_teacher, mean_gradients_
 from bgd_plugin.training.mixing import mixed

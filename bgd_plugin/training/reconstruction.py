@@ -18,11 +18,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from bgd_plugin.calibration import Batch, logits_of
+from bgd_plugin.config import ReconstructionConfig
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import block_module, partition
 from bgd_plugin.nn import PQModule
-from bgd_plugin.stages import ReconstructionConfig
-from bgd_plugin.steps import Part, Steps
+from bgd_plugin.support.steps import Part, Steps
 from bgd_plugin.training.adam import relative_adam
 from bgd_plugin.training.loss import kl_to_teacher
 

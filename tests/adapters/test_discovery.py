@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 import bgd_plugin as bgd
 from bgd_plugin import BGDError
-from bgd_plugin.cli import app
-from bgd_plugin.discovery import adapters as installed
+from bgd_plugin.adapters import adapters as installed
+from bgd_plugin.cli.app import app
 
 
 class Distribution(metadata.Distribution):

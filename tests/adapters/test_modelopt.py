@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 import bgd_plugin as bgd
-from bgd_plugin import BGDConfig, CalibrationError, CheckpointError, ConfigError, LayerConfig
+from bgd_plugin import BGDConfig, LayerConfig, integration
+from bgd_plugin.errors import CalibrationError, CheckpointError, ConfigError
 from tests.adapters.digits import accuracy, digits, trained_on_digits
 from tests.adapters.entrances import same_state
 from tests.networks import PlainNet, same_outputs, vectors
@@ -60,7 +61,7 @@ def test_settings_by_name_in_modelopts_words() -> None:
     model = PlainNet()
     config = {"first_layer": {"block_size": 4}, "overrides": {"0": {"enable": False}, "[24]": {"block_size": 8}}}
     adapter.quantize(model, config, forward_loop=loop(vectors()))
-    assert {path: sizes[0] for path, sizes in bgd.placement_of(model).items()} == {"2": 8, "4": 8}
+    assert {path: sizes[0] for path, sizes in integration.placement_of(model).items()} == {"2": 8, "4": 8}
 
 
 def test_every_field_of_the_core_is_a_field_of_the_config() -> None:
@@ -177,7 +178,7 @@ def test_after_sparsity_and_its_export() -> None:
         adapter.quantize(model, forward_loop=loop(data))
     model = mts.export(model)
     adapter.quantize(model, forward_loop=loop(data))
-    assert set(bgd.placement_of(model)) == {"2"}
+    assert set(integration.placement_of(model)) == {"2"}
 
 
 def test_a_model_that_modelopt_has_quantized_is_an_error() -> None:
@@ -202,7 +203,7 @@ def test_two_configs_of_ours_on_one_layer_are_an_error_and_on_two_layers_are_not
     with pytest.raises(ConfigError, match="already quantized"):
         adapter.quantize(model, {"overrides": {"2": {"block_size": 2}}})
     adapter.quantize(model, {"overrides": {"4": {"block_size": 2}}})
-    assert {path: sizes[0] for path, sizes in bgd.placement_of(model).items()} == {"2": 4, "4": 2}
+    assert {path: sizes[0] for path, sizes in integration.placement_of(model).items()} == {"2": 4, "4": 2}
     state = mto.modelopt_state(model)
     fresh = mto.restore_from_modelopt_state(PlainNet(), state)
     fresh.load_state_dict(model.state_dict())

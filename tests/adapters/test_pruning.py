@@ -20,7 +20,9 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn.utils import prune
 
 import bgd_plugin as bgd
-from bgd_plugin import BGDConfig, CheckpointError, ConfigError, LayerConfig
+from bgd_plugin import BGDConfig, LayerConfig
+from bgd_plugin.adapters import adapters
+from bgd_plugin.errors import CheckpointError, ConfigError
 from bgd_plugin_adapters.pruning import narrowed, register
 from tests.networks import PlainNet, SmallResNet, em, images, randomized, same_outputs, vectors
 
@@ -199,7 +201,7 @@ def test_torch_pruning_refuses_masks(tp: Any) -> None:
 
 
 def test_the_adapter_is_registered_by_its_name(tp: Any) -> None:
-    if "pruning" not in {adapter.name for adapter in bgd.discovery.adapters()}:
+    if "pruning" not in {adapter.name for adapter in adapters()}:
         pytest.skip("bgd-plugin is not installed with this entry point here")
     assert bgd.load_adapter("pruning").__name__ == "bgd_plugin_adapters.pruning"
     assert tp.DependencyGraph.build_dependency.refuses_quantized

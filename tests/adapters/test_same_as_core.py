@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import bgd_plugin as bgd
-from bgd_plugin import BGDConfig, ConfigError, FinetuningConfig
+from bgd_plugin import BGDConfig, FinetuningConfig
+from bgd_plugin.errors import ConfigError
 from tests.adapters.digits import DigitsResNet, accuracy, digits, trained_on_digits
 from tests.adapters.entrances import ENTRANCES, same_state
 
@@ -64,7 +65,7 @@ def _batches(make: Callable[[], nn.Module]) -> list[Any]:
 
 
 @functools.cache
-def _by_the_core(make: Callable[[], nn.Module], settings: str) -> bgd.Quantized:
+def _by_the_core(make: Callable[[], nn.Module], settings: str) -> bgd.results.Quantized:
     return bgd.quantize(trained_on_digits(make), _batches(make), SETTINGS[settings], progress=False)
 
 

@@ -15,15 +15,8 @@ import torch
 from torch import nn
 
 import bgd_plugin as bgd
-from bgd_plugin import (
-    BGDConfig,
-    CheckpointError,
-    ConfigError,
-    DistillationConfig,
-    FinetuningConfig,
-    LayerConfig,
-    ReconstructionConfig,
-)
+from bgd_plugin import BGDConfig, DistillationConfig, FinetuningConfig, LayerConfig, ReconstructionConfig, integration
+from bgd_plugin.errors import CheckpointError, ConfigError
 from tests.adapters.digits import accuracy, digits, trained_on_digits
 from tests.adapters.entrances import same_state
 from tests.networks import PlainNet, same_outputs, vectors
@@ -94,7 +87,7 @@ def test_settings_by_name_and_other_configs_of_torchao_beside_them() -> None:
     rules = FqnToConfig(OrderedDict({"2": coarse, "re:[1-4]": fine, "0": Int8WeightOnlyConfig(version=2)}))
     data = vectors()
     adapter.quantize_(model, rules, calibration=data, progress=False)
-    assert bgd.placement_of(model) == {"2": (8, 16), "4": (2, 8)}
+    assert integration.placement_of(model) == {"2": (8, 16), "4": (2, 8)}
     assert type(model[0].weight).__name__ == "Int8Tensor"
     assert torch.isfinite(model(data[0])).all()
 
@@ -103,7 +96,7 @@ def test_torchaos_own_quantize_takes_settings_by_name() -> None:
     model = PlainNet()
     coarse = adapter.BGDWeightOnlyConfig(linear=LayerConfig(block_size=8, codebook_size=16))
     quantize_(model, FqnToConfig(OrderedDict({"2": coarse, "re:4": None})), filter_fn=None)
-    assert bgd.placement_of(model) == {"2": (8, 16)}
+    assert integration.placement_of(model) == {"2": (8, 16)}
 
 
 def test_every_field_of_the_core_is_a_field_of_the_config() -> None:

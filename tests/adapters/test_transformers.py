@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import bgd_plugin as bgd
-from bgd_plugin import BGDConfig, CheckpointError, ConfigError, FinetuningConfig, LayerConfig
+from bgd_plugin import BGDConfig, FinetuningConfig, LayerConfig, integration
+from bgd_plugin.errors import CheckpointError, ConfigError
 from bgd_plugin.training import kl_to_teacher
 from tests.adapters.entrances import same_state
 
@@ -188,7 +189,7 @@ def test_modules_to_not_convert_are_matched_as_transformers_does() -> None:
     model = vit()
     config = adapter.BGDQuantizationConfig(modules_to_not_convert=["classifier", "vit.layers.0", "fc1"])
     result = adapter.quantize_pretrained(model, batches(model), config, progress=False)
-    assert set(bgd.placement_of(result.model)) == {
+    assert set(integration.placement_of(result.model)) == {
         f"vit.layers.1.{name}" for name in ("mlp.fc2", *(f"attention.{x}_proj" for x in "qkvo"))
     }
     assert {s.name for s in result.report.skipped} >= {"classifier", "vit.layers.0.mlp.fc2"}
@@ -220,7 +221,7 @@ def test_dequantize_gives_ordinary_layers_with_the_same_outputs() -> None:
     model = vit()
     result = adapter.quantize_pretrained(model, batches(model), progress=False)
     dense = result.model.dequantize()
-    assert not bgd.placement_of(dense)
+    assert not integration.placement_of(dense)
     assert not hasattr(dense.config, "quantization_config")
     assert same_logits(dense, result.model)
 
@@ -253,7 +254,7 @@ def divergence(teacher: Any, student: Any, data: list[dict[str, Tensor]]) -> flo
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     model = llama(tie_word_embeddings=True)
     result = adapter.quantize_pretrained(model, batches(model), progress=False)
-    assert "lm_head" not in bgd.placement_of(result.model)
+    assert "lm_head" not in integration.placement_of(result.model)
     result.model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
@@ -264,7 +265,7 @@ def test_weights_that_attention_reads_by_name(tmp_path: Path) -> None:
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**shape, image_size=32, patch_size=8)).eval()
     result = adapter.quantize_pretrained(model, batches(model), progress=False)
-    assert any(path.endswith("head.attention.in_proj_weight") for path in bgd.placement_of(result.model))
+    assert any(path.endswith("head.attention.in_proj_weight") for path in integration.placement_of(result.model))
     result.model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert same_state(result.model, loaded)
@@ -409,7 +410,7 @@ def test_a_second_config_for_a_quantized_folder_is_refused_by_transformers(folde
         model = AutoModelForImageClassification.from_pretrained(
             folder, quantization_config=adapter.BGDQuantizationConfig(linear=LayerConfig(block_size=8))
         )
-    assert {sizes[0] for sizes in bgd.placement_of(model).values()} == {4}
+    assert {sizes[0] for sizes in integration.placement_of(model).values()} == {4}
     other = transformers.QuantoConfig(weights="int8")
     with pytest.raises(ValueError, match="quantized with BGDQuantizationConfig but you are passing a QuantoConfig"):
         AutoModelForImageClassification.from_pretrained(folder, quantization_config=other)

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import bgd_plugin as bgd
-from bgd_plugin.tables import mib, table
+from bgd_plugin.support.tables import mib, table
 from tests.adapters.entrances import ENTRANCES, same_state
 from tests.benchmarks.fashion_data import CLASSES, FashionData, input_batches, load_fashion_mnist
 from tests.benchmarks.fashion_network import accuracy_percent, load_or_train

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import bgd_plugin as bgd
 from bgd_plugin.calibration import collect_batches
 from bgd_plugin.graph import copy_module, trace
-from bgd_plugin.plan import free_layers, make_plan
-from bgd_plugin.sensitivity import measure_sensitivities
-from bgd_plugin.tables import table
+from bgd_plugin.planning.make import free_layers, make_plan
+from bgd_plugin.planning.sensitivity import measure_sensitivities
+from bgd_plugin.support.tables import table
 
 RATIOS = {"lite0": (7, 9, 11, 13, 15), "resnet18": (12, 20, 30, 43, 100), "mobilenet_v3_small": (6, 8, 10, 12, 15)}
 
@@ -25,7 +25,7 @@ RATIOS = {"lite0": (7, 9, 11, 13, 15), "resnet18": (12, 20, 30, 43, 100), "mobil
 def network_and_images(name: str) -> tuple[nn.Module, list[Tensor]]:
     """A network in evaluation mode, and calibration batches for it."""
     if name == "lite0":
-        from bgd_plugin.demo import calibration, network, photos
+        from bgd_plugin.cli.demo import calibration, network, photos
 
         return network(), calibration(photos(), 3)
     import torchvision

@@ -17,8 +17,8 @@ from torch import nn
 
 import bgd_plugin as bgd
 from bgd_plugin.calibration import iterate_batches
-from bgd_plugin.storage import file_size, stored
-from bgd_plugin.tables import mib, table
+from bgd_plugin.files.format import file_size, stored
+from bgd_plugin.support.tables import mib, table
 from bgd_plugin.training import Epochs, finetune_
 from tests.benchmarks.fashion_data import FashionData, input_batches, load_fashion_mnist
 from tests.benchmarks.fashion_network import FloatNetwork, accuracy_percent, load_or_train

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import bgd_plugin as bgd
-from bgd_plugin.tables import mib, table
+from bgd_plugin.support.tables import mib, table
 from tests.benchmarks.fashion_data import input_batches, load_fashion_mnist, random_crop_and_flip, to_input
 from tests.benchmarks.fashion_network import accuracy_percent, load_or_train
 

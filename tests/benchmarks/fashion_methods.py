@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bgd_plugin as bgd
-from bgd_plugin.tables import mib, table
+from bgd_plugin.support.tables import mib, table
 from tests.benchmarks.fashion import paper_config
 from tests.benchmarks.fashion_data import input_batches, load_fashion_mnist
 from tests.benchmarks.fashion_network import accuracy_percent, load_or_train

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import bgd_plugin as bgd
-from bgd_plugin.inspection import inspected
+from bgd_plugin.files.inspection import inspected
 from tests.golden.make import NETWORKS
 
 __all__ = ["Fuzzer", "main", "seeds"]

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import bgd_plugin as bgd
-import bgd_plugin.steps
+import bgd_plugin.support.steps
 from tests.networks import SmallResNet, images, randomized
 
 __all__ = ["main"]
@@ -35,7 +35,7 @@ _LAYERS = 4
 
 def _attempt(folder: Path) -> None:
     """The whole run, in this process."""
-    bgd_plugin.steps.SAVE_SECONDS, bgd_plugin.steps._SHARE = 0.0, float("inf")
+    bgd_plugin.support.steps.SAVE_SECONDS, bgd_plugin.support.steps._SHARE = 0.0, float("inf")
     model = randomized(SmallResNet())
     result = bgd.quantize(model, images(4), CONFIG, checkpoint=folder / "run", progress=False)
     bgd.save(result.model, folder / "net.safetensors")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.pq.kmeans import kmeans
-from bgd_plugin.tables import table
+from bgd_plugin.support.tables import table
 
 POINTS, DIMENSIONS, CENTROIDS, ITERATIONS = 262_144, 9, 256, 25
 TARGETS = {"times_faiss": 2.0, "relative_objective": 1e-3}

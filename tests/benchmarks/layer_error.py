@@ -26,9 +26,9 @@ import bgd_plugin as bgd
 from bgd_plugin.calibration import InputSample, LayerInputs, Walk, collect_batches, sampled_inputs
 from bgd_plugin.fitting import METHODS, LayerContext, output_error
 from bgd_plugin.graph import FoundLayer, copy_module, following_batchnorm, trace
-from bgd_plugin.plan import make_plan
-from bgd_plugin.planned import PlannedLayer
-from bgd_plugin.tables import table
+from bgd_plugin.planning.make import make_plan
+from bgd_plugin.planning.types import PlannedLayer
+from bgd_plugin.support.tables import table
 from tests.benchmarks.peers.subjects import SUBJECTS
 
 LEAST_WEIGHTS = 10_000

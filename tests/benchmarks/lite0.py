@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import bgd_plugin as bgd
-from bgd_plugin.storage import state_bytes
-from bgd_plugin.tables import mib, table
+from bgd_plugin.files.format import state_bytes
+from bgd_plugin.support.tables import mib, table
 from tests.benchmarks.peers.subjects import Subject, lite0
 
 BUDGET = bgd.BGDConfig(target_bytes=1_705_000, freeze_norms=True)
@@ -51,7 +51,7 @@ class Crops:
                 yield photos.contiguous(memory_format=torch.channels_last)
 
 
-def arms(report: bgd.Report, names: Sequence[str], steps: int) -> dict[str, bgd.BGDConfig]:
+def arms(report: bgd.results.Report, names: Sequence[str], steps: int) -> dict[str, bgd.BGDConfig]:
     """Settings by name. Those of single steps have the sizes that the budget chose, and differ in nothing else.
 
     Args:
@@ -79,7 +79,7 @@ def arms(report: bgd.Report, names: Sequence[str], steps: int) -> dict[str, bgd.
     }
 
 
-def compress(subject: Subject, config: bgd.BGDConfig) -> tuple[bgd.Report, dict[str, float]]:
+def compress(subject: Subject, config: bgd.BGDConfig) -> tuple[bgd.results.Report, dict[str, float]]:
     """Compress and judge."""
     start = time.process_time()
     result = bgd.quantize(subject.model, Crops(subject.calibration), config, progress=False)

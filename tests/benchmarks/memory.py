@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.models import resnet18
 
 import bgd_plugin as bgd
-from bgd_plugin.tables import table
+from bgd_plugin.support.tables import table
 
 
 class Images:

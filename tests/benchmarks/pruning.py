@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.nn.utils import prune
 
 import bgd_plugin as bgd
-from bgd_plugin.tables import mib, table
+from bgd_plugin.support.tables import mib, table
 from tests.benchmarks.fashion_data import (
     FashionData,
     input_batches,

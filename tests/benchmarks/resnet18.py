@@ -13,7 +13,7 @@ import torch
 from torchvision.models import resnet18
 
 import bgd_plugin as bgd
-from bgd_plugin.tables import mib, table
+from bgd_plugin.support.tables import mib, table
 
 
 def configs() -> dict[str, bgd.BGDConfig]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import bgd_plugin as bgd
 from bgd_plugin import LayerConfig
-from bgd_plugin.tables import mib
+from bgd_plugin.support.tables import mib
 from tests.benchmarks.shapes_data import average_precision, batches, samples
 from tests.benchmarks.shapes_network import load_or_train
 
@@ -81,7 +81,7 @@ def main() -> None:
         _row(name, result.report, result.model, test, time.perf_counter() - start)
 
 
-def _row(name: str, report: bgd.Report | None, model: Any, test: Any, seconds: float) -> None:
+def _row(name: str, report: bgd.results.Report | None, model: Any, test: Any, seconds: float) -> None:
     box, mask = average_precision(model, test)
     size, ratio = ("", "") if report is None else (mib(report.compressed_bytes), f"{report.ratio:.1f}×")
     print(f"| {name} | {size} | {ratio} | {box:.1f} | {mask:.1f} | {seconds:.0f} |", flush=True)

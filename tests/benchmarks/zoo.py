@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torchvision import models
 
 import bgd_plugin as bgd
-from bgd_plugin.tables import mib
+from bgd_plugin.support.tables import mib
 
 _CONFIG = bgd.BGDConfig(method="em", em_iterations=1, batchnorm="keep")
 _LARGE = 100_000_000
@@ -111,7 +111,7 @@ def _reason(reason: str) -> str:
     return reason
 
 
-def _found(model: nn.Module, plan: bgd.Plan) -> float:
+def _found(model: nn.Module, plan: bgd.results.Plan) -> float:
     """Share of the weights of convolutions, linear layers and attention's projections that the plan names."""
     weights: dict[str, int] = {}
     for path, module in model.named_modules():

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bgd_plugin import CalibrationError
 from bgd_plugin.calibration import Batch, collect_batches, logits_of, require_rewalkable
+from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import trace
 from tests.networks import PlainNet, vectors
 

@@ -119,7 +119,7 @@ def test_a_file_that_cannot_grow_is_an_error_that_says_what_to_do() -> None:
     store.append({"x": torch.zeros(300_000)})
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(bgd.CalibrationError, match=r"cannot be written to .*File too large.*TMPDIR"):
+        with pytest.raises(bgd.errors.CalibrationError, match=r"cannot be written to .*File too large.*TMPDIR"):
             store.append({})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -155,7 +155,7 @@ def test_a_bound_changes_no_byte_of_the_result(
 
 
 def test_a_bound_must_be_positive() -> None:
-    with pytest.raises(bgd.ConfigError, match="memory_bytes=0: give a positive number"):
+    with pytest.raises(bgd.errors.ConfigError, match="memory_bytes=0: give a positive number"):
         bgd.quantize(SmallResNet(), images(), memory_bytes=0)
 
 

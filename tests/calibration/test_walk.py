@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from bgd_plugin import CalibrationError
 from bgd_plugin.calibration import Batch, Batches, Walk
+from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import copy_module, trace
 from tests.networks import SmallResNet, images, randomized, vectors
 

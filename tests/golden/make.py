@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import bgd_plugin as bgd
-from bgd_plugin.storage import FORMAT_VERSION
+from bgd_plugin.files.format import FORMAT_VERSION
 from tests.networks import FunctionalNet, SmallResNet, TwiceNet, images, randomized, vectors
 
 __all__ = ["FOLDER", "NETWORKS", "main"]

@@ -170,7 +170,7 @@ def test_a_sparse_tensor_is_refused(layout: torch.layout) -> None:
     model = PlainNet().eval()
     model[2].weight = nn.Parameter(torch.eye(32).to_sparse(layout=layout), requires_grad=False)
     message = rf"'2.weight' is a sparse tensor \({layout}\): make it dense with to_dense\(\); preserve_zeros=True"
-    with pytest.raises(bgd.ConfigError, match=message):
+    with pytest.raises(bgd.errors.ConfigError, match=message):
         bgd.plan(model)
-    with pytest.raises(bgd.ConfigError, match=message):
+    with pytest.raises(bgd.errors.ConfigError, match=message):
         bgd.quantize(model, vectors(), em(), progress=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import prune
 
-from bgd_plugin import TraceError
+from bgd_plugin.errors import TraceError
 from bgd_plugin.graph import copy_module, trace
 from bgd_plugin.nn import PQLinear, quantized
 from tests.networks import ConvOfItsOwn, SmallResNet, randomized, vectors

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import bgd_plugin as bgd
-from bgd_plugin import CheckpointError
+from bgd_plugin.errors import CheckpointError
 from bgd_plugin.nn import FrozenNorm, freeze_norms_
 from tests.networks import SmallResNet, em, images, randomized, same_outputs
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from bgd_plugin.pq.em import fit_em, reconstruction_objective
 from bgd_plugin.pq.feedback import damped, encode_with_feedback
-from bgd_plugin.pq.full import fit_full
+from bgd_plugin.pq.full_gram import fit_full
 from bgd_plugin.pq.least_squares import output_objective, refine_codes, solve_codebook
 from bgd_plugin.pq.masked import codeword_uses, fit_em_masked, fit_masked, nearest_masked
+from tests.encoding.test_masks import n_of_m
 from tests.pq.test_feedback import layer, random_codebook
-from tests.pq.test_masks import n_of_m
 
 
 def _generator(seed: int = 0) -> torch.Generator:

@@ -23,7 +23,9 @@ from tests.networks import em, images, randomized, same_outputs, vectors
 FINE = LayerConfig(block_size=1, codebook_size=256)
 
 
-def _quantize(model: nn.Module, data: Any, config: bgd.BGDConfig | None = None, **options: Any) -> bgd.Quantized:
+def _quantize(
+    model: nn.Module, data: Any, config: bgd.BGDConfig | None = None, **options: Any
+) -> bgd.results.Quantized:
     return bgd.quantize(model, data, config or em(), progress=False, **options)
 
 
@@ -148,7 +150,7 @@ def test_a_detector_is_finetuned_on_what_its_modules_give() -> None:
 
 def test_outputs_that_match_no_module_are_an_error() -> None:
     config = em(finetuning=FinetuningConfig(steps=1, outputs=("bodies",)))
-    with pytest.raises(bgd.ConfigError, match="outputs: 'bodies' matches no module"):
+    with pytest.raises(bgd.errors.ConfigError, match="outputs: 'bodies' matches no module"):
         _quantize(_detector(), _lists(), config)
 
 

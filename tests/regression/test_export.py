@@ -14,7 +14,7 @@ import bgd_plugin as bgd
 from tests.networks import SmallResNet, em, randomized
 
 
-def _round_trip(model: nn.Module, x: Tensor, path: Path, config: bgd.BGDConfig) -> bgd.Quantized:
+def _round_trip(model: nn.Module, x: Tensor, path: Path, config: bgd.BGDConfig) -> bgd.results.Quantized:
     program = torch.export.export(model, (x,))
     plan = bgd.plan(program, config)
     assert {layer.name for layer in plan.layers} == {layer.name for layer in bgd.plan(model, config).layers}

@@ -16,7 +16,9 @@ from bgd_plugin.nn import PQLinear, PQWeight
 from tests.networks import FunctionalNet, PlainNet, SmallResNet, TwiceNet, em, images, randomized, same_outputs, vectors
 
 
-def _quantize(model: nn.Module, data: Any, config: bgd.BGDConfig | None = None, **options: Any) -> bgd.Quantized:
+def _quantize(
+    model: nn.Module, data: Any, config: bgd.BGDConfig | None = None, **options: Any
+) -> bgd.results.Quantized:
     return bgd.quantize(model, data, config or em(), progress=False, **options)
 
 
@@ -126,7 +128,9 @@ def test_a_second_pass_over_functional_layers_keeps_them() -> None:
 
 def test_a_second_pass_with_nothing_left_says_so() -> None:
     first = _quantize(randomized(SmallResNet()), images(), em(first_layer=LayerConfig(block_size=9))).model
-    with pytest.raises(bgd.ConfigError, match=r"no layer of the network can be quantized: .*: already quantized"):
+    with pytest.raises(
+        bgd.errors.ConfigError, match=r"no layer of the network can be quantized: .*: already quantized"
+    ):
         _quantize(first, images())
 
 

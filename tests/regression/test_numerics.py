@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 import bgd_plugin as bgd
-from bgd_plugin.datafree import quantize_weights
+from bgd_plugin.quantization.datafree import quantize_weights
 from tests.networks import PlainNet, SmallResNet, images, randomized, vectors
 
 
-def _quantize(model: nn.Module, data: list[Tensor], **fields: Any) -> bgd.Quantized:
+def _quantize(model: nn.Module, data: list[Tensor], **fields: Any) -> bgd.results.Quantized:
     return bgd.quantize(model, data, bgd.BGDConfig(**fields), progress=False)
 
 
-def _finite(result: bgd.Quantized, data: list[Tensor]) -> bool:
+def _finite(result: bgd.results.Quantized, data: list[Tensor]) -> bool:
     with torch.no_grad():
         outputs = [result.model(batch) for batch in data]
     errors = [layer.relative_error for layer in result.report.layers]
@@ -81,7 +81,7 @@ def test_moments_that_overflow_name_the_layer() -> None:
     model = PlainNet().eval()
     model[2].weight.data *= 1e20
     with pytest.raises(
-        bgd.CalibrationError, match=r"layer '4': its inputs .* hold NaN or infinite values, or overflow"
+        bgd.errors.CalibrationError, match=r"layer '4': its inputs .* hold NaN or infinite values, or overflow"
     ):
         _quantize(model, vectors())
 
@@ -92,7 +92,9 @@ def test_a_batch_norm_whose_inputs_overflow_is_named() -> None:
     model[1].weight.data.fill_(6e4)
     data = [x.half().abs() + 9 for x in images()]
     for config in ({"method": "em"}, {"method": "full"}):
-        with pytest.raises(bgd.CalibrationError, match=r"batch norm '2': its inputs .* hold NaN or infinite values"):
+        with pytest.raises(
+            bgd.errors.CalibrationError, match=r"batch norm '2': its inputs .* hold NaN or infinite values"
+        ):
             _quantize(model.half(), data, **config)
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bgd_plugin import CalibrationError, DistillationConfig
+from bgd_plugin import DistillationConfig
 from bgd_plugin.calibration import Batch, Walk
+from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import trace
 from bgd_plugin.nn import PQModule, quantized
-from bgd_plugin.steps import Steps
+from bgd_plugin.support.steps import Steps
 from bgd_plugin.training import distill_, kl_to_teacher
 from tests.networks import PlainNet, vectors
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import bgd_plugin as bgd
-from bgd_plugin import CalibrationError, FinetuningConfig
+from bgd_plugin import FinetuningConfig
 from bgd_plugin.calibration import Batch
-from bgd_plugin.steps import Steps
+from bgd_plugin.errors import CalibrationError
+from bgd_plugin.support.steps import Steps
 from bgd_plugin.training import Epochs, finetune_, kl_to_teacher
 from bgd_plugin.training.finetuning import total_steps
 from tests.networks import PlainNet, SmallResNet, em, images, randomized, vectors

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bgd_plugin import CalibrationError
+from bgd_plugin.errors import CalibrationError
 from bgd_plugin.nn import PQModule, quantized
 from bgd_plugin.training.loss import codebooks, kl_to_teacher, mean_gradients_
 

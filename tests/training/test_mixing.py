@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import bgd_plugin as bgd
-from bgd_plugin import CalibrationError, FinetuningConfig
+from bgd_plugin import FinetuningConfig
 from bgd_plugin.calibration import Batch
+from bgd_plugin.errors import CalibrationError
 from bgd_plugin.training.mixing import mixed
 from tests.networks import PlainNet, SmallResNet, em, images, randomized, vectors
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import bgd_plugin as bgd
-from bgd_plugin import CalibrationError, ReconstructionConfig
+from bgd_plugin import ReconstructionConfig
 from bgd_plugin.calibration import Batch
+from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import copy_module
-from bgd_plugin.steps import Steps
+from bgd_plugin.support.steps import Steps
 from bgd_plugin.training import reconstruct_, reconstruction_steps
 from bgd_plugin.training.loss import kl_to_teacher
 from tests.networks import SmallResNet, em, images, randomized

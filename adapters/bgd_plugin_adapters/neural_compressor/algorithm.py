@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import bgd_plugin as bgd
-from bgd_plugin import CalibrationError
+from bgd_plugin.integration import CalibrationError
 from bgd_plugin_adapters.neural_compressor.config import ALGORITHM
 from bgd_plugin_adapters.neural_compressor.foreign import traced
 from bgd_plugin_adapters.neural_compressor.layers import Mapping, core_settings

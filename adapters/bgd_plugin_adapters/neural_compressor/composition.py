@@ -13,7 +13,7 @@ from typing import Any
 
 from neural_compressor.common.base_config import ComposableConfig
 
-from bgd_plugin import ConfigError
+from bgd_plugin.integration import ConfigError
 from bgd_plugin_adapters.neural_compressor.config import ALGORITHM, BGDConfig
 
 __all__ = ["install"]

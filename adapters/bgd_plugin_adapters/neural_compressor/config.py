@@ -16,7 +16,8 @@ from neural_compressor.torch.utils.utility import WHITE_MODULE_LIST, get_model_i
 from torch import nn
 
 import bgd_plugin as bgd
-from bgd_plugin import ConfigError, LayerConfig
+from bgd_plugin import LayerConfig
+from bgd_plugin.integration import ConfigError
 from bgd_plugin_adapters.neural_compressor.matching import matches
 from bgd_plugin_adapters.neural_compressor.settings import (
     LAYER_DEFAULTS,

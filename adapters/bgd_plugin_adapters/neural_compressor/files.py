@@ -27,7 +27,7 @@ from neural_compressor.torch.utils.utility import QCONFIG_NAME, WEIGHT_NAME
 from torch import nn
 
 import bgd_plugin as bgd
-from bgd_plugin import CheckpointError, ConfigError
+from bgd_plugin.integration import CheckpointError, ConfigError
 from bgd_plugin_adapters.neural_compressor.config import ALGORITHM, LOADED_BY
 from bgd_plugin_adapters.neural_compressor.foreign import (
     detached_state,

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from bgd_plugin.graph import PQTracer, copy_module, set_modes
+from bgd_plugin.integration import PQTracer, copy_module, set_modes
 
 __all__ = ["detached_state", "foreign_layers", "restored", "traced", "without_foreign"]
 

@@ -9,9 +9,8 @@ from typing import Any
 from torch import fx, nn
 
 import bgd_plugin as bgd
-from bgd_plugin import ConfigError, LayerConfig
-from bgd_plugin.config import FAMILIES
-from bgd_plugin.planned import PlannedLayer
+from bgd_plugin import LayerConfig, integration
+from bgd_plugin.integration import FAMILIES, ConfigError, PlannedLayer
 from bgd_plugin_adapters.neural_compressor.config import BGDConfig
 from bgd_plugin_adapters.neural_compressor.foreign import foreign_layers
 
@@ -102,7 +101,7 @@ def _overrides(layers: dict[str, LayerConfig | None]) -> tuple[tuple[str, LayerC
     return tuple((glob.escape(name), layer) for name, layer in layers.items())
 
 
-def _check_asked(plan: bgd.Plan, wanted: dict[str, BGDConfig]) -> None:
+def _check_asked(plan: integration.Plan, wanted: dict[str, BGDConfig]) -> None:
     """Each local config must reach a layer."""
     planned = {layer.name for layer in plan.layers}
     reasons = {layer.name: layer.reason for layer in plan.skipped}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-import bgd_plugin as bgd
+from bgd_plugin import integration
 from bgd_plugin_adapters.neural_compressor.config import ALGORITHM
 from bgd_plugin_adapters.neural_compressor.files import save
 
@@ -50,9 +50,9 @@ class QuantizedModel(nn.Module):
         held["qconfig"] = _ours_first(held["qconfig"] | mapping)
 
     @property
-    def report(self) -> bgd.Report:
+    def report(self) -> integration.Report:
         """Bytes and errors by layer, as `bgd_plugin.quantize` gives them."""
-        result: bgd.Report = self._held()["report"]
+        result: integration.Report = self._held()["report"]
         return result
 
     @property
@@ -65,7 +65,7 @@ class QuantizedModel(nn.Module):
         """A later algorithm's own `save` would forget what stands in this one: not taken."""
 
 
-def as_quantized_(model: nn.Module, qconfig: dict[Any, Any], report: bgd.Report | None) -> Any:
+def as_quantized_(model: nn.Module, qconfig: dict[Any, Any], report: integration.Report | None) -> Any:
     """Mix `QuantizedModel` into a network, in place."""
     kind = type(model)
     if issubclass(kind, QuantizedModel):

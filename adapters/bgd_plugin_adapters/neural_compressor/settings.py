@@ -9,7 +9,8 @@ import dataclasses
 from typing import Any
 
 import bgd_plugin as bgd
-from bgd_plugin import ConfigError, LayerConfig
+from bgd_plugin import LayerConfig
+from bgd_plugin.integration import ConfigError
 
 __all__ = ["LAYER_DEFAULTS", "NETWORK_DEFAULTS", "checked", "core_config", "is_choice", "plain"]
 

@@ -9,7 +9,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 import bgd_plugin as bgd
-from bgd_plugin import BGDConfig, ConfigError, Report
+from bgd_plugin import BGDConfig, integration
+from bgd_plugin.integration import ConfigError, Report
 from bgd_plugin_adapters.transformers.config import BGDQuantizationConfig
 from bgd_plugin_adapters.transformers.quantizer import BGDHfQuantizer
 
@@ -57,11 +58,11 @@ def quantize_pretrained(
         result = bgd.quantize_weights(model, settings)
     else:
         result = bgd.quantize(model, calibration, settings, **options)
-    made: Any = result.model if type(result.model) is type(model) else bgd.transplanted(model, result.model)
+    made: Any = result.model if type(result.model) is type(model) else integration.transplanted(model, result.model)
     own = BGDQuantizationConfig(
         written.modules_to_not_convert,
         config=written.config,
-        layers=bgd.placement_of(made),
+        layers=integration.placement_of(made),
         original_bytes=result.report.original_bytes,
     )
     BGDHfQuantizer(own).attach_(made)

@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from bgd_plugin import ConfigError
-from bgd_plugin.tables import mib
+from bgd_plugin.integration import ConfigError, mib
 from bgd_plugin_adapters.transformers.config import BGDQuantizationConfig
 
 __all__ = ["model_card_section", "save_pretrained"]

@@ -11,8 +11,8 @@ from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-import bgd_plugin as bgd
-from bgd_plugin import BGDConfig, ConfigError
+from bgd_plugin import BGDConfig, integration
+from bgd_plugin.integration import ConfigError
 
 __all__ = ["QUANT_METHOD", "BGDQuantizationConfig"]
 
@@ -84,7 +84,7 @@ class BGDQuantizationConfig(QuantizationConfigMixin):
         """
         if not self.modules_to_not_convert:
             return self.config
-        names = [*bgd.layers_in(model)[0]]
+        names = [*integration.layers_in(model)[0]]
         for entry in self.modules_to_not_convert:
             if all(should_convert_module(name, [entry]) for name in names):
                 raise ConfigError(f"modules_to_not_convert: {entry!r} matches no layer; the model has {_some(names)}")

@@ -15,9 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from bgd_plugin import CheckpointError
-from bgd_plugin.nn import PQModule, PQWeight
-from bgd_plugin.pq.packing import code_dtype, pack, unpack
+from bgd_plugin.integration import CheckpointError, PQModule, PQWeight, code_dtype, pack, unpack
 
 __all__ = [
     "PackedLayer",

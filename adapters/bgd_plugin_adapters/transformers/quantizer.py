@@ -11,9 +11,15 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 import bgd_plugin as bgd
-from bgd_plugin import CheckpointError, ConfigError
-from bgd_plugin.graph.computed import compute_parameter_, restore_parameter_
-from bgd_plugin.nn import PQModule, PQWeight
+from bgd_plugin import integration
+from bgd_plugin.integration import (
+    CheckpointError,
+    ConfigError,
+    PQModule,
+    PQWeight,
+    compute_parameter_,
+    restore_parameter_,
+)
 from bgd_plugin_adapters.transformers.config import QUANT_METHOD, BGDQuantizationConfig
 from bgd_plugin_adapters.transformers.files import (
     PackedLayer,
@@ -75,7 +81,7 @@ class BGDHfQuantizer(HfQuantizer):
         if checkpoint_files is not None:
             checked_files(checkpoint_files, layers, self.quantization_config.checksum)
         placement = _in_this_model(model, layers)
-        bgd.make_room_(model, placement)
+        integration.make_room_(model, placement)
         for path, module in list(model.named_modules(remove_duplicate=False)):
             if isinstance(module, PQModule):
                 self._waiting[path] = module
@@ -114,8 +120,8 @@ class BGDHfQuantizer(HfQuantizer):
     def _quantize_(self, model: Any) -> None:
         settings = self.quantization_config.settings_for(model)
         result = bgd.quantize_weights(model, settings)
-        bgd.transplant_(model, result.model)
-        self.quantization_config.layers = {**bgd.placement_of(model)}
+        integration.transplant_(model, result.model)
+        self.quantization_config.layers = {**integration.placement_of(model)}
         self.quantization_config.original_bytes = result.report.original_bytes
         self.pre_quantized = True
 
@@ -123,7 +129,7 @@ class BGDHfQuantizer(HfQuantizer):
         """What `save_pretrained` writes; the layers and the checksum go to `config.json`."""
         state = packed_state(model)
         own = self.quantization_config
-        layers = bgd.placement_of(model)
+        layers = integration.placement_of(model)
         own.layers = {**layers}
         own.checksum = checksum([path for path, sizes in layers.items() if sizes], state)
         return state, {"bgd_plugin_version": bgd.__version__}
@@ -152,7 +158,9 @@ def _holder(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 def _in_this_model(model: Any, layers: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
     """The layers by their paths in this model: a base model lacks its prefix, and heads of other tasks are left out."""
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
-    known = set(bgd.layers_in(model)[0]) | {path for path, module in model.named_modules() if is_batchnorm(module)}
+    known = set(integration.layers_in(model)[0]) | {
+        path for path, module in model.named_modules() if is_batchnorm(module)
+    }
     placement = {}
     for path, sizes in layers.items():
         candidates = (path, f"{prefix}{path}", path.removeprefix(prefix))

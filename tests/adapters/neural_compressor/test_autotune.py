@@ -17,7 +17,7 @@ import neural_compressor.torch.quantization as inc
 import torch
 from torch import nn
 
-from bgd_plugin import CheckpointError
+from bgd_plugin.errors import CheckpointError
 from bgd_plugin_adapters.neural_compressor import BGDConfig, load
 from tests.adapters.digits import DigitsResNet, accuracy, digits, trained_on_digits
 from tests.adapters.neural_compressor.networks import feed, kinds

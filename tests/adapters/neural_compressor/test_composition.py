@@ -21,7 +21,7 @@ from neural_compressor.torch.quantization import (
 )
 from torch import nn
 
-from bgd_plugin import ConfigError
+from bgd_plugin.errors import ConfigError
 from bgd_plugin_adapters.neural_compressor import BGDConfig, load, register
 from tests.adapters.neural_compressor.networks import IMAGES, conv_net, feed, kinds
 

@@ -18,7 +18,7 @@ import neural_compressor.torch.quantization as inc
 import torch
 
 import bgd_plugin as bgd
-from bgd_plugin import CheckpointError, ConfigError
+from bgd_plugin.errors import CheckpointError, ConfigError
 from bgd_plugin_adapters.neural_compressor import BGDConfig, QuantizedModel, load
 from tests.adapters.neural_compressor.networks import IMAGES, conv_net, feed, linears
 

@@ -14,7 +14,8 @@ from neural_compressor.torch.quantization import RTNConfig, convert, prepare, qu
 from torch import fx, nn
 
 import bgd_plugin as bgd
-from bgd_plugin import BGDError, CalibrationError, ConfigError, LayerConfig
+from bgd_plugin import BGDError, LayerConfig
+from bgd_plugin.errors import CalibrationError, ConfigError
 from bgd_plugin_adapters.neural_compressor import BGDConfig, load
 from tests.adapters.neural_compressor.networks import IMAGES, VECTORS, conv_net, feed, kinds, linears
 

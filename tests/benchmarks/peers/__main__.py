@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from bgd_plugin.errors import BGDError
-from bgd_plugin.storage import state_bytes
-from bgd_plugin.tables import mib
+from bgd_plugin.files.format import state_bytes
+from bgd_plugin.support.tables import mib
 from tests.benchmarks.peers.arms import ARMS, Arm
 from tests.benchmarks.peers.page import FOLDER, merge, plot, read, write_page
 from tests.benchmarks.peers.subjects import SUBJECTS, Subject

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 import bgd_plugin as bgd
 from bgd_plugin.calibration import LayerInputs, Walk, collect_batches
+from bgd_plugin.correction import correct_batchnorm_, is_batchnorm
+from bgd_plugin.files.format import Stored, file_size, stored
+from bgd_plugin.files.rounding import round_floats_
 from bgd_plugin.graph import copy_module, isolate_weights_, trace
-from bgd_plugin.plan import make_plan
-from bgd_plugin.storage import Stored, file_size, round_floats_, stored
-from bgd_plugin.training import correct_batchnorm_, is_batchnorm
+from bgd_plugin.planning.make import make_plan
 from tests.benchmarks.peers.subjects import Subject
 
 __all__ = ["Compressed", "PackedWeight", "Quantizer", "compress"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bgd_plugin.calibration import LayerInputs
-from bgd_plugin.pq.packing import pack
+from bgd_plugin.encoding.codes import pack
 from tests.benchmarks.peers.build import PackedWeight, Quantizer
 
 __all__ = ["coremltools_palettes", "quanto", "torchao_codebook"]

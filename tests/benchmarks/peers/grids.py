@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.calibration import LayerInputs, paired_pieces
+from bgd_plugin.encoding.codes import pack
 from bgd_plugin.pq.feedback import damped
-from bgd_plugin.pq.packing import pack
 from tests.benchmarks.peers.build import PackedWeight, Quantizer
 
 __all__ = ["GROUP", "gptq", "round_to_nearest"]

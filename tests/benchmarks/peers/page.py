@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bgd_plugin.tables import mib
+from bgd_plugin.support.tables import mib
 from tests.benchmarks.peers.arms import ARMS, DEFAULT
 
 __all__ = ["FOLDER", "merge", "plot", "read", "write_page"]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bgd_plugin.demo import PREPROCESSING, calibration, network, photos
-from bgd_plugin.images import labelled, opened
+from bgd_plugin.cli.demo import PREPROCESSING, calibration, network, photos
+from bgd_plugin.cli.images import labelled, opened
 from tests.benchmarks.fashion_data import input_batches, load_fashion_mnist
 from tests.benchmarks.fashion_network import load_or_train
 

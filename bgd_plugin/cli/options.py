@@ -1,0 +1,155 @@
+"""From what is typed on the command line to settings: of the compression, and of the preprocessing of images."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bgd_plugin.config import BGDConfig, DistillationConfig, FinetuningConfig, LayerConfig, ReconstructionConfig
+from bgd_plugin.errors import ConfigError
+
+if TYPE_CHECKING:  # images are for the commands that read some
+    from bgd_plugin.cli.images import Preprocessing
+
+__all__ = [
+    "Interpolation",
+    "Regime",
+    "preprocessing",
+    "settings_from",
+    "with_budget",
+    "with_distillation",
+    "with_finetuning",
+    "with_reconstruction",
+]
+
+
+class Regime(StrEnum):
+    """The settings that have a name."""
+
+    default = "default"
+    paper_small = "paper-small"
+    paper_large = "paper-large"
+
+
+class Interpolation(StrEnum):
+    """How images are resized."""
+
+    bilinear = "bilinear"
+    bicubic = "bicubic"
+
+
+def settings_from(
+    regime: Regime, file: Path | None, overrides: list[str] | None, fc_codebook: int | None, pointwise: int | None
+) -> BGDConfig:
+    """The settings that the options name, without training."""
+    if file and regime != Regime.default:
+        raise ConfigError("--config and --regime: give one of the two")
+    if file:
+        try:
+            settings = BGDConfig.from_json(file.read_text(encoding="utf-8"))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{file}: {error}") from error
+    elif regime == Regime.default:
+        settings = BGDConfig()
+    else:
+        settings = BGDConfig.paper("small" if regime == Regime.paper_small else "large")
+    if fc_codebook is not None:
+        settings = replace(
+            settings, linear=replace(settings.linear or LayerConfig(block_size=4), codebook_size=fc_codebook)
+        )
+    if pointwise is not None:
+        layer = settings.pointwise_conv or LayerConfig(block_size=pointwise)
+        settings = replace(settings, pointwise_conv=replace(layer, block_size=pointwise))
+    return replace(settings, overrides=(*map(_override, overrides or ()), *settings.overrides))
+
+
+def _override(text: str) -> tuple[str, LayerConfig | None]:
+    pattern, _, value = text.rpartition("=")
+    if pattern and value == "float":
+        return pattern, None
+    try:
+        sizes = [int(part) for part in value.split(",")]
+    except ValueError:
+        sizes = []
+    if not pattern or len(sizes) not in (1, 2):
+        raise ConfigError(f"--override {text!r}: give GLOB=block,codebook or GLOB=float, such as 'layer4.*=18,256'")
+    return pattern, LayerConfig(block_size=sizes[0], codebook_size=sizes[1] if len(sizes) == 2 else 256)
+
+
+_SIZE_UNITS = {"": 1, "B": 1} | {f"{m}B": 1000**i for i, m in enumerate("kMG", 1)}
+_SIZE_UNITS |= {f"{m}iB": 1024**i for i, m in enumerate("KMG", 1)}
+
+
+def with_budget(settings: BGDConfig, size: str | None, ratio: float | None, freeze_norms: bool = False) -> BGDConfig:
+    """The settings with a budget: a size such as "5MB" (millions) or "4.8MiB" (of 1024 KiB), or a ratio."""
+    settings = replace(settings, freeze_norms=freeze_norms or settings.freeze_norms)
+    if size is None and ratio is None:
+        return settings
+    target = None if size is None else _size_bytes(size)
+    return replace(settings, target_bytes=target, target_ratio=ratio)
+
+
+def _size_bytes(text: str) -> int:
+    units = {unit.lower(): factor for unit, factor in _SIZE_UNITS.items()}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if not match or match[2] not in units:
+        known = ", ".join(unit for unit in _SIZE_UNITS if unit)
+        raise ConfigError(f"--target-size {text!r}: give a number and a unit of {known}, such as 5MB; no unit is bytes")
+    return int(float(match[1]) * units[match[2]])
+
+
+def with_distillation(settings: BGDConfig, steps: int | None, wanted: bool) -> BGDConfig:
+    """The settings with so many distillation steps; without distillation where it is not wanted."""
+    if not wanted:
+        return replace(settings, distillation=None)
+    if steps is None:
+        return settings
+    return replace(settings, distillation=replace(settings.distillation or DistillationConfig(), steps=steps))
+
+
+def with_reconstruction(settings: BGDConfig, steps: int | None) -> BGDConfig:
+    """The settings with so many steps of block-wise reconstruction for each block; as they are where none are given."""
+    if steps is None:
+        return settings
+    return replace(settings, reconstruction=replace(settings.reconstruction or ReconstructionConfig(), steps=steps))
+
+
+def with_finetuning(
+    settings: BGDConfig, epochs: int | None, wanted: bool, steps_per_epoch: int, mixing: bool = False
+) -> BGDConfig:
+    """Epochs are walks over the whole folder, of which the calibration set is a part: count them as steps."""
+    old = settings.finetuning
+    if mixing and (not wanted or (old is None and epochs is None)):
+        raise ConfigError("--finetune-mixing: nothing is finetuned; give --finetune-epochs, too")
+    if not wanted or (old is None and epochs is None):
+        return replace(settings, finetuning=None)
+    old = old or FinetuningConfig()
+    old = replace(old, mixing=mixing or old.mixing)
+    if epochs is None and old.steps is not None:
+        return replace(settings, finetuning=old)
+    steps = (epochs or old.epochs or 9) * steps_per_epoch
+    return replace(settings, finetuning=replace(old, epochs=None, steps=steps))
+
+
+def preprocessing(size: int, resize: int, mean: str, std: str, interpolation: Interpolation) -> Preprocessing:
+    """Of images; `mean` and `std` are three numbers each, with commas between."""
+    from bgd_plugin.cli.images import Preprocessing
+
+    return Preprocessing(
+        size=size,
+        resize=resize,
+        mean=_three_numbers("--mean", mean),
+        std=_three_numbers("--std", std),
+        interpolation=interpolation.value,
+    )
+
+
+def _three_numbers(option: str, text: str) -> tuple[float, float, float]:
+    try:
+        one, two, three = (float(part) for part in text.replace(",", " ").split())
+    except ValueError as error:
+        raise ConfigError(f"{option} {text!r}: give three numbers, such as 0.485,0.456,0.406") from error
+    return one, two, three

@@ -1,0 +1,36 @@
+"""Settings of one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bgd_plugin.config.checks import check
+
+__all__ = ["MAX_CODEBOOK_SIZE", "LayerConfig"]
+
+MAX_CODEBOOK_SIZE = 65536
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """How one layer is quantized.
+
+    Args:
+        block_size: weights in a block (d); must divide the weights of a row.
+        codebook_size: codewords in the layer's codebook (k); a power of two from 2 to 65536. Layers with few blocks get
+            the largest power of two strictly below a quarter of their blocks.
+    """
+
+    block_size: int
+    codebook_size: int = 256
+
+    def __post_init__(self) -> None:
+        check(
+            isinstance(self.block_size, int) and self.block_size >= 1,
+            f"block_size={self.block_size!r}: give a whole number of at least 1",
+        )
+        k = self.codebook_size
+        check(
+            isinstance(k, int) and 2 <= k <= MAX_CODEBOOK_SIZE and k & (k - 1) == 0,
+            f"codebook_size={k!r}: give a power of two from 2 to {MAX_CODEBOOK_SIZE}",
+        )

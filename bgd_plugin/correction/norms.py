@@ -1,0 +1,96 @@
+"""The batch norms of a run, corrected as they are reached, and what is to be said of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import fx, nn
+
+from bgd_plugin.calibration import Rerun, Walk
+from bgd_plugin.correction.batchnorm import correct_batchnorm_, correct_batchnorm_at_, is_shared
+from bgd_plugin.correction.gain import Gain
+from bgd_plugin.graph import added_to
+
+__all__ = ["DriftedSkip", "NormCorrection"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftedSkip:
+    """The batch norm that ends a residual branch, and the other side of the addition."""
+
+    norm: fx.Node
+    node: fx.Node
+
+
+class NormCorrection:
+    """The batch norms of a walk, corrected one after another, and what is to be said of them.
+
+    Args:
+        student: the network whose batch norms are corrected.
+        mode: as `BGDConfig.batchnorm`.
+        timed: a context that adds the seconds spent in it to a step's.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        mode: Literal["matched", "reestimate", "keep"],
+        timed: Callable[[str], AbstractContextManager[None]],
+    ) -> None:
+        self._student = student
+        self._mode = mode
+        self._timed = timed
+        self._residual: set[str] = set()
+        self._gains: dict[str, Gain] = {}
+        self._shared: set[str] = set()
+
+    def remember(self, skip: DriftedSkip | None) -> None:
+        """The layer before this norm makes good what the skip has lost."""
+        if skip is not None:
+            self._residual.add(skip.norm.name)
+
+    def correct_(self, walk: Walk, node: fx.Node) -> None:
+        """Correct the batch norm at a node, as the settings say."""
+        mode = self._mode
+        if mode == "keep":
+            return
+        assert isinstance(self._student, fx.GraphModule)
+        if is_shared(self._student, node):
+            self._shared.add(str(node.target))
+            return
+        with self._timed("batch norm"):
+            skip = added_to(self._student, node) if node.name in self._residual else None
+            gain = correct_batchnorm_(walk, node, mode, skip)
+        if gain:
+            walk.mark_changed(str(node.target))
+            self._gains[node.name] = gain
+
+    def correct_at_(self, walk: Rerun, path: str) -> None:
+        """Correct the batch norm at a path of a network that is not a graph."""
+        mode = self._mode
+        if mode == "keep":
+            return
+        if walk.runs_twice(path):
+            self._shared.add(path)
+            return
+        with self._timed("batch norm"):
+            gain = correct_batchnorm_at_(walk, path, mode)
+        if gain:
+            self._gains[path] = gain
+
+    def notes(self) -> list[str]:
+        """For the report."""
+        mode, gains = self._mode, list(self._gains.values())
+        if mode == "keep":
+            return []
+        what = "nothing to correct, no batch norm follows a quantized layer"
+        if gains:
+            what = f"{len(gains)} corrected, {Gain.said(gains)}"
+        notes = [f"batch norm ({mode}): {what}"]
+        if self._shared:
+            names = ", ".join(sorted(self._shared))
+            notes.append(f"batch norm: left as they are, since they run at several places: {names}")
+        return notes

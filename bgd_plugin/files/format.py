@@ -1,0 +1,215 @@
+"""How a network lies in a file: which tensors, in which types, under which header. Sizes are those of real files.
+
+A file is a safetensors file. Codes are packed to `log2(codebook_size)` bits, masks as `pq.masks` says; every other
+tensor is stored in the narrowest form that holds its values *exactly*, so reading it back loses nothing: half
+precision, or whole numbers of 8 bits where codebooks or weights lie on such a grid, whose scales are all in one tensor.
+Tensors that are one and the same are stored once, and single whole numbers stand in the header.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from bgd_plugin.encoding.codes import pack
+from bgd_plugin.encoding.eight_bit import from_eight_bits
+from bgd_plugin.encoding.masks import mask_form, pack_mask
+from bgd_plugin.errors import CheckpointError
+from bgd_plugin.files.rounding import eight_bit_rows
+from bgd_plugin.nn import FrozenNorm, PQModule
+
+__all__ = [
+    "FORMAT_VERSION",
+    "METADATA_KEY",
+    "Stored",
+    "file_bytes",
+    "file_size",
+    "restored",
+    "state_bytes",
+    "stored",
+]
+
+FORMAT_VERSION = 2
+METADATA_KEY = "bgd_plugin"
+SCALES = "#scales"
+
+_INTEGERS = (torch.uint8, torch.int16, torch.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """What goes into a file.
+
+    Attributes:
+        tensors: by name, as they are stored; tensors on the meta device stand for themselves where only sizes matter.
+        header: plain JSON values.
+    """
+
+    tensors: dict[str, Tensor]
+    header: dict[str, Any]
+
+
+def stored(model: nn.Module) -> Stored:
+    """The tensors and the header of a network's file.
+
+    Raises:
+        CheckpointError: the state holds something that is not a tensor.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers = {path: module for path, module in modules.items() if isinstance(module, PQModule)}
+    parts = _Parts(layers)
+    names: dict[tuple[Any, ...], str] = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{name!r} of the network's state is a {type(value).__name__}, not a tensor: cannot be saved"
+            )
+        first = names.setdefault(_identity(name, value), name)
+        if first != name:
+            parts.aliases[name] = first
+        else:
+            parts.add(name, value)
+    if parts.scales:
+        parts.tensors[SCALES] = torch.cat(list(parts.scales.values()))
+    entries = {
+        "frozen": [path for path, module in modules.items() if isinstance(module, FrozenNorm)],
+        "scaled": list(parts.scales),
+        "numbers": parts.numbers,
+        "aliases": parts.aliases,
+        "dtypes": parts.dtypes,
+        "masks": parts.masks,
+    }
+    header: dict[str, Any] = {
+        "format": FORMAT_VERSION,
+        "layers": {path: _layer_header(layer) for path, layer in layers.items() if f"{path}.codes" in parts.tensors},
+    }
+    return Stored(tensors=parts.tensors, header=header | {name: entry for name, entry in entries.items() if entry})
+
+
+class _Parts:
+    """A network's state, tensor by tensor in the form in which it is stored."""
+
+    def __init__(self, layers: Mapping[str, PQModule]) -> None:
+        self._layers = layers
+        self.tensors: dict[str, Tensor] = {}
+        self.scales: dict[str, Tensor] = {}
+        self.numbers: dict[str, int] = {}
+        self.aliases: dict[str, str] = {}
+        self.dtypes: dict[str, str] = {}
+        self.masks: dict[str, str] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Put a tensor where it belongs."""
+        path, _, attribute = name.rpartition(".")
+        layer = self._layers.get(path)
+        if layer is not None and attribute == "codes":
+            self.tensors[name] = _packed(layer)
+        elif layer is not None and attribute == "mask":
+            self.masks[path] = mask_form(value)
+            self.tensors[name] = pack_mask(value, self.masks[path])
+        elif value.dtype == torch.int64 and value.ndim == 0:
+            self.numbers[name] = 0 if value.is_meta else int(value)
+        else:
+            self._add_values(name, value, is_codebook=layer is not None and attribute == "codebook")
+
+    def _add_values(self, name: str, value: Tensor, *, is_codebook: bool) -> None:
+        grid = eight_bit_rows(value, is_codebook=is_codebook)
+        if grid is not None:
+            self.tensors[name], self.scales[name] = grid
+            return
+        self.tensors[name] = _narrowest(value, is_codebook=is_codebook)
+        if self.tensors[name].dtype != value.dtype and value.dtype not in (torch.float32, torch.int64):
+            self.dtypes[name] = str(value.dtype).removeprefix("torch.")
+
+
+def restored(content: Stored) -> dict[str, Tensor]:
+    """The tensors of a file in ordinary types: the inverse of the 8-bit form, and of numbers in the header.
+
+    Codes stay packed, half precision stays half: what they become depends on the network.
+
+    Raises:
+        ValueError: scales or numbers do not fit the tensors.
+    """
+    tensors, header = dict(content.tensors), content.header
+    scales, names = tensors.pop(SCALES, torch.empty(0)), header.get("scaled", [])
+    if scales.dtype != torch.float32 or scales.ndim != 1 or not bool(torch.isfinite(scales).all()):
+        raise ValueError("the scales are not finite numbers in a row")
+    for name in names:
+        value = tensors.get(name) if isinstance(name, str) else None
+        if value is None or value.dtype != torch.int8 or not value.numel():
+            raise ValueError(f"{name!r} is said to have 8 bits, and has not")
+        rows = (
+            1
+            if name.endswith(".codebook") and name.removesuffix(".codebook") in header.get("layers", {})
+            else len(value)
+        )
+        if rows > len(scales):
+            raise ValueError("there are too few scales")
+        tensors[name] = from_eight_bits(value.reshape(rows, -1), scales[:rows]).reshape(value.shape)
+        scales = scales[rows:]
+    if len(scales):
+        raise ValueError(f"there are {len(scales)} scales too many")
+    for name, number in header.get("numbers", {}).items():
+        if not isinstance(number, int) or abs(number) >= 2**63 or name in tensors:
+            raise ValueError(f"{name!r} is not a number of its own")
+        tensors[name] = torch.tensor(number, dtype=torch.int64)
+    return tensors
+
+
+def file_bytes(content: Stored) -> bytes:
+    """The file, byte for byte."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in content.tensors.items()}
+    metadata = {METADATA_KEY: json.dumps(content.header, separators=(",", ":"))}
+    result: bytes = safetensors.torch.save(tensors, metadata)
+    return result
+
+
+def file_size(content: Stored) -> int:
+    """Length of the file in bytes, also for tensors on the meta device."""
+    zeros = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in content.tensors.items()}
+    return len(file_bytes(Stored(tensors=zeros, header=content.header)))
+
+
+def state_bytes(state: Mapping[str, Any]) -> int:
+    """Bytes of all parameters and buffers, shared ones counted once."""
+    distinct = {_identity(name, t): t for name, t in state.items() if isinstance(t, Tensor)}
+    return sum(t.numel() * t.element_size() for t in distinct.values())
+
+
+def _layer_header(layer: PQModule) -> list[Any]:
+    return [type(layer).__name__, layer.block_size, layer.codebook_size, list(layer.weight_shape)]
+
+
+def _identity(name: str, value: Tensor) -> tuple[Any, ...]:
+    """Equal for two names of one tensor."""
+    if value.numel() == 0 or value.is_meta:
+        return (id(value.untyped_storage()._cdata), name) if value.numel() == 0 else (value.untyped_storage()._cdata,)
+    return (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
+
+
+def _packed(layer: PQModule) -> Tensor:
+    bits = layer.code_bits
+    if layer.codes.is_meta:
+        return torch.empty(-(-layer.codes.numel() * bits // 8), dtype=torch.uint8, device="meta")
+    return pack(layer.codes.reshape(-1), bits)
+
+
+def _narrowest(value: Tensor, *, is_codebook: bool) -> Tensor:
+    """The value in the narrowest type that holds it exactly; on the meta device, codebooks count as half precision."""
+    if value.is_meta:
+        return value.half() if is_codebook and value.dtype in (torch.float32, torch.float64) else value
+    if value.dtype in (torch.float32, torch.float64):
+        half = value.half()
+        return half if torch.equal(half.to(value.dtype), value) else value
+    if value.dtype == torch.int64 and value.numel():
+        for dtype in _INTEGERS:
+            info = torch.iinfo(dtype)
+            if info.min <= int(value.min()) and int(value.max()) <= info.max:
+                return value.to(dtype)
+    return value

@@ -1,0 +1,314 @@
+"""Save and load compressed networks: one safetensors file, no pickle, checked against the network it is loaded into."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from bgd_plugin.encoding.codes import code_dtype, unpack
+from bgd_plugin.encoding.masks import unpack_mask
+from bgd_plugin.errors import BGDError, CheckpointError
+from bgd_plugin.files.format import FORMAT_VERSION, METADATA_KEY, Stored, file_bytes, restored, stored
+from bgd_plugin.graph import (
+    FoundLayer,
+    baked,
+    copy_module,
+    find_layers,
+    front_end,
+    install_,
+    isolate_weights_,
+    module_at,
+    unwrapped,
+)
+from bgd_plugin.nn import FrozenNorm, PQModule
+from bgd_plugin.support.atomic import write_atomically
+
+__all__ = ["load", "materialize", "read_file", "save"]
+
+_MAX_NAMED = 20
+_HEADER_ENTRIES = (
+    ("layers", dict),
+    ("frozen", list),
+    ("scaled", list),
+    ("numbers", dict),
+    ("aliases", dict),
+    ("dtypes", dict),
+    ("masks", dict),
+)
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
+    """Write a compressed network to one safetensors file, and return the file's length in bytes.
+
+    The file is written beside `path` and then renamed, so an existing file stays whole if anything fails.
+
+    Raises:
+        CheckpointError: the network has no product-quantized layer, or holds state that is not tensors; or the file
+            cannot be written.
+    """
+    if not any(isinstance(module, PQModule) for module in model.modules()):
+        raise CheckpointError(
+            "the network has no product-quantized layer: save what bgd_plugin.quantize returns as .model"
+        )
+    if not Path(path).parent.is_dir():
+        raise CheckpointError(f"{path}: there is no folder {Path(path).parent}")
+    content = file_bytes(stored(model))
+    write_atomically(Path(path), content)
+    return len(content)
+
+
+def load(path: str | os.PathLike[str], *, like: nn.Module | ExportedProgram) -> nn.Module:
+    """Read a compressed network from a file that `save` wrote.
+
+    Args:
+        path: the file.
+        like: a network of the same architecture; its weights are not used, and it may be on the meta device.
+
+    Returns:
+        the compressed network, on the device of `like` (the CPU if that is meta), with the mode of `like`.
+
+    Raises:
+        CheckpointError: the file is damaged, foreign or newer, or does not fit `like`; every mismatch is named.
+    """
+    tensors, header = read_file(path)
+    try:
+        tensors = restored(Stored(tensors=tensors, header=header))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: it is damaged: {error}") from error
+    network, _ = front_end(copy_module(baked(unwrapped(like)), share_tensors=True))
+    found = {target: layer for layer in find_layers(network)[0] for target in (layer.target, *layer.tied)}
+    problems: list[str] = []
+    layers = _checked_layers(header, tensors, found, problems)
+    _raise_if(problems, path)
+    isolate_weights_(network, [found[target] for target in layers])
+    for target, (block_size, codebook_size) in layers.items():
+        _install_empty_(network, found[target], block_size, codebook_size, masked=target in header.get("masks", {}))
+    _freeze_norms(header.get("frozen", []), network, problems)
+    _raise_if(problems, path)
+    state = _checked_state(header, tensors, network, problems)
+    _raise_if(problems, path)
+    ties = _ties(network)
+    network.load_state_dict(state, strict=True, assign=True)
+    _tie_(network, ties)
+    _require_no_meta(network)
+    return network
+
+
+def materialize(model: nn.Module) -> nn.Module:
+    """A copy in which every product-quantized module is an ordinary Conv or Linear again, with the same outputs."""
+    from bgd_plugin.graph import materialize_
+
+    return materialize_(copy_module(model))
+
+
+def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The raw tensors and the header of a file.
+
+    Raises:
+        CheckpointError: the file is not there, damaged, foreign, or newer than this library.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: there is no such file")
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: not a whole safetensors file ({error}): it is truncated, damaged or foreign"
+        ) from error
+    if text is None:
+        raise CheckpointError(f"{path}: a safetensors file, but not one that bgd_plugin.save wrote")
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its header is damaged ({error})") from error
+    _check_header(header, path)
+    return tensors, header
+
+
+def _check_header(header: Any, path: Any) -> None:
+    """Form and version; what the entries say is checked against the network."""
+    version = header.get("format") if isinstance(header, dict) else None
+    if not isinstance(version, int):
+        raise CheckpointError(f"{path}: its header has no format version: it is damaged")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: written in format {version}, this library reads up to {FORMAT_VERSION}: upgrade bgd-plugin"
+        )
+    for name, kind in _HEADER_ENTRIES:
+        if not isinstance(header.get(name, kind()), kind):
+            raise CheckpointError(f"{path}: {name!r} in its header is damaged")
+
+
+def _checked_layers(
+    header: dict[str, Any], tensors: dict[str, Tensor], found: dict[str, FoundLayer], problems: list[str]
+) -> dict[str, tuple[int, int]]:
+    """Block and codebook size of each layer in the file; what does not fit the network goes to `problems`."""
+    layers: dict[str, tuple[int, int]] = {}
+    for target, entry in header.get("layers", {}).items():
+        if target not in found:
+            problems.append(f"layer {target!r} is in the file; the network has no such convolution or linear layer")
+            continue
+        shape = list(found[target].weight.shape)
+        codebook = tensors.get(f"{target}.codebook")
+        match entry:
+            case [str(), int(d), int(k), list(saved)] if saved != shape:
+                problems.append(f"layer {target!r}: weight {saved} in the file, {shape} in the network")
+            case [str(), int(d), int(k), list()] if (
+                codebook is not None and list(codebook.shape) == [k, d] and d and k > 1
+            ):
+                if found[target].columns % d:
+                    problems.append(f"layer {target!r}: blocks of {d} do not divide its rows")
+                layers[target] = (d, k)
+            case _:
+                problems.append(f"layer {target!r}: its entry or its codebook is damaged or missing")
+    problems += [
+        f"the mask of {target!r} is in the file; it has no such quantized layer"
+        for target in header.get("masks", {})
+        if target not in header.get("layers", {})
+    ]
+    return layers
+
+
+def _install_empty_(
+    network: nn.Module, layer: FoundLayer, block_size: int, codebook_size: int, *, masked: bool
+) -> None:
+    """Put the modules in place that the file's codebook and codes go into; they hold shapes and types only."""
+    codebook = torch.empty(codebook_size, block_size, dtype=layer.weight.dtype, device="meta")
+    shape = (layer.rows, layer.columns // block_size)
+    codes = torch.empty(shape, dtype=code_dtype(codebook_size), device="meta")
+    mask = torch.empty(layer.matrix.shape, dtype=torch.bool, device="meta") if masked else None
+    for module in install_(network, layer, codebook, codes, mask):
+        module.codebook.requires_grad_(layer.weight.requires_grad)
+
+
+def _freeze_norms(paths: list[Any], network: nn.Module, problems: list[str]) -> None:
+    """Put empty frozen norms where the file has them; what does not fit goes to `problems`."""
+    modules = dict(network.named_modules(remove_duplicate=False))
+    frozen: dict[int, FrozenNorm] = {}
+    for path in paths:
+        norm: Any = modules.get(path) if isinstance(path, str) else None
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
+            problems.append(f"a frozen norm {path!r} is in the file; the network has no such batch norm")
+            continue
+        empty = torch.empty(norm.num_features, dtype=norm.running_mean.dtype, device="meta")
+        owner, _, name = path.rpartition(".")
+        layer = frozen.setdefault(id(norm), FrozenNorm(empty, empty).train(norm.training))
+        module_at(network, owner)._modules[name] = layer
+
+
+def _checked_state(
+    header: dict[str, Any], tensors: dict[str, Tensor], network: nn.Module, problems: list[str]
+) -> dict[str, Tensor]:
+    """The network's whole state, from the file's tensors; what does not fit goes to `problems`."""
+    expected = network.state_dict()
+    aliases: dict[str, Any] = header.get("aliases", {})
+    modules = {p: m for p, m in network.named_modules(remove_duplicate=False) if isinstance(m, PQModule)}
+    device = next((t.device for t in expected.values() if not t.is_meta), torch.device("cpu"))
+    state: dict[str, Tensor] = {}
+    for name, wanted in expected.items():
+        source = aliases.get(name, name)
+        value = tensors.get(source) if isinstance(source, str) else None
+        if value is None:
+            problems.append(f"{name!r} is missing in the file")
+            continue
+        if source in state:
+            state[name] = state[source]
+            continue
+        path, _, attribute = name.rpartition(".")
+        if path in modules and attribute == "codes":
+            checked = _unpacked(name, value, modules[path], problems)
+        elif path in modules and attribute == "mask":
+            checked = _unpacked_mask(name, value, header["masks"].get(source.rpartition(".")[0]), wanted, problems)
+        else:
+            checked = _widened(name, value, wanted, header.get("dtypes", {}).get(name), problems)
+        if checked is not None:
+            state[name] = checked.to(device)
+    extra = sorted(set(tensors) - set(expected) - set(map(str, aliases.values())))
+    problems += [f"{name!r} is in the file; the network has no such state" for name in extra]
+    return state
+
+
+def _ties(network: nn.Module) -> list[list[str]]:
+    """Names of parameters that are one and the same."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _tie_(network: nn.Module, ties: list[list[str]]) -> None:
+    """Make parameters one again: loading gives each name a parameter of its own."""
+    for names in ties:
+        owners = [(module_at(network, name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+        owner, attribute = owners[0]
+        for other, name in owners[1:]:
+            other._parameters[name] = owner._parameters[attribute]
+
+
+def _unpacked(name: str, packed: Tensor, module: PQModule, problems: list[str]) -> Tensor | None:
+    count, bits = module.codes.numel(), module.code_bits
+    if packed.dtype != torch.uint8 or packed.ndim != 1 or packed.numel() != -(-count * bits // 8):
+        found = f"{packed.dtype} {list(packed.shape)}"
+        problems.append(f"{name!r}: {count} codes of {bits} bits expected, found {found}")
+        return None
+    codes = unpack(packed, bits, count, module.codes.dtype)
+    if count and int(codes.max()) >= module.codebook_size:
+        problems.append(
+            f"{name!r}: code {int(codes.max())} is out of range, the codebook has {module.codebook_size} codewords"
+        )
+        return None
+    return codes.reshape(module.codes.shape).to(module.codes.dtype)
+
+
+def _unpacked_mask(name: str, packed: Tensor, form: Any, wanted: Tensor, problems: list[str]) -> Tensor | None:
+    try:
+        return unpack_mask(packed, str(form), wanted.shape)
+    except ValueError as error:
+        problems.append(f"{name!r}: the mask is damaged ({error})")
+        return None
+
+
+def _widened(name: str, value: Tensor, wanted: Tensor, original: Any, problems: list[str]) -> Tensor | None:
+    """The stored tensor in the network's type: the same one, or a wider one that it was narrowed from without loss."""
+    expected = str(wanted.dtype).removeprefix("torch.")
+    narrowed = {
+        "float32": (torch.float16,),
+        "float64": (torch.float16,),
+        "int64": (torch.uint8, torch.int16, torch.int32),
+    }
+    is_same = value.dtype == wanted.dtype and original in (None, expected)
+    is_narrowed = value.dtype in narrowed.get(expected, ()) and original in (None, expected)
+    if value.shape != wanted.shape or not (is_same or is_narrowed):
+        found = f"{original or str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        problems.append(f"{name!r}: {found} in the file, {expected} {list(wanted.shape)} in the network")
+        return None
+    if value.is_floating_point() and name.endswith(".codebook") and not bool(torch.isfinite(value).all()):
+        problems.append(f"{name!r}: the codebook holds NaN or infinite values")
+        return None
+    return value.to(wanted.dtype)
+
+
+def _raise_if(problems: list[str], path: Any) -> None:
+    if problems:
+        more = f"\n  and {len(problems) - _MAX_NAMED} more" if len(problems) > _MAX_NAMED else ""
+        shown = "".join(f"\n  {problem}" for problem in problems[:_MAX_NAMED])
+        raise CheckpointError(f"{path} does not fit the network given as `like`:{shown}{more}")
+
+
+def _require_no_meta(network: nn.Module) -> None:
+    """Buffers that are not part of a state dict have no values if `like` had none."""
+    names = [name for name, t in (*network.named_parameters(), *network.named_buffers()) if t.is_meta]
+    if names:
+        raise BGDError(
+            f"{', '.join(names)}: not part of a saved state, and `like` is on the meta device: build it on the CPU"
+        )

@@ -1,0 +1,132 @@
+"""Quantized layers inside a network of the user's own class: take them over from a graph, or make room for them.
+
+A framework that goes by the class of a model (to generate, to save, to restore) needs that class back: where `quantize`
+returns a graph, its layers move into a copy of the user's network, under the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from bgd_plugin.config import MAX_CODEBOOK_SIZE
+from bgd_plugin.encoding.codes import code_dtype
+from bgd_plugin.errors import CheckpointError, ConfigError
+from bgd_plugin.graph import (
+    FoundLayer,
+    baked,
+    copy_module,
+    find_layers,
+    fold_parametrizations_,
+    has_running_statistics,
+    install_,
+    swap_,
+)
+from bgd_plugin.nn import FrozenNorm, PQModule
+
+__all__ = ["Placement", "make_room_", "placement_in", "placement_of", "transplant_", "transplanted"]
+
+Placement = dict[str, tuple[int, ...]]
+"""Block size and codebook size of each quantized module, by its path, and 1 where a mask preserves its zeros.
+
+Nothing for a path where a batch norm is frozen.
+"""
+
+
+def placement_of(model: nn.Module) -> Placement:
+    """Which modules of a network are quantized, and how; a module that hangs at several paths counts once."""
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, PQModule)}
+    frozen: Placement = {path: () for path, module in model.named_modules() if isinstance(module, FrozenNorm)}
+    return frozen | {p: (m.block_size, m.codebook_size, *(() if m.mask is None else (1,))) for p, m in layers.items()}
+
+
+def placement_in(state: Mapping[str, Any]) -> Placement:
+    """The same of a state dict."""
+    layers: Placement = {}
+    for name in state:
+        path, _, attribute = name.rpartition(".")
+        codebook = state.get(f"{path}.codebook")
+        if attribute == "codes" and isinstance(codebook, torch.Tensor) and codebook.ndim == 2:
+            layers[path] = (codebook.shape[1], codebook.shape[0], *((1,) if f"{path}.mask" in state else ()))
+    return layers
+
+
+def transplanted(model: nn.Module, compressed: nn.Module) -> nn.Module:
+    """A copy of `model`, of its own class, with the quantized layers and all other state of `compressed`.
+
+    Args:
+        model: the float network; it is left untouched.
+        compressed: what `quantize` made of it; its tensors are shared with the result.
+    """
+    result: nn.Module = copy_module(baked(model))
+    transplant_(result, compressed)
+    return result
+
+
+def transplant_(model: nn.Module, compressed: nn.Module) -> None:
+    """Put the quantized layers and all other state of `compressed` into `model`, under the same names, in place.
+
+    Raises:
+        ConfigError: the model has pruning masks, which compute its weights at each call.
+    """
+    if baked(model) is not model:
+        raise ConfigError("the network has pruning masks: make them permanent first (torch.nn.utils.prune.remove)")
+    fold_parametrizations_(model)
+    for path, layer in compressed.named_modules():
+        if isinstance(layer, (PQModule, FrozenNorm)):
+            swap_(model, path, layer)
+    owners = dict(model.named_modules(remove_duplicate=False))
+    for path, module in compressed.named_modules(remove_duplicate=False):
+        owner = owners.get(path)
+        if owner is not None and owner is not module:
+            owner._parameters.update({k: v for k, v in module._parameters.items() if k in owner._parameters})
+            owner._buffers.update({k: v for k, v in module._buffers.items() if k in owner._buffers})
+
+
+def make_room_(model: nn.Module, placement: Mapping[str, Sequence[int]]) -> None:
+    """Replace float layers by quantized ones without values, for a state dict to be loaded into; in place.
+
+    The new tensors are on the device of the layer's weight.
+
+    Args:
+        model: the float network.
+        placement: block size and codebook size for each path.
+
+    Raises:
+        CheckpointError: a path with no convolution or linear layer, or a block size that does not divide its layer;
+            every mismatch is named.
+    """
+    fold_parametrizations_(model)
+    found = {target: layer for layer in find_layers(model)[0] for target in (layer.target, *layer.tied)}
+    norms = {path: norm for path, norm in model.named_modules() if has_running_statistics(norm)}
+    frozen = [path for path, sizes in placement.items() if sizes == [] or sizes == ()]
+    placement = {path: sizes for path, sizes in placement.items() if path not in frozen}
+    problems = [f"{path!r}: the network has no such batch norm" for path in frozen if path not in norms]
+    problems += [problem for path, sizes in placement.items() if (problem := _misfit(found.get(path), sizes, path))]
+    if problems:
+        raise CheckpointError("the quantized layers do not fit the network:" + "".join(f"\n  {p}" for p in problems))
+    for path in frozen:
+        swap_(model, path, FrozenNorm.of(norms[path]))
+    for layer in {id(found[path]): found[path] for path in placement}.values():
+        block_size, codebook_size, *masked = placement[layer.target]
+        weight = layer.weight
+        codebook = torch.zeros(codebook_size, block_size, dtype=weight.dtype, device=weight.device)
+        shape = (layer.rows, layer.columns // block_size)
+        codes = torch.zeros(shape, dtype=code_dtype(codebook_size), device=weight.device)
+        mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device) if masked else None
+        for module in install_(model, layer, codebook, codes, mask):
+            module.codebook.requires_grad_(weight.requires_grad)
+
+
+def _misfit(layer: FoundLayer | None, sizes: Sequence[int], path: str) -> str:
+    if layer is None:
+        return f"{path!r}: the network has no such convolution or linear layer that is still float"
+    if not isinstance(sizes, Sequence) or len(sizes) not in (2, 3) or not all(isinstance(x, int) for x in sizes):
+        return f"{path!r}: found {sizes!r}, expected its block size and codebook size"
+    block_size, codebook_size = sizes[:2]
+    if block_size < 1 or layer.columns % block_size or not 2 <= codebook_size <= MAX_CODEBOOK_SIZE:
+        return f"{path!r}: {layer.columns} weights per row, blocks of {block_size}, {codebook_size} codewords"
+    return ""

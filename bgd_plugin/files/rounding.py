@@ -1,0 +1,85 @@
+"""Rounding to storage: what stays float takes the type in which its file will hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bgd_plugin.encoding.eight_bit import round_to_eight_bits, to_eight_bits
+from bgd_plugin.nn import PQModule, storable
+
+__all__ = ["eight_bit_rows", "round_floats_", "round_weights_"]
+
+
+@torch.no_grad()
+def round_floats_(model: nn.Module) -> None:
+    """Round every parameter and saved buffer to half precision, in which it then takes half the bytes.
+
+    Left as they are: codebooks, weights that lie on an 8-bit grid, and tensors whose values half precision cannot hold.
+    New tensors take the place of the old ones, which others may share; what is shared within `model` stays so. On the
+    meta device only the type changes.
+    """
+    rounded: dict[int, Any] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            is_codebook = isinstance(module, PQModule) and name == "codebook"
+            if parameter is not None and not is_codebook and _wants_half(parameter):
+                value = rounded.setdefault(id(parameter), nn.Parameter(_half(parameter), parameter.requires_grad))
+                module._parameters[name] = value
+        for name, buffer in module._buffers.items():
+            is_saved = buffer is not None and name not in module._non_persistent_buffers_set
+            if is_saved and buffer is not None and _wants_half(buffer):
+                module._buffers[name] = rounded.setdefault(id(buffer), _half(buffer))
+
+
+@torch.no_grad()
+def round_weights_(model: nn.Module, names: Iterable[str], storage: str) -> None:
+    """Round the named weights to the type in which they are stored; each row, an output channel, on a grid of its own.
+
+    New parameters take the place of the old ones, as in `round_floats_`.
+
+    Args:
+        names: of parameters `[rows, ...]`.
+        storage: "int8", "float16" or "float32", which changes nothing.
+    """
+    for name in names if storage != "float32" else ():
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        weight = module._parameters[attribute]
+        assert weight is not None
+        module._parameters[attribute] = nn.Parameter(_as_stored(weight.detach(), storage), requires_grad=False)
+
+
+def _as_stored(weight: Tensor, storage: str) -> Tensor:
+    if storage == "float16":
+        return _half(weight)
+    if weight.is_meta:
+        return weight.to(torch.int8) if weight.dtype == torch.float32 else weight
+    return round_to_eight_bits(weight.reshape(weight.shape[0], -1)).reshape(weight.shape)
+
+
+def _wants_half(value: Tensor) -> bool:
+    if value.dtype not in (torch.float32, torch.float64):
+        return False
+    return value.is_meta or eight_bit_rows(value, is_codebook=False) is None
+
+
+def _half(value: Tensor) -> Tensor:
+    return value.detach().half() if value.is_meta else storable(value.detach()).clone()
+
+
+def eight_bit_rows(value: Tensor, *, is_codebook: bool) -> tuple[Tensor, Tensor] | None:
+    """Codebooks and weights in 8 bits with their scales, where they lie on such a grid; int8 on the meta device does.
+
+    A codebook has one scale, a weight one for each output channel.
+    """
+    if value.numel() == 0 or not (is_codebook or value.ndim > 1):
+        return None
+    rows = 1 if is_codebook else value.shape[0]
+    if value.is_meta:
+        return (value, torch.zeros(rows)) if value.dtype == torch.int8 else None
+    grid = to_eight_bits(value.reshape(rows, -1))
+    return None if grid is None else (grid[0].reshape(value.shape), grid[1].cpu())

@@ -1,0 +1,147 @@
+"""Beyond the paper: the whole Gram of a layer's inputs, and the float network's outputs as the aim."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bgd_plugin.calibration import PooledGram, paired_pieces, pooled_gram, require_finite
+from bgd_plugin.fitting import em
+from bgd_plugin.fitting.method import FittedLayer, LayerContext, Method
+from bgd_plugin.nn import storable
+from bgd_plugin.pq.full_gram import fit_full
+from bgd_plugin.pq.masked import masked
+from bgd_plugin.pq.target import Moments, MomentSums, matching_bias, ridge_target
+
+__all__ = ["FULL"]
+
+_MAX_COLUMNS = 8192
+_MIN_ROWS = 32768
+_ROWS_PER_COLUMN = 8
+_DAMPING = 0.2  # in units of the Gram's mean diagonal; twice as much where there are as many columns as rows
+_LEAST_GAIN = 0.01  # of the mean square
+_HELDOUT = 5  # one row in so many judges the fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Statistics:
+    """Second moments of the rows that the fit sees and of those that judge it, and the share of the former."""
+
+    fitted: Moments
+    heldout: Moments
+    share: float
+    rows: int
+
+
+def _collect(context: LayerContext, generator: torch.Generator) -> _Statistics | PooledGram:
+    columns = context.weight[0].numel()
+    if columns > _MAX_COLUMNS:
+        return pooled_gram(context.inputs, context.layer.block_size)
+    weight = context.weight.detach().float()
+    fitted, heldout = MomentSums(), MomentSums()
+    drift = None if context.skip is None else context.skip.drift
+    pieces = paired_pieces(context.inputs, max(_MIN_ROWS, _ROWS_PER_COLUMN * columns), generator, drift)
+    for piece in pieces:
+        outputs = piece.reference @ weight.reshape(len(piece.reference), -1, columns).mT
+        if context.skip is not None and piece.drift is not None:
+            wanted = piece.drift * _inverse(context.skip.gain.float())
+            outputs = outputs + wanted.reshape(len(wanted), len(outputs), -1).transpose(0, 1)
+        cut = _rows_to_fit(piece.student.shape[1], piece.index, piece.pieces)
+        fitted.add_(piece.student[:, :cut], outputs[:, :cut])
+        heldout.add_(piece.student[:, cut:], outputs[:, cut:])
+    for sums in (fitted, heldout):
+        sums.share_()
+        for moment in sums.sums:
+            require_finite(moment, context.inputs.name)
+    rows = fitted.count + heldout.count
+    return _Statistics(fitted=fitted.means_(), heldout=heldout.means_(), share=fitted.count / rows, rows=rows)
+
+
+def _rows_to_fit(rows: int, index: int, pieces: int) -> int:
+    """How many of a piece's rows the fit sees: all of the first pieces', none of the last ones'."""
+    share = (_HELDOUT - 1) * pieces - _HELDOUT * index  # in parts of 1 / _HELDOUT
+    return max(0, min(rows, -(-share * rows // _HELDOUT)))
+
+
+def _inverse(gain: Tensor) -> Tensor:
+    """One over the gain of each channel; channels with next to none are not asked for what they cannot give."""
+    floor = _LEAST_GAIN * gain.square().mean()
+    return gain / (gain.square() + floor).clamp(min=torch.finfo(gain.dtype).tiny)
+
+
+def _solve(context: LayerContext, statistics: _Statistics | PooledGram, generator: torch.Generator) -> FittedLayer:
+    if isinstance(statistics, PooledGram):
+        pooled = em.EM.solve(context, statistics, generator)
+        note = f"{context.weight[0].numel()} columns: fitted to the pooled Gram of its blocks"
+        return FittedLayer(codebook=pooled.codebook, codes=pooled.codes, note=note)
+    weight = context.weight.detach().float().flatten(1)
+    takes_mean = context.has_batchnorm or context.has_bias
+    damping = min(1.0, _DAMPING * (1 + weight.shape[1] / statistics.rows))
+    aim = _aim(context, statistics, damping)
+    gram, heldout = (_gram_(m, centred=takes_mean) for m in (statistics.fitted, statistics.heldout))
+    fit = fit_full(
+        aim.rows,
+        gram,
+        heldout if statistics.share < 1 else gram,
+        context.layer.codebook_size,
+        context.layer.block_size,
+        damping=damping,
+        rounds=context.config.rounds,
+        mask=None if context.mask is None else context.mask.flatten(1),
+        generator=generator,
+    )
+    codebook = storable(fit.codebook, context.layer.codebook_storage)
+    shift = None
+    if context.has_bias and not context.has_batchnorm:
+        decoded = masked(torch.nn.functional.embedding(fit.codes, codebook).reshape(weight.shape), context.mask)
+        shift = matching_bias(decoded, aim.mean, aim.output_mean)
+    codebook = codebook.to(context.weight.dtype)
+    return FittedLayer(codebook=codebook, codes=fit.codes, row_scale=aim.row_scale, bias_shift=shift)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Aim:
+    """The weight to quantize, `[rows, columns]`, what its rows were multiplied with, and the means of `Moments`."""
+
+    rows: Tensor
+    row_scale: Tensor | None
+    mean: Tensor
+    output_mean: Tensor
+
+
+def _aim(context: LayerContext, statistics: _Statistics, damping: float) -> _Aim:
+    everything = Moments.pooled(statistics.fitted, statistics.heldout, statistics.share)
+    gram, cross = everything.centred_()
+    rows, step, scale = context.weight.detach().float().flatten(1), context.config.asymmetric_step, None
+    if step:
+        rows = ridge_target(rows, gram, cross, step=step, damping=damping)
+    if context.has_batchnorm and not context.has_bias:
+        scale = _row_scale(rows, gram, context)
+        rows = rows * scale[:, None]
+    return _Aim(rows=rows, row_scale=scale, mean=everything.mean, output_mean=everything.output_mean)
+
+
+def _gram_(moments: Moments, *, centred: bool) -> Tensor:
+    """The Gram, in the memory of the moments."""
+    return moments.centred_()[0] if centred else moments.gram
+
+
+def _row_scale(target: Tensor, covariance: Tensor, context: LayerContext) -> Tensor:
+    """One over the standard deviation of each row's output: every row's error then counts the same; `[rows]`.
+
+    As far as the batch norm can take it out again, and the weight's type has room for the product.
+    """
+    rows = target.double().reshape(covariance.shape[0], -1, covariance.shape[1])
+    deviation = ((rows @ covariance) * rows).sum(2).clamp(min=0).sqrt().flatten()
+    alive = deviation > 1e-3 * deviation.mean()
+    scale = torch.where(alive, deviation, deviation.mean().clamp(min=1e-150)).reciprocal()
+    if context.scale_bounds is not None:
+        least, largest = context.scale_bounds
+        scale = torch.minimum(torch.maximum(scale, least.to(scale)), largest.to(scale))
+    room = torch.finfo(context.weight.dtype).max / 4 / target.double().abs().amax(1).clamp(min=1e-150)
+    return torch.minimum(scale, room).clamp(max=1e30).float()
+
+
+FULL = Method(collect=_collect, solve=_solve)

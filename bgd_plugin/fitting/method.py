@@ -1,0 +1,124 @@
+"""What a method gets, and what it gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bgd_plugin.calibration import InputSample, LayerInputs
+from bgd_plugin.config import BGDConfig
+from bgd_plugin.planning.types import PlannedLayer
+from bgd_plugin.support.processes import total
+
+__all__ = ["FittedLayer", "LayerContext", "Method", "Skip", "output_error", "shift_gain"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skip:
+    """What is added to a layer's normalised output.
+
+    Attributes:
+        drift: for each batch, the float network's values there less the student's, `[batch, rows, ...]`.
+        gain: `[rows]`, of the batch norm between: γ / √(σ² + eps).
+    """
+
+    drift: Callable[[int], Tensor]
+    gain: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerContext:
+    """A layer when its turn has come.
+
+    Attributes:
+        layer: its block and codebook size.
+        weight: `[C_out, C_in / groups, *kernel]` or `[C_out, C_in]`.
+        inputs: those of the student, whose lower layers are quantized, and of the float network.
+        mask: bool of the weight's shape, false where the decoded weight is to be zero; None: nowhere.
+        has_batchnorm: whether a batch norm alone reads the layer's output.
+        has_bias: whether the layer adds a bias of its own.
+        skip: the other side of the residual block that the layer ends, where it has lost something already.
+        config: of the whole run.
+        scale_bounds: the least and the largest factor on each row that the batch norm can take out again, both
+            `[rows]`; None: any.
+    """
+
+    layer: PlannedLayer
+    weight: Tensor
+    inputs: LayerInputs
+    mask: Tensor | None = None
+    has_batchnorm: bool
+    has_bias: bool
+    config: BGDConfig
+    skip: Skip | None = None
+    scale_bounds: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedLayer:
+    """What a fit returns.
+
+    Attributes:
+        codebook: `[codebook_size, block_size]`.
+        codes: `[rows, blocks_per_row]`.
+        row_scale: `[rows]`, what each row of the weight was multiplied with before it was quantized; the batch norm
+            that follows takes it out again. None: nothing.
+        bias_shift: `[rows]`, to be added to the layer's bias. None: nothing.
+        note: what did not go as usual, in words.
+    """
+
+    codebook: Tensor
+    codes: Tensor
+    row_scale: Tensor | None = None
+    bias_shift: Tensor | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to fit layers, in two steps: collect statistics of the inputs, then solve for codebook and codes."""
+
+    collect: Callable[[LayerContext, torch.Generator], Any]
+    solve: Callable[[LayerContext, Any, torch.Generator], FittedLayer]
+
+
+@torch.no_grad()
+def output_error(weight: Tensor, decoded: Tensor, sample: InputSample) -> float:
+    """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on a sample of the layer's inputs; 0 where the layer's output is all zero.
+
+    Args:
+        weight, decoded: W and Ŵ, `[C_out, C_in / groups, *kernel]` or `[C_out, C_in]`.
+        sample: rows `[groups, positions, columns]`.
+    """
+    groups, _, columns = sample.rows.shape
+    exact = weight.float().reshape(groups, -1, columns)
+    difference = exact - decoded.float().reshape(groups, -1, columns)
+    kept, lost = (
+        float(torch.linalg.vector_norm(sample.rows @ w.mT, dtype=torch.float64)) ** 2 for w in (exact, difference)
+    )
+    kept, lost = total(kept), total(lost)
+    return lost / kept if kept > 0 and math.isfinite(kept) else 0.0
+
+
+@torch.no_grad()
+def shift_gain(shift: Tensor, decoded: Tensor, sample: InputSample) -> float:
+    """What a shift of the bias takes off the squared error of a layer's outputs, in units of their variance.
+
+    A shift by the mean of an error takes its square off the mean square, whatever else the error is.
+
+    Args:
+        shift: `[C_out]`.
+        decoded: Ŵ, as in `output_error`.
+        sample: as there.
+    """
+    groups, _, columns = sample.rows.shape
+    outputs = sample.rows @ decoded.float().reshape(groups, -1, columns).mT
+    square = float(shift.double().square().sum()) * sample.rows.shape[1]
+    variance = float((outputs - outputs.mean(1, keepdim=True)).square().sum(dtype=torch.float64))
+    square, variance = total(square), total(variance)
+    return square / variance if 0 < variance < math.inf else 0.0

@@ -1,0 +1,47 @@
+"""What adapters may use beside the public names: the only other module of the core that they import."""
+
+from bgd_plugin.config import FAMILIES
+from bgd_plugin.encoding.codes import code_dtype, pack, unpack
+from bgd_plugin.errors import CalibrationError, CheckpointError, ConfigError, TraceError
+from bgd_plugin.files.network import read_file
+from bgd_plugin.files.placement import make_room_, placement_in, placement_of, transplant_, transplanted
+from bgd_plugin.graph import PQTracer, copy_module, set_modes
+from bgd_plugin.graph.computed import compute_parameter_, restore_parameter_
+from bgd_plugin.nn import PQModule, PQWeight
+from bgd_plugin.planning.make import layers_in
+from bgd_plugin.quantization.datafree import quantize_module
+from bgd_plugin.results import LayerReport, Plan, PlannedLayer, Quantized, Report, SkippedLayer
+from bgd_plugin.support.tables import mib
+
+__all__ = [
+    "FAMILIES",
+    "CalibrationError",
+    "CheckpointError",
+    "ConfigError",
+    "LayerReport",
+    "PQModule",
+    "PQTracer",
+    "PQWeight",
+    "Plan",
+    "PlannedLayer",
+    "Quantized",
+    "Report",
+    "SkippedLayer",
+    "TraceError",
+    "code_dtype",
+    "compute_parameter_",
+    "copy_module",
+    "layers_in",
+    "make_room_",
+    "mib",
+    "pack",
+    "placement_in",
+    "placement_of",
+    "quantize_module",
+    "read_file",
+    "restore_parameter_",
+    "set_modes",
+    "transplant_",
+    "transplanted",
+    "unpack",
+]

@@ -1,0 +1,133 @@
+"""What the settings say to one layer: how it is quantized, or why it is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx, nn
+
+from bgd_plugin.config import FAMILIES, BGDConfig, LayerConfig
+from bgd_plugin.encoding.masks import mask_form, pack_mask
+from bgd_plugin.errors import ConfigError
+from bgd_plugin.graph import FoundLayer, module_at
+from bgd_plugin.nn import PQModule
+from bgd_plugin.planning.types import PlannedLayer, SkippedLayer
+from bgd_plugin.pq.rate import largest_codebook
+
+__all__ = ["decided", "first_layer", "setting_of", "with_notes"]
+
+
+def decided(layer: FoundLayer, config: BGDConfig, *, is_first: bool) -> PlannedLayer | SkippedLayer:
+    """How a layer is quantized, or why it is not.
+
+    Raises:
+        ConfigError: a block size of the user's that does not divide the layer; zeros to be kept that are not known.
+    """
+    setting, reason, adapts = setting_of(layer, config, is_first=is_first)
+    if setting is None:
+        return SkippedLayer(name=layer.name, reason=reason)
+    rows, columns = layer.rows, layer.columns
+    block_size, notes = setting.block_size, []
+    if columns % block_size:
+        divisors = [d for d in range(1, columns + 1) if columns % d == 0]
+        if not adapts:
+            near = sorted(sorted(divisors, key=lambda d: abs(d - block_size))[:2])
+            raise ConfigError(
+                f"layer {layer.name!r}: {columns} weights per row do not divide into blocks of {block_size}; "
+                f"use {' or '.join(map(str, near))}, or exclude the layer with an override ({layer.name!r}, None)"
+            )
+        block_size = max(d for d in divisors if d <= setting.block_size)
+        notes.append(f"block {setting.block_size} → {block_size}: {columns} weights per row")
+        if block_size == 1 and columns > 1:
+            return SkippedLayer(name=layer.name, reason=f"{columns} weights per row do not divide into blocks")
+    blocks = rows * columns // block_size
+    codebook_size = min(setting.codebook_size, largest_codebook(blocks))
+    if codebook_size < 2:
+        return SkippedLayer(name=layer.name, reason=f"only {blocks} blocks, too few for a codebook")
+    if codebook_size < setting.codebook_size:
+        notes.append(f"codebook {setting.codebook_size} → {codebook_size}: {blocks} blocks")
+    form, mask_bytes = _stored_mask(layer) if config.preserve_zeros else ("", 0)
+    if form:
+        notes.append(f"zeros: {form}, {8 * mask_bytes / (rows * columns):.2f} bits/weight")
+    return PlannedLayer(
+        name=layer.name,
+        target=layer.target,
+        kind=layer.kind,
+        family=layer.family,
+        weight_shape=tuple(layer.matrix.shape),
+        block_size=block_size,
+        codebook_size=codebook_size,
+        calls=layer.calls,
+        mask_form=form,
+        mask_bytes=mask_bytes,
+        codebook_storage=_codebook_storage(layer.weight, config, form),
+        note="; ".join(notes),
+    )
+
+
+def setting_of(layer: FoundLayer, config: BGDConfig, *, is_first: bool) -> tuple[LayerConfig | None, str, bool]:
+    """The setting that applies, the reason if there is none, and whether its block size may give way."""
+    for pattern, setting in config.overrides:
+        if fnmatch.fnmatchcase(layer.name, pattern):
+            return setting, f"override {pattern!r}", False
+    family = "first_layer" if is_first else layer.family
+    assert family in FAMILIES
+    setting = getattr(config, family)
+    tied = f" (tied to {', '.join(layer.tied)})" if layer.tied and family == "embedding" else ""
+    return setting, f"{family}=None{tied}", config.is_default(family)
+
+
+def with_notes(layer: FoundLayer, planned: PlannedLayer, folded: Mapping[str, str]) -> PlannedLayer:
+    """Say what became of a weight that others share, or that something else computed."""
+    notes = [planned.note] if planned.note else []
+    if layer.name in folded:
+        notes.append(f"{folded[layer.name]} folded into the weight")
+    if layer.tied:
+        notes.append(f"tied to {', '.join(layer.tied)}")
+    return dataclasses.replace(planned, note="; ".join(notes))
+
+
+def first_layer(graph_module: nn.Module, found: list[FoundLayer]) -> FoundLayer | None:
+    """The network's first layer, if it is still float."""
+    if not isinstance(graph_module, fx.GraphModule):
+        return _first_held(graph_module, found)
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module" and isinstance(module_at(graph_module, str(node.target)), (PQModule, nn.Embedding)):
+            return None
+        if found and node.name == found[0].calls[0]:
+            return found[0]
+    return None
+
+
+def _first_held(network: nn.Module, found: list[FoundLayer]) -> FoundLayer | None:
+    """The first layer that a network holds, if it is float; after an embedding none reads the input."""
+    targets = {layer.name: layer for layer in found}
+    for path, module in network.named_modules():
+        if isinstance(module, (PQModule, nn.Embedding)):
+            return None
+        if path in targets:
+            return targets[path]
+    return None
+
+
+def _stored_mask(layer: FoundLayer) -> tuple[str, int]:
+    """Form and bytes of a layer's zeros; "" and 0 if it has none."""
+    if layer.weight.is_meta:
+        raise ConfigError(
+            f"layer {layer.name!r}: preserve_zeros=True, and its weight is on the meta device, where no value is zero: "
+            "give the network with its weights"
+        )
+    mask = layer.matrix.detach() != 0
+    if bool(mask.all()):
+        return "", 0
+    form = mask_form(mask)
+    return form, pack_mask(mask, form).numel()
+
+
+def _codebook_storage(weight: Tensor, config: BGDConfig, mask_form: str) -> str:
+    """8 bits are for single precision; beside a mask they might add zeros of their own."""
+    is_int8 = config.codebook_storage == "int8" and weight.dtype == torch.float32 and not mask_form
+    return "int8" if is_int8 else "float16"

@@ -1,0 +1,140 @@
+"""What a plan says: of each layer, and of the whole network."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from bgd_plugin.support.tables import mib, table
+
+__all__ = ["Plan", "PlannedLayer", "SkippedLayer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedLayer:
+    """A layer that will be quantized.
+
+    Attributes:
+        name: the layer's name.
+        target: path of the module that is replaced.
+        kind: as of `FoundLayer`.
+        family: whose setting of `BGDConfig` applied.
+        weight_shape: `[C_out, C_in / groups, *kernel]` or `[C_out, C_in]`; of a transposed convolution that of the
+            matrix that is cut into blocks, `[C_out · kernel, C_in / groups]`.
+        block_size, codebook_size: as they will be, after the bounds of the layer.
+        calls: names of the graph nodes that compute with it.
+        codebook_storage: "int8" or "float16".
+        mask_form, mask_bytes: how the positions of preserved zeros are stored (`bgd_plugin.encoding.masks`), and their
+            bytes; "" and 0 where there are none.
+        note: what differs from the setting, and why; empty where nothing does.
+    """
+
+    name: str
+    target: str
+    kind: str
+    family: str
+    weight_shape: tuple[int, ...]
+    block_size: int
+    codebook_size: int
+    calls: tuple[str, ...]
+    codebook_storage: str = "float16"
+    mask_form: str = ""
+    mask_bytes: int = 0
+    note: str = ""
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return math.prod(self.weight_shape)
+
+    @property
+    def rows(self) -> int:
+        """Output channels."""
+        return self.weight_shape[0]
+
+    @property
+    def blocks_per_row(self) -> int:
+        """Blocks in a row."""
+        return self.weights // self.rows // self.block_size
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a code."""
+        return int(math.log2(self.codebook_size))
+
+    @property
+    def compressed_bytes(self) -> int:
+        """Packed codes, the codebook, in 8 bits with a scale of 4 bytes or in half precision, and the mask."""
+        codes = -(-self.rows * self.blocks_per_row * self.code_bits // 8)
+        values = self.codebook_size * self.block_size
+        return codes + (values + 4 if self.codebook_storage == "int8" else 2 * values) + self.mask_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Codes, codebook and mask, shared out over the weights."""
+        return 8 * self.compressed_bytes / self.weights
+
+    def kept(self, weight: Tensor) -> Tensor | None:
+        """Which weights may differ from zero in the decoded weight, bool of the weight's shape; None: all."""
+        return weight.detach() != 0 if self.mask_form else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippedLayer:
+    """A layer that stays float, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What `quantize` will do, and the bytes it will come to.
+
+    Attributes:
+        layers, skipped: in the order in which they run.
+        original_bytes: all parameters and buffers of the float network, or of the one that a chain started from.
+        compressed_bytes: length of the file that `save` will write.
+        paper_bytes: the paper's own accounting: codes, codebooks in half precision, every other parameter in single
+            precision; batch-norm statistics are not counted.
+        notes: how a budget was spent.
+    """
+
+    layers: tuple[PlannedLayer, ...]
+    skipped: tuple[SkippedLayer, ...]
+    original_bytes: int
+    compressed_bytes: int
+    paper_bytes: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ratio(self) -> float:
+        """Original over compressed bytes."""
+        return self.original_bytes / self.compressed_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self) | {"ratio": self.ratio}
+
+    def __str__(self) -> str:
+        rows = [
+            [x.name, x.kind, "×".join(map(str, x.weight_shape)), x.block_size, x.codebook_size]
+            + [f"{x.bits_per_weight:.2f}", mib(x.compressed_bytes), x.note]
+            for x in self.layers
+        ]
+        header = ["layer", "kind", "weight", "block", "codebook", "bits/weight", "size", "note"]
+        lines = [table(header, rows)]
+        if self.skipped:
+            lines += ["", table(["left float", "reason"], [[s.name, s.reason] for s in self.skipped])]
+        lines += [
+            "",
+            *self.notes,
+            f"{len(self.layers)} layers quantized, {len(self.skipped)} left float: "
+            f"{mib(self.original_bytes)} → {mib(self.compressed_bytes)} ({self.ratio:.1f}×); "
+            f"by the paper's accounting {mib(self.paper_bytes)}",
+        ]
+        return "\n".join(lines)

@@ -1,0 +1,122 @@
+"""Quantization without data: each weight by itself, by k-means of its blocks.
+
+Much less accurate than `quantize`, which knows what each layer computes on. It is for the entrances of frameworks that
+have no data to give, and a start for training.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+
+import torch
+from torch import Tensor, nn
+
+from bgd_plugin.config import BGDConfig
+from bgd_plugin.errors import ConfigError
+from bgd_plugin.files.format import file_size, stored
+from bgd_plugin.fitting import fit_weight
+from bgd_plugin.graph import baked, copy_module, find_layers, fold_parametrizations_, install_
+from bgd_plugin.nn import PQModule, quantized
+from bgd_plugin.planning.make import family_leftovers, make_plan, plan_layer
+from bgd_plugin.planning.sizes import paper_bytes
+from bgd_plugin.planning.types import PlannedLayer, SkippedLayer
+from bgd_plugin.quantization.layerwise import layer_report
+from bgd_plugin.quantization.quantize import Quantized, round_to_storage_
+from bgd_plugin.report.report import Report
+
+__all__ = ["quantize_module", "quantize_weights"]
+
+_NOTE = "quantized without data, each weight by itself: quantize with calibration data is much more accurate"
+
+
+@torch.no_grad()
+def quantize_weights(model: nn.Module, config: BGDConfig | None = None) -> Quantized:
+    """Compress a network without data.
+
+    Args:
+        model: the float network; it is left untouched.
+        config: what to quantize; how a layer is fitted (`method`, `rounds`, `batchnorm`) does not apply.
+
+    Returns:
+        the compressed network, of the class of `model`, and a report whose relative errors are those of the weights.
+
+    Raises:
+        ConfigError: as `quantize`; and distillation or finetuning, which need data.
+    """
+    config = config or BGDConfig()
+    wanted = [name for name in ("distillation", "reconstruction", "finetuning") if getattr(config, name) is not None]
+    if wanted:
+        raise ConfigError(f"without data there is no {' and no '.join(wanted)}: give calibration data, or None for it")
+    start = time.perf_counter()
+    model = baked(model)
+    student: nn.Module = copy_module(model)
+    folded = fold_parametrizations_(student)
+    plan, found = make_plan(student, config, original=model, folded=folded)
+    leftovers = family_leftovers(student, config)
+    reports = []
+    for layer, planned in zip(found, plan.layers, strict=True):
+        matrix = layer.matrix.detach()
+        modules = install_(student, layer, *_fitted(matrix, planned, config), planned.kept(matrix))
+        for module in modules:
+            module.codebook.requires_grad_(layer.weight.requires_grad)
+        reports.append(layer_report(planned, _weight_error(matrix, modules[0].matrix), ""))
+    round_to_storage_(student, config, plan, leftovers)
+    report = Report(
+        layers=tuple(reports),
+        skipped=plan.skipped,
+        original_bytes=plan.original_bytes,
+        compressed_bytes=file_size(stored(student)),
+        paper_bytes=paper_bytes(student),
+        seconds={"fit": time.perf_counter() - start},
+        notes=(*plan.notes, _NOTE),
+    )
+    return Quantized(student, report)
+
+
+@torch.no_grad()
+def quantize_module(module: nn.Module, config: BGDConfig | None = None, *, name: str = "the layer") -> PQModule:
+    """The product-quantized form of one convolution or linear layer, fitted without data.
+
+    Args:
+        module: the layer; it is left untouched, and its bias is shared with the result.
+        config: the setting of the layer's kind applies, and `codebook_storage`.
+        name: for messages.
+
+    Raises:
+        ConfigError: the module is quantized already, is no convolution or linear layer, or the settings leave it float.
+    """
+    config = config or BGDConfig()
+    holder = nn.Module()
+    holder.add_module("layer", module)
+    found, left = find_layers(holder)
+    reason = left[0].reason if left else f"a {type(module).__name__} has no product-quantized form"
+    outcome = plan_layer(found[0], config) if found else SkippedLayer(name=name, reason=reason)
+    if isinstance(outcome, SkippedLayer):
+        raise ConfigError(f"{name} cannot be quantized: {outcome.reason}")
+    matrix = found[0].matrix.detach()
+    result = quantized(module, *_fitted(matrix, outcome, config), outcome.kept(matrix))
+    result.round_codebook_(outcome.codebook_storage)
+    result.codebook.requires_grad_(found[0].weight.requires_grad)
+    return result
+
+
+def _fitted(weight: Tensor, planned: PlannedLayer, config: BGDConfig) -> tuple[Tensor, Tensor]:
+    """Codebook and codes of one weight `[rows, ...]`; the same whichever other layers there are."""
+    if weight.is_meta:
+        raise ConfigError(
+            f"layer {planned.name!r} is on the meta device, without values: it can be planned, not quantized"
+        )
+    if not bool(torch.isfinite(weight).all()):
+        raise ConfigError(f"layer {planned.name!r} holds NaN or infinite values: repair the network first")
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed} {tuple(weight.shape)}".encode()))
+    gram = torch.eye(planned.block_size, device=weight.device)
+    fit = fit_weight(weight, gram, planned, planned.kept(weight), config.em_iterations, generator)
+    return fit.codebook, fit.codes
+
+
+def _weight_error(weight: Tensor, decoded: Tensor) -> float:
+    kept, lost = (
+        float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2 for values in (weight, weight - decoded)
+    )
+    return lost / kept if kept else 0.0

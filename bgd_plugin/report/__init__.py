@@ -1,0 +1,1 @@
+"""What a run did, as text, JSON and a web page."""

@@ -1,0 +1,96 @@
+"""What was done, layer by layer: bytes, errors, seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from bgd_plugin.planning.types import SkippedLayer
+from bgd_plugin.support.tables import mib, table
+
+__all__ = ["LayerReport", "Report"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """A quantized layer.
+
+    Attributes:
+        bits_per_weight: packed codes and codebook, shared out over the weights.
+        compressed_bytes: packed codes and codebook.
+        relative_error: ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on a sample of the layer's calibration inputs.
+        note: what differs from the setting, and why.
+    """
+
+    name: str
+    kind: str
+    block_size: int
+    codebook_size: int
+    weights: int
+    bits_per_weight: float
+    compressed_bytes: int
+    relative_error: float
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What `quantize` did.
+
+    Attributes:
+        layers, skipped: in the order in which they run.
+        original_bytes: all parameters and buffers of the float network, or of the one that a chain started from.
+        compressed_bytes: length of the file that `save` writes.
+        paper_bytes: size by the paper's own accounting.
+        seconds: wall-clock seconds of each step of the work.
+        notes: what happened beyond the layers, such as a step that had nothing to do.
+    """
+
+    layers: tuple[LayerReport, ...]
+    skipped: tuple[SkippedLayer, ...]
+    original_bytes: int
+    compressed_bytes: int
+    paper_bytes: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ratio(self) -> float:
+        """Original over compressed bytes."""
+        return self.original_bytes / self.compressed_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self) | {"ratio": self.ratio}
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write a page that shows bytes and error of each layer; it needs no other file and no network."""
+        from bgd_plugin.report.html import write_report
+
+        write_report(self, path)
+
+    def __str__(self) -> str:
+        header = ["layer", "kind", "block", "codebook", "bits/weight", "size", "error", "note"]
+        rows = [
+            [x.name, x.kind, x.block_size, x.codebook_size, f"{x.bits_per_weight:.2f}", mib(x.compressed_bytes)]
+            + [f"{x.relative_error:.2%}", x.note]
+            for x in self.layers
+        ]
+        lines = [table(header, rows)]
+        if self.skipped:
+            lines += ["", table(["left float", "reason"], [[s.name, s.reason] for s in self.skipped])]
+        lines += ["", *self.notes]
+        lines.append(
+            f"{len(self.layers)} layers quantized, {len(self.skipped)} left float: "
+            f"{mib(self.original_bytes)} → {mib(self.compressed_bytes)} ({self.ratio:.1f}×); "
+            f"by the paper's accounting {mib(self.paper_bytes)}"
+        )
+        lines.append(", ".join(f"{step} {seconds:.1f} s" for step, seconds in self.seconds.items()))
+        return "\n".join(lines)

@@ -1,0 +1,7 @@
+"""What `plan` and `quantize` return."""
+
+from bgd_plugin.planning.types import Plan, PlannedLayer, SkippedLayer
+from bgd_plugin.quantization.quantize import Quantized
+from bgd_plugin.report.report import LayerReport, Report
+
+__all__ = ["LayerReport", "Plan", "PlannedLayer", "Quantized", "Report", "SkippedLayer"]

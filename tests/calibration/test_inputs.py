@@ -1,0 +1,123 @@
+"""Streamed statistics against explicit unfolding."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from bgd_plugin.calibration import Batch, LayerInputs, Walk, pooled_gram, sampled_inputs
+from bgd_plugin.calibration import inputs as statistics
+from bgd_plugin.errors import CalibrationError
+from bgd_plugin.graph import find_layers, trace
+from tests.networks import TwiceNet, images, vectors
+
+
+def _inputs(model: nn.Module, data: list[Tensor], name: str) -> LayerInputs:
+    """The inputs of a layer, with the walk standing right before it."""
+    graph_module = trace(model.eval())
+    (layer,) = [layer for layer in find_layers(graph_module)[0] if layer.name == name]
+    walk = Walk(graph_module, [Batch((batch,)) for batch in data])
+    for node in walk.nodes():
+        if node.name == layer.calls[0]:
+            return LayerInputs(walk, name, layer.calls)
+    raise AssertionError(name)
+
+
+def _literal_gram(rows: Tensor, block_size: int) -> Tensor:
+    """The mean of x xᵀ over all blocks, one after the other; rows `[positions, D]`."""
+    blocks = rows.double().reshape(-1, block_size)
+    return sum(torch.outer(x, x) for x in blocks) / len(blocks)
+
+
+@settings(max_examples=15)
+@given(
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 2),
+    padding=st.integers(0, 1),
+    groups=st.sampled_from([1, 2]),
+    block=st.sampled_from([1, 2, "kernel", "row"]),
+)
+def test_the_pooled_gram_is_that_of_the_unfolded_inputs(
+    kernel: int, stride: int, padding: int, groups: int, block: Any
+) -> None:
+    conv = nn.Conv2d(4, 4, kernel, stride=stride, padding=padding, groups=groups)
+    columns = conv.weight[0].numel()
+    size = {"kernel": kernel**2, "row": columns}.get(block, block)
+    size = size if columns % size == 0 else 1
+    data = images(2, size=5, batch=2, channels=4)
+    found = pooled_gram(_inputs(nn.Sequential(conv), data, "0"), size)
+    unfolded = [F.unfold(x, kernel, padding=padding, stride=stride) for x in data]  # [batch, groups · columns, places]
+    rows = torch.cat([u.reshape(2, groups, columns, -1).permute(0, 1, 3, 2).reshape(-1, columns) for u in unfolded])
+    torch.testing.assert_close(found.gram, _literal_gram(rows, size), rtol=1e-5, atol=1e-6)
+    assert found.count == rows.numel() // size
+
+
+def test_the_pooled_gram_of_a_linear_layer_takes_every_position() -> None:
+    data = [torch.randn(2, 3, 8) for _ in range(2)]
+    found = pooled_gram(_inputs(nn.Sequential(nn.Linear(8, 4)), data, "0"), 4)
+    torch.testing.assert_close(found.gram, _literal_gram(torch.cat(data).reshape(-1, 8), 4), rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_that_runs_twice_pools_the_inputs_of_both_calls() -> None:
+    model, data = TwiceNet(), vectors(2)
+    found = pooled_gram(_inputs(model, data, "shared"), 4)
+    with torch.no_grad():
+        first = torch.cat([torch.tanh(model.first(x)) for x in data])
+        rows = torch.cat([first, torch.tanh(model.shared(first))])
+    torch.testing.assert_close(found.gram, _literal_gram(rows, 4), rtol=1e-5, atol=1e-6)
+    assert found.count == 2 * len(first) * 8
+
+
+def test_chunks_give_what_one_piece_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv, data = nn.Conv2d(3, 4, 3, padding=1), images(2, size=6)
+    whole = pooled_gram(_inputs(nn.Sequential(conv), data, "0"), 9)
+    monkeypatch.setattr(statistics, "_CHUNK_ELEMENTS", 1)
+    pieces = pooled_gram(_inputs(nn.Sequential(conv), data, "0"), 9)
+    torch.testing.assert_close(pieces.gram, whole.gram, rtol=1e-6, atol=1e-7)
+    assert pieces.count == whole.count
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_inputs_that_are_not_finite_name_the_layer(bad: float) -> None:
+    data = vectors(2)
+    data[1][3, 5] = bad
+    expected = r"layer '0': its inputs on the calibration data hold NaN or infinite values"
+    with pytest.raises(CalibrationError, match=expected):
+        pooled_gram(_inputs(nn.Sequential(nn.Linear(12, 4)), data, "0"), 4)
+
+
+def test_a_sample_has_real_rows_of_every_batch() -> None:
+    data = images(3, size=6)
+    conv = nn.Conv2d(3, 4, 3)
+    sample = sampled_inputs(_inputs(nn.Sequential(conv), data, "0"), 12, torch.Generator().manual_seed(0)).rows
+    assert sample.shape == (1, 12, 27)
+    for index, batch in enumerate(data):
+        rows = F.unfold(batch, 3).permute(0, 2, 1).reshape(-1, 27)
+        for row in sample[0, 4 * index : 4 * index + 4]:
+            assert bool((rows == row).all(1).any())
+
+
+def test_a_sample_of_more_rows_than_there_are_is_all_of_them() -> None:
+    data = vectors(2)
+    sample = sampled_inputs(_inputs(nn.Sequential(nn.Linear(12, 4)), data, "0"), 999, torch.Generator()).rows
+    assert torch.equal(sample[0], torch.cat(data))
+
+
+def test_an_input_that_is_no_tensor_names_the_layer() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x.chunk(2, 1))
+
+    with pytest.raises(CalibrationError, match="layer 'fc': its input is a tuple, not a tensor"):
+        pooled_gram(_inputs(Outer(), vectors(1), "fc"), 2)

@@ -1,0 +1,116 @@
+"""What a step says it gained is what a literal computation on the finished networks finds."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bgd_plugin as bgd
+from bgd_plugin.correction.gain import Gain, output_distance
+from tests.networks import SmallResNet, images, randomized, vectors
+
+GAIN = re.compile(r"error of their outputs ([\d.]+)% → ([\d.]+)% of the variance")
+SHIFT = re.compile(r"(\d+) shifted, which takes ([\d.]+)% of their outputs' variance off")
+
+
+def _note(report: bgd.results.Report, beginning: str) -> str:
+    return next(note for note in report.notes if beginning in note)
+
+
+def _gain(report: bgd.results.Report, beginning: str) -> Gain:
+    found = GAIN.search(_note(report, beginning))
+    assert found is not None
+    return Gain(before=float(found[1]) / 100, after=float(found[2]) / 100)
+
+
+def _outputs(model: nn.Module, data: list[Tensor]) -> list[Tensor]:
+    with torch.no_grad():
+        return [model(batch) for batch in data]
+
+
+def _distance(model: nn.Module, other: nn.Module, data: list[Tensor]) -> float:
+    """The literal definition, all data at once, channels last."""
+    mine, theirs = (torch.cat(_outputs(net, data)).double().movedim(1, -1).flatten(0, -2) for net in (model, other))
+    return float((mine - theirs).square().sum() / (theirs - theirs.mean(0)).square().sum())
+
+
+def test_output_distance_is_the_literal_one() -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(5, 3, 2, 2), torch.randn(5, 3, 2, 2)
+    rows_a, rows_b = (x.movedim(1, -1).flatten(0, -2) for x in (a, b))
+    literal = (rows_a - rows_b).square().sum() / (rows_b - rows_b.mean(0)).square().sum()
+    assert output_distance([(a, b)]) == pytest.approx(float(literal), rel=1e-5)
+
+
+def test_outputs_that_do_not_vary_have_no_distance() -> None:
+    assert output_distance([(torch.zeros(4, 2), torch.full((4, 2), 3.0))]) == 0.0
+    assert output_distance([]) == 0.0
+
+
+@pytest.mark.parametrize(("method", "mode"), [("em", "matched"), ("full", "matched"), ("full", "reestimate")])
+def test_batch_norm_says_what_its_correction_gained(mode: Any, method: Any) -> None:
+    """Before: the network whose norms are kept; after: the corrected one. The norm is the last layer."""
+    model = randomized(nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 32), nn.BatchNorm1d(32)))
+    data = vectors(3, batch=64)
+    settings: dict[str, Any] = {"method": method, "overrides": (("0", None),), "weight_storage": "float32"}
+    kept, corrected = (
+        bgd.quantize(model, data, bgd.BGDConfig(batchnorm=b, **settings), progress=False) for b in ("keep", mode)
+    )
+    gain = _gain(corrected.report, f"batch norm ({mode}): 1 corrected")
+    assert gain.after == pytest.approx(_distance(corrected.model, model, data), rel=1e-3, abs=2e-4)
+    assert gain.before == pytest.approx(_distance(kept.model, model, data), rel=1e-3, abs=2e-4)
+
+
+def test_without_a_float_network_beside_it_nothing_is_compared() -> None:
+    config = bgd.BGDConfig(method="em", batchnorm="reestimate")
+    report = bgd.quantize(randomized(SmallResNet()), images(3), config, progress=False).report
+    assert "3 corrected, not compared" in _note(report, "batch norm (reestimate)")
+
+
+def test_a_network_that_is_not_a_graph_says_the_same() -> None:
+    """But for the first layer, which is rounded before the walk over a graph comes to it, and after all else here."""
+
+    class Branching(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if bool(x.sum() == x.sum()) else -x)
+
+    layers = [nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 32), nn.BatchNorm1d(32)]
+    whole, data = randomized(nn.Sequential(*layers)), vectors(3, batch=64)
+    branching = Branching(*whole).eval()
+    config = bgd.BGDConfig(method="em")
+    one, other = (bgd.quantize(net, data, config, progress=False).report for net in (whole, branching))
+    gains = [_gain(report, "batch norm") for report in (one, other)]
+    assert gains[0].before == pytest.approx(gains[1].before, rel=0.02) and gains[0].before > gains[0].after
+    assert gains[0].after == pytest.approx(gains[1].after, rel=0.02)
+
+
+def test_shifted_biases_say_what_they_took_off_the_error() -> None:
+    model, data = randomized(nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 40))), vectors(3, batch=64)
+    config = bgd.BGDConfig(overrides=(("0", None),), weight_storage="float32", asymmetric_step=0)
+    result = bgd.quantize(model, data, config, progress=False)
+    found = SHIFT.search(_note(result.report, "bias (matched)"))
+    assert found is not None and found[1] == "1"
+    unshifted = bgd.quantize(model, data, config, progress=False).model
+    unshifted.get_submodule("2").bias.data.copy_(model[2].bias)  # type: ignore[union-attr]
+    taken = _distance(unshifted, model, data) - _distance(result.model, model, data)
+    assert taken > 0
+    assert float(found[2]) / 100 == pytest.approx(taken, rel=0.1)
+
+
+def test_depthwise_convolutions_say_what_fitting_them_anew_gained() -> None:
+    model = randomized(
+        nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 32, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, groups=32))
+    )
+    report = bgd.quantize(model, images(3, batch=16), progress=False).report
+    gain = _gain(report, "1 depthwise convolutions")
+    assert 0 < gain.after < gain.before
+
+
+def test_the_small_residual_network_says_all_it_gained() -> None:
+    report = bgd.quantize(randomized(SmallResNet()), images(4, batch=16), progress=False).report
+    gain = _gain(report, "batch norm (matched): 3 corrected")
+    assert gain.before > 0 and gain.after > 0

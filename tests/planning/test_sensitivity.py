@@ -1,0 +1,140 @@
+"""What is measured for a budget, against networks in which one layer really is quantized."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bgd_plugin as bgd
+from bgd_plugin import BGDConfig, LayerConfig
+from bgd_plugin.calibration import Batch, collect_batches
+from bgd_plugin.graph import copy_module, trace
+from bgd_plugin.planning.candidates import Sensitivity
+from bgd_plugin.planning.sensitivity import measure_sensitivities, output_loss, some_samples
+from bgd_plugin.training import kl_to_teacher
+from tests.networks import FunctionalNet, TwiceNet, em, images, randomized, vectors
+
+
+def _measured(model: nn.Module, data: list[Tensor], config: BGDConfig, names: list[str]) -> dict[str, Sensitivity]:
+    graph = trace(copy_module(model)).eval()
+    batches = collect_batches(data, model, device=torch.device("cpu"), forward=None)
+    return measure_sensitivities(graph, batches, names, config, lambda: None)
+
+
+class _Wide(nn.Module):
+    """Layers wide enough for real codebooks, one of them hardly heard by the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(32, 32, 1)
+        self.heard = nn.Conv2d(32, 48, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(48)
+        self.quiet = nn.Conv2d(48, 48, 1)
+        self.head = nn.Linear(48, 60)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.norm(self.heard(torch.tanh(self.stem(x)))))
+        return self.head((x + 0.01 * self.quiet(x))[:, :, 3, 4])
+
+
+@pytest.mark.parametrize("method", ["em", "full"])
+def test_the_expected_loss_is_that_of_a_network_with_this_layer_quantized(method: Any) -> None:
+    model = randomized(_Wide())
+    data = images(batches=16, batch=8, channels=32)
+    config = BGDConfig(method=method, batchnorm="matched" if method == "full" else "keep", float_storage="float32")
+    names = ["heard", "quiet", "head"]
+    found = _measured(model, data, config, names)
+    for name in ("heard", "head"):
+        for k in (16, 64):
+            setting = LayerConfig(block_size=9 if name == "heard" else 4, codebook_size=k)
+            alone = [(name, setting)] + [(other, None) for other in names if other != name]
+            one = BGDConfig(**(vars(config) | {"overrides": tuple(alone)}))
+            result = bgd.quantize(model, data, one, progress=False)
+            with torch.no_grad():
+                pairs = [(result.model(x), model(x)) for x in data]
+            real = float(kl_to_teacher(*(torch.cat(outputs) for outputs in zip(*pairs, strict=True))))
+            expected = found[name].loss(setting.block_size, k)
+            assert real / 2 < expected < real * 2, (name, k, expected, real)
+    assert found["quiet"].loss(4, 64) < found["heard"].loss(9, 64) / 100
+
+
+def test_the_network_stays_as_it_is() -> None:
+    model = randomized(_Wide())
+    graph = trace(copy_module(model, share_tensors=True)).eval()
+    before = {name: value.clone() for name, value in graph.state_dict().items()}
+    batches = collect_batches(images(channels=32), model, device=torch.device("cpu"), forward=None)
+    measure_sensitivities(graph, batches, ["heard", "head"], BGDConfig(), lambda: None)
+    after = graph.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_layer_by_function_or_with_two_calls_is_measured_too() -> None:
+    found = _measured(FunctionalNet().eval(), images(), BGDConfig(), ["own", "kernel", "matrix"])
+    assert all(s.loss(c.block_size, 16) > 0 for s in found.values() for c in s.curves)
+    assert set(_measured(TwiceNet().eval(), vectors(), BGDConfig(), ["shared"])) == {"shared"}
+
+
+def test_a_layer_without_any_input_costs_nothing() -> None:
+    model = randomized(_Wide())
+    model.stem.weight.data.zero_()
+    model.stem.bias.data.zero_()
+    for method in ("em", "full"):
+        found = _measured(model, images(channels=32), BGDConfig(method=method), ["heard"])["heard"]
+        assert found.loss(9, 16) < 1e-6
+
+
+@pytest.mark.parametrize("size", [1e-12, 0.0])
+def test_logits_that_hardly_vary_leave_no_layer_without_a_loss(size: float) -> None:
+    """A divergence of nothing in every layer would spend nothing of a budget."""
+    model = randomized(_Wide())
+    model.head.weight.data *= size
+    model.head.bias.data.zero_()
+    found = _measured(model, images(channels=32), BGDConfig(), ["heard", "quiet", "head"])
+    assert all(s.per_error > 0 and "squared difference" in s.reason for s in found.values())
+    config = BGDConfig(target_bytes=14_000)
+    report = bgd.quantize(model, images(channels=32), config, progress=False).report
+    assert 0.9 * 14_000 < report.compressed_bytes <= 14_000
+    said = [note for note in report.notes if "to stay within it" in note]
+    assert len(said) == (1 if size else 0)
+    assert all(note.endswith(": head.bias") for note in said)
+
+
+def test_a_layer_that_does_nothing_takes_what_is_left() -> None:
+    model = randomized(_Wide())
+    model.quiet.weight.data.zero_()
+    model.quiet.bias.data.zero_()
+    found = _measured(model, images(channels=32), BGDConfig(), ["heard", "quiet", "head"])
+    assert 0 < found["quiet"].per_error < 1e-5 * found["heard"].per_error
+
+
+def test_a_cluster_of_samples_is_cut_where_it_can_be() -> None:
+    batches = [Batch((torch.zeros(20, 3),)), Batch((torch.zeros(20, 3),), {"mask": torch.ones(20)}), Batch((), {})]
+    assert [b.size for b in some_samples(batches, 32)] == [20, 12]
+    assert some_samples(batches, 32)[1].kwargs["mask"].shape == (12,)
+    odd = [Batch((torch.zeros(20, 3), torch.ones(7)))]
+    assert [b.size for b in some_samples(odd, 8)] == [20]
+
+
+def test_logits_are_compared_by_kl_and_all_else_by_squares() -> None:
+    one, other = torch.randn(4, 5), torch.randn(4, 5)
+    kl = pytest.approx(float(kl_to_teacher(one, other)))
+    assert output_loss(one, other) == (kl, "KL")
+    assert output_loss({"logits": one}, {"logits": other}) == (kl, "KL")
+    assert output_loss(SimpleNamespace(logits=one), SimpleNamespace(logits=other)) == (kl, "KL")
+    boxes = torch.randn(4, 5, 6)
+    loss, measure = output_loss([boxes * 1.1, one], [boxes, one])
+    assert loss == pytest.approx(float((0.1 * boxes).square().sum() / (boxes.square().sum() + one.square().sum())))
+    assert "squared" in measure
+    assert output_loss(one[:, :1], one[:, :1]) == (0.0, "relative squared difference of outputs")
+    assert output_loss(one * float("inf"), other)[0] == float("inf")
+
+
+def test_an_embedding_network_has_a_budget_too() -> None:
+    model = nn.Sequential(nn.Linear(12, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+    report = bgd.quantize(model, vectors(), em(target_ratio=4), progress=False).report
+    assert "relative squared difference of outputs" in report.layers[0].note

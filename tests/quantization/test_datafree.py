@@ -1,0 +1,111 @@
+"""Quantization without data, of networks and of single layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import bgd_plugin as bgd
+from bgd_plugin import BGDConfig, FinetuningConfig, LayerConfig, integration
+from bgd_plugin.errors import ConfigError
+from tests.networks import FunctionalNet, PlainNet, SmallResNet, images, randomized, same_outputs, vectors
+
+
+def test_the_report_and_the_plan_and_the_file_agree(tmp_path: Path) -> None:
+    model = randomized(SmallResNet())
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    result = bgd.quantize_weights(model)
+    written = bgd.save(result.model, tmp_path / "net")
+    assert written == result.report.compressed_bytes == bgd.plan(model).compressed_bytes
+    assert [x.name for x in result.report.layers] == ["conv1", "conv2", "down", "fc"]
+    assert {s.name for s in result.report.skipped} >= {"stem"}
+    assert type(result.model) is SmallResNet
+    assert same_outputs(result.model, bgd.load(tmp_path / "net", like=model), images())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_errors_are_those_of_the_weights() -> None:
+    model = PlainNet()
+    result = bgd.quantize_weights(model)
+    weight = model[2].weight.detach()
+    decoded = result.model.get_submodule("2").weight.detach()
+    expected = float((weight - decoded).square().sum() / weight.square().sum())
+    assert result.report.layers[0].relative_error == pytest.approx(expected, rel=1e-3)
+    assert 0 < expected < 0.5
+
+
+def test_more_codewords_lose_less() -> None:
+    model = PlainNet()
+    errors = [
+        bgd.quantize_weights(model, BGDConfig(linear=LayerConfig(block_size=4, codebook_size=k))).report.layers[0]
+        for k in (4, 16, 32)
+    ]
+    assert errors[0].relative_error > errors[1].relative_error > errors[2].relative_error
+
+
+def test_weights_that_code_reads_by_name_are_quantized_too() -> None:
+    model = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).eval()
+    result = bgd.quantize_weights(model)
+    assert "self_attn.in_proj_weight" in integration.placement_of(result.model)
+    x = torch.randn(2, 5, 64)
+    assert torch.equal(result.model(x), bgd.materialize(result.model)(x))
+    assert bgd.quantize_weights(randomized(FunctionalNet())).report.layers
+
+
+def test_one_layer_has_the_codes_that_it_has_in_the_network() -> None:
+    model = PlainNet()
+    whole = bgd.quantize_weights(model).model
+    single = integration.quantize_module(model[2])
+    assert torch.equal(single.codes, whole.get_submodule("2").codes)
+    assert single.bias is model[2].bias
+
+
+def test_one_layer_that_cannot_be_quantized_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"fc cannot be quantized: linear=None"):
+        integration.quantize_module(nn.Linear(32, 32), BGDConfig(linear=None), name="fc")
+    with pytest.raises(ConfigError, match="the layer cannot be quantized: already quantized"):
+        integration.quantize_module(integration.quantize_module(nn.Linear(32, 32)))
+    with pytest.raises(ConfigError, match="a LayerNorm has no product-quantized form"):
+        integration.quantize_module(nn.LayerNorm(8))
+    with pytest.raises(ConfigError, match="do not divide into blocks of 5"):
+        integration.quantize_module(nn.Linear(32, 32), BGDConfig(linear=LayerConfig(block_size=5)))
+
+
+def test_training_needs_data() -> None:
+    with pytest.raises(ConfigError, match="without data there is no finetuning"):
+        bgd.quantize_weights(PlainNet(), BGDConfig(finetuning=FinetuningConfig(steps=1)))
+
+
+def test_values_are_needed_and_finite() -> None:
+    with torch.device("meta"):
+        empty = PlainNet()
+    with pytest.raises(ConfigError, match="layer '2' is on the meta device"):
+        bgd.quantize_weights(empty)
+    broken = PlainNet()
+    with torch.no_grad():
+        broken[2].weight[0, 0] = float("nan")
+    with pytest.raises(ConfigError, match="layer '2' holds NaN"):
+        bgd.quantize_weights(broken)
+
+
+def test_the_same_codes_each_time() -> None:
+    model, data = PlainNet(), vectors()
+    assert same_outputs(bgd.quantize_weights(model).model, bgd.quantize_weights(model).model, data)
+    other = bgd.quantize_weights(model, BGDConfig(seed=1)).model
+    assert not same_outputs(bgd.quantize_weights(model).model, other, data)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed_convolutions_come_near_their_weights(groups: int) -> None:
+    """Their blocks run along the input channels: cut the other way, the decoded weight has nothing to do with it."""
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(16, 24, 3, groups=groups)
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), layer)
+    report = bgd.quantize_weights(model).report
+    assert [x.name for x in report.layers] == ["1"]
+    assert report.layers[0].relative_error < 0.5
+    decoded = integration.quantize_module(layer).weight
+    assert float((decoded - layer.weight).square().sum().detach()) < 0.5 * float(layer.weight.square().sum().detach())

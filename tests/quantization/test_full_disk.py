@@ -1,0 +1,42 @@
+"""Runs on a disk that is really full, or read-only; `disk_job` says what is tried there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.disk_job import SCENARIOS
+
+_ALONE = ["unshare", "--map-root-user", "--mount"]
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder on which one may mount, in a process with mounts of its own."""
+    folder = tmp_path_factory.mktemp("disk")
+    if shutil.which("unshare") is None:
+        pytest.skip("there is no unshare here, which gives a process mounts of its own")
+    command = [*_ALONE, "mount", "-t", "tmpfs", "-o", "size=4096", "tmpfs", str(folder)]
+    tried = subprocess.run(command, capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"this system does not let a process have mounts of its own: {tried.stderr.strip()}")
+    return folder
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_on_a_disk_of_its_own(scenario: str, disk: Path) -> None:
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [*_ALONE, sys.executable, "-m", "tests.disk_job", scenario, str(disk)],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "adapters")]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

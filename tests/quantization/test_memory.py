@@ -1,0 +1,37 @@
+"""What quantization takes beyond the network stays within what docs/memory.md says; `test_store` has the bound."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.memory_job import COLUMNS, LAYERS, WIDTH
+
+_GRAM, _LAYER = 8 * COLUMNS**2 / 2**20, 4 * WIDTH**2 / 2**20
+LIMITS = {
+    "full": 6.5 * _GRAM,  # six, and what is small on a wide layer
+    "em": (LAYERS + 12) * _LAYER,  # a copy of the network, and twelve layers
+    "without data": (LAYERS + 8) * _LAYER,
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process's peak anew")
+@pytest.mark.parametrize("kind", LIMITS)
+def test_the_peak_beyond_the_network(kind: str) -> None:
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root), str(root / "adapters")])
+    # what is freed goes back to the system, as it does by itself where layers are large: else its leavings count, too
+    settings = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.memory_job", kind],
+        cwd=root,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert 0 < float(run.stdout) < LIMITS[kind], run.stdout

@@ -1,0 +1,136 @@
+"""Several processes agree with each other and with one alone; one that dies is named, and the rest goes on later."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import bgd_plugin as bgd
+from bgd_plugin.nn import PQModule
+from tests.distributed_job import CONFIGS, batches, network
+
+END_SECONDS = 60  # within which the others must have ended
+
+
+def _environment(**more: str) -> dict[str, str]:
+    paths = os.pathsep.join(p for p in sys.path if p)
+    return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | more
+
+
+def _torchrun(
+    output: Path, configs: list[str], *arguments: str, processes: int = 2
+) -> subprocess.CompletedProcess[str]:
+    output.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += ["-m", "tests.distributed_job", "--output", str(output), "--configs", *configs, *arguments]
+    return subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes made of every setting."""
+    output = tmp_path_factory.mktemp("job")
+    run = _torchrun(output, list(CONFIGS), "--prelude")
+    assert not run.returncode, run.stderr
+    return output
+
+
+def _alone(config: str, data: list[Tensor]) -> bgd.results.Quantized:
+    return bgd.quantize(network(config), data, CONFIGS[config], progress=False)
+
+
+def _loaded(job: Path, config: str) -> dict[str, PQModule]:
+    net = bgd.load(job / f"{config}-0.safetensors", like=network(config))
+    return {name: m for name, m in net.named_modules() if isinstance(m, PQModule)}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_all_processes_have_the_same_bytes(job: Path, config: str) -> None:
+    first, second = ((job / f"{config}-{rank}.safetensors").read_bytes() for rank in (0, 1))
+    assert first == second
+
+
+@pytest.mark.parametrize("config", ["full", "em"])
+def test_two_processes_and_one_find_the_same_codes(job: Path, config: str) -> None:
+    alone = _alone(config, batches(config))
+    for name, layer in _loaded(job, config).items():
+        other = alone.model.get_submodule(name)
+        assert torch.equal(layer.codes, other.codes), name
+        torch.testing.assert_close(layer.codebook, other.codebook, rtol=2e-3, atol=1e-6)  # both rounded to 16 bits
+
+
+def test_two_processes_finetune_as_one_does_with_batches_of_twice_the_size(job: Path) -> None:
+    data = batches("finetuned")
+    joined = [torch.cat(data[i : i + 2]) for i in range(0, len(data), 2)]
+    trained, start = _alone("finetuned", joined), dataclasses.replace(CONFIGS["finetuned"], finetuning=None)
+    untrained = bgd.quantize(network("finetuned"), data, start, progress=False)
+    for name, layer in _loaded(job, "finetuned").items():
+        expected, before = trained.model.get_submodule(name).codebook, untrained.model.get_submodule(name).codebook
+        moved = (expected - before).abs().max()
+        assert (layer.codebook - expected).abs().max() < 0.05 * moved, name
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_different_networks_are_refused(job: Path, rank: int) -> None:
+    said = (job / f"refused-{rank}").read_text()
+    assert said.startswith("the processes of this job have different networks or settings")
+
+
+def test_under_torchrun_a_killed_process_ends_the_job_and_the_next_one_goes_on(job: Path, tmp_path: Path) -> None:
+    checkpoint = ["--checkpoint", str(tmp_path / "run")]
+    run = _torchrun(tmp_path, ["trained"], *checkpoint, "--dies=1", "--walks=1", "--how=killed")
+    assert run.returncode
+    assert time.time() - (tmp_path / "end").stat().st_mtime < END_SECONDS
+    assert "rank      : 1 (local_rank: 1)" in run.stderr.partition("Root Cause")[2]
+    assert len(list((tmp_path / "run").glob("layer-*.safetensors"))) == 4
+    assert not _torchrun(tmp_path, ["trained"], *checkpoint).returncode
+    assert (tmp_path / "trained-1.safetensors").read_bytes() == (job / "trained-1.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_killed_while_it_trains_it_goes_on_at_the_step(processes: int, tmp_path: Path) -> None:
+    whole, checkpoint = tmp_path / "whole", tmp_path / "run"
+    assert not _torchrun(whole, ["trained"], processes=processes).returncode
+    # the data is walked once for calibration, and once for each of three epochs of finetuning
+    common = ["--checkpoint", str(checkpoint), "--save-each-step", "--dies=1", "--walks=3", "--how=killed"]
+    assert _torchrun(tmp_path, ["trained"], *common, processes=processes).returncode
+    assert (checkpoint / "finetuning.steps.safetensors").exists()
+    run = _torchrun(tmp_path, ["trained"], *common, processes=processes)  # two epochs' walks are left
+    assert not run.returncode, run.stderr
+    for rank in range(processes):
+        name = f"trained-{rank}.safetensors"
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize(("dies", "walks", "how"), [(1, 0, "killed"), (1, 0, "error"), (0, 1, "killed")])
+def test_without_torchrun_the_others_end_and_name_it(dies: int, walks: int, how: str, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "tests.distributed_job", "--output", str(tmp_path), "--configs", "trained"]
+    command += [f"--dies={dies}", f"--walks={walks}", f"--how={how}"]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(command, env=_environment(RANK=str(rank), **common), stderr=subprocess.DEVNULL)
+        for rank in (0, 1)
+    ]
+    try:
+        assert processes[dies].wait(200)
+        assert processes[1 - dies].wait(END_SECONDS) == 1
+        assert time.time() - (tmp_path / "end").stat().st_mtime < END_SECONDS
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    said = (tmp_path / f"error-{1 - dies}").read_text()
+    assert f"process {dies}" in said
+    assert how == "killed" or "OSError: the data is gone" in said
