@@ -1,4 +1,4 @@
-"""Product quantization of trained networks, by what their layers compute on real inputs."""
+"""Compress trained networks by product quantization that preserves each layer's outputs on real inputs."""
 
 from bgd_plugin import errors as errors
 from bgd_plugin import fx as fx

@@ -1,7 +1,7 @@
-"""Find and load the adapters that put this library into other frameworks.
+"""Find and load the adapters that make this library available in other frameworks.
 
-An adapter is an entry point. What it needs is what the extra of its name asks for, in the metadata of the
-distribution that declares it: so the core knows no framework, and an adapter of anybody's is treated alike.
+An adapter is an entry point. Its requirements are those of the extra with its name, in the metadata of the
+distribution that declares it. So the core knows no framework, and third-party adapters are treated alike.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Requirement:
     """A distribution that an adapter needs.
 
     Attributes:
-        name: of the distribution.
-        wanted: the versions that the adapter knows, such as ">=3.6,<4"; empty if any.
-        found: the version that is installed, or None.
-        known: whether `found` is one of `wanted`.
+        name: the distribution's name.
+        wanted: the supported versions, such as ">=3.6,<4"; empty for any.
+        found: the installed version, or None.
+        known: whether `found` is supported.
     """
 
     name: str
@@ -37,18 +37,18 @@ class Requirement:
     def __str__(self) -> str:
         if self.found is None:
             return f"{self.name} is not installed"
-        return f"{self.name} {self.found}" + ("" if self.known else f" (the adapter knows {self.wanted})")
+        return f"{self.name} {self.found}" + ("" if self.known else f" (the adapter supports {self.wanted})")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """An adapter that is installed, whether or not its framework is.
+    """An installed adapter, whether or not its framework is installed.
 
     Attributes:
-        name: what `load_adapter` takes.
-        module: what is imported.
+        name: the name for `load_adapter`.
+        module: the module that is imported.
         extra: what to install, such as "bgd-plugin[transformers]".
-        requirements: what the extra asks for, and what is there.
+        requirements: the distributions that the extra requires.
         problem: why the adapter cannot be loaded, or None.
     """
 
@@ -60,12 +60,12 @@ class Adapter:
 
 
 def adapter_names() -> tuple[str, ...]:
-    """Names of the adapters that are installed."""
+    """Names of the installed adapters."""
     return tuple(sorted(_points()))
 
 
 def adapters() -> tuple[Adapter, ...]:
-    """Every adapter that is installed; each is imported to see whether it can be, and registered with its framework."""
+    """All installed adapters; each is imported, and thereby registered, to find out whether it can be loaded."""
     result = []
     for name, point in sorted(_points().items()):
         problem = None
@@ -86,19 +86,22 @@ def adapters() -> tuple[Adapter, ...]:
 
 
 def load_adapter(name: str) -> Any:
-    """Import an adapter and register it with its framework; a second call does nothing more.
+    """Import an adapter and register it with its framework; a second call has no further effect.
+
+    Args:
+        name: an installed adapter, such as "neural_compressor"; `bgd-plugin adapters` lists them.
 
     Returns:
         the adapter's module.
 
     Raises:
-        BGDError: no adapter of that name; its framework is missing or in a version that it does not know; or its
-            framework cannot be imported.
+        BGDError: there is no such adapter; or its framework is missing, has an unsupported version, or cannot be
+            imported.
     """
     points = _points()
     if name not in points:
         existing = ", ".join(sorted(points)) or "none"
-        raise BGDError(f"there is no adapter {name!r}; installed adapters: {existing}")
+        raise BGDError(f"no adapter {name!r}: give one of the installed adapters: {existing}")
     point = points[name]
     install = f"pip install '{_extra(point)}'"
     requirements = tuple(_requirements(point))
@@ -108,8 +111,8 @@ def load_adapter(name: str) -> Any:
     try:
         module = point.load()
         module.register()
-    except Exception as error:  # importing a framework runs its code: anything may come out of it
-        # only now, since a framework may come by another distribution than the extra's
+    except Exception as error:  # importing a framework runs its code, which may raise anything
+        # checked only now, since a framework may be provided by another distribution than the extra's
         missing = [str(requirement) for requirement in requirements if not requirement.found]
         why = "; ".join([f"{type(error).__name__}: {error}", *missing])
         raise BGDError(f"adapter {name!r} cannot be imported ({why}): {install}") from error
@@ -126,7 +129,7 @@ def _extra(point: metadata.EntryPoint) -> str:
 
 
 def _requirements(point: metadata.EntryPoint) -> Iterator[Requirement]:
-    """What the extra of an adapter's name asks for."""
+    """The requirements of the extra with the adapter's name."""
     from packaging.requirements import Requirement as Specified  # not needed by `import bgd_plugin`
 
     extra = point.name.replace("_", "-")

@@ -1,27 +1,27 @@
-"""The exceptions of the library: one root, one subclass for each kind of cause."""
+"""The library's exceptions: one root class, and one subclass per kind of cause."""
 
 __all__ = ["BGDError", "CalibrationError", "CheckpointError", "ConfigError", "DistributedError", "TraceError"]
 
 
 class BGDError(Exception):
-    """Root of every error that a user of the library can cause; the message says what was found and what to do."""
+    """Root of all errors that a user can cause; the message names the layer, what was found, and what to do."""
 
 
 class ConfigError(BGDError, ValueError):
-    """A setting that is wrong in itself, or that does not suit the network it is applied to."""
+    """A setting is invalid, or does not suit the network."""
 
 
 class TraceError(BGDError):
-    """The network cannot be turned into a graph."""
+    """The network cannot be traced into a graph."""
 
 
 class CalibrationError(BGDError):
-    """The calibration data, or what the network makes of it, cannot be used."""
+    """The calibration data, or the network's values on it, cannot be used."""
 
 
 class DistributedError(BGDError):
-    """Another process of the same job has stopped; the message names it."""
+    """Another process of the job stopped; the message names it."""
 
 
 class CheckpointError(BGDError):
-    """A file that is damaged, foreign, newer than this library, or of another network."""
+    """A file is damaged, of another format, newer than this library, or belongs to another network."""

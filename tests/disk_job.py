@@ -121,7 +121,7 @@ def saved_file(disk: Disk) -> None:
     file = disk.folder / "net.safetensors"
     file.write_bytes(b"old")
     disk.leave(0)
-    _refused(lambda: bgd.save(model, file), str(file), "No space left on device", "make room")
+    _refused(lambda: bgd.save(model, file), str(file), "No space left on device", "free space")
     assert _contents(disk.folder).keys() == {"filler", file.name}
     assert file.read_bytes() == b"old"
     disk.make_room()

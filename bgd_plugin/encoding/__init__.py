@@ -1,1 +1,1 @@
-"""Numbers in few bits: packed codes, masks, 8-bit grids."""
+"""Compact encodings: packed codes, masks, 8-bit grids."""

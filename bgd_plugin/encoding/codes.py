@@ -1,4 +1,4 @@
-"""Codes as a string of bits: log2(codebook_size) bits each instead of whole bytes."""
+"""Pack codes into log2(codebook_size) bits each instead of whole bytes."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from torch import Tensor
 __all__ = ["code_dtype", "pack", "unpack"]
 
 _CHUNK = 1 << 16
-"""Codes worked on at once, a multiple of 8 so that each chunk ends on a byte; bounds the scratch memory to 16 MiB."""
+"""Codes per chunk: a multiple of 8, so that each chunk ends on a byte; limits scratch memory to 16 MiB."""
 
 
 def code_dtype(codebook_size: int) -> torch.dtype:
-    """The smallest integer type that holds the codes of a codebook and that torch has full support for."""
+    """The smallest integer dtype that holds the codes of a codebook and is fully supported by torch."""
     if codebook_size <= 256:
         return torch.uint8
     return torch.int16 if codebook_size <= 32768 else torch.int32
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Write each code with `bits` bits, lowest bit first, one after the other.
+    """Write the codes one after another with `bits` bits each, lowest bit first.
 
-    Bit j of code i is bit `(i·bits + j) mod 8` of byte `(i·bits + j) div 8`; the last byte is filled up with zeros.
+    Bit j of code i is bit `(i·bits + j) mod 8` of byte `(i·bits + j) div 8`; the last byte is padded with zeros.
 
     Args:
         codes: integers in 0 … 2^bits − 1, any shape; read in row-major order.
@@ -31,7 +31,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         uint8 `[ceil(codes.numel() · bits / 8)]`.
 
     Raises:
-        ValueError: a number of bits out of range, or a code that does not fit.
+        ValueError: `bits` is out of range, or a code does not fit.
     """
     _check_bits(bits)
     flat = codes.reshape(-1)
@@ -47,24 +47,24 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, count: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Read `count` codes of `bits` bits back; undoes `pack`.
+    """Inverse of `pack`: read `count` codes of `bits` bits.
 
     Args:
         packed: uint8 `[ceil(count · bits / 8)]`.
         bits: 1 … 16.
-        count: how many codes.
-        dtype: of the result, an integer type that holds `bits` bits; a wide one takes several times the file's bytes.
+        count: number of codes.
+        dtype: of the result, an integer type that holds `bits` bits; a wide one takes several times the packed bytes.
 
     Returns:
         `[count]`.
 
     Raises:
-        ValueError: a number of bits out of range, or a length that is not the one `count` codes take.
+        ValueError: `bits` is out of range, or `packed` has the wrong dtype or length for `count` codes.
     """
     _check_bits(bits)
     if packed.dtype != torch.uint8 or packed.shape != (_packed_bytes(count, bits),):
         raise ValueError(
-            f"{count} codes of {bits} bits take {_packed_bytes(count, bits)} uint8, "
+            f"{count} codes of {bits} bits need uint8 ({_packed_bytes(count, bits)},), "
             f"found {packed.dtype} {tuple(packed.shape)}"
         )
     codes = torch.empty(count, dtype=dtype, device=packed.device)
@@ -77,7 +77,7 @@ def unpack(packed: Tensor, bits: int, count: int, dtype: torch.dtype = torch.int
 
 def _check_bits(bits: int) -> None:
     if not 1 <= bits <= 16:
-        raise ValueError(f"codes take 1 to 16 bits, not {bits}")
+        raise ValueError(f"bits={bits}: codes have 1 to 16 bits")
 
 
 def _packed_bytes(count: int, bits: int) -> int:

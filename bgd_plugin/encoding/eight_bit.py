@@ -1,4 +1,4 @@
-"""Values on an 8-bit grid: whole numbers from -127 to 127 times a scale of the row."""
+"""Values on an 8-bit grid: integers from -127 to 127, times one scale per row."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor
 __all__ = ["from_eight_bits", "round_to_eight_bits", "to_eight_bits"]
 
 _LEVELS = 127
-_MANTISSA_BITS = 11  # of a scale: its product with a whole number of 7 bits is then exact in float32
+_MANTISSA_BITS = 11  # of a scale: its product with a 7-bit integer is exact in float32
 
 
 @torch.no_grad()
 def round_to_eight_bits(values: Tensor) -> Tensor:
-    """Each row rounded to its own grid; rows that float32 cannot hold on such a grid stay as they are.
+    """Round each row to its own grid; rows whose grid float32 cannot represent are returned unchanged.
 
-    The grid reaches to the row's largest absolute value. Only float32 is rounded: half precision has no room for
-    the products, and is small as it is.
+    The grid spans the row's largest absolute value. Only float32 is rounded: half precision cannot hold the products
+    exactly, and is already small.
 
     Args:
         values: `[rows, columns]`, finite.
@@ -30,10 +30,10 @@ def round_to_eight_bits(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def to_eight_bits(values: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Whole numbers and scales whose product is exactly `values`; None where there are none.
+    """Integers and scales whose product is exactly `values`; None if there are none.
 
-    The scale is found from the row's largest absolute value, so values that `round_to_eight_bits` gave are recognised
-    by themselves: nothing has to be remembered beside them.
+    The scale is derived from the row's largest absolute value, so values rounded by `round_to_eight_bits` are
+    recognized without any additional information.
 
     Args:
         values: `[rows, columns]`.
@@ -50,7 +50,7 @@ def to_eight_bits(values: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def from_eight_bits(numbers: Tensor, scales: Tensor) -> Tensor:
-    """The inverse of `to_eight_bits`: int8 `[rows, columns]` and float32 `[rows]` to float32 `[rows, columns]`."""
+    """Inverse of `to_eight_bits`: int8 `[rows, columns]` and float32 `[rows]` to float32 `[rows, columns]`."""
     return numbers.float() * scales.unsqueeze(1)
 
 
@@ -59,7 +59,7 @@ def _scales(values: Tensor) -> Tensor:
     largest = values.abs().amax(1, keepdim=True) / _LEVELS
     mantissa, exponent = torch.frexp(largest)
     steps = 2.0**_MANTISSA_BITS
-    # The allowance undoes what the division may have lost: an exact scale must find itself again, not the next one.
+    # The margin compensates for rounding in the division: an exact scale must be recovered, not the next larger one.
     rounded = torch.ldexp((mantissa * steps - 1e-2).ceil() / steps, exponent)
     return torch.where(largest > 0, rounded, torch.ones_like(rounded))
 

@@ -1,12 +1,12 @@
-"""Which weights are zero, in as few bits as their pattern allows: a mask is true where a weight is kept.
+"""Pack masks of pruned weights in as few bits as their pattern allows; a mask is true where a weight is kept.
 
-A mask has a form, a word that stands in the file's header:
+A mask has a form, named in the file's header:
 
-* `lines`: whole rows and whole columns of the weight matrix are zero; a bit for each row and each column.
-* `N:M`: exactly N of each M weights that follow one another in a row are kept; ceil(log2(M choose N)) bits for a
-  group, so 2:4 takes 3 bits for 4 weights. `N:M channels`: the same along the input channels, kernel offset by offset.
-* `positions`: a few weights are zero; 32 bits for each of them.
-* `bits`: anything else; a bit for each weight.
+* `lines`: whole rows and columns of the weight matrix are zero; one bit per row and per column.
+* `N:M`: exactly N of every M consecutive weights of a row are kept; ceil(log2(M choose N)) bits per group, so 2:4 takes
+  3 bits for 4 weights. `N:M channels`: the same along the input channels, for each kernel offset.
+* `positions`: few weights are zero; 32 bits for each zero.
+* `bits`: any other pattern; one bit per weight.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FORM = re.compile(r"(\d{1,2}):(\d{1,2})( channels)?")
 
 
 def mask_form(mask: Tensor) -> str:
-    """The form that holds a mask in the fewest bytes.
+    """The form that stores a mask in the fewest bytes.
 
     Args:
         mask: bool `[C_out, ...]`, true where a weight is kept.
@@ -36,10 +36,10 @@ def mask_form(mask: Tensor) -> str:
 
 
 def pack_mask(mask: Tensor, form: str) -> Tensor:
-    """The mask's bytes, uint8 `[n]`.
+    """Pack a mask `[C_out, ...]` into bytes, uint8 `[n]`.
 
     Raises:
-        ValueError: the form is not one of those above, or does not hold this mask.
+        ValueError: the form is unknown, or cannot represent this mask.
     """
     if form == "bits":
         return pack(mask.to(torch.uint8), 1)
@@ -59,14 +59,14 @@ def pack_mask(mask: Tensor, form: str) -> Tensor:
 
 
 def unpack_mask(packed: Tensor, form: str, shape: Sequence[int]) -> Tensor:
-    """The mask, bool of the given shape; undoes `pack_mask`.
+    """Inverse of `pack_mask`: the mask, bool of the given shape.
 
     Raises:
-        ValueError: the form is none of those above, or the bytes are not what a mask of this shape has.
+        ValueError: the form is unknown, or the bytes do not belong to a mask of this shape.
     """
     count, rows = math.prod(shape), shape[0]
     if packed.dtype != torch.uint8 or packed.ndim != 1:
-        raise ValueError(f"a mask is uint8 of one dimension, found {packed.dtype} {list(packed.shape)}")
+        raise ValueError(f"a packed mask has dtype uint8 and one dimension, found {packed.dtype} {list(packed.shape)}")
     if form == "bits":
         return unpack(packed, 1, count).bool().reshape(tuple(shape))
     if form == "positions":
@@ -77,18 +77,18 @@ def unpack_mask(packed: Tensor, form: str, shape: Sequence[int]) -> Tensor:
     kept, size, along_channels = _parsed(form)
     ordered = _ordered_shape(shape, along_channels)
     if ordered[-1] % size:
-        raise ValueError(f"a weight of {list(shape)} has no groups of {size}")
+        raise ValueError(f"a weight of shape {list(shape)} does not divide into groups of {size}")
     codes = unpack(packed, _bits(kept, size), count // size)
     table = _patterns(kept, size).to(packed.device)
     if count and int(codes.max()) >= len(table):
-        raise ValueError(f"pattern {int(codes.max())} of {kept}:{size}, which has {len(table)}")
+        raise ValueError(f"pattern {int(codes.max())} is out of range: {kept}:{size} has {len(table)} patterns")
     groups = table[codes].unsqueeze(1) >> torch.arange(size, device=packed.device) & 1
     mask = groups.bool().reshape(ordered)
     return (mask.movedim(-1, 1) if along_channels else mask).reshape(tuple(shape)).contiguous()
 
 
 def _forms(mask: Tensor) -> Iterator[str]:
-    """The forms that hold a mask, the plain ones first."""
+    """The forms that can represent a mask, the simple ones first."""
     yield "bits"
     yield "positions"
     matrix = mask.flatten(1)
@@ -104,7 +104,7 @@ def _forms(mask: Tensor) -> Iterator[str]:
 
 
 def _ordered(mask: Tensor, along_channels: bool) -> Tensor:
-    """The mask with the dimension that groups run along last."""
+    """The mask with the dimension along which groups run moved last."""
     return mask.movedim(1, -1) if along_channels else mask.flatten(1)
 
 
@@ -119,7 +119,7 @@ def _parsed(form: str) -> tuple[int, int, bool]:
     match = _FORM.fullmatch(form)
     kept, size = (int(match[1]), int(match[2])) if match else (0, 0)
     if match is None or size not in _GROUP_SIZES or not 0 < kept < size:
-        raise ValueError(f"{form!r} is not a form of masks")
+        raise ValueError(f"{form!r} is not a mask form")
     return kept, size, match[3] is not None
 
 
@@ -128,7 +128,7 @@ def _bits(kept: int, size: int) -> int:
 
 
 def _patterns(kept: int, size: int) -> Tensor:
-    """All groups as numbers, bit i for weight i, in ascending order: `[size choose kept]`."""
+    """All group patterns as integers, bit i for weight i, ascending: `[size choose kept]`."""
     numbers = torch.arange(1 << size)
     ones = (numbers.unsqueeze(1) >> torch.arange(size) & 1).sum(1)
     return numbers[ones == kept]
@@ -136,12 +136,12 @@ def _patterns(kept: int, size: int) -> Tensor:
 
 def _from_positions(packed: Tensor, count: int) -> Tensor:
     if packed.numel() % 4:
-        raise ValueError(f"{packed.numel()} bytes are not positions of 4 bytes each")
+        raise ValueError(f"{packed.numel()} bytes do not divide into positions of 4 bytes")
     positions = packed.clone().view(torch.int32).long()
     if positions.numel() and (
         int(positions[0]) < 0 or int(positions[-1]) >= count or bool((positions.diff() <= 0).any())
     ):
-        raise ValueError(f"the positions of zeros are not ascending numbers below {count}")
+        raise ValueError(f"the positions of zeros are not ascending integers below {count}")
     mask = torch.ones(count, dtype=torch.bool, device=packed.device)
     mask[positions] = False
     return mask

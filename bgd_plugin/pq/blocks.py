@@ -1,8 +1,8 @@
-"""Everything that cuts weights and inputs into blocks, or puts them together again.
+"""Cut weights and inputs into blocks, and reassemble them. All such reshaping is in this file.
 
 A layer's weight `[C_out, ...]` is read as a matrix `[rows = C_out, D]`, D = (C_in / groups) · prod(kernel_size), and
 each row is cut into runs of `block_size` weights, the blocks. Inputs are unfolded to `[positions, D]` with the same
-order of columns, so that a convolution is `unfolded @ matrix.T` and block i of a row meets columns i·d … (i+1)·d − 1.
+order of columns, so a convolution is `unfolded @ matrix.T`, and block i of a row multiplies columns i·d … (i+1)·d − 1.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ __all__ = [
 
 
 def to_blocks(weight: Tensor, block_size: int) -> Tensor:
-    """Cut a weight into blocks: `[C_out, ...]` -> `[rows, blocks_per_row, block_size]`, a view where that is possible.
+    """Cut a weight into blocks: `[C_out, ...]` -> `[rows, blocks_per_row, block_size]`, a view where possible.
 
     Raises:
-        ValueError: the weights of a row do not divide into blocks of this size.
+        ValueError: the block size does not divide the weights of a row.
     """
     rows = weight.shape[0]
     per_row = math.prod(weight.shape[1:])
@@ -44,24 +44,24 @@ def to_blocks(weight: Tensor, block_size: int) -> Tensor:
 def transposed_matrix(weight: Tensor, groups: int) -> Tensor:
     """The weight of a transposed convolution, `[C_in, C_out / groups, *kernel]`, as the matrix `[rows, C_in / groups]`.
 
-    A transposed convolution multiplies each input position with this matrix, and adds up what falls on the same output
-    position. A row is one output channel at one offset of the kernel; groups' rows stand one after another.
+    A transposed convolution multiplies each input position by this matrix and sums the results that land on the same
+    output position. A row is one output channel at one kernel offset; the rows of each group are contiguous.
     """
     return weight.reshape(groups, weight.shape[0] // groups, -1).mT.flatten(0, 1)
 
 
 def from_transposed_matrix(matrix: Tensor, shape: Sequence[int], groups: int) -> Tensor:
-    """The weight of the given shape again; undoes `transposed_matrix`."""
+    """Inverse of `transposed_matrix`: from the matrix `[rows, C_in / groups]` to the weight of shape `shape`."""
     return matrix.reshape(groups, -1, matrix.shape[1]).mT.reshape(tuple(shape))
 
 
 def from_blocks(blocks: Tensor, shape: Sequence[int]) -> Tensor:
-    """Put blocks `[rows, blocks_per_row, block_size]` together to a weight of the given shape; undoes `to_blocks`."""
+    """Inverse of `to_blocks`: from blocks `[rows, blocks_per_row, block_size]` to a weight of shape `shape`."""
     return blocks.reshape(tuple(shape))
 
 
 def decode(codebook: Tensor, codes: Tensor, shape: Sequence[int]) -> Tensor:
-    """The weight that a codebook and codes stand for.
+    """Decode a weight from its codebook and codes.
 
     Differentiable in the codebook: a codeword's gradient is the *sum* of the gradients of its blocks.
 
@@ -69,6 +69,9 @@ def decode(codebook: Tensor, codes: Tensor, shape: Sequence[int]) -> Tensor:
         codebook: `[codebook_size, block_size]`.
         codes: `[rows, blocks_per_row]`, any integer type.
         shape: the weight's shape, `[C_out, ...]`.
+
+    Returns:
+        the weight `[C_out, ...]`, in the codebook's dtype.
     """
     if codes.dtype not in (torch.int32, torch.int64):
         codes = codes.to(torch.int32)
@@ -77,22 +80,22 @@ def decode(codebook: Tensor, codes: Tensor, shape: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """How a layer reads its input: all that unfolding needs, in torch's words. All tuples have one item per dimension.
+    """How a layer reads its input, in torch's terms. Each tuple has one item per spatial dimension.
 
-    A linear layer is the case without spatial dimensions, `Geometry.linear()`.
+    A linear layer has no spatial dimensions: `Geometry.linear()`.
     """
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
-    """Positions added (before, after) each spatial dimension."""
+    """Padding (before, after) of each spatial dimension, in positions."""
     dilation: tuple[int, ...]
     groups: int
     padding_mode: str = "zeros"
     """`zeros`, `reflect`, `replicate` or `circular`."""
 
     def __post_init__(self) -> None:
-        """Refuse a padding mode that torch does not have."""
+        """Reject a padding mode that torch does not have."""
         if self.padding_mode not in ("zeros", "reflect", "replicate", "circular"):
             raise ValueError(f"padding mode {self.padding_mode!r} is not zeros, reflect, replicate or circular")
 
@@ -102,7 +105,7 @@ class Geometry:
         return cls(kernel_size=(), stride=(), padding=(), dilation=(), groups=1)
 
     def pointwise(self) -> Geometry:
-        """The walk over the layer's *output* that visits the positions in the order of `unfold_inputs`."""
+        """The 1×1 geometry that visits the layer's *output* positions in the order of `unfold_inputs`."""
         ones = (1,) * len(self.kernel_size)
         return Geometry(kernel_size=ones, stride=ones, padding=((0, 0),) * len(ones), dilation=ones, groups=1)
 
@@ -116,10 +119,13 @@ class Geometry:
         groups: int,
         padding_mode: str = "zeros",
     ) -> Geometry:
-        """From the forms that `torch.nn.ConvNd` and `torch.nn.functional.convNd` take.
+        """Build from the arguments of `torch.nn.ConvNd` or `torch.nn.functional.convNd`.
 
-        `len(kernel_size)` gives the number of spatial dimensions; a single number stands for all of them. For
-        `padding="same"` the odd position goes after, as in torch.
+        `len(kernel_size)` is the number of spatial dimensions; a single number applies to all of them. With
+        `padding="same"` an odd position is added at the end, as in torch.
+
+        Raises:
+            ValueError: "same" with a stride, an unknown padding, or a tuple of the wrong length.
         """
         kernel = tuple(kernel_size)
         steps, dilations = _per_dimension(stride, len(kernel)), _per_dimension(dilation, len(kernel))
@@ -145,7 +151,7 @@ class Geometry:
 
 
 def _per_dimension(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
-    """One number per spatial dimension; a single one stands for all."""
+    """One number per spatial dimension; a single number is repeated."""
     values = (value,) * dimensions if isinstance(value, int) else tuple(value)
     if len(values) == 1:
         values *= dimensions
@@ -155,7 +161,7 @@ def _per_dimension(value: int | Sequence[int], dimensions: int) -> tuple[int, ..
 
 
 def unfold_inputs(x: Tensor, geometry: Geometry) -> Tensor:
-    """The rows a layer's weight matrix is multiplied with.
+    """Unfold a layer's input into the rows that its weight matrix multiplies.
 
     Args:
         x: `[batch, C_in, *spatial]` or `[C_in, *spatial]`; for a linear layer `[..., C_in]`.
@@ -163,7 +169,10 @@ def unfold_inputs(x: Tensor, geometry: Geometry) -> Tensor:
 
     Returns:
         `[groups, positions, (C_in / groups) · prod(kernel_size)]`, columns in the order of `weight.reshape(C_out, -1)`.
-        Group g's outputs are `unfolded[g] @ matrix_of_group_g.T`.
+        The outputs of group g are `unfolded[g] @ matrix_of_group_g.T`.
+
+    Raises:
+        ValueError: the input's shape does not suit the geometry.
     """
     windows = _windows(x, geometry)
     channel = len(geometry.kernel_size) + 1
@@ -174,9 +183,9 @@ def unfold_inputs(x: Tensor, geometry: Geometry) -> Tensor:
 
 
 def sample_inputs(x: Tensor, geometry: Geometry, count: int, generator: torch.Generator) -> Tensor:
-    """`unfold_inputs` at no more than `count` positions, chosen at random without repetition, in ascending order.
+    """`unfold_inputs` at up to `count` positions, drawn at random without replacement, in ascending order.
 
-    Only the chosen rows are gathered: memory is `count · C_in · prod(kernel_size)`, never the whole unfolded input.
+    Only the chosen rows are gathered: memory is `count · C_in · prod(kernel_size)`, not the whole unfolded input.
 
     Returns:
         `[groups, min(count, positions), (C_in / groups) · prod(kernel_size)]`.
@@ -192,10 +201,10 @@ def sample_inputs(x: Tensor, geometry: Geometry, count: int, generator: torch.Ge
 
 
 def input_blocks(x: Tensor, geometry: Geometry, block_size: int) -> Tensor:
-    """Every block of every unfolded input, one a column: `[block_size, count]`, in no particular order.
+    """Every block of every unfolded input as a column: `[block_size, count]`, in no particular order.
 
-    Where blocks are whole channels the kernel's offsets become rows, so that what is copied are long runs of the input;
-    that is several times faster than cutting up `unfold_inputs`.
+    Where blocks are whole channels, the kernel's offsets become rows, so long runs of the input are copied; this is
+    several times faster than cutting `unfold_inputs` into blocks.
     """
     area = math.prod(geometry.kernel_size)
     dimensions = len(geometry.kernel_size)
@@ -209,7 +218,7 @@ def input_blocks(x: Tensor, geometry: Geometry, block_size: int) -> Tensor:
 
 
 def _windows(x: Tensor, geometry: Geometry) -> Tensor:
-    """A view on the padded input: `[batch, *output positions, C_in, *kernel_size]` (linear: `[positions, C_in]`)."""
+    """A view of the padded input: `[batch, *output positions, C_in, *kernel_size]` (linear: `[positions, C_in]`)."""
     dimensions = len(geometry.kernel_size)
     if dimensions == 0:
         return x.reshape(-1, x.shape[-1])
@@ -227,7 +236,7 @@ def _windows(x: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _pad(x: Tensor, geometry: Geometry) -> Tensor:
-    """Pad all spatial dimensions of `[batch, C_in, *spatial]`; `functional.pad` wants the last dimension first."""
+    """Pad all spatial dimensions of `[batch, C_in, *spatial]`; `functional.pad` takes the last dimension first."""
     pads = [amount for pair in reversed(geometry.padding) for amount in pair]
     if not any(pads):
         return x

@@ -16,16 +16,16 @@ __all__ = ["Fit", "fit_em", "gram_root", "reconstruction_objective"]
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """A codebook, the codes that go with it, and how good they are."""
+    """A fitted codebook, its codes, and their objective."""
 
     codebook: Tensor
     """`[codebook_size, block_size]`, dtype and device of the blocks."""
     codes: Tensor
     """int64 `[rows, blocks_per_row]`."""
     objective: float
-    """Σ_v (v − c)ᵀ G (v − c) of what is returned."""
+    """Σ_v (v − c)ᵀ G (v − c) of this codebook and these codes."""
     history: tuple[float, ...]
-    """The objective after each iteration, as the iterations see it (with the floor under G's eigenvalues)."""
+    """The objective after each iteration, computed with the floor on G's eigenvalues."""
 
 
 @torch.no_grad()
@@ -34,19 +34,19 @@ def fit_em(blocks: Tensor, gram: Tensor, codebook_size: int, iterations: int, *,
 
     With G = x̃ᵀx̃ = L Lᵀ the distance is ‖(v − c) L‖², so this is k-means on the points v L, and its cost does not
     depend on n. The M-step, least squares of x̃ c against x̃ v over a cluster's blocks v, has the normal equations
-    G (c − v̄) = 0: where G has full rank the cluster's mean v̄ is the one solution, and where it has not, v̄ is the
-    solution that also fits the directions which the inputs do not show. So codewords are means of blocks always.
-    The start is `codebook_size` blocks drawn at random, without repetition of an index.
+    G (c − v̄) = 0. If G has full rank, the cluster mean v̄ is the only solution; otherwise v̄ is the solution that also
+    fits the directions absent from the inputs. So codewords are always means of blocks.
+    The initial codewords are `codebook_size` blocks drawn at random without replacement.
 
     Args:
-        blocks: `[rows, blocks_per_row, d]`; computed in float64 if they are that, else in float32.
-        gram: `[d, d]`, G = Σ x_iᵀ x_i over all block positions, any float type; its scale does not matter for codes.
-        codebook_size: k, no more than there are blocks.
-        iterations: at most so many; it ends when the objective no longer falls.
-        generator: for the start, and for clusters that become empty.
+        blocks: `[rows, blocks_per_row, d]`; computed in float64 if they are float64, otherwise in float32.
+        gram: `[d, d]`, G = Σ x_iᵀ x_i over all block positions, any float type; its scale does not affect the codes.
+        codebook_size: k, at most the number of blocks.
+        iterations: maximum number; the fit stops early when the objective no longer falls.
+        generator: draws the initial codewords, and the splits that refill empty clusters.
 
     Raises:
-        ValueError: fewer blocks than codewords, NaN or Inf in blocks or Gram, or a Gram of another size.
+        ValueError: fewer blocks than codewords, NaN or Inf in blocks or Gram, or a Gram of the wrong size.
 
     **Source**: Stock et al., arXiv 1907.05686, section 3 (E-step and M-step); the Gram form is ours.
     """
@@ -71,7 +71,7 @@ def fit_em(blocks: Tensor, gram: Tensor, codebook_size: int, iterations: int, *,
 
 @torch.no_grad()
 def reconstruction_objective(blocks: Tensor, codebook: Tensor, codes: Tensor, gram: Tensor) -> float:
-    """Σ_v (v − c_{a(v)})ᵀ G (v − c_{a(v)}), without the whole difference in memory; sums are taken in float64.
+    """Σ_v (v − c_{a(v)})ᵀ G (v − c_{a(v)}), computed in chunks and summed in float64.
 
     Args:
         blocks: `[rows, blocks_per_row, d]`.
@@ -88,11 +88,11 @@ def reconstruction_objective(blocks: Tensor, codebook: Tensor, codes: Tensor, gr
 
 
 def gram_root(gram: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """L and s with s · L Lᵀ = G, float64 `[d, d]` and a number; s makes L's entries of the order of 1.
+    """L (float64 `[d, d]`) and a number s with s · L Lᵀ = G; s scales L's entries to the order of 1.
 
-    An eigendecomposition, since Cholesky's fails on what happens here: dead channels, fewer inputs than d, zero
-    everywhere. Eigenvalues below the rounding of `dtype` are lifted to it, so that directions without any energy
-    still decide between codewords that are equal otherwise; no energy at all means plain k-means.
+    Uses an eigendecomposition, because Cholesky fails on singular Grams, which do occur: dead channels, fewer inputs
+    than d, all zeros. Eigenvalues below the rounding error of `dtype` are raised to it, so that directions without
+    energy still break ties between codewords; with no energy at all this is plain k-means.
     """
     symmetric = (gram.double() + gram.double().T) / 2
     trace = float(symmetric.trace())

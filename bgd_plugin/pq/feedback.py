@@ -1,4 +1,4 @@
-"""Encoding with error feedback: what one block of a row loses, the blocks after it make good where they can."""
+"""Encoding with error feedback: later blocks of a row compensate for the error of earlier ones."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ _LEAST_SHARE = 1e-4
 _MOST_TIMES = 100.0
 
 _SCRATCH = 1 << 18
-"""Distances held at once; 1 MiB of float32 stays in a core's second-level cache."""
+"""Distances held at a time: 1 MiB of float32, which fits a core's L2 cache."""
 _COLUMNS = 512
-"""Columns of an inverse that are found at once."""
+"""Columns of the inverse computed at a time."""
 
 
 @torch.no_grad()
 def encode_with_feedback(
     weight: Tensor, codebook: Tensor, gram: Tensor, *, damping: float, mask: Tensor | None = None
 ) -> Tensor:
-    """Codes for a layer's rows, block by block, each choice passed on to the blocks still to come.
+    """Encode a layer's rows block by block, and carry each block's error over to the blocks still to come.
 
     With the damped Gram H = V Vᵀ, V upper triangular, U = V⁻¹ gives H⁻¹ = Uᵀ U, and the rows from I on of U give the
     inverse of H restricted to the blocks from I on. So for block I:
 
-    * the metric, with all later blocks free to answer, is (H⁻¹_II)⁻¹ = V_II V_IIᵀ: choose the codeword nearest to w_I
-      after both are multiplied by V_II;
-    * the answer of the later blocks J is w_J ← w_J − e_I (H⁻¹_II)⁻¹ H⁻¹_IJ = w_J − e_I V_II U_IJ, e_I = w_I − c.
+    * the metric, with all later blocks free to compensate, is (H⁻¹_II)⁻¹ = V_II V_IIᵀ: choose the codeword nearest to
+      w_I after both are multiplied by V_II;
+    * the later blocks J become w_J ← w_J − e_I (H⁻¹_II)⁻¹ H⁻¹_IJ = w_J − e_I V_II U_IJ, with e_I = w_I − c.
 
     Both factors come from one Cholesky factorization in float64; the row operations are in the weight's dtype.
 
     Args:
-        weight: `[rows, columns]`, float32 or float64; groups' rows follow one another.
+        weight: `[rows, columns]`, float32 or float64; the rows of each group are contiguous.
         codebook: `[codebook_size, block_size]`, shared by all groups.
-        gram: `[groups, columns, columns]`, H of each group's inputs; a single matrix stands for one group.
-        damping: added to H's diagonal, in units of its mean; more than 0, since few inputs leave H singular.
-        mask: bool `[rows, columns]`, false where the decoded weight is zero; what that loses is passed on, too.
+        gram: `[groups, columns, columns]`, H of each group's inputs; `[columns, columns]` for one group.
+        damping: added to H's diagonal, in units of its mean; above 0, because few inputs leave H singular.
+        mask: bool `[rows, columns]`, false where the decoded weight is zero; the error this causes is carried over too.
 
     Returns:
         int64 `[rows, columns / block_size]`.
 
     Raises:
-        ValueError: shapes that do not go together, or no damping.
+        ValueError: incompatible shapes, or no damping.
 
     **Source**: Frantar et al., GPTQ, arXiv 2210.17323, section 3; van Baalen et al., GPTVQ, arXiv 2402.15319, for
     blocks.
@@ -58,7 +58,7 @@ def encode_with_feedback(
 
 @torch.no_grad()
 def encode_damped(weight: Tensor, codebook: Tensor, gram: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`encode_with_feedback` under a Gram `[groups, columns, columns]` that is damped already."""
+    """`encode_with_feedback` with a Gram `[groups, columns, columns]` that is already damped."""
     rows, grams = grouped(weight, gram)
     block_size = codebook.shape[1]
     if rows.shape[2] % block_size:
@@ -80,7 +80,7 @@ def grouped(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
     """The weight as `[groups, rows_per_group, columns]` and the Gram as `[groups, columns, columns]`.
 
     Raises:
-        ValueError: the two do not go together.
+        ValueError: the shapes are incompatible.
     """
     grams = gram if gram.dim() == 3 else gram.unsqueeze(0)
     groups, columns = grams.shape[0], weight.shape[1]
@@ -90,11 +90,11 @@ def grouped(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
-    """H + damping · mean(diag H) · I per group, symmetric, float64; the identity for a group without any input.
+    """H + damping · mean(diag H) · I per group, symmetric, float64; the identity for a group without input.
 
-    Columns that are next to always zero, such as a kernel's weights that meet only padding, are damped by a hundred
-    times their own power instead, where that is less: to the mean they would owe all their say in the fit. What is left
-    of the mean, one part in 10,000, keeps H regular.
+    Columns that are almost always zero, such as kernel weights that only see padding, are damped by a hundred times
+    their own power where that is less: otherwise the damping alone would give them weight in the fit. One part in
+    10,000 of the mean remains, which keeps H invertible.
 
     Args:
         gram: `[groups, columns, columns]`.
@@ -116,20 +116,20 @@ def diagonal_blocks(gram: Tensor, block_size: int) -> Tensor:
 
 @torch.no_grad()
 def nearest(points: Tensor, metric: Tensor, codebook: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The codeword with the least ‖(point − codeword) metric‖, for each point.
+    """The codeword with the smallest ‖(point − codeword) metric‖, for each point.
 
     Args:
         points: `[groups, n, d]`.
         metric: `[groups, d, d]`, multiplied from the right.
         codebook: `[codebook_size, d]`, the same for all groups.
-        mask: bool `[groups, n, d]`, false where the codeword's number is taken as zero; all true if not given.
+        mask: bool `[groups, n, d]`, false where the codeword counts as zero; all true if not given.
 
     Returns:
         int64 `[groups, n]`.
     """
     if mask is not None:
         return nearest_masked(points, metric @ metric.mT, codebook, mask)
-    # Differences of large numbers are what single precision gets wrong: measure from the codebook's mean.
+    # Subtract the codebook's mean first: float32 loses accuracy in differences of large numbers.
     centre = codebook.mean(0)
     moved = (points - centre.to(points)) @ metric
     words = (codebook - centre).to(points) @ metric
@@ -145,7 +145,7 @@ def nearest(points: Tensor, metric: Tensor, codebook: Tensor, mask: Tensor | Non
 
 
 def _pieces(groups: int, rows: int, codewords: int) -> Iterator[tuple[slice, slice]]:
-    """Runs of groups and rows whose distances fit in the scratch."""
+    """Slices of groups and rows whose distances fit in the scratch buffer."""
     row_step = max(1, min(rows, _SCRATCH // codewords))
     group_step = max(1, _SCRATCH // (codewords * row_step))
     for group in range(0, groups, group_step):
@@ -156,9 +156,9 @@ def _pieces(groups: int, rows: int, codewords: int) -> Iterator[tuple[slice, sli
 def _factors(gram: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """With gram = V Vᵀ, V upper triangular: V's diagonal blocks `[groups, blocks_per_row, d, d]`, and the whole V⁻¹.
 
-    Cholesky gives a lower triangle; of the matrix with rows and columns reversed it is V reversed. The inverse takes
-    V's place, run of columns by run of columns: with X the inverse of what stands to the left, and above, of a run's
-    own triangle T, and B what stands above T, the inverse has −X B T⁻¹ above T⁻¹.
+    Cholesky gives a lower triangle; for the matrix with rows and columns reversed this is V reversed. The inverse is
+    computed in V's memory, a few columns at a time. For columns with diagonal triangle T, let B be the part of V above
+    T, and X the inverse of the triangle to the left of B: the inverse is T⁻¹ on the diagonal and −X B T⁻¹ above.
     """
     root = torch.linalg.cholesky(gram.flip((1, 2))).flip((1, 2))
     metrics = diagonal_blocks(root, block_size).clone()

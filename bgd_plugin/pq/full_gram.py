@@ -18,27 +18,27 @@ from bgd_plugin.pq.scaling import near_one, power_of_two
 __all__ = ["FullFit", "fit_full", "fit_positions", "positions_as_groups"]
 
 _STILL = 1e-4
-"""A round that lowers the objective by less than this fraction is the last one."""
+"""The fit stops after a round that lowers the objective by less than this fraction."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FullFit:
-    """A codebook, the codes that go with it, and the way there."""
+    """A fitted codebook, its codes, and the history of the fit."""
 
     codebook: Tensor
     """`[codebook_size, block_size]`, the weight's dtype."""
     codes: Tensor
     """int64 `[rows, blocks_per_row]`."""
     objective: float
-    """tr((W − Ŵ) H (W − Ŵ)ᵀ) of what is returned, without damping, on the fitted Gram."""
+    """tr((W − Ŵ) H (W − Ŵ)ᵀ) of this codebook and these codes, on the fitted Gram, without damping."""
     history: tuple[float, ...]
-    """The damped objective after error feedback, then after each half round; it never rises."""
+    """The damped objective after error feedback, then after each half round; never rises."""
     heldout: tuple[float, ...]
-    """The objective on the held-out Gram at the same points; empty without one."""
+    """The objective on the held-out Gram at the same points; empty without a held-out Gram."""
     chosen: int
-    """Which point of `history` is returned."""
+    """Index in `history` of the point that is returned."""
     notes: tuple[str, ...]
-    """What did not go as asked, in words."""
+    """Warnings about the fit."""
 
 
 @torch.no_grad()
@@ -59,28 +59,28 @@ def fit_full(
 ) -> FullFit:
     """Minimize Σ_groups tr((W − Ŵ) H (W − Ŵ)ᵀ) over one codebook for the layer and all codes.
 
-    Start by k-means under each block position's own metric, encode with error feedback, then up to `rounds` times:
-    the codebook by least squares, and a sweep of coordinate descent on the codes. Where rows are few this fits the
-    calibration set and not the layer, so the point with the least loss on held-out inputs is returned, and a round
-    after which that loss has risen is the last.
+    Start with k-means under each block position's own metric, encode with error feedback, then repeat up to `rounds`
+    times: solve the codebook by least squares, then sweep the codes by coordinate descent. With few rows this overfits
+    the calibration set, so the point with the lowest loss on held-out inputs is returned, and the fit stops after a
+    round in which that loss rose.
 
     Args:
-        weight: `[rows, columns]`, groups' rows one after another; float64 is kept, all else computed in float32.
-        gram: `[groups, columns, columns]` (or a matrix, for one group), second moments of the inputs of the fit.
-        heldout_gram: the same of inputs that `gram` has not seen; None: the fitted objective decides.
-        codebook_size: k, no more than there are blocks.
+        weight: `[rows, columns]`, the rows of each group contiguous; computed in float64 if float64, else in float32.
+        gram: `[groups, columns, columns]`, or `[columns, columns]` for one group: second moments of the fitted inputs.
+        heldout_gram: the same for held-out inputs; None: choose by the fitted objective.
+        codebook_size: k, at most the number of blocks.
         block_size: d.
-        damping: on the Gram's diagonal, in units of its mean. Where positions are fewer than columns it must be
-            large: about 1.0 for a last linear layer on some hundred images.
-        rounds: least squares and coordinate descent, at most so often.
-        start_iterations: of k-means, and again under the positions' own metrics.
-        least_squares_iterations: conjugate gradient steps in each round.
-        row_weights: `[rows]`, what a row's loss counts for in the codebook; all alike when not given.
-        mask: bool `[rows, columns]`, false where the decoded weight is zero; none when not given.
-        generator: for the start.
+        damping: added to the Gram's diagonal, in units of its mean. With fewer positions than columns it must be
+            large: about 1.0 for a classifier layer and a few hundred images.
+        rounds: maximum rounds of least squares and coordinate descent.
+        start_iterations: iterations of k-means, and again under the positions' own metrics.
+        least_squares_iterations: conjugate gradient steps per round.
+        row_weights: `[rows]`, the weight of each row's loss in the codebook; all equal if not given.
+        mask: bool `[rows, columns]`, false where the decoded weight is zero; none if not given.
+        generator: draws the initial codewords.
 
     Raises:
-        ValueError: shapes that do not go together, fewer blocks than codewords, NaN or Inf.
+        ValueError: incompatible shapes, fewer blocks than codewords, NaN or Inf.
     """
     rows, grams = grouped(weight, gram)
     _check(rows, grams, block_size)
@@ -116,7 +116,7 @@ def fit_full(
 
 
 class _Trail:
-    """The points of a fit, their losses, and the best of them: by held-out loss where there is one."""
+    """The points of a fit, their losses, and the best point: by held-out loss if there is a held-out Gram."""
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class _Trail:
             self.chosen, self.best = len(losses) - 1, (codebook, codes)
 
     def is_done(self) -> bool:
-        """Whether the last round brought next to nothing, or harm, on the data that decides."""
+        """Whether the last round gained almost nothing, or lost, on the deciding data."""
         losses = self._losses()
         return losses[-1] > losses[-3] * (1 - _STILL)
 
@@ -162,7 +162,7 @@ def _start(
     iterations: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """K-means under the pooled metric, then some steps of it under each position's own.
+    """K-means under the pooled metric, then some iterations under each position's own metric.
 
     Returns:
         `[codebook_size, block_size]`.
@@ -176,7 +176,7 @@ def _start(
 
 
 def positions_as_groups(rows: Tensor, metrics: Tensor) -> tuple[Tensor, Tensor]:
-    """Each block position of each group as a group of its own, with rows of one block.
+    """Treat each block position of each group as a group of its own, with rows of one block.
 
     Args:
         rows: `[groups, rows_per_group, columns]`.
@@ -191,21 +191,21 @@ def positions_as_groups(rows: Tensor, metrics: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def fit_positions(blocks: Tensor, metrics: Tensor, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """K-means where each position p measures by its own Gram: min Σ_p Σ_v (v − c_a)ᵀ H_p (v − c_a).
+    """K-means with one metric per position p: min Σ_p Σ_v (v − c_a)ᵀ H_p (v − c_a).
 
-    The nearest codeword under H_p, then for each codeword the least squares of its members, d equations:
-    (Σ_members H_p) c = Σ_members H_p v. Neither step raises the objective (but for a ridge of 1e-6, which keeps a
-    codeword near where it was in directions that no member's inputs show). It serves as a start, and as the whole fit
-    where a layer is too wide for its full Gram. A codeword without members stays where it is.
+    Assign each block to its nearest codeword under H_p, then solve each codeword by least squares over its members,
+    d equations: (Σ_members H_p) c = Σ_members H_p v. Neither step raises the objective, except for a ridge of 1e-6
+    that holds a codeword in place in directions absent from its members' inputs. This initializes the full fit, and is
+    the whole fit for layers too wide for a full Gram. A codeword without members does not move.
 
     Args:
         blocks: `[positions, rows_per_position, d]`.
         metrics: `[positions, d, d]`, symmetric, positive definite.
         start: `[codebook_size, d]`.
-        iterations: so many.
+        iterations: number of iterations.
 
     Returns:
-        codebook `[codebook_size, d]`, and codes `[positions, rows_per_position]`, the nearest ones.
+        codebook `[codebook_size, d]`, and the nearest codes `[positions, rows_per_position]`.
     """
     metrics = metrics.double()
     roots = torch.linalg.cholesky(metrics).to(blocks)

@@ -1,12 +1,11 @@
-"""Plain k-means, made fast on a CPU with torch's and numpy's own kernels.
+"""Plain k-means, made fast on a CPU with the kernels of torch and numpy.
 
-Where the time goes, for 262,144 points of 9, 256 centroids, one thread, one iteration: the matrix product of the
-distances 8 ms, the index of the smallest 17 ms with numpy (torch's `min` takes 43, its `argmin` 100, and skipping work
-by a hierarchy of minima 40), the sums of the means 3 ms (`index_add_`; a one-hot product takes 33, sorting 14), the
-objective 2 ms. The products are small and half of the time is numpy's, which has one thread: a second one for torch
-saves a tenth of the wait where the machine is idle, doubles the CPU time, and makes it ten times longer where another
-process wants the core (each product ends in a barrier). So a run on a CPU takes one thread, and its result does not
-depend on how many torch is set to.
+Time of one iteration with one thread, for 262,144 points of 9 dimensions and 256 centroids: 8 ms for the matrix product
+that gives the distances; 17 ms for numpy's argmin (torch: `min` 43, `argmin` 100; a hierarchy of minima 40); 3 ms for
+the cluster sums by `index_add_` (one-hot product 33, sorting 14); 2 ms for the objective. The products are small, and
+half of the time is spent in numpy, which has one thread. A second torch thread saves a tenth of the wall time on an
+idle machine, but doubles the CPU time, and is ten times slower when another process wants the core, because each
+product ends in a barrier. So k-means on a CPU uses one thread, and its result does not depend on torch's thread count.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ from torch.nn import functional
 __all__ = ["KMeans", "cluster_sums", "kmeans"]
 
 _SCRATCH_CPU = 1 << 18
-"""Distances held at once: 1 MiB of float32 stays in a core's second-level cache."""
+"""Distances held at a time: 1 MiB of float32, which fits a core's L2 cache."""
 _SCRATCH_DEVICE = 1 << 24
-"""The same where a kernel's launch is what costs."""
+"""The same on other devices, where kernel launches dominate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KMeans:
-    """What `kmeans` found.
+    """Result of `kmeans`.
 
-    `codes` are the clusters whose means `centroids` are. The last step is one of means, so after a full run (no early
-    stop) a point may lie nearer to another centroid; the objective is the one of these codes with these centroids.
+    `centroids` are the means of the clusters given by `codes`. The last step updates the means, so without an early
+    stop a point may be nearer to another centroid; the objective belongs to these codes and these centroids.
     """
 
     centroids: Tensor
@@ -40,28 +39,28 @@ class KMeans:
     codes: Tensor
     """int64 `[points]`."""
     objective: float
-    """Sum over the points of the squared distance to their centroid."""
+    """Sum of the squared distances of the points to their centroids."""
     history: tuple[float, ...]
-    """The objective after each iteration; it never rises."""
+    """The objective after each iteration; never rises."""
     iterations: int
     """Iterations run."""
     repairs: int
-    """Empty clusters that were filled."""
+    """Number of empty clusters refilled."""
 
 
 @torch.no_grad()
 def kmeans(points: Tensor, start: Tensor, iterations: int, *, generator: torch.Generator) -> KMeans:
-    """Lloyd's algorithm from a given start, ended early when the objective no longer falls (so: no code changes).
+    """Lloyd's algorithm from given centroids; stops early when the objective no longer falls (no code changes).
 
-    An iteration gives each point to its nearest centroid by exhaustive search, fills empty clusters by splitting the
-    most populated one, and moves each centroid to its cluster's mean. None of the three raises the objective. Memory
-    beyond the input: a copy of the points, their codes, and 1 MiB (CPU) of distances.
+    An iteration assigns each point to its nearest centroid by exhaustive search, refills empty clusters by splitting
+    the most populated one, and moves each centroid to its cluster's mean. No step raises the objective. Memory beyond
+    the input: a copy of the points, their codes, and 1 MiB (CPU) of distances.
 
     Args:
         points: `[n, d]`, float32 or float64, any device.
-        start: `[k, d]`, k ≤ n, the first centroids.
-        iterations: at least 1.
-        generator: draws where an empty cluster is put.
+        start: `[k, d]`, k ≤ n, the initial centroids.
+        iterations: maximum number, at least 1.
+        generator: draws the point from which an empty cluster is refilled.
 
     Raises:
         ValueError: no iterations, or fewer points than centroids.
@@ -77,8 +76,8 @@ def kmeans(points: Tensor, start: Tensor, iterations: int, *, generator: torch.G
 
 
 def _lloyd(points: Tensor, start: Tensor, iterations: int, generator: torch.Generator) -> KMeans:
-    """`kmeans` on arguments that are known to be right."""
-    # Differences of large numbers are what single precision gets wrong: measure from the points' mean.
+    """`kmeans` on checked arguments."""
+    # Subtract the points' mean first: float32 loses accuracy in differences of large numbers.
     centre = points.mean(0)
     homogeneous = points.new_ones(points.shape[0], points.shape[1] + 1)
     torch.sub(points, centre, out=homogeneous[:, :-1])
@@ -106,7 +105,7 @@ def _lloyd(points: Tensor, start: Tensor, iterations: int, generator: torch.Gene
 
 @contextmanager
 def _one_thread(device: torch.device) -> Iterator[None]:
-    """Keep torch to one thread where the work is on the CPU; the setting comes back afterwards."""
+    """Limit torch to one thread if the work is on the CPU; restores the setting."""
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -117,10 +116,10 @@ def _one_thread(device: torch.device) -> Iterator[None]:
 
 
 def cluster_sums(points: Tensor, codes: Tensor, clusters: int) -> Tensor:
-    """Sum of the points of each cluster, `[clusters, d]`; the same bits each time.
+    """Sum of the points `[n, d]` of each cluster, `[clusters, d]`; bitwise reproducible.
 
-    On a CPU `index_add_` is fast and adds in order. Elsewhere it adds in whatever order its threads come, so a one-hot
-    matrix product takes its place.
+    On a CPU `index_add_` is fast and adds in order. On other devices its order varies, so a one-hot matrix product is
+    used instead.
     """
     sums = points.new_zeros(clusters, points.shape[1])
     if points.device.type == "cpu":
@@ -138,14 +137,14 @@ def _cluster_sums_by_product(points: Tensor, codes: Tensor, sums: Tensor) -> Ten
 
 
 def _chunk_rows(points: Tensor, clusters: int) -> int:
-    """Rows of distances to hold at once."""
+    """Rows of distances held at a time."""
     return max(256, (_SCRATCH_CPU if points.device.type == "cpu" else _SCRATCH_DEVICE) // clusters)
 
 
 def _assign(homogeneous: Tensor, centroids: Tensor) -> Tensor:
     """The nearest centroid of each point, int64 `[n]`.
 
-    ‖v − c‖² = ‖v‖² − 2 v·c + ‖c‖², and ‖v‖² does not matter for the choice. With a column of ones behind the points
+    ‖v − c‖² = ‖v‖² − 2 v·c + ‖c‖², and ‖v‖² does not affect the choice. With a column of ones appended to the points,
     the rest is one matrix product: [v, 1] · [−2c, ‖c‖²].
     """
     weights = torch.cat([-2 * centroids, centroids.square().sum(1, keepdim=True)], dim=1).T.contiguous()
@@ -162,14 +161,14 @@ def _assign(homogeneous: Tensor, centroids: Tensor) -> Tensor:
 
 
 def _means(homogeneous: Tensor, codes: Tensor, centroids: Tensor) -> Tensor:
-    """The mean of each cluster, `[k, d]`; an empty cluster's centroid stays where it is."""
+    """The mean of each cluster, `[k, d]`; the centroid of an empty cluster does not move."""
     sums = cluster_sums(homogeneous[:, :-1], codes, centroids.shape[0])
     counts = torch.bincount(codes, minlength=centroids.shape[0]).unsqueeze(1)
     return torch.where(counts > 0, sums / counts.clamp(min=1), centroids)
 
 
 def _objective(homogeneous: Tensor, centroids: Tensor, codes: Tensor) -> float:
-    """Σ ‖v − c‖², from the differences themselves, which does not lose digits as the expanded form does."""
+    """Σ ‖v − c‖², from the differences themselves, which is more accurate than the expanded form."""
     rows, total = 8192, 0.0
     for part, part_codes in zip(torch.split(homogeneous, rows), torch.split(codes, rows), strict=True):
         difference = (part[:, :-1] - functional.embedding(part_codes, centroids)).flatten()
@@ -178,10 +177,10 @@ def _objective(homogeneous: Tensor, centroids: Tensor, codes: Tensor) -> float:
 
 
 def _fill_empty(homogeneous: Tensor, codes: Tensor, clusters: int, generator: torch.Generator) -> int:
-    """Give each empty cluster a part of the most populated one, in `codes`; returns how many were filled.
+    """Refill each empty cluster with part of the most populated one, in `codes`; returns the number refilled.
 
-    Each try fills a cluster or rules out one that cannot be split (all its points are the same), so it ends, on fewer
-    distinct points than clusters too: what cannot be filled stays empty.
+    Each attempt refills a cluster or rules out a source that cannot be split because its points are all equal. So the
+    loop ends, also with fewer distinct points than clusters: the rest stay empty.
 
     **Source**: Stock et al., arXiv 1907.05686, section 3, for splitting the most populated cluster.
     """
@@ -203,11 +202,11 @@ def _fill_empty(homogeneous: Tensor, codes: Tensor, clusters: int, generator: to
 
 
 def _split(homogeneous: Tensor, codes: Tensor, source: int, target: int, generator: torch.Generator) -> int:
-    """Move the points of `source` that lie nearer to one of them than to its mean over to `target`; returns how many.
+    """Split `source` around one of its points: points nearer to it than to the mean move to `target`; returns how many.
 
-    That one is drawn with a probability proportional to its squared distance from the mean, as k-means++ draws: the
-    farthest one itself would often be an outlier with a cluster of its own. Each point moves to something nearer, so
-    the objective does not rise. 0, and nothing moves, where the points are all the same.
+    The point is drawn with probability proportional to its squared distance from the mean, as in k-means++: the
+    farthest point would often be an outlier that ends up alone. Each moved point gets nearer, so the objective does not
+    rise. Returns 0 and moves nothing if all points are equal.
     """
     members = (codes == source).nonzero().squeeze(1)
     points = homogeneous[members, :-1].double()
@@ -218,7 +217,7 @@ def _split(homogeneous: Tensor, codes: Tensor, source: int, target: int, generat
     chosen = int(torch.searchsorted(cumulated, cumulated[-1:] * draw, right=True).clamp(max=len(members) - 1))
     nearer = (points - points[chosen]).square().sum(1) < distances
     moved = int(nearer.sum())
-    if moved == len(members):  # only rounding tells the points from their mean
+    if moved == len(members):  # the points differ from their mean only by rounding
         return 0
     codes[members[nearer]] = target
     return moved

@@ -1,6 +1,6 @@
-"""The codebook and the codes under a layer's whole input Gram, each by steps that never raise the objective.
+"""Improve codebook and codes under a layer's whole input Gram, by steps that never raise the objective.
 
-The objective is what the layer's outputs lose, tr((W − Ŵ) H (W − Ŵ)ᵀ), summed over groups.
+The objective is the error of the layer's outputs, tr((W − Ŵ) H (W − Ŵ)ᵀ), summed over groups.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ def output_objective(
     row_weights: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> float:
-    """tr(R (W − Ŵ) H (W − Ŵ)ᵀ) in float64, R the diagonal of `row_weights`.
+    """tr(R (W − Ŵ) H (W − Ŵ)ᵀ) in float64, with R = diag(`row_weights`).
 
     Args:
         weight: `[rows, columns]`.
         codebook: `[codebook_size, block_size]`.
         codes: int64 `[rows, blocks_per_row]`.
         gram: `[groups, columns, columns]` or, for one group, `[columns, columns]`.
-        row_weights: `[rows]`; all ones when not given.
-        mask: bool `[rows, columns]`, false where Ŵ is zero; none when not given.
+        row_weights: `[rows]`; all ones if not given.
+        mask: bool `[rows, columns]`, false where Ŵ is zero; none if not given.
     """
     rows, grams = grouped(weight, gram)
     difference = (rows - masked(codebook[codes].to(rows).reshape(rows.shape), mask)).double()
@@ -58,20 +58,20 @@ def solve_codebook(
 ) -> Tensor:
     """The codebook that minimizes `output_objective` for fixed codes, by conjugate gradients from `start`.
 
-    The unknowns are all codebook_size · block_size numbers at once, since H ties the blocks of a row together. With S
-    the linear map from a codebook to Ŵ, the normal equations are Sᵀ(R S(C) H) = Sᵀ(R W H): a product by the normal
-    matrix is a decode, a product by H and a sum over the blocks of each codeword; the matrix itself is never formed.
-    Preconditioned by the mean diagonal block of H and each codeword's count. An unused codeword stays where it is.
+    All codebook_size · block_size numbers are solved together, because H couples the blocks of a row. With S the
+    linear map from a codebook to Ŵ, the normal equations are Sᵀ(R S(C) H) = Sᵀ(R W H): multiplying by the normal
+    matrix means a decode, a product by H, and a sum over the blocks of each codeword; the matrix is never formed.
+    Preconditioned by the mean diagonal block of H and each codeword's count. An unused codeword does not move.
 
     Args:
-        weight: `[rows, columns]`; the arithmetic is in its dtype.
+        weight: `[rows, columns]`; computed in its dtype.
         codes: int64 `[rows, blocks_per_row]`.
         gram: `[groups, columns, columns]` or `[columns, columns]`.
         start: `[codebook_size, block_size]`.
-        iterations: at most so many.
-        tolerance: ends when the residual's (preconditioned) squared norm has fallen by this factor.
+        iterations: maximum number.
+        tolerance: stop when the preconditioned residual's squared norm has fallen by this factor.
         row_weights: `[rows]`, not negative.
-        mask: bool `[rows, columns]`, false where Ŵ is zero; none when not given.
+        mask: bool `[rows, columns]`, false where Ŵ is zero; none if not given.
 
     Returns:
         `[codebook_size, block_size]`, in `start`'s dtype; its objective is never above `start`'s.
@@ -84,7 +84,7 @@ def solve_codebook(
     flat_codes, block_size = codes.flatten(), start.shape[1]
 
     def collect(outputs: Tensor) -> Tensor:
-        """Sᵀ(R · H), `[codebook_size, block_size]`, of a matrix `[groups, rows_per_group, columns]`."""
+        """Sᵀ(R A H), `[codebook_size, block_size]`, for A `[groups, rows_per_group, columns]`."""
         product = outputs @ grams
         product = masked(product if scale is None else product * scale, mask)
         return torch.zeros_like(change).index_add_(0, flat_codes, product.reshape(-1, block_size))
@@ -106,12 +106,12 @@ def solve_codebook(
         direction = conditioned + norm / previous * direction
     solved = (start.to(change) + change).to(start.dtype)
     before = output_objective(weight, start, codes, gram, row_weights, mask)
-    # Rounding may spoil the last steps where there is nothing left to gain.
+    # Near the optimum, rounding can make the last steps worse than the start.
     return solved if output_objective(weight, solved, codes, gram, row_weights, mask) <= before else start.clone()
 
 
 class _Preconditioner:
-    """(mean diagonal block of H)⁻¹ / count of each codeword; symmetric and positive, as conjugate gradients need."""
+    """(mean diagonal block of H)⁻¹ / count of each codeword: symmetric and positive, as conjugate gradients require."""
 
     def __init__(self, grams: Tensor, flat_codes: Tensor, start: Tensor) -> None:
         block_size = start.shape[1]
@@ -130,21 +130,21 @@ class _Preconditioner:
 def refine_codes(
     weight: Tensor, codebook: Tensor, codes: Tensor, gram: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, int]:
-    """One sweep of coordinate descent: block by block, the best codeword of each row while its other blocks stand.
+    """One sweep of coordinate descent: block by block, the best codeword of each row with its other blocks fixed.
 
-    With E = W − Ŵ and G = E H, block I of a row is best replaced by the codeword nearest, in the metric H_II, to
-    ŵ_I + G_I H_II⁻¹, and G follows by a rank-d update. Rows do not meet, so all rows move at once. A row changes only
-    where that lowers its loss: the objective does not rise.
+    With E = W − Ŵ and G = E H, the best codeword for block I of a row is the one nearest, in the metric H_II, to
+    ŵ_I + G_I H_II⁻¹; then G gets a rank-d update. Rows are independent, so all are updated at once. A row changes only
+    if that lowers its loss, so the objective does not rise.
 
     Args:
-        weight: `[rows, columns]`; the arithmetic is in its dtype.
+        weight: `[rows, columns]`; computed in its dtype.
         codebook: `[codebook_size, block_size]`.
         codes: int64 `[rows, blocks_per_row]`.
         gram: `[groups, columns, columns]` or `[columns, columns]`, with positive definite diagonal blocks (damped).
-        mask: bool `[rows, columns]`, false where Ŵ is zero; none when not given.
+        mask: bool `[rows, columns]`, false where Ŵ is zero; none if not given.
 
     Returns:
-        the new codes, and how many differ from the old.
+        the new codes, and the number of codes that changed.
     """
     rows, grams = grouped(weight, gram)
     block_size, words = codebook.shape[1], codebook.to(rows)

@@ -1,8 +1,8 @@
-"""K-means for blocks of which some weights are pruned: what a codeword holds at a pruned place does not count.
+"""K-means for blocks with pruned weights: a codeword's value at a pruned position does not count.
 
-A block v has a mask m, and a codeword c stands for m ∘ c there. All distances are ‖v − m∘c‖² in some metric P:
+A block v has a mask m, and is decoded from codeword c as m ∘ c. All distances are ‖v − m∘c‖² in some metric P:
 (v − m∘c)ᵀ P (v − m∘c) = vᵀPv − 2 (m ∘ Pv)·c + Σ_ij m_i m_j P_ij c_i c_j. The last term is linear in the products
-m_i m_j, so that one matrix product gives the distances of many blocks to all codewords, whatever their masks are.
+m_i m_j, so one matrix product gives the distances of many blocks to all codewords, whatever their masks.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ __all__ = ["codeword_uses", "fit_em_masked", "fit_masked", "masked", "nearest_ma
 
 _SCRATCH = 1 << 20
 _STILL = 1e-4
-"""An iteration that lowers the objective by less than this fraction is the last one."""
+"""Stop after an iteration that lowers the objective by less than this fraction."""
 
 
 def masked(values: Tensor, mask: Tensor | None) -> Tensor:
-    """The values, zero where the mask is false; a mask has as many items in the same order."""
+    """The values, set to zero where the mask is false; the mask has as many items, in the same order."""
     return values if mask is None else torch.where(mask.reshape(values.shape), values, 0.0)
 
 
 @torch.no_grad()
 def nearest_masked(points: Tensor, metrics: Tensor, codebook: Tensor, mask: Tensor) -> Tensor:
-    """The codeword with the least (point − mask ∘ codeword)ᵀ P (point − mask ∘ codeword), for each point.
+    """The codeword with the smallest (point − mask ∘ codeword)ᵀ P (point − mask ∘ codeword), for each point.
 
     Args:
-        points: `[groups, n, d]`; also what they hold at pruned places counts.
+        points: `[groups, n, d]`; their values at pruned positions count too.
         metrics: `[groups, d, d]`, P, symmetric.
         codebook: `[codebook_size, d]`, the same for all groups.
         mask: bool `[groups, n, d]`.
@@ -58,19 +58,19 @@ def nearest_masked(points: Tensor, metrics: Tensor, codebook: Tensor, mask: Tens
 def fit_masked(
     blocks: Tensor, metrics: Tensor, mask: Tensor, codebook_size: int, iterations: int, *, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, tuple[float, ...]]:
-    """K-means min Σ_p Σ_v (v − m∘c_a)ᵀ P_p (v − m∘c_a), each position p with a metric of its own.
+    """K-means with one metric per position p: min Σ_p Σ_v (v − m∘c_a)ᵀ P_p (v − m∘c_a).
 
-    An iteration moves each codeword to the least squares of its blocks, (Σ P ∘ m mᵀ) c = Σ m ∘ P v, and gives each
-    block its nearest codeword. A codeword that no block chose takes the place of the worst fitted block. No step raises
-    the objective, but for a ridge of 1e-6 that keeps a codeword where no kept weight of its blocks tells it what to be.
+    An iteration solves each codeword by least squares over its blocks, (Σ P ∘ m mᵀ) c = Σ m ∘ P v, then assigns each
+    block its nearest codeword. An unused codeword is set to the block with the largest error. No step raises the
+    objective, except for a ridge of 1e-6 that holds a codeword in place where its blocks have no kept weight.
 
     Args:
         blocks: `[positions, n, d]`.
         metrics: `[positions, d, d]`, positive definite.
         mask: bool `[positions, n, d]`, true where a weight is kept.
-        codebook_size: k, no more than there are blocks.
-        iterations: at most so many; it ends when the objective hardly falls.
-        generator: for the start.
+        codebook_size: k, at most the number of blocks.
+        iterations: maximum number; stops early when the objective hardly falls.
+        generator: draws the initial codewords.
 
     Returns:
         codebook `[codebook_size, d]`, the nearest codes `[positions, n]`, and the objective after each iteration.
@@ -107,11 +107,11 @@ def fit_em_masked(
 
 
 def codeword_uses(codes: Tensor, mask: Tensor | None, codebook_size: int, block_size: int) -> Tensor:
-    """How many weights each number of a codebook stands for: `[codebook_size, block_size]`, float32.
+    """Number of weights that each codebook entry represents: float32 `[codebook_size, block_size]`.
 
     Args:
         codes: integers, any shape.
-        mask: the layer's, of as many weights as the codes stand for; None: all are kept.
+        mask: the layer's mask, one item per weight; None: all weights are kept.
     """
     flat = codes.reshape(-1).long()
     if mask is None:
@@ -121,7 +121,7 @@ def codeword_uses(codes: Tensor, mask: Tensor | None, codebook_size: int, block_
 
 
 def _start(blocks: Tensor, mask: Tensor, codebook_size: int, generator: torch.Generator) -> Tensor:
-    """Blocks drawn at random; what is pruned in one of them comes from others that have a weight there."""
+    """Blocks drawn at random; their pruned positions are filled from other blocks with a weight there."""
     flat, kept = blocks.flatten(0, 1), mask.flatten(0, 1)
     start, found = torch.zeros_like(flat[:codebook_size]), torch.zeros_like(kept[:codebook_size])
     for _ in range(8):
@@ -159,7 +159,7 @@ def _losses(blocks: Tensor, metrics: Tensor, mask: Tensor, words: Tensor) -> Ten
 
 
 def _filled(blocks: Tensor, mask: Tensor, codes: Tensor, codebook: Tensor, losses: Tensor) -> Tensor:
-    """The codebook with the worst fitted blocks in place of the codewords that no block chose."""
+    """The codebook with its unused codewords replaced by the blocks with the largest error."""
     empty = (torch.bincount(codes.flatten(), minlength=len(codebook)) == 0).nonzero().flatten()
     worst = losses.flatten().topk(min(len(empty), losses.numel())).indices
     words = torch.where(mask.flatten(0, 1)[worst], blocks.flatten(0, 1)[worst], codebook[codes.flatten()[worst]])

@@ -1,4 +1,4 @@
-"""How a weight's error falls as its codebook grows: quick fits at a few sizes, and a law between them."""
+"""Rate-distortion curve of a weight: quick fits at a few codebook sizes, interpolated between them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ _ITERATIONS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class RateCurve:
-    """Error by codebook size, for one block size.
+    """Error as a function of the codebook size, for one block size.
 
-    Between two fitted sizes the error is a straight line in log-log; beyond them it follows the law of fine
-    quantization, error ~ k^(−2/d).
+    Interpolated linearly in log-log between fitted sizes; extrapolated by the high-resolution law, error ~ k^(−2/d).
 
     Attributes:
         block_size: d.
-        points: pairs of a codebook size and the error there, sizes ascending.
+        points: pairs (codebook size, error), sizes ascending.
 
     **Source**: Zador, "Asymptotic quantization error of continuous signals", IEEE Trans. Inf. Theory 28 (1982).
     """
@@ -37,7 +36,7 @@ class RateCurve:
     points: tuple[tuple[int, float], ...]
 
     def error(self, codebook_size: int) -> float:
-        """The error at a codebook size, in the unit of the points."""
+        """The error at a codebook size, in the unit of `points`."""
         below = [p for p in self.points if p[0] <= codebook_size]
         above = [p for p in self.points if p[0] >= codebook_size]
         if below and above:
@@ -52,7 +51,7 @@ class RateCurve:
 
 @dataclass(frozen=True, kw_only=True)
 class QuickFit:
-    """A codebook of a few iterations `[codebook_size, d]`, and the error with it, for each weight."""
+    """A codebook `[codebook_size, d]` after a few iterations, and its mean error per weight."""
 
     codebook: Tensor
     error: float
@@ -65,13 +64,13 @@ def largest_codebook(blocks: int) -> int:
 
 @torch.no_grad()
 def quick_fit(blocks: Tensor, metrics: Tensor, codebook_size: int, *, generator: torch.Generator) -> QuickFit:
-    """A rough fit: k-means under the positions' mean metric, then a little of it under each position's own.
+    """A rough fit: k-means under the mean metric, then a few iterations under each position's own metric.
 
     Args:
         blocks: `[positions, rows, d]`.
-        metrics: `[positions, d, d]`, symmetric, positive definite: what an error at that position counts.
-        codebook_size: k, no more than there are blocks.
-        generator: for the start.
+        metrics: `[positions, d, d]`, symmetric, positive definite: the weight of an error at each position.
+        codebook_size: k, at most the number of blocks.
+        generator: draws the initial codewords.
     """
     start = fit_em(blocks, metrics.mean(0), codebook_size, _START_ITERATIONS, generator=generator).codebook
     codebook, codes = fit_positions(blocks, metrics, start, _ITERATIONS)
@@ -84,13 +83,13 @@ def quick_fit(blocks: Tensor, metrics: Tensor, codebook_size: int, *, generator:
 def rate_curve(
     blocks: Tensor, metrics: Tensor, codebook_sizes: Sequence[int], *, generator: torch.Generator
 ) -> RateCurve:
-    """The error for each weight at some codebook sizes; curves of several block sizes can be compared.
+    """Mean error per weight at some codebook sizes; curves of different block sizes are comparable.
 
     Args:
         blocks: `[positions, rows, d]`.
         metrics: `[positions, d, d]`.
-        codebook_sizes: ascending; the error is made to fall from one to the next.
-        generator: for the starts.
+        codebook_sizes: ascending; the error is forced not to rise from one to the next.
+        generator: draws the initial codewords.
     """
     points: list[tuple[int, float]] = []
     for size in codebook_sizes:
@@ -100,13 +99,16 @@ def rate_curve(
 
 
 def sampled_positions(blocks: Tensor, metrics: Tensor, limit: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Some of the positions, so that about `limit` blocks remain; all of them where there are no more.
+    """A random sample of the positions with about `limit` blocks in all; all positions if there are fewer.
 
     Args:
         blocks: `[positions, rows, d]`.
         metrics: `[positions, d, d]`.
-        limit: blocks to keep; a position too long for it gives some of its rows.
-        generator: for the choice.
+        limit: blocks to keep; if one position has more, its rows are sampled as well.
+        generator: draws the sample.
+
+    Returns:
+        the sampled blocks `[n, m, d]` and their metrics `[n, d, d]`.
     """
     positions, rows = blocks.shape[:2]
     if rows > limit:

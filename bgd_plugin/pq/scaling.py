@@ -1,4 +1,4 @@
-"""Squares of weights and inputs leave single precision long before these do: compute near 1, and scale back."""
+"""Scale values to about 1 before computing, and scale back: their squares may overflow or underflow float32."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch import Tensor
 
 __all__ = ["near_one", "power_of_two"]
 
-# The largest exponent of a power of two whose inverse the type holds as well.
+# The largest exponent such that both 2^e and 2^−e are normal numbers of the type.
 _EXPONENTS = {torch.float64: 1022, torch.float32: 126}
 
 
 def near_one(values: Tensor) -> tuple[Tensor, float]:
-    """The values divided by the power of two that makes the largest one about 1, and that power.
+    """Divide the values by the power of two that scales the largest to about 1; returns both.
 
-    Division by a power of two is exact: what is computed from the result is, digit for digit, what would be computed
-    from the values if the range of the numbers had no end.
+    Division by a power of two is exact: results computed from the scaled values have the same digits as results
+    computed from the values themselves in a type with unlimited range.
     """
     scale = power_of_two(values)
     return values / scale, scale
 
 
 def power_of_two(values: Tensor) -> float:
-    """The power of two just above the largest absolute value; 1 where all are zero, or one is not finite.
+    """The power of two just above the largest absolute value; 1 if all are zero or any is not finite.
 
     Args:
         values: float32 or float64.

@@ -1,6 +1,6 @@
-"""What a layer should aim at, once the layers before it are quantized: the float network's outputs, not its weights.
+"""The fit's target once earlier layers are quantized: the float network's outputs, not the layer's own weight.
 
-Everything here needs streamed moments only: sums over positions that add up over batches and workers.
+Everything here needs only streamed moments: sums over positions that add up over batches and processes.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from bgd_plugin.support.processes import sum_, total
 __all__ = ["MomentSums", "Moments", "asymmetric_target", "matching_bias", "ridge_target"]
 
 _ROUNDING = 1e-11
-"""A variance this small, in units of the mean's square, is what rounding has left: some last places of float32."""
+"""Relative to the squared mean, a variance below this is rounding error of float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Means over the same positions of a layer's inputs x (in the student) and of the outputs y it should have had.
+    """Means over the same positions of a layer's student inputs x and its wanted (float network's) outputs y.
 
-    A group's outputs are its rows of the weight. Float64 is meant: `centred` takes differences.
+    A group's outputs are its rows of the weight. Use float64: `centred` takes differences.
     """
 
     gram: Tensor
@@ -37,17 +37,17 @@ class Moments:
 
     @classmethod
     def of(cls, inputs: Tensor, outputs: Tensor) -> Moments:
-        """From inputs `[groups, positions, columns]` and outputs `[groups, positions, rows_per_group]` held whole."""
+        """From complete inputs `[groups, positions, columns]` and outputs `[groups, positions, rows_per_group]`."""
         sums = MomentSums()
         sums.add_(inputs, outputs)
         return sums.means_()
 
     @classmethod
     def pooled(cls, first: Moments, second: Moments, share: float) -> Moments:
-        """The moments of two sets of positions together, `share` of them in the first."""
+        """The moments of the union of two sets of positions; `share` (0 to 1) of them are in the first."""
 
         def mean(a: Tensor, b: Tensor) -> Tensor:
-            return torch.lerp(b, a, share)  # a sum would hold two more Grams for a moment
+            return torch.lerp(b, a, share)  # a weighted sum would allocate two more Grams
 
         return cls(
             gram=mean(first.gram, second.gram),
@@ -57,7 +57,7 @@ class Moments:
         )
 
     def centred(self) -> tuple[Tensor, Tensor]:
-        """The covariances of x with itself and with y: what is left to the weight once a bias takes the means."""
+        """The covariances of x with itself and with y, float64: what the weight has to fit if a bias fits the means."""
         copied = Moments(
             gram=self.gram.to(torch.float64, copy=True),
             mean=self.mean.double(),
@@ -67,7 +67,7 @@ class Moments:
         return copied.centred_()
 
     def centred_(self) -> tuple[Tensor, Tensor]:
-        """`centred`, in the memory of the moments, which are used up; the means stay."""
+        """`centred`, computed in place: `gram` and `cross` are overwritten, the means are kept."""
         mean, output_mean = self.mean.unsqueeze(2), self.output_mean.unsqueeze(1)
         self.gram.baddbmm_(mean, mean.mT, alpha=-1)
         self.gram.diagonal(dim1=1, dim2=2).add_(self.mean.square(), alpha=_ROUNDING)
@@ -76,14 +76,14 @@ class Moments:
 
 
 class MomentSums:
-    """Moments as they add up, piece by piece; the pieces themselves are not kept.
+    """Moments accumulated piece by piece; the pieces are not kept.
 
-    The products of a piece are summed in single precision, around the piece's first position. Where inputs hardly vary
-    around a large mean, the products of the inputs themselves would be all rounding.
+    The products of a piece are summed in float32, relative to the piece's first position: where inputs hardly vary
+    around a large mean, products of the inputs themselves would lose all their digits.
 
     Attributes:
         count: positions so far.
-        sums: over them, of what `Moments` are the means, in that order; empty before the first piece.
+        sums: the sums over positions of the fields of `Moments`, in that order; empty before the first piece.
     """
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class MomentSums:
         self.sums: list[Tensor] = []
 
     def add_(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Inputs `[groups, positions, columns]` and outputs `[groups, positions, rows_per_group]`."""
+        """Add inputs `[groups, positions, columns]` and outputs `[groups, positions, rows_per_group]`."""
         count = inputs.shape[1]
         first, first_output = (values[:, :1].sum(1, keepdim=True) for values in (inputs, outputs))  # or zeros
         inputs, outputs = inputs - first, outputs - first_output
@@ -110,39 +110,39 @@ class MomentSums:
         output_mean += count * first_output.sum(1)
 
     def share_(self) -> None:
-        """Add what other processes have, in all of them."""
+        """Sum over all processes; every process gets the result."""
         sum_(self.sums)
         self.count = int(total(self.count))
 
     def means_(self) -> Moments:
-        """The moments; the sums are used up."""
+        """The moments, computed in place: the sums are overwritten."""
         gram, mean, cross, output_mean = (sums.div_(max(1, self.count)) for sums in self.sums)
         return Moments(gram=gram, mean=mean, cross=cross, output_mean=output_mean)
 
 
 @torch.no_grad()
 def asymmetric_target(weight: Tensor, moments: Moments, *, step: float = 0.5, damping: float = 0.01) -> Tensor:
-    """The weight to quantize instead of W, so that the layer also makes good what its inputs have lost.
+    """The weight to quantize instead of W, so that the layer also compensates for errors in its inputs.
 
     W* = W + step · (H + damping · mean(diag H) · I)⁻¹ Xcᵀ (Yc − Xc W), all centred, solved in float64. The damping
-    pulls towards W, so that directions without inputs keep the float weight. Half a step serves a quantized layer
-    better than the whole: the rest of the correction is noise of the calibration set. A layer that stays float, a
-    depthwise convolution for one (each channel its group), takes the whole step.
+    pulls towards W, so directions without inputs keep the float weight. For a quantized layer half a step is better
+    than a whole one: the rest of the correction fits noise of the calibration set. A layer that stays float, such as a
+    depthwise convolution (one group per channel), takes the whole step.
 
     Args:
-        weight: `[rows, columns]`, groups' rows one after another.
+        weight: `[rows, columns]`, the rows of each group contiguous.
         moments: of the student's inputs and the float network's outputs.
         step: 0 gives W itself, 1 the (ridge) least squares solution.
-        damping: in units of the mean of the centred Gram's diagonal.
+        damping: in units of the mean diagonal of the centred Gram.
 
     Returns:
         `[rows, columns]`, in the weight's dtype.
 
     Raises:
-        ValueError: no damping, where H may be singular.
+        ValueError: no damping; H may be singular.
 
-    **Source**: ridge regression centred on W; the aim at the float network's outputs is that of Nagel et al.,
-    AdaRound, arXiv 2004.10568, section 3.4 ("asymmetric reconstruction").
+    **Source**: ridge regression centred on W; matching the float network's outputs follows Nagel et al., AdaRound,
+    arXiv 2004.10568, section 3.4 ("asymmetric reconstruction").
     """
     if not damping > 0:
         raise ValueError(f"the asymmetric target needs a damping above 0, not {damping}")
@@ -151,7 +151,7 @@ def asymmetric_target(weight: Tensor, moments: Moments, *, step: float = 0.5, da
 
 @torch.no_grad()
 def ridge_target(weight: Tensor, gram: Tensor, cross: Tensor, *, step: float, damping: float) -> Tensor:
-    """`asymmetric_target` from moments that are centred already, `Moments.centred`."""
+    """`asymmetric_target` from moments that are already centred (`Moments.centred`)."""
     current = weight.double().reshape(gram.shape[0], -1, gram.shape[1])
     missing = torch.baddbmm(cross, gram, current.mT, alpha=-1)
     change = torch.cholesky_solve(missing, torch.linalg.cholesky(damped(gram, damping)))
@@ -160,11 +160,11 @@ def ridge_target(weight: Tensor, gram: Tensor, cross: Tensor, *, step: float, da
 
 @torch.no_grad()
 def matching_bias(weight: Tensor, mean: Tensor, output_mean: Tensor) -> Tensor:
-    """The bias `[rows]` with which this (quantized) weight has the mean outputs it should have: E y − W E x.
+    """The bias `[rows]` that gives this (quantized) weight the wanted mean outputs: E y − W E x.
 
     Args:
         weight: `[rows, columns]`.
-        mean, output_mean: those of `Moments`.
+        mean, output_mean: as in `Moments`, `[groups, columns]` and `[groups, rows_per_group]`.
     """
     grouped_weight = weight.double().reshape(mean.shape[0], -1, weight.shape[1])
     produced = (grouped_weight @ mean.double().unsqueeze(2)).squeeze(2)

@@ -1,1 +1,1 @@
-"""What every floor may use: processes, files that are whole or absent, resumable steps, text tables."""
+"""Helpers for every layer of the code: processes, atomic file writes, resumable steps, text tables."""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic file writes: a file is complete or absent."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ _SUFFIX = ".tmp"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that at every moment, a power cut included, either the old or the new content stands there.
+    """Write a file atomically: at every moment, even in a power cut, `path` holds either the old or the new content.
 
-    Where the system can, the new file has no name until it is whole, so that a process that is killed leaves nothing.
+    Where the system supports it, the new file has no name until it is complete, so a killed process leaves nothing.
 
     Raises:
-        CheckpointError: the disk is full, the folder read-only or not there; what stood at `path` is as it was.
+        CheckpointError: the disk is full, or the folder is read-only or missing; the old file is unchanged.
     """
     try:
         _write(path, content)
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be written ({error.strerror or error}; it takes {len(content):,} bytes): make room or give "
-            "another place; files that are there are as they were"
+            f"{path} cannot be written ({error.strerror or error}; it takes {len(content):,} bytes): free space or "
+            "choose another folder; existing files are unchanged"
         ) from error
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a process that was killed while it wrote into `folder` left there.
+    """Remove temporary files that a process killed while writing left in `folder`.
 
     Raises:
         CheckpointError: the folder is read-only.
@@ -42,18 +42,18 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, if it is there.
+    """Remove a file if it exists.
 
     Raises:
         CheckpointError: the folder is read-only.
     """
-    if not path.exists():  # some systems refuse to remove even what is not there
+    if not path.exists():  # on some systems even removing a missing file fails
         return
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be removed ({error.strerror or error}): let its folder be written to"
+            f"{path} cannot be removed ({error.strerror or error}): make its folder writable"
         ) from error
 
 
@@ -79,19 +79,19 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _unnamed(folder: Path) -> int | None:
-    """A handle of a new file in `folder` that has no name; None where the system has no such files."""
+    """A handle to a new unnamed file in `folder`; None if the system does not support unnamed files."""
     if not hasattr(os, "O_TMPFILE"):
         return None
     try:
         return os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o600)
-    except OSError:  # what is truly wrong with the folder shows at the next attempt
+    except OSError:  # a real problem with the folder is reported by the fallback
         return None
 
 
 def _link(handle: int, name: Path) -> None:
-    """Give a file without a name one; whoever was killed right after this line left that name behind."""
+    """Give an unnamed file a name; a process killed right after this leaves that name behind."""
     name.unlink(missing_ok=True)
-    # a folder's handle, unused with absolute paths, makes Python follow the link in /proc
+    # the folder's handle is unused with absolute paths, but makes Python follow the link in /proc
     folder = os.open("/", os.O_RDONLY)
     try:
         os.link(f"/proc/self/fd/{handle}", name.absolute(), src_dir_fd=folder, follow_symlinks=True)
@@ -100,7 +100,7 @@ def _link(handle: int, name: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Let the new name survive a power cut; some systems cannot, and lose nothing but the newest file then."""
+    """Flush the folder so that the new name survives a power cut; without support, only the newest file is at risk."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,10 +1,10 @@
-"""Several processes on one job, on torch.distributed: sums over all of them, one that decides, and who is missing.
+"""Several processes on one job, through torch.distributed: sums, broadcasts from the first one, and liveness.
 
-Outside a process group everything here is a plain call, so the rest of the library need not know of processes.
+Outside a process group everything here is a plain call, so the rest of the library need not know about processes.
 
-A process that dies must not leave the others waiting. While a job runs, each process writes a sign of life to the
-group's store every second. No collective here blocks: it is started, then polled, and while it takes long the signs of
-the others are read.
+A process that dies must not leave the others waiting. While a job runs, each process writes a heartbeat to the group's
+store every second. No collective here blocks: it is started, then polled, and if it takes long, the heartbeats of the
+other processes are checked.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _watch: _Watch | None = None
 
 
 def processes() -> int:
-    """How many processes work on the job."""
+    """Number of processes in the job; 1 outside a process group."""
     return dist.get_world_size() if _is_on() else 1
 
 
@@ -62,12 +62,12 @@ def rank() -> int:
 
 
 def is_first() -> bool:
-    """Whether this is the process that fits, writes files, and speaks."""
+    """Whether this is the process that fits layers, writes files and logs."""
     return rank() == 0
 
 
 def sum_(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its sum over all processes, in place; the same bits everywhere."""
+    """Replace each tensor by its sum over all processes, in place; bit-identical in every process."""
     if processes() > 1:
         for tensor in tensors:
             _finish(dist.all_reduce(tensor, async_op=True))
@@ -81,7 +81,7 @@ def total(value: float) -> float:
 
 
 def largest(value: int) -> int:
-    """The largest of a number over all processes."""
+    """The maximum of a number over all processes."""
     number = torch.tensor([value], device=_device())
     if processes() > 1:
         _finish(dist.all_reduce(number, dist.ReduceOp.MAX, async_op=True))
@@ -89,21 +89,21 @@ def largest(value: int) -> int:
 
 
 def parallel(module: nn.Module) -> nn.Module:
-    """The module such that each backward pass leaves the mean of all processes' gradients.
+    """Wrap a module so that each backward pass leaves the mean gradient over all processes.
 
-    Parameters are the same in all processes already; buffers stay each process's own.
+    Parameters must already be equal in all processes; each process keeps its own buffers.
     """
     if processes() == 1:
         return module
     held = _Held(module)
-    # buffers that torch is not to exchange: codes, for one, are of a dtype that backends do not know
+    # buffers that torch must not exchange: backends do not support the dtype of codes, for example
     made: Any = DistributedDataParallel
     made._set_params_and_buffers_to_ignore_for_model(held, [name for name, _ in held.named_buffers()])
     return DistributedDataParallel(held)
 
 
 class _Held(nn.Module):
-    """A module within another one, which torch may mark without leaving a mark on the module."""
+    """A wrapper on which torch may set attributes without touching the module itself."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -115,17 +115,17 @@ class _Held(nn.Module):
 
 
 def unsynchronized(module: nn.Module) -> AbstractContextManager[None]:
-    """Backward passes within are added up in each process; the first one after it exchanges them."""
+    """Accumulate gradients locally inside this context; the first backward pass after it exchanges them."""
     return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
 
 
 def from_first(work: Callable[[], tuple[dict[str, Tensor], str]]) -> tuple[dict[str, Tensor], str]:
-    """What `work` gives in the first process, in all of them; only the first one calls it.
+    """Call `work` in the first process only, and return its result in every process.
 
-    Tensors come on the CPU, beside a text; both travel as a safetensors file, so nothing is unpickled.
+    The result is a mapping of CPU tensors and a text, sent as a safetensors file, so nothing is unpickled.
 
     Raises:
-        BGDError: `work` raised one in the first process; there it is the error itself, elsewhere its text.
+        BGDError: `work` raised one; the first process raises that error, the others a `DistributedError` with its text.
     """
     if processes() == 1:
         return work()
@@ -147,7 +147,7 @@ def from_first(work: Callable[[], tuple[dict[str, Tensor], str]]) -> tuple[dict[
 
 
 def from_all(content: bytes) -> list[bytes]:
-    """What each process gives, in all of them, in the order of their numbers."""
+    """The content given by each process, in order of rank, in every process."""
     if processes() == 1:
         return [content]
     sizes = torch.zeros(processes(), dtype=torch.int64, device=_device())
@@ -162,11 +162,11 @@ def from_all(content: bytes) -> list[bytes]:
 
 @torch.no_grad()
 def synchronize_(model: nn.Module) -> None:
-    """Give every process the first one's state, bit by bit."""
+    """Copy the first process's state to every process, bit for bit."""
     if processes() > 1:
         for tensor in model.state_dict().values():
             if tensor.numel():
-                # as bytes: backends do not know every dtype, 16-bit integers for one
+                # as bytes: backends do not support every dtype, 16-bit integers for example
                 moved = tensor.detach().to(_device()).contiguous().reshape(-1).view(torch.uint8)
                 _finish(dist.broadcast(moved, 0, async_op=True))
                 tensor.copy_(moved.view(tensor.dtype).reshape(tensor.shape))
@@ -174,10 +174,10 @@ def synchronize_(model: nn.Module) -> None:
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Watch the other processes while the block runs, and tell them if it fails.
+    """Watch the other processes during this context, and notify them if it fails.
 
     Raises:
-        DistributedError: another process is gone; it is named.
+        DistributedError: another process stopped; the message names it.
     """
     global _watch
     if processes() == 1:
@@ -201,9 +201,9 @@ def watched() -> Iterator[None]:
 
 @contextmanager
 def process_group(device: str) -> Iterator[str]:
-    """A process group as `torchrun` describes it in the environment; nothing without one.
+    """Join the process group that `torchrun` describes in the environment; does nothing without one.
 
-    Gives the device for this process: of several GPUs on a machine, its own.
+    Yields the device of this process: with several GPUs on a machine, its own.
     """
     if _is_on() or not (dist.is_available() and dist.is_torchelastic_launched()):
         yield device
@@ -223,7 +223,7 @@ def _is_on() -> bool:
 
 
 def _device() -> torch.device:
-    """Where the group's backend wants its tensors."""
+    """The device on which the group's backend expects tensors."""
     nccl = _is_on() and dist.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
@@ -240,7 +240,7 @@ def _broadcast(content: bytes) -> bytes:
 
 
 def _finish(work: Any) -> None:
-    """Wait for a collective that was started, with an eye on the other processes."""
+    """Wait for a collective that was started, and check on the other processes meanwhile."""
     began = looked = time.monotonic()
     while not work.is_completed():
         now = time.monotonic()
@@ -254,7 +254,7 @@ def _finish(work: Any) -> None:
 
 
 def _is_of_communication(error: BaseException) -> bool:
-    """Whether an error comes of a connection, which breaks when a process at its other end dies."""
+    """Whether an error comes from a connection, which breaks when the process at the other end dies."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "nccl", "connection", "store"))
@@ -262,11 +262,11 @@ def _is_of_communication(error: BaseException) -> bool:
 
 
 class _Watch:
-    """Signs of life, one counter for each process, in the group's store.
+    """Heartbeats: one counter per process in the group's store.
 
     Args:
-        store: of the process group.
-        job: a number that is the same in all processes, and new for each job.
+        store: the process group's store.
+        job: a number that is equal in all processes and new for each job.
     """
 
     def __init__(self, store: Any, job: int) -> None:
@@ -274,26 +274,26 @@ class _Watch:
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._ended = threading.Event()
         self._store.set(self._key(rank()), "0")
-        self._thread = threading.Thread(target=self._beat, name="bgd-plugin signs of life", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="bgd-plugin heartbeat", daemon=True)
         self._thread.start()
 
     def say(self, message: str) -> None:
-        """Tell the others, who may be waiting, that this process gives up."""
+        """Tell the other processes, which may be waiting, that this one stopped."""
         try:
             self._store.set(self._key("failed"), f"process {rank()} stopped: {message}")
-        except RuntimeError:  # the store is gone, and with it whoever kept it: they know
+        except RuntimeError:  # the store's host is gone, so the others notice anyway
             return
 
     def stop(self) -> None:
-        """No more signs of life."""
+        """Stop the heartbeat."""
         self._ended.set()
         self._thread.join(timeout=2 * _BEAT_SECONDS)
 
     def missing(self, *, patiently: bool) -> str:
-        """Which processes have stopped, in words; empty if all live.
+        """A message that names the processes that stopped; empty if all are alive.
 
         Args:
-            patiently: something is known to be wrong: wait until it shows who it is.
+            patiently: a failure is known to have happened: wait until the process that failed is known.
         """
         end = time.monotonic() + (_SILENT_SECONDS + 5 * _BEAT_SECONDS if patiently else 0.0)
         while True:
@@ -320,8 +320,8 @@ class _Watch:
                 lost.append(str(other))
         if not lost:
             return ""
-        who = f"process {lost[0]} gives" if len(lost) == 1 else f"processes {', '.join(lost)} give"
-        return f"{who} no sign of life any more: killed, out of memory, or its machine is gone"
+        who = f"process {lost[0]}" if len(lost) == 1 else f"processes {', '.join(lost)}"
+        return f"{who} stopped responding: killed, out of memory, or the machine is down"
 
     def _beat(self) -> None:
         for count in itertools.count(1):
@@ -329,7 +329,7 @@ class _Watch:
                 return
             try:
                 self._store.set(self._key(rank()), str(count))
-            except RuntimeError:  # the store is gone; the next collective says so
+            except RuntimeError:  # the store is gone; the next collective reports it
                 return
 
     def _key(self, name: object) -> str:

@@ -1,4 +1,4 @@
-"""The same bytes however many threads there are."""
+"""Results that do not depend on the number of threads."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ R = TypeVar("R")
 
 @contextmanager
 def reproducible() -> Iterator[None]:
-    """Compute on one thread, and with torch's deterministic algorithms; both are as before afterwards.
+    """Compute on one thread with torch's deterministic algorithms; both settings are restored afterwards.
 
-    Sums over many numbers are split among threads, and floating point sums depend on where they are split. The last
-    bits that change so are enough for another codeword here and there, and each layer is fitted to what the ones before
-    it give.
+    Sums over many numbers are split among threads, and a floating-point sum depends on where it is split. A change in
+    the last bits is enough to select another codeword here and there, and each layer is fitted to the outputs of the
+    layers before it.
     """
     threads = torch.get_num_threads()
     strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
@@ -35,7 +35,7 @@ def reproducible() -> Iterator[None]:
 
 
 def if_asked(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function's keyword `reproducible` have its effect."""
+    """Decorator: run the function inside `reproducible()` if it is called with `reproducible=True`."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,7 +1,7 @@
-"""Gradient steps that a stopped run takes up again where it was, to the bit.
+"""Gradient steps that resume bit for bit where a run was stopped.
 
-Several processes that train together save together: the first one writes its state, and of the others' what differs
-from it, such as the place in the data, or the statistics of batch norms.
+Processes that train together save together: the first one writes its own state, and whatever differs in the others,
+such as the position in the data or batch-norm statistics.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from bgd_plugin.support.processes import from_all, from_first, is_first, largest
 __all__ = ["Part", "Stateful", "Steps"]
 
 SAVE_SECONDS = 30.0
-"""Time between two saves, at least; where saving is slow it grows, so that saving takes a small share of the run."""
+"""Minimum time between two saves; longer if saving is slow, so that it takes a small share of the run."""
 _SHARE = 0.05
 _KEY = "bgd_plugin.steps"
 
 
 class Stateful(Protocol):
-    """A module, an optimizer, a schedule: anything that gives its state and takes it back."""
+    """Anything with a state dict: a module, an optimizer, a schedule."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values."""
+        """The state: tensors and plain values."""
         ...
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
-        """Take them back, in place."""
+        """Restore the state in place."""
         ...
 
 
@@ -46,16 +46,16 @@ Part: TypeAlias = Stateful | torch.Generator | list[Any]
 
 
 class Steps:
-    """The steps of one stage of training. With a file their progress is kept there; without one nothing is kept.
+    """The steps of one training stage; with a file, progress is saved there.
 
-    A stage walks `for _ in steps.run(total, layer=layer, optimizer=optimizer, generator=generator, losses=losses)`:
-    whatever changes from step to step is named there, and is restored before the first step of a resumed run.
+    A stage loops over `steps.run(total, layer=layer, optimizer=optimizer, generator=generator, losses=losses)`: all
+    state that changes from step to step is passed there, and is restored before the first step of a resumed run.
 
     Args:
-        file: where progress is kept; the folder is there.
-        on_steps: called with the number of steps that are done, one by one, or all that an earlier call did.
-        is_shared: all processes take the steps together; the first one has the file. What was saved by another number
-            of processes is left aside: the stage begins again.
+        file: where progress is saved; its folder must exist. None: progress is not saved.
+        on_steps: called with the number of steps done: 1 after each step, and at first those of an earlier run.
+        is_shared: all processes take the steps together; the first one has the file. Progress saved with another
+            number of processes is ignored: the stage starts again.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Steps:
         self._is_shared = is_shared and processes() > 1
 
     def run(self, total: int, **parts: Part) -> Iterator[int]:
-        """The numbers of the steps still to do; what is in `parts` is saved between two of them, and at the end.
+        """Yield the numbers of the remaining steps; the state of `parts` is saved between steps and at the end.
 
         Raises:
             CheckpointError: the file is damaged, or cannot be written.
@@ -93,7 +93,7 @@ class Steps:
         return self._is_shared or self.file is not None
 
     def _wants_save(self, is_due: bool) -> bool:
-        """Whether to save now, by the first process's clock."""
+        """Whether to save now, according to the first process's clock."""
         is_due = is_due and self.file is not None
         return bool(largest(is_due)) if self._is_shared else is_due
 
@@ -105,7 +105,7 @@ class Steps:
             write_atomically(self.file, safetensors.torch.save(tensors, {_KEY: json.dumps(kept)}))
 
     def _restore(self, total: int, parts: Mapping[str, Part]) -> int:
-        """Give each part its state back; returns the number of steps that are done."""
+        """Restore each part; returns the number of steps already done."""
         tensors, text = from_first(self._read) if self._is_shared else self._read()
         if not text:
             return 0
@@ -127,7 +127,7 @@ class Steps:
         return step
 
     def _read(self) -> tuple[dict[str, Tensor], str]:
-        """Tensors and text of the file; no text where there is none."""
+        """Tensors and text of the file; an empty text if there is no file."""
         if self.file is None or not self.file.exists():
             return {}, ""
         try:
@@ -138,12 +138,12 @@ class Steps:
             raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> CheckpointError:
-        file = self.file or "what the first process has kept of this stage"
-        return CheckpointError(f"{file} is damaged ({error}): delete it, this stage then begins again")
+        file = self.file or "the first process's progress file of this stage"
+        return CheckpointError(f"{file} is damaged ({error}): delete it to start this stage again")
 
 
 def _of_others(plain: dict[str, Any], tensors: dict[str, Tensor]) -> list[Any]:
-    """The plain states of the other processes, for the first one; their tensors that differ go to its `tensors`."""
+    """The other processes' plain states, in the first process; tensors that differ are added to its `tensors`."""
     digests = {name: hashlib.sha256(_raw(tensor)).hexdigest() for name, tensor in tensors.items()}
     of_first = json.loads(from_first(lambda: ({}, json.dumps(digests)))[1])
     content = b""
@@ -179,7 +179,7 @@ def _restore_(part: Part, state: Any) -> None:
 
 
 def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The value as JSON; its tensors go to `tensors`, copied, and leave their names. JSON keeps floats to the bit."""
+    """The value as JSON; tensors are copied to `tensors` and replaced by their names. JSON keeps floats exactly."""
     if isinstance(value, Tensor):
         name = str(len(tensors))
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -192,7 +192,7 @@ def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
         return [_plain(v, tensors) for v in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise CheckpointError(f"a {type(value).__name__} in the state of a stage of training cannot be kept")
+    raise CheckpointError(f"the state of a training stage holds a {type(value).__name__}, which cannot be saved")
 
 
 def _restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -1,4 +1,4 @@
-"""Plain text tables, and sizes as people read them."""
+"""Plain-text tables, and human-readable sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def mib(size_bytes: float) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns of text: numbers to the right, words to the left; empty columns are left out."""
+    """A text table: numbers are right-aligned, words left-aligned, empty columns omitted."""
     cells = [list(header)] + [[str(cell) for cell in row] for row in rows]
     keep = [i for i in range(len(header)) if not rows or any(row[i] for row in cells[1:])]
     cells = [[row[i] for i in keep] for row in cells]

@@ -67,7 +67,8 @@ def test_loading_registers_and_gives_the_module(calls: list[str]) -> None:
 
 def test_an_unknown_adapter_is_told_with_those_there_are(calls: list[str]) -> None:
     expected = (
-        "there is no adapter 'other'; installed adapters: absent_one, broken_one, newer_one, otherwise_installed_one, "
+        "no adapter 'other': give one of the installed adapters: absent_one, broken_one, newer_one, "
+        "otherwise_installed_one, "
     )
     expected += "working_one"
     with pytest.raises(BGDError, match=expected):
@@ -76,7 +77,7 @@ def test_an_unknown_adapter_is_told_with_those_there_are(calls: list[str]) -> No
 
 def test_an_unknown_adapter_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     _install(monkeypatch, [])
-    with pytest.raises(BGDError, match="there is no adapter 'other'; installed adapters: none"):
+    with pytest.raises(BGDError, match="no adapter 'other': give one of the installed adapters: none"):
         bgd.load_adapter("other")
 
 
@@ -91,7 +92,7 @@ def test_a_framework_may_come_by_another_distribution(calls: list[str]) -> None:
 
 
 def test_a_version_that_the_adapter_does_not_know_is_named(calls: list[str]) -> None:
-    with pytest.raises(BGDError, match=rf"'newer_one' .*pytest {pytest.__version__} \(the adapter knows <2,>=1\)"):
+    with pytest.raises(BGDError, match=rf"'newer_one' .*pytest {pytest.__version__} \(the adapter supports <2,>=1\)"):
         bgd.load_adapter("newer_one")
     assert calls == []
 

@@ -71,7 +71,7 @@ def test_a_framework_of_an_unknown_version_is_refused_by_name(name: str, monkeyp
     version = metadata.version
     asked = {requirement.name for requirement in EXTRAS[name.replace("_", "-")]}
     monkeypatch.setattr(metadata, "version", lambda package: "99.0" if package in asked else version(package))
-    with pytest.raises(BGDError, match=rf"adapter '{name}' cannot be used: .* 99\.0 \(the adapter knows "):
+    with pytest.raises(BGDError, match=rf"adapter '{name}' cannot be used: .* 99\.0 \(the adapter supports "):
         bgd.load_adapter(name)
 
 

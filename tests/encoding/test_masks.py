@@ -79,21 +79,21 @@ def test_a_form_that_does_not_hold_the_mask_is_refused() -> None:
 
 @pytest.mark.parametrize("form", ["", "3:2", "2:5", "0:4", "4:4", "2:4 rows", "zip"])
 def test_a_form_that_does_not_exist_is_refused(form: str) -> None:
-    with pytest.raises(ValueError, match="not a form of masks"):
+    with pytest.raises(ValueError, match="not a mask form"):
         unpack_mask(torch.zeros(3, dtype=torch.uint8), form, (2, 4))
 
 
 @pytest.mark.parametrize(
     ("form", "packed", "message"),
     [
-        ("2:4", [255], "pattern 7 of 2:4, which has 6"),
-        ("2:4", [0, 0], "2 codes of 3 bits take 1 uint8"),
-        ("2:16", [0], "has no groups of 16"),
-        ("bits", [1, 2], "8 codes of 1 bits take 1 uint8"),
-        ("positions", [1, 0, 0], "not positions of 4 bytes"),
-        ("positions", [8, 0, 0, 0], "ascending numbers below 8"),
-        ("positions", [3, 0, 0, 0, 3, 0, 0, 0], "ascending numbers below 8"),
-        ("positions", [0, 0, 0, 255], "ascending numbers below 8"),
+        ("2:4", [255], "pattern 7 is out of range: 2:4 has 6"),
+        ("2:4", [0, 0], "2 codes of 3 bits need uint8"),
+        ("2:16", [0], "does not divide into groups of 16"),
+        ("bits", [1, 2], "8 codes of 1 bits need uint8"),
+        ("positions", [1, 0, 0], "do not divide into positions of 4 bytes"),
+        ("positions", [8, 0, 0, 0], "ascending integers below 8"),
+        ("positions", [3, 0, 0, 0, 3, 0, 0, 0], "ascending integers below 8"),
+        ("positions", [0, 0, 0, 255], "ascending integers below 8"),
     ],
 )
 def test_damaged_bytes_are_refused(form: str, packed: list[int], message: str) -> None:
@@ -102,5 +102,5 @@ def test_damaged_bytes_are_refused(form: str, packed: list[int], message: str) -
 
 
 def test_bytes_of_another_type_are_refused() -> None:
-    with pytest.raises(ValueError, match="uint8 of one dimension"):
+    with pytest.raises(ValueError, match="dtype uint8 and one dimension"):
         unpack_mask(torch.zeros(2, 2, dtype=torch.uint8), "bits", (2, 4))

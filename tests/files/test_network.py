@@ -326,7 +326,8 @@ def test_an_existing_file_stays_whole_if_saving_fails(saved: Path, step: str, mo
     with monkeypatch.context() as patch:
         patch.setattr(os, step, fail)
         with pytest.raises(
-            CheckpointError, match=r"net.safetensors cannot be written \(disk full; it takes [0-9,]+ bytes\): make"
+            CheckpointError,
+            match=r"net.safetensors cannot be written \(disk full; it takes [0-9,]+ bytes\): free space",
         ):
             bgd.save(model, saved)
     assert saved.read_bytes() == before

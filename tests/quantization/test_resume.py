@@ -274,9 +274,7 @@ def test_a_damaged_file_of_training_says_what_to_delete(model: nn.Module, tmp_pa
     whole = file.read_bytes()
     for damaged in (whole[:-1], b"", whole.replace(b"step", b"stop", 1), whole.replace(b"tensor", b"tomato", 1)):
         file.write_bytes(damaged)
-        with pytest.raises(
-            CheckpointError, match=rf"{file.name} is damaged .*: delete it, this stage then begins again"
-        ):
+        with pytest.raises(CheckpointError, match=rf"{file.name} is damaged .*: delete it to start this stage again"):
             _bytes(tmp_path, _longer("all"), model)
     file.unlink()
     assert _bytes(tmp_path, _longer("all"), model) == expected
