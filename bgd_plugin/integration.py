@@ -5,7 +5,7 @@ from bgd_plugin.encoding.codes import code_dtype, pack, unpack
 from bgd_plugin.errors import CalibrationError, CheckpointError, ConfigError, TraceError
 from bgd_plugin.files.network import read_file
 from bgd_plugin.files.placement import make_room_, placement_in, placement_of, transplant_, transplanted
-from bgd_plugin.graph import PQTracer, copy_module, set_modes
+from bgd_plugin.graph import PQTracer, become_, copy_module, set_modes
 from bgd_plugin.graph.computed import compute_parameter_, restore_parameter_
 from bgd_plugin.nn import PQModule, PQWeight
 from bgd_plugin.planning.make import layers_in
@@ -28,6 +28,7 @@ __all__ = [
     "Report",
     "SkippedLayer",
     "TraceError",
+    "become_",
     "code_dtype",
     "compute_parameter_",
     "copy_module",

@@ -26,7 +26,7 @@ CONFIGS: dict[str, bgd.BGDConfig] = {
     "budget": bgd.BGDConfig(target_bytes=6_000),
     "finetuned": bgd.BGDConfig(
         method="em",
-        linear=bgd.LayerConfig(block_size=1, codebook_size=512),  # codes in 16 bits
+        linear=bgd.LayerConfig(block_size=1, codebook_size=512),  # codes wider than a byte
         overrides=(("4", bgd.LayerConfig(block_size=1, codebook_size=16)),),
         codebook_storage="float16",
         finetuning=bgd.FinetuningConfig(

@@ -176,8 +176,10 @@ def _codes_of(model: nn.Module) -> dict[str, str]:
 
 
 def _fingerprint(layer: PQModule) -> str:
+    """Of codes wider than a byte, the 16 bits that states saved by earlier versions held."""
+    is_wide = 256 < layer.codebook_size <= 32768
     digest = hashlib.sha256()
-    for tensor in (layer.codes, layer.mask):
+    for tensor in (layer.codes.to(torch.int16) if is_wide else layer.codes, layer.mask):
         if tensor is not None:
             digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -123,7 +123,11 @@ def _frozen_norms(model: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:
 
 
 def _handle(module: nn.Module, config: BGDWeightOnlyConfig) -> nn.Module:
-    """What torchao calls for each module that its filter or its names choose."""
+    """What torchao calls for each module that its filter or its names choose.
+
+    The module itself is turned into the quantized one, as torchao's own configs do: who calls this on a bare layer
+    looks at that layer, and a module that hangs at two names is handed over once.
+    """
     _require_float(module, f"a {type(module).__name__}")
     wholes = [name for name in _OF_NETWORKS if getattr(config, name)]
     if wholes:
@@ -131,7 +135,8 @@ def _handle(module: nn.Module, config: BGDWeightOnlyConfig) -> nn.Module:
             f"{', '.join(wholes)}: for a whole network, and torchao hands over one layer at a time: use "
             "bgd_plugin_adapters.torchao.quantize_(model, config, filter_fn, calibration=...)"
         )
-    return integration.quantize_module(module, _plain(config), name=f"a {type(module).__name__}")
+    made = integration.quantize_module(module, _plain(config), name=f"a {type(module).__name__}")
+    return integration.become_(module, made)
 
 
 def _require_float(module: nn.Module, where: str) -> None:
@@ -163,7 +168,9 @@ def _by_filter(model: nn.Module, config: AOBaseConfig, filter_fn: Filter | None)
 
 def _by_name(model: nn.Module, config: FqnToConfig) -> dict[str, AOBaseConfig]:
     """Which config each module gets; the exact name goes before the first regex that matches."""
-    names = [name for name, module in model.named_modules() if name and list(module.parameters(recurse=False))]
+    paths = {path: module for path, module in model.named_modules(remove_duplicate=False) if path}
+    names = [path for path, module in paths.items() if list(module.parameters(recurse=False))]
+    first = {id(module): path for path, module in reversed(paths.items())}  # of a module that hangs at several names
     rules: Mapping[str, Any] = config.fqn_to_config
     unused = set(rules) - {"_default"}
     chosen: dict[str, AOBaseConfig] = {}
@@ -171,10 +178,10 @@ def _by_name(model: nn.Module, config: FqnToConfig) -> dict[str, AOBaseConfig]:
         keys = [key for key in rules if key in (name, f"{name}.weight")]
         keys += [key for key in rules if key.startswith("re:") and re.fullmatch(key[3:], name)]
         unused -= set(keys)
-        if not keys and "_default" in rules and _is_linear(model.get_submodule(name)):
+        if not keys and "_default" in rules and _is_linear(paths[name]):
             keys = ["_default"]
         if keys and rules[keys[0]] is not None:
-            chosen[name] = rules[keys[0]]
+            chosen.setdefault(first[id(paths[name])], rules[keys[0]])
     if unused:
         raise ConfigError(f"FqnToConfig: {', '.join(sorted(unused))} matches no layer; the network has {_some(names)}")
     return chosen

@@ -12,10 +12,11 @@ _CHUNK = 1 << 16
 
 
 def code_dtype(codebook_size: int) -> torch.dtype:
-    """The smallest integer dtype that holds the codes of a codebook and is fully supported by torch."""
-    if codebook_size <= 256:
-        return torch.uint8
-    return torch.int16 if codebook_size <= 32768 else torch.int32
+    """The smallest integer dtype that holds the codes of a codebook and that torch.distributed can send.
+
+    gloo and NCCL have no 16-bit integers, and DistributedDataParallel broadcasts every buffer when it is built.
+    """
+    return torch.uint8 if codebook_size <= 256 else torch.int32
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -11,6 +11,7 @@ from bgd_plugin.graph.norms import has_running_statistics
 from bgd_plugin.graph.partition import Block, block_module, partition
 from bgd_plugin.graph.parts import batchnorms_in_parts
 from bgd_plugin.graph.replace import (
+    become_,
     float_module,
     install_,
     isolate_weights_,
@@ -29,6 +30,7 @@ __all__ = [
     "added_to",
     "baked",
     "batchnorms_in_parts",
+    "become_",
     "block_module",
     "call_geometry",
     "call_input",

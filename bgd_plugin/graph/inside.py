@@ -43,10 +43,12 @@ def find_inside(
 
 
 def _other_owners(root: nn.Module) -> dict[int, str]:
-    """Parameters that a module of no known kind holds, such as an embedding that a linear layer is tied to."""
+    """Parameters of modules that stay as they are, such as an embedding with a forward of its own and a tied head."""
     owners: dict[int, str] = {}
     for name, module in root.named_modules():
-        if kind_of(module) is None and not isinstance(module, (FloatWeight, nn.MultiheadAttention)):
+        kind = kind_of(module)
+        can_be_quantized = kind is not None and isinstance(_layer(module, name, kind, ()), FoundLayer)
+        if not can_be_quantized and not isinstance(module, (FloatWeight, nn.MultiheadAttention)):
             owners |= {
                 id(p): f"{name!r}, {type(module).__name__}" for p in module._parameters.values() if p is not None
             }

@@ -12,7 +12,16 @@ from bgd_plugin.graph.find import attribute
 from bgd_plugin.graph.layer import FoundLayer
 from bgd_plugin.nn import FloatWeight, PQModule, PQWeight, materialized, quantized, restored_parameter
 
-__all__ = ["float_module", "install_", "isolate_weights_", "materialize_", "module_paths", "release_", "swap_"]
+__all__ = [
+    "become_",
+    "float_module",
+    "install_",
+    "isolate_weights_",
+    "materialize_",
+    "module_paths",
+    "release_",
+    "swap_",
+]
 
 _HOOKS = (
     "_forward_hooks",
@@ -48,11 +57,27 @@ def swap_(root: nn.Module, target: str, module: nn.Module) -> None:
         compute_parameter_(owner, name, module)
         return
     old = module_at(root, target)
-    for hooks in _HOOKS:
-        vars(module)[hooks].update(vars(old)[hooks])
+    _take_hooks(module, old)
     for path in module_paths(root, old):
         owner_path, _, name = path.rpartition(".")
         module_at(root, owner_path)._modules[name] = module
+
+
+def become_(old: nn.Module, module: nn.Module) -> nn.Module:
+    """Turn a layer into another one in place, for those who hold the layer and not what it hangs in; returns it.
+
+    Its hooks stay; all else is taken over from `module`, which must not be used any more.
+    """
+    _take_hooks(module, old)
+    vars(old).clear()
+    vars(old).update(vars(module))
+    old.__class__ = type(module)
+    return old
+
+
+def _take_hooks(module: nn.Module, old: nn.Module) -> None:
+    for hooks in _HOOKS:
+        vars(module)[hooks].update(vars(old)[hooks])
 
 
 def install_(

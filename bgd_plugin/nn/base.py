@@ -74,7 +74,7 @@ class PQModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """As every module, but refuses codes for which there is no codeword, before they are loaded."""
+        """As every module, but refuses codes that have no codeword, and holds codes in its own integer dtype."""
         codes = state_dict.get(f"{prefix}codes")
         if isinstance(codes, Tensor) and not codes.is_meta and codes.numel():
             name, size = f"{prefix}codes", self.codebook_size
@@ -82,6 +82,8 @@ class PQModule(nn.Module):
                 error_msgs.append(f"{name}: codes of type {codes.dtype}, which are no integers")
             elif int(codes.min()) < 0 or int(codes.max()) >= size:
                 error_msgs.append(f"{name}: codes from {int(codes.min())} to {int(codes.max())}, for {size} codewords")
+            else:
+                state_dict[name] = codes.to(code_dtype(size))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

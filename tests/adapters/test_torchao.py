@@ -60,6 +60,61 @@ def test_torchaos_own_quantize_gives_the_cores_codes_without_data() -> None:
     assert all(torch.equal(found[f"{n}.{part}"], wanted[f"{n}.{part}"]) for n in "24" for part in ("codes", "codebook"))
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(64, 64), nn.Conv2d(16, 16, 3), nn.Embedding(128, 16)], ids=repr)
+def test_a_bare_layer_is_quantized_itself(layer: Any) -> None:
+    wanted = integration.quantize_module(layer, adapter.BGDWeightOnlyConfig(embedding=LayerConfig(block_size=4)))
+    calls: list[Any] = []
+    layer.register_forward_hook(lambda module, *_: calls.append(module))
+    config = adapter.BGDWeightOnlyConfig(embedding=LayerConfig(block_size=4))
+    quantize_(layer, config, lambda module, name: True)
+    assert type(layer) is type(wanted)
+    assert torch.equal(layer.weight, wanted.weight)
+    assert [name for name, _ in layer.named_parameters()] == [name for name, _ in wanted.named_parameters()]
+    layer(_input(layer))
+    assert calls == [layer]
+
+
+def _input(layer: Any) -> torch.Tensor:
+    if hasattr(layer, "num_embeddings"):
+        return torch.arange(8)
+    return torch.randn(2, 16, 8, 8) if hasattr(layer, "kernel_size") else torch.randn(2, 64)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_module_at_two_names_is_quantized_at_both(by_name: bool) -> None:
+    shared = nn.Linear(64, 64)
+    model = nn.Sequential(nn.Linear(8, 64), shared, nn.ReLU(), shared)
+    config = adapter.BGDWeightOnlyConfig()
+    if by_name:
+        quantize_(model, FqnToConfig(OrderedDict({"1": config})), filter_fn=None)
+    else:
+        quantize_(model, config, lambda module, name: module is shared)
+    assert model[1] is model[3]
+    assert set(integration.placement_of(model)) == {"1"}
+    assert not [m for m in model if isinstance(m, nn.Linear) and m.in_features == 64]
+
+
+@pytest.mark.parametrize("name", ["1", "3"])
+def test_ours_takes_any_name_of_a_module_that_has_two(name: str) -> None:
+    shared = nn.Linear(64, 64)
+    model = nn.Sequential(nn.Linear(8, 64), shared, nn.ReLU(), shared)
+    rules = FqnToConfig(OrderedDict({name: adapter.BGDWeightOnlyConfig()}))
+    adapter.quantize_(model, rules, calibration=[torch.randn(64, 8)], progress=False)
+    assert model[1] is model[3]
+    assert set(integration.placement_of(model)) == {"1"}
+
+
+def test_ours_refuses_a_bare_layer() -> None:
+    with pytest.raises(ConfigError, match="no linear layer"):
+        adapter.quantize_(nn.Linear(64, 64), adapter.BGDWeightOnlyConfig())
+
+
+def test_a_parameter_of_a_layer_is_refused_by_torchao() -> None:
+    rules = FqnToConfig(OrderedDict({"2.weight": adapter.BGDWeightOnlyConfig()}))
+    with pytest.raises(NotImplementedError, match="parameter quantization"):
+        quantize_(PlainNet(), rules, filter_fn=None)
+
+
 def test_ours_without_data_is_the_cores() -> None:
     model = trained_on_digits()
     expected = bgd.quantize_weights(model, BGDConfig(**SMALL))

@@ -64,7 +64,7 @@ def test_a_wrong_length_is_refused() -> None:
 
 
 @pytest.mark.parametrize("codebook_size", [1, 2, 256, 257, 32768, 32769, 65536])
-def test_the_code_type_is_the_smallest_that_holds_all_codes(codebook_size: int) -> None:
-    types = [torch.uint8, torch.int16, torch.int32]
+def test_the_code_type_is_the_smallest_that_holds_all_codes_and_can_be_broadcast(codebook_size: int) -> None:
+    types = [torch.uint8, torch.int32]  # not 16 bits, which torch.distributed cannot send
     fitting = [dtype for dtype in types if torch.iinfo(dtype).max >= codebook_size - 1]
     assert code_dtype(codebook_size) == fitting[0]
