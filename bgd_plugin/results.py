@@ -1,7 +1,6 @@
 """What `plan` and `quantize` return."""
 
 from bgd_plugin.planning.types import Plan, PlannedLayer, SkippedLayer
-from bgd_plugin.quantization.quantize import Quantized
-from bgd_plugin.report.report import LayerReport, Report
+from bgd_plugin.report.report import LayerReport, Quantized, Report
 
 __all__ = ["LayerReport", "Plan", "PlannedLayer", "Quantized", "Report", "SkippedLayer"]

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
 
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.graph import FoundLayer
@@ -22,6 +19,7 @@ from bgd_plugin.planning.candidates import (
     weight_sensitivity,
 )
 from bgd_plugin.planning.types import PlannedLayer
+from bgd_plugin.support.seeds import seeded
 
 __all__ = ["Budget"]
 
@@ -99,9 +97,10 @@ class Budget:
 
     def _by_weights(self, measured: Mapping[str, Sensitivity]) -> dict[str, Sensitivity]:
         weights = {p.name: f.matrix for f, p in self.layers}
-        seeds = {name: zlib.crc32(f"{self.seed} {name} budget".encode()) for name in self.free if name not in measured}
         return {
-            name: weight_sensitivity(weights[name], torch.Generator().manual_seed(seed)) for name, seed in seeds.items()
+            name: weight_sensitivity(weights[name], seeded(self.seed, name, "budget"))
+            for name in self.free
+            if name not in measured
         }
 
     def _notes(self, choice: Choice, sensitivities: Mapping[str, Sensitivity] | None) -> tuple[str, ...]:

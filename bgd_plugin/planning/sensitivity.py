@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from bgd_plugin.pq.blocks import from_blocks
 from bgd_plugin.pq.feedback import damped, diagonal_blocks, encode_with_feedback, nearest
 from bgd_plugin.pq.full_gram import positions_as_groups
 from bgd_plugin.pq.rate import quick_fit, rate_curve, sampled_positions
+from bgd_plugin.support.seeds import seeded
 from bgd_plugin.training import kl_to_teacher
 
 __all__ = ["measure_sensitivities", "output_loss", "some_samples"]
@@ -92,7 +92,7 @@ def _measured(
     for node, _ in zip(wide.nodes(), narrow.nodes(), strict=True):
         layer = waiting.get(node.name)
         if layer is not None:
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed} {layer.name} sensitivity".encode()))
+            generator = seeded(config.seed, layer.name, "sensitivity")
             facts = _facts(network, wide, layer, config, generator)
             found[layer.name] = _sensitivity(narrow, facts, outputs, generator, measure)
             step()

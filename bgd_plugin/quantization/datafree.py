@@ -6,9 +6,6 @@ have no data to give, and a start for training.
 
 from __future__ import annotations
 
-import time
-import zlib
-
 import torch
 from torch import Tensor, nn
 
@@ -21,9 +18,10 @@ from bgd_plugin.nn import PQModule, quantized
 from bgd_plugin.planning.make import family_leftovers, make_plan, plan_layer
 from bgd_plugin.planning.sizes import paper_bytes
 from bgd_plugin.planning.types import PlannedLayer, SkippedLayer
-from bgd_plugin.quantization.layerwise import layer_report
-from bgd_plugin.quantization.quantize import Quantized, round_to_storage_
-from bgd_plugin.report.report import Report
+from bgd_plugin.quantization.finish import round_to_storage_
+from bgd_plugin.report.report import LayerReport, Quantized, Report
+from bgd_plugin.support.log import Log
+from bgd_plugin.support.seeds import seeded
 
 __all__ = ["quantize_module", "quantize_weights"]
 
@@ -48,27 +46,28 @@ def quantize_weights(model: nn.Module, config: BGDConfig | None = None) -> Quant
     wanted = [name for name in ("distillation", "reconstruction", "finetuning") if getattr(config, name) is not None]
     if wanted:
         raise ConfigError(f"without data there is no {' and no '.join(wanted)}: give calibration data, or None for it")
-    start = time.perf_counter()
-    model = baked(model)
-    student: nn.Module = copy_module(model)
-    folded = fold_parametrizations_(student)
-    plan, found = make_plan(student, config, original=model, folded=folded)
-    leftovers = family_leftovers(student, config)
-    reports = []
-    for layer, planned in zip(found, plan.layers, strict=True):
-        matrix = layer.matrix.detach()
-        modules = install_(student, layer, *_fitted(matrix, planned, config), planned.kept(matrix))
-        for module in modules:
-            module.codebook.requires_grad_(layer.weight.requires_grad)
-        reports.append(layer_report(planned, _weight_error(matrix, modules[0].matrix), ""))
-    round_to_storage_(student, config, plan, leftovers)
+    log = Log()
+    with log.timed("fit"):
+        model = baked(model)
+        student: nn.Module = copy_module(model)
+        folded = fold_parametrizations_(student)
+        plan, found = make_plan(student, config, original=model, folded=folded)
+        leftovers = family_leftovers(student, config)
+        reports = []
+        for layer, planned in zip(found, plan.layers, strict=True):
+            matrix = layer.matrix.detach()
+            modules = install_(student, layer, *_fitted(matrix, planned, config), planned.kept(matrix))
+            for module in modules:
+                module.codebook.requires_grad_(layer.weight.requires_grad)
+            reports.append(LayerReport.of(planned, relative_error=_weight_error(matrix, modules[0].matrix)))
+        round_to_storage_(student, config, plan, leftovers)
     report = Report(
         layers=tuple(reports),
         skipped=plan.skipped,
         original_bytes=plan.original_bytes,
         compressed_bytes=file_size(stored(student)),
         paper_bytes=paper_bytes(student),
-        seconds={"fit": time.perf_counter() - start},
+        seconds=log.seconds,
         notes=(*plan.notes, _NOTE),
     )
     return Quantized(student, report)
@@ -109,7 +108,7 @@ def _fitted(weight: Tensor, planned: PlannedLayer, config: BGDConfig) -> tuple[T
         )
     if not bool(torch.isfinite(weight).all()):
         raise ConfigError(f"layer {planned.name!r} holds NaN or infinite values: repair the network first")
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed} {tuple(weight.shape)}".encode()))
+    generator = seeded(config.seed, tuple(weight.shape))
     gram = torch.eye(planned.block_size, device=weight.device)
     fit = fit_weight(weight, gram, planned, planned.kept(weight), config.em_iterations, generator)
     return fit.codebook, fit.codes

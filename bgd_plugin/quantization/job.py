@@ -1,11 +1,8 @@
-"""Everything that the steps of one call of `quantize` share."""
+"""What the steps of one call of `quantize` share: their inputs, and the log they write to."""
 
 from __future__ import annotations
 
-import time
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,47 +11,46 @@ from torch import fx, nn
 
 from bgd_plugin.calibration import Batches
 from bgd_plugin.config import BGDConfig
-from bgd_plugin.graph import FoundLayer, following_batchnorm, release_
+from bgd_plugin.graph import FoundLayer, following_batchnorm
 from bgd_plugin.planning.types import Plan
 from bgd_plugin.quantization.resume import Run
-from bgd_plugin.report.report import LayerReport
+from bgd_plugin.support.log import Log
+from bgd_plugin.support.seeds import seeded
 
 __all__ = ["Job"]
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
-    """Everything that the steps of one call share."""
+    """The inputs of the steps of one call.
+
+    Attributes:
+        student: the network that is compressed, in place.
+        reference: the float network in the same form, for comparison.
+        teacher: the network whose logits training follows.
+        config: the settings.
+        plan: what becomes of each layer.
+        found: the layers of `plan.layers`, in the same order.
+        leftovers: names of the weights that stay float because the settings have nothing for their kind of layer.
+        norms: of a network that is not a graph, the path of the batch norm that follows a layer, by the layer's target.
+        batches: the calibration data.
+        run: the progress on disk.
+        bar: the progress on the screen.
+        log: takes the seconds and the notes of the steps.
+    """
 
     student: nn.Module
     reference: nn.Module
     teacher: nn.Module
     config: BGDConfig
     plan: Plan
-    found: list[FoundLayer]
+    found: Sequence[FoundLayer]
     leftovers: Sequence[str]
+    norms: Mapping[str, str] = field(default_factory=dict)
     batches: Batches
     run: Run
     bar: Any
-    seconds: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    reports: list[LayerReport] = field(default_factory=list)
-    shift_gains: list[float] = field(default_factory=list)
-    unreached: list[FoundLayer] = field(default_factory=list)
-    norms: dict[str, str] = field(default_factory=dict)
-
-    @contextmanager
-    def timed(self, step: str) -> Iterator[None]:
-        """Add the seconds of a block to a step's."""
-        start = time.perf_counter()
-        yield
-        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
-
-    def leave(self, index: int) -> None:
-        """Let a layer stay float that no calibration input reaches."""
-        self.unreached.append(self.found[index])
-        release_(self.student, self.found[index])
-        self.bar.update(1 + (self.config.distillation.steps if self.config.distillation else 0))
+    log: Log
 
     def batchnorm_after(self, found: FoundLayer) -> str | None:
         """Path of the batch norm that alone reads a layer's output."""
@@ -64,6 +60,6 @@ class Job:
             return None if found.hidden else following_batchnorm(self.student, found.calls)
         return None if found.tied else self.norms.get(found.target)
 
-    def generator(self, name: str) -> torch.Generator:
+    def generator(self, *purpose: str) -> torch.Generator:
         """Random numbers of a layer, the same whichever layers were done before."""
-        return torch.Generator().manual_seed(zlib.crc32(f"{self.config.seed} {name}".encode()))
+        return seeded(self.config.seed, *purpose)

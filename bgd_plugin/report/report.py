@@ -1,4 +1,4 @@
-"""What was done, layer by layer: bytes, errors, seconds."""
+"""What `quantize` returns: the compressed network, and what was done, layer by layer: bytes, errors, seconds."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from bgd_plugin.planning.types import SkippedLayer
+from torch import nn
+
+from bgd_plugin.planning.types import PlannedLayer, SkippedLayer
 from bgd_plugin.support.tables import mib, table
 
-__all__ = ["LayerReport", "Report"]
+__all__ = ["LayerReport", "Quantized", "Report"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,8 @@ class LayerReport:
         bits_per_weight: packed codes and codebook, shared out over the weights.
         compressed_bytes: packed codes and codebook.
         relative_error: ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on a sample of the layer's calibration inputs.
+        bias_gain: what correcting the bias takes off the squared error of the layer's outputs, in units of their
+            variance; None where no bias was corrected.
         note: what differs from the setting, and why.
     """
 
@@ -33,7 +37,26 @@ class LayerReport:
     bits_per_weight: float
     compressed_bytes: int
     relative_error: float
+    bias_gain: float | None = None
     note: str = ""
+
+    @classmethod
+    def of(
+        cls, planned: PlannedLayer, *, relative_error: float, bias_gain: float | None = None, note: str = ""
+    ) -> LayerReport:
+        """A planned layer that is done."""
+        return cls(
+            name=planned.name,
+            kind=planned.kind,
+            block_size=planned.block_size,
+            codebook_size=planned.codebook_size,
+            weights=planned.weights,
+            bits_per_weight=planned.bits_per_weight,
+            compressed_bytes=planned.compressed_bytes,
+            relative_error=relative_error,
+            bias_gain=bias_gain,
+            note="; ".join(filter(None, (planned.note, note))),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,3 +117,11 @@ class Report:
         )
         lines.append(", ".join(f"{step} {seconds:.1f} s" for step, seconds in self.seconds.items()))
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What `quantize` returns: the compressed network, and the report on it."""
+
+    model: nn.Module
+    report: Report

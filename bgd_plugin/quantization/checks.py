@@ -1,0 +1,75 @@
+"""What `quantize` refuses before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from bgd_plugin.calibration import require_rewalkable
+from bgd_plugin.config import BGDConfig
+from bgd_plugin.errors import ConfigError
+from bgd_plugin.quantization.fingerprint import digest
+from bgd_plugin.support.processes import largest, processes
+
+__all__ = ["check_arguments", "check_student"]
+
+
+def check_arguments(model: nn.Module, calibration: Iterable[Any], config: BGDConfig, memory_bytes: int | None) -> None:
+    """Refuse a network, data or bound that no run can work with.
+
+    Raises:
+        ConfigError: weights without values or that are not finite; processes that differ; a bound below one byte.
+        CalibrationError: data that can be walked once only, where it is walked again.
+    """
+    _require_values(model)
+    _require_one_job(model, config)
+    if memory_bytes is not None and memory_bytes < 1:
+        raise ConfigError(f"memory_bytes={memory_bytes}: give a positive number of bytes, or None for no bound")
+    if config.finetuning:
+        require_rewalkable(calibration, "finetuning")
+
+
+def check_student(student: nn.Module, config: BGDConfig) -> None:
+    """Refuse what only a graph allows, for a network that does not trace.
+
+    Raises:
+        ConfigError: several processes, or reconstruction.
+    """
+    if isinstance(student, fx.GraphModule):
+        return
+    if processes() > 1:
+        raise ConfigError("this network does not trace, so its processes may come to different layers: use one process")
+    if config.reconstruction:
+        raise ConfigError(
+            "reconstruction works block by block along a graph, and this network does not trace: leave it out"
+        )
+
+
+def _require_values(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ConfigError(
+                f"{name!r} is on the meta device, without values: such a network can be planned, not quantized"
+            )
+        is_learnt = isinstance(tensor, nn.Parameter) or name.endswith(("running_mean", "running_var"))
+        if is_learnt and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ConfigError(f"{name!r} of the network holds NaN or infinite values: repair the network first")
+
+
+def _require_one_job(model: nn.Module, config: BGDConfig) -> None:
+    """Of several processes, all must have the same network and settings.
+
+    Raises:
+        ConfigError: they have not.
+    """
+    if processes() > 1:
+        content = digest([*model.state_dict().values(), config.to_json()])
+        number = int(content[:12], 16)
+        if -largest(-number) != largest(number):
+            raise ConfigError(
+                "the processes of this job have different networks or settings: load the same weights in each (the "
+                "same seed, where they are random); only the calibration data is each process's own"
+            )

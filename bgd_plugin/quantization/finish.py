@@ -1,0 +1,109 @@
+"""The last steps: round to what will be stored, keep within the budget, give back modes and flags, report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from bgd_plugin.calibration import BatchStore
+from bgd_plugin.config import BGDConfig
+from bgd_plugin.files.format import file_size, stored
+from bgd_plugin.files.rounding import round_floats_, round_weights_
+from bgd_plugin.graph import module_or_none, set_modes
+from bgd_plugin.nn import PQModule, freeze_norms_
+from bgd_plugin.planning.sizes import paper_bytes
+from bgd_plugin.planning.types import Plan, SkippedLayer
+from bgd_plugin.quantization.job import Job
+from bgd_plugin.report.report import LayerReport, Report
+from bgd_plugin.support.processes import synchronize_
+from bgd_plugin.support.tables import mib
+
+__all__ = ["finish", "reported", "restore_", "round_to_storage_"]
+
+_LEAST_HALF = torch.finfo(torch.half).smallest_normal
+
+
+def finish(job: Job) -> None:
+    """Give the student's tensors the values that its file will hold."""
+    round_to_storage_(job.student, job.config, job.plan, job.leftovers)
+    _keep_within_budget_(job)
+    synchronize_(job.student)
+
+
+def round_to_storage_(student: nn.Module, config: BGDConfig, plan: Plan, leftovers: Sequence[str]) -> None:
+    """Round everything to the type in which it will be stored."""
+    for planned in plan.layers:
+        layer = module_or_none(student, planned.target)
+        if isinstance(layer, PQModule):
+            layer.round_codebook_(planned.codebook_storage)
+    if config.freeze_norms:
+        freeze_norms_(student)
+    round_weights_(student, leftovers, config.weight_storage)
+    if config.float_storage == "float16":
+        round_floats_(student)
+
+
+@torch.no_grad()
+def _keep_within_budget_(job: Job) -> None:
+    """A bias or a mean that the run has moved next to zero is nothing that half precision holds: beyond the budget, it
+    becomes zero.
+    """
+    target = job.config.budget_bytes(job.plan.original_bytes)
+    if target is None or file_size(stored(job.student)) <= target:
+        return
+    names = [name for name, value in job.student.state_dict().items() if value.ndim == 1 and value.is_floating_point()]
+    rounded = []
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        owner = job.student.get_submodule(path)
+        value: Any = getattr(owner, attribute)
+        half = value.half().to(value)
+        if 0 < float(value.abs().max()) < _LEAST_HALF and not torch.equal(half, value):
+            value.copy_(half)
+            rounded.append(name)
+    if rounded:
+        job.log.note(f"budget: next to zero, and rounded to half precision to stay within it: {', '.join(rounded)}")
+
+
+def restore_(student: nn.Module, model: nn.Module, modes: dict[str, bool], learnt: Mapping[str, bool]) -> None:
+    """Give the student the training modes and the gradient flags of the user's network.
+
+    Args:
+        student: the compressed network; changed in place.
+        model: the network as it came.
+        modes: the training mode by path.
+        learnt: whether a layer's weight had gradients, by target.
+    """
+    set_modes(student, modes)
+    flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(flags.get(name, True))
+    for target, is_learnt in learnt.items():
+        module = module_or_none(student, target)
+        if isinstance(module, PQModule):
+            module.codebook.requires_grad_(is_learnt)
+
+
+def reported(job: Job, outcomes: Sequence[LayerReport | SkippedLayer]) -> Report:
+    """The report on a run that is done; its sizes are those of the student as it is."""
+    if job.batches.store.bound_bytes is not None:
+        job.log.note(_memory_note(job.batches.store))
+    return Report(
+        layers=tuple(outcome for outcome in outcomes if isinstance(outcome, LayerReport)),
+        skipped=(*job.plan.skipped, *(outcome for outcome in outcomes if isinstance(outcome, SkippedLayer))),
+        original_bytes=job.plan.original_bytes,
+        compressed_bytes=file_size(stored(job.student)),
+        paper_bytes=paper_bytes(job.student),
+        seconds=job.log.seconds,
+        notes=tuple(job.log.notes),
+    )
+
+
+def _memory_note(store: BatchStore) -> str:
+    peak, bound, spilled = mib(store.peak_bytes), mib(store.bound_bytes or 0), mib(store.spilled_bytes)
+    note = f"calibration values: at most {peak} of {bound} in memory, {spilled} in a file"
+    above = store.peak_bytes > (store.bound_bytes or 0)
+    return f"{note}; a batch needs more than half of the bound: give smaller batches" if above else note

@@ -1,0 +1,185 @@
+"""One layer of the network, when its turn has come: fit it, put it in its place, distill it, say what it came to."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from bgd_plugin.calibration import CollectedInputs, LayerInputs, Rerun, Walk, sampled_inputs
+from bgd_plugin.correction import DriftedSkip, absorb_row_scale_, row_scale_bounds
+from bgd_plugin.errors import CalibrationError
+from bgd_plugin.fitting import METHODS, FittedLayer, LayerContext, Skip, fitted_once, output_error, shift_gain
+from bgd_plugin.graph import FoundLayer, install_, module_at, release_
+from bgd_plugin.nn import PQModule
+from bgd_plugin.planning.types import PlannedLayer, SkippedLayer
+from bgd_plugin.pq.blocks import Geometry
+from bgd_plugin.quantization.job import Job
+from bgd_plugin.quantization.resume import stage
+from bgd_plugin.report.report import LayerReport
+from bgd_plugin.training import distill_
+
+__all__ = ["leave_unreached", "quantize_layer"]
+
+# The rows on which a layer's error is told: so many, but no more numbers than this.
+_ERROR_ROWS, _ERROR_NUMBERS = 4096, 4_000_000
+_EMBEDDING_ROWS = 5  # one of them judges the fit of the others
+
+
+def quantize_layer(
+    job: Job, walk: Walk | Rerun, index: int, logits: list[Tensor], skip: DriftedSkip | None
+) -> LayerReport | SkippedLayer:
+    """Fit one layer, put it in its place, distill it.
+
+    Args:
+        job: the run; its student is changed.
+        walk: stands at the layer.
+        index: of the layer in the plan.
+        logits: the teacher's, for each batch, where the layer is distilled.
+        skip: whose drift the layer is to make good.
+    """
+    found, planned = job.found[index], job.plan.layers[index]
+    job.bar.set_description(planned.name)
+    with job.log.timed("statistics"):
+        inputs = _inputs(job, walk, found)
+        if found.hidden and found.kind != "embedding" and next(iter(inputs), None) is None:
+            return leave_unreached(job, index)
+        sample = sampled_inputs(inputs, _error_rows(found), job.generator(f"{planned.name} sample"))
+    generator = job.generator(planned.name)
+    finished = fitted_once(lambda: job.run.finished(index, planned))
+    fit = finished or _fit(job, found, planned, inputs, generator, _skip_for_fit(job, walk, skip))
+    layer = _installed(job, walk, found, planned, fit)
+    if finished is None:
+        _distill(job, walk, index, layer, logits, generator)
+        job.run.store(index, dataclasses.replace(fit, codebook=layer.codebook, codes=layer.codes))
+    elif job.config.distillation:
+        job.bar.update(job.config.distillation.steps)
+    job.bar.update()
+    layer.requires_grad_(False)
+    decoded = _unscaled(layer.matrix, fit.row_scale)
+    is_shifted = fit.bias_shift is not None and found.bias is not None
+    return LayerReport.of(
+        planned,
+        relative_error=output_error(found.matrix, decoded, sample),
+        bias_gain=shift_gain(fit.bias_shift, decoded, sample) if is_shifted and fit.bias_shift is not None else None,
+        note=fit.note,
+    )
+
+
+def leave_unreached(job: Job, index: int) -> SkippedLayer:
+    """Let a layer stay float that no calibration input reaches."""
+    release_(job.student, job.found[index])
+    job.bar.update(1 + (job.config.distillation.steps if job.config.distillation else 0))
+    return SkippedLayer(name=job.found[index].name, reason="no calibration input reaches it")
+
+
+def _error_rows(found: FoundLayer) -> int:
+    return max(1, min(_ERROR_ROWS, _ERROR_NUMBERS // found.columns))
+
+
+def _inputs(job: Job, walk: Walk | Rerun, found: FoundLayer) -> LayerInputs:
+    if found.kind == "embedding":
+        # its outputs are its weights: as if each column were an input of its own, a few times
+        rows = torch.eye(found.columns, dtype=torch.float32, device=found.weight.device).repeat(_EMBEDDING_ROWS, 1)
+        calls = [[(rows, Geometry.linear())]]
+        return CollectedInputs(found.name, calls, calls)
+    if isinstance(walk, Rerun):
+        return walk.inputs(found.name, paired=job.config.method == "full")
+    return LayerInputs(walk, found.name, found.calls, found.weight if found.hidden else None)
+
+
+def _fit(
+    job: Job,
+    found: FoundLayer,
+    planned: PlannedLayer,
+    inputs: LayerInputs,
+    generator: torch.Generator,
+    skip: Skip | None,
+) -> FittedLayer:
+    method = METHODS[job.config.method]
+    norm = job.batchnorm_after(found)
+    context = LayerContext(
+        layer=planned,
+        weight=found.matrix,
+        inputs=inputs,
+        mask=planned.kept(found.matrix),
+        has_batchnorm=norm is not None,
+        has_bias=found.bias is not None,
+        config=job.config,
+        skip=skip,
+        scale_bounds=None if norm is None else row_scale_bounds(module_at(job.student, norm)),
+    )
+    with job.log.timed("statistics"):
+        statistics = method.collect(context, generator)
+
+    def solved() -> FittedLayer:
+        try:
+            return method.solve(context, statistics, generator)
+        except (ValueError, LinAlgError) as error:
+            raise CalibrationError(f"layer {found.name!r} cannot be fitted: {error}") from error
+
+    with job.log.timed("fit"):
+        fit = fitted_once(solved)
+    assert fit is not None
+    return fit
+
+
+def _skip_for_fit(job: Job, walk: Walk | Rerun, skip: DriftedSkip | None) -> Skip | None:
+    if skip is None or isinstance(walk, Rerun):
+        return None
+    norm: Any = job.student.get_submodule(str(skip.norm.target))
+    gain = (norm.running_var + norm.eps).rsqrt()
+    gain = gain if norm.weight is None else gain * norm.weight.detach()
+    return Skip(drift=functools.partial(walk.drift, skip.node), gain=gain)
+
+
+def _installed(job: Job, walk: Walk | Rerun, found: FoundLayer, planned: PlannedLayer, fit: FittedLayer) -> PQModule:
+    """The layer's product-quantized module, in its place; what the fit leaves to its neighbours is done, too."""
+    codebook, codes = fit.codebook.to(found.weight), fit.codes.to(found.weight.device)
+    layer, *_ = install_(job.student, found, codebook, codes, planned.kept(found.matrix))
+    _apply_shifts(job, found, fit)
+    if isinstance(walk, Walk):
+        for node in (planned.target, *found.tied, *(found.calls if found.hidden else ())):
+            walk.mark_changed(node)
+    return layer
+
+
+@torch.no_grad()
+def _apply_shifts(job: Job, found: FoundLayer, fit: FittedLayer) -> None:
+    """Give the layer's neighbours what the fit left to them: a factor on each row, and a shift of the bias."""
+    norm = job.batchnorm_after(found)
+    if fit.row_scale is not None and norm is not None:
+        absorb_row_scale_(module_at(job.student, norm), fit.row_scale)
+    if fit.bias_shift is None or found.bias is None:
+        return
+    biases = [found.bias, *(f"{target}.bias" for target in found.tied if not found.functional)]
+    shifted: dict[int, nn.Parameter] = {}
+    for path in biases:
+        owner_path, _, name = path.rpartition(".")
+        owner = module_at(job.student, owner_path)
+        bias = owner._parameters.get(name)
+        if bias is not None:
+            value = nn.Parameter(bias + fit.bias_shift.to(bias), requires_grad=False)
+            owner._parameters[name] = shifted.setdefault(id(bias), value)
+
+
+def _distill(
+    job: Job, walk: Walk | Rerun, index: int, layer: PQModule, logits: list[Tensor], generator: torch.Generator
+) -> None:
+    if not job.config.distillation:
+        return
+    with job.log.timed("distill"):
+        steps = job.run.steps(stage(index), job.bar.update)
+        tokens = [batch.tokens(x) for batch, x in zip(job.batches, logits, strict=True)]
+        distill_(walk, layer, logits, job.config.distillation, generator, steps, tokens=tokens)
+        layer.round_codebook_(job.plan.layers[index].codebook_storage)
+
+
+def _unscaled(weight: Tensor, row_scale: Tensor | None) -> Tensor:
+    if row_scale is None:
+        return weight
+    return weight / row_scale.to(weight).reshape(-1, *(1 for _ in weight.shape[1:]))

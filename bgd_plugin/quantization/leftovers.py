@@ -1,0 +1,54 @@
+"""Layers that stay float because the settings have nothing for their kind, at the node where the walk meets them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+
+from bgd_plugin.calibration import LayerInputs, Walk
+from bgd_plugin.correction import Gain, refitted
+from bgd_plugin.files.rounding import round_weights_
+from bgd_plugin.graph import call_input
+from bgd_plugin.quantization.job import Job
+
+__all__ = ["leftover_nodes", "treat_leftover"]
+
+
+def leftover_nodes(job: Job) -> dict[str, tuple[str, fx.Node]]:
+    """For each node at which a layer that stays float is due: the name of its weight, and the call that uses it."""
+    due: dict[str, tuple[str, fx.Node]] = {}
+    assert isinstance(job.student, fx.GraphModule)
+    for node in job.student.graph.nodes:
+        if node.op == "call_module" and f"{node.target}.weight" in job.leftovers:
+            due[node.name] = f"{node.target}.weight", node
+        elif node.op == "get_attr" and node.target in job.leftovers and len(node.users) == 1:
+            due[node.name] = str(node.target), next(iter(node.users))
+    return due
+
+
+def treat_leftover(job: Job, walk: Walk, weight_name: str, call: fx.Node) -> Gain | None:
+    """Refit a depthwise layer to the inputs it now gets; round any layer as it will be stored.
+
+    Returns:
+        what the refit gained; None where there was none.
+    """
+    gain = None
+    config = job.config
+    path, _, attribute = weight_name.rpartition(".")
+    owner = job.student.get_submodule(path)
+    weight: Any = owner._parameters[attribute]
+    is_refitted = (
+        config.refit_depthwise
+        and config.method == "full"
+        and weight.shape[1] == 1
+        and walk.differs_at(call_input(call))
+    )
+    if is_refitted:
+        weight, gain = refitted(weight, LayerInputs(walk, path, [call.name]), job.generator(f"{path} refit"))
+        # a new parameter: the reference may share the old one
+        owner._parameters[attribute] = nn.Parameter(weight, requires_grad=False)
+    round_weights_(job.student, [weight_name], config.weight_storage)
+    if is_refitted or config.weight_storage != "float32":
+        walk.mark_changed(path if call.op == "call_module" else weight_name)
+    return gain

@@ -1,0 +1,88 @@
+"""Training of the whole network after its last layer: reconstruction block by block, then finetuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from bgd_plugin.calibration import Batch, Forward, iterate_batches, logits_of
+from bgd_plugin.graph import copy_module, set_modes
+from bgd_plugin.quantization.job import Job
+from bgd_plugin.support.processes import is_first, synchronize_
+from bgd_plugin.training import Epochs, finetune_, kl_to_teacher, reconstruct_
+
+__all__ = ["check_teacher", "teacher_on", "train"]
+
+
+def train(job: Job, calibration: Iterable[Any], forward: Forward | None) -> None:
+    """Reconstruct and finetune, as far as the settings ask for it; the student is changed.
+
+    Args:
+        job: the run, whose layers are all quantized.
+        calibration, forward: as of `quantize`; finetuning walks the data again.
+    """
+    if job.config.reconstruction:
+        if is_first():  # of several processes, on its part of the data
+            _reconstruct(job)
+        synchronize_(job.student)
+    if job.config.finetuning:
+        _finetune(job, calibration, forward)
+
+
+def teacher_on(model: nn.Module, device: torch.device) -> nn.Module:
+    """A copy in evaluation mode on `device`; the user's network keeps its own mode and device."""
+    parameter = next(model.parameters(), None)
+    moves = parameter is not None and parameter.device != device
+    copied: nn.Module = copy_module(model, share_tensors=not moves)
+    set_modes(copied, {"": False})
+    return copied.to(device) if moves else copied
+
+
+@torch.no_grad()
+def check_teacher(job: Job) -> None:
+    """Compare a teacher's logits with the network's on one batch, before any work is done."""
+    if not (job.config.distillation or job.config.finetuning):
+        job.log.note("the teacher was not used: neither distillation nor finetuning is on")
+        return
+    batch = job.batches[0]
+    kl_to_teacher(logits_of(batch.call(job.reference)), logits_of(batch.call(job.teacher)))
+
+
+def _reconstruct(job: Job) -> None:
+    assert isinstance(job.student, fx.GraphModule) and isinstance(job.reference, fx.GraphModule)
+    assert job.config.reconstruction
+    job.bar.set_description("reconstruct")
+    with job.log.timed("reconstruct"):
+        gain = reconstruct_(
+            job.student,
+            job.reference,
+            job.batches,
+            job.config.reconstruction,
+            lambda name: job.generator(f"{name} reconstruction"),
+            lambda number: job.run.steps(f"block-{number:04d}", job.bar.update, is_shared=False),
+        )
+    job.log.note(
+        f"reconstruction: {gain.blocks} blocks, mean loss on samples kept aside {gain.before:.4g} → {gain.after:.4g}"
+        + (f"; {gain.taken_back} put back as they were" if gain.taken_back else "")
+    )
+
+
+def _finetune(job: Job, calibration: Iterable[Any], forward: Forward | None) -> None:
+    assert job.config.finetuning
+    device = next(job.student.parameters()).device
+    set_epoch = getattr(calibration, "set_epoch", None)
+
+    def epoch(number: int) -> Iterator[Batch]:
+        if set_epoch is not None:
+            set_epoch(number + 1)  # the first walk, number 0, collected the batches
+        return iterate_batches(calibration, job.student, device=device, forward=forward)
+
+    job.bar.set_description("finetune")
+    with job.log.timed("finetune"):
+        data = Epochs(epoch, can_skip=set_epoch is not None or isinstance(calibration, (list, tuple)))
+        steps = job.run.steps("finetuning", job.bar.update)
+        first, last = finetune_(job.student, job.teacher, data, len(job.batches), job.config.finetuning, steps)
+    job.log.note(f"finetuning: final loss {last:.4g}, at first {first:.4g}")
