@@ -14,6 +14,7 @@ FRAMEWORKS ?= frameworks
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+MUTANTS_ARGS ?=
 
 # Keeps mkdocs from advertising in its output.
 export NO_MKDOCS_2_WARNING = 1
@@ -120,6 +121,16 @@ bench-kmeans bench-layer_error bench-peers: bench-%: $(VENV)/.bgd-plugin-peers-i
 $(VENV)/.bgd-plugin-peers-installed: $(STAMP)
 	@$(RUN) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(PINNED)
 	$(RUN) -m pip install --constraint $(PINNED) --editable ".[peers]"
+	@touch $@
+
+.PHONY: mutants
+## make mutants        small defects in the method's folders, a sample, and which of them the tests do not notice
+mutants: $(VENV)/.bgd-plugin-mutants-installed
+	$(RUN) -m tests.mutants $(MUTANTS_ARGS)
+
+$(VENV)/.bgd-plugin-mutants-installed: $(STAMP)
+	@$(RUN) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(PINNED)
+	$(RUN) -m pip install --constraint $(PINNED) --editable ".[mutants]"
 	@touch $@
 
 ## make wheel          build dist/*.whl

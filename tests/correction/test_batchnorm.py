@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import bgd_plugin as bgd
+from bgd_plugin.calibration import Walk, collect_batches
+from bgd_plugin.correction import absorb_row_scale_, row_scale_bounds
+from bgd_plugin.correction.batchnorm import correct_batchnorm_
+from bgd_plugin.graph import copy_module, trace
 from tests.networks import PlainNet, SmallResNet, em, images, randomized, vectors
 
 NORMS = ("bn1", "bn2", "bn3")
@@ -138,3 +142,113 @@ def test_the_users_batch_norms_stay_as_they_were() -> None:
     before = copy.deepcopy(model.state_dict())
     _quantized(model, images(), "matched")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# --- the formulas, literally, on a walk whose student is made by hand
+
+
+class _Skipped(nn.Module):
+    """A branch that ends in a batch norm, beside a skip that runs before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skip, self.branch = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.skip(x))
+        return x + self.norm(self.branch(x))
+
+
+def _corrected(factors: Tensor, *, with_skip: bool, mode: Any = "matched", skip_factor: float = 0.9) -> Any:
+    """Float norm, corrected norm, and what both networks have there, `[channels, positions]`: z, y, drift."""
+    model = randomized(_Skipped())
+    reference, student = trace(copy_module(model)).eval(), trace(copy_module(model)).eval()
+    student.branch.weight.data *= factors[:, None, None, None]  # type: ignore[union-attr,operator]
+    student.skip.weight.data *= skip_factor  # type: ignore[union-attr,operator]
+    data = images(3)
+    walk = Walk(student, collect_batches(data, model, device=torch.device("cpu"), forward=None), reference)
+    for target in ("branch", "skip"):
+        walk.mark_changed(target)
+    for node in walk.nodes():
+        if node.target == "norm":
+            skip = next(n for n in walk.order if "tanh" in n.name)
+            gain = correct_batchnorm_(walk, node, mode, skip if with_skip else None)
+    with torch.no_grad():
+        skips = [torch.tanh(torch.cat([net.skip(x) for x in data])) for net in (student, reference)]
+        z, y = (
+            net.branch(s).double().transpose(0, 1).flatten(1)
+            for net, s in zip((student, reference), skips, strict=True)
+        )
+    drift = (skips[1] - skips[0]).double().transpose(0, 1).flatten(1)
+    return model.norm, student.norm, z, y, drift, gain
+
+
+_FACTORS = torch.tensor([1.0, 0.7, 1.5, 1e4, 1e-4, 1.0])
+
+
+def test_matched_statistics_are_the_formulas_within_their_bounds() -> None:
+    """σ'² = σ² v'/v, μ' = m' − (m − μ) σ'/σ; no scale moves by more than 20, or by less than 1/20."""
+    shipped, norm, z, y, _, _ = _corrected(_FACTORS, with_skip=False)
+    sigma = (shipped.running_var.double() + shipped.eps).sqrt()
+    ratio = ((z.var(1, correction=0) + 1e-3 * shipped.eps) / (y.var(1, correction=0) + 1e-3 * shipped.eps)).sqrt()
+    assert float(ratio.max()) > 20 and float(ratio.min()) < 0.05
+    wanted = sigma * ratio.clamp(0.05, 20)
+    torch.testing.assert_close(norm.running_var.double() + norm.eps, wanted.square(), rtol=1e-3, atol=1e-6)
+    mean = z.mean(1) - (y.mean(1) - shipped.running_mean.double()) * wanted / sigma
+    torch.testing.assert_close(norm.running_mean.double(), mean, rtol=1e-3, atol=1e-4)
+
+
+def test_reestimated_statistics_are_those_of_the_inputs() -> None:
+    _, norm, z, _, _, _ = _corrected(_FACTORS, with_skip=True, mode="reestimate")
+    torch.testing.assert_close(norm.running_var.double(), z.var(1, correction=0), rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(norm.running_mean.double(), z.mean(1), rtol=1e-3, atol=1e-6)
+
+
+def test_beside_a_skip_the_nearest_affine_map_is_taken_within_the_same_bounds() -> None:
+    """γ(z − μ')/σ' + β is the least squares fit to the float output plus the drift: s z + o ≈ t = y + drift · σ/γ."""
+    shipped, norm, z, y, drift, gain = _corrected(_FACTORS, with_skip=True)
+    sigma = (shipped.running_var.double() + shipped.eps).sqrt()
+    scale = shipped.weight.detach().double() / sigma
+    t = y + drift * (scale / (scale.square() + 0.01 * scale.square().mean()))[:, None]
+    zc, tc = z - z.mean(1, keepdim=True), t - t.mean(1, keepdim=True)
+    slope = (zc * tc).sum(1) / zc.square().sum(1)
+    assert bool((1 / slope[[3]] > 20).all()) and bool((1 / slope[[4]] < 0.05).all())
+    wanted = (sigma / slope).clamp(min=0.05 * sigma, max=20 * sigma)
+    torch.testing.assert_close(norm.running_var.double() + norm.eps, wanted.square(), rtol=1e-3, atol=1e-6)
+    mean = z.mean(1) - (t.mean(1) - shipped.running_mean.double()) * wanted / sigma
+    torch.testing.assert_close(norm.running_mean.double(), mean, rtol=2e-3, atol=2e-4)
+    # What it gained is said of the norm's output with the skip added to it.
+    gamma = shipped.weight.detach()[:, None]
+    ours = gamma * (z - norm.running_mean[:, None]) / (norm.running_var[:, None] + norm.eps).sqrt()
+    theirs = gamma * (y - shipped.running_mean[:, None]) / sigma[:, None]
+    lost = (ours - theirs - drift).square().sum() / (theirs - theirs.mean(1, keepdim=True)).square().sum()
+    assert gain.after == pytest.approx(float(lost), rel=1e-3)
+    assert gain.before > 10 * gain.after
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-12, 1.0, 1e30])
+def test_scales_within_the_bounds_can_be_taken_out_of_the_statistics(value: float) -> None:
+    """The variance stays above zero and finite at both ends, and so does the mean."""
+    norm = nn.BatchNorm2d(4).eval()
+    norm.running_var.fill_(value)  # type: ignore[union-attr,operator]
+    norm.running_mean.copy_(torch.tensor([0.0, 1e-6, 3.0, 1e8]))  # type: ignore[union-attr,operator]
+    for bound in row_scale_bounds(norm):
+        other = copy.deepcopy(norm)
+        absorb_row_scale_(other, bound)
+        assert bool((other.running_var > 0).all()) and bool(torch.isfinite(other.running_var).all())
+        assert bool(torch.isfinite(other.running_mean).all())
+
+
+def test_a_norm_whose_variance_is_next_to_zero_bounds_the_scale_of_the_rows() -> None:
+    """Rows with large outputs would want a scale that no variance above zero takes out again."""
+    model = randomized(nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16)))
+    model[1].weight.data *= 100
+    model[2].running_var.data.zero_()
+    data = images()
+    result = bgd.quantize(model, data, bgd.BGDConfig(batchnorm="keep", float_storage="float32"), progress=False).model
+    norm: Any = result.get_submodule("2")
+    assert bool((norm.running_var > 0.5 * norm.eps).all())
+    with torch.no_grad():
+        exact, found = (torch.cat([net(x) for x in data]) for net in (model, result))
+    assert float((found - exact).norm() / exact.norm()) < 0.5

@@ -319,3 +319,15 @@ def test_budgets_are_settings_like_others() -> None:
 def test_mistakes_in_a_budget(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         BGDConfig(**fields)
+
+
+def test_counters_of_batches_have_room_to_grow_while_the_network_is_finetuned() -> None:
+    """A count of batches is stored as narrow as it is, and eight bytes at most."""
+    model = randomized(_Mobile())
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    least = []
+    for finetuning in (None, FinetuningConfig(steps=300)):
+        with pytest.raises(ConfigError, match="the least possible size is") as error:
+            bgd.plan(model, BGDConfig(target_bytes=1, finetuning=finetuning))
+        least.append(int(re.findall(r"least possible size is ([\d,]+)", str(error.value))[0].replace(",", "")))
+    assert least[1] - least[0] == 8 * norms

@@ -138,3 +138,54 @@ def test_an_embedding_network_has_a_budget_too() -> None:
     model = nn.Sequential(nn.Linear(12, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
     report = bgd.quantize(model, vectors(), em(target_ratio=4), progress=False).report
     assert "relative squared difference of outputs" in report.layers[0].note
+
+
+# --- the network in which one layer alone is roughly quantized
+
+
+def _alone(model: nn.Module, at: str, data: list[Tensor], name: str, **fields: Any) -> tuple[Tensor, Tensor]:
+    """Outputs of a module, `[channels, positions]`: in the float network, and while the layer's cost is measured."""
+    seen: list[Tensor] = []
+    hook = model.get_submodule(at).register_forward_hook(lambda _, args, out: seen.append(out.detach().clone()))
+    with torch.no_grad():
+        for batch in data:
+            model(batch)
+    exact = seen[:]
+    _measured(model, data, BGDConfig(**fields), [name])
+    hook.remove()
+    rough = [x for x in seen if not any(x.shape == y.shape and torch.allclose(x, y, atol=1e-5) for y in exact)]
+    assert len(rough) == len(data)
+    return tuple(torch.cat(values).double().transpose(0, 1).flatten(1) for values in (exact, rough))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("method", ["full", "em"])
+def test_a_norm_keeps_the_mean_and_the_spread_of_the_rough_layers_outputs(method: Any) -> None:
+    """As the correction does in a run: a cost that is theirs would be counted although nothing of it stays."""
+    model = randomized(_Wide())
+    exact, rough = _alone(model, "norm", images(4, batch=4, channels=32), "heard", method=method)
+    assert float((rough - exact).square().mean() / exact.var()) > 1e-3
+    torch.testing.assert_close(rough.mean(1), exact.mean(1), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(rough.std(1), exact.std(1), rtol=2e-3, atol=1e-5)
+
+
+def test_a_bias_keeps_the_mean_of_the_rough_layers_outputs() -> None:
+    model = randomized(_Wide())
+    exact, rough = _alone(model, "quiet", images(4, batch=4, channels=32), "quiet")
+    assert float((rough - exact).square().mean() / exact.var()) > 1e-3
+    torch.testing.assert_close(rough.mean(1), exact.mean(1), rtol=1e-3, atol=1e-5)
+
+
+def test_without_norm_and_bias_the_mean_is_not_kept() -> None:
+    model = nn.Sequential(nn.Linear(12, 64), nn.Sigmoid(), nn.Linear(64, 64, bias=False), nn.Tanh(), nn.Linear(64, 8))
+    exact, rough = _alone(model.eval(), "2", vectors(2, batch=16), "2")
+    assert float((rough.mean(1) - exact.mean(1)).abs().max()) > 1e-3
+
+
+def test_the_cost_is_that_of_the_network_in_which_it_is_measured() -> None:
+    """The mean over the samples of what the outputs of the rough network lose, one batch smaller than the others."""
+    model = randomized(_Wide())
+    data = [*images(2, batch=8, channels=32), *images(1, batch=2, channels=32, seed=5)]
+    exact, rough = (x.T for x in _alone(model, "head", data, "heard"))
+    said = _measured(model, data, BGDConfig(), ["heard"])["heard"]
+    expected = float(kl_to_teacher(rough.float(), exact.float()))
+    assert float(said.reason.split("it costs ")[1].split(" ")[0]) == pytest.approx(expected, rel=0.06)

@@ -1,0 +1,97 @@
+"""A depthwise convolution that stays float: its new weight is the literal ridge solution, channel by channel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import bgd_plugin as bgd
+from bgd_plugin import BGDConfig, LayerConfig
+from tests.networks import images, randomized
+
+_CONFIG: dict[str, Any] = {
+    "pointwise_conv": LayerConfig(block_size=4, codebook_size=4),
+    "codebook_storage": "float16",
+    "weight_storage": "float32",
+    "float_storage": "float32",
+}
+
+
+def _network() -> nn.Module:
+    return randomized(
+        nn.Sequential(
+            nn.Conv2d(4, 8, 1), nn.Conv2d(8, 16, 1), nn.Tanh(), nn.Conv2d(16, 16, 3, groups=16), nn.BatchNorm2d(16)
+        )
+    )
+
+
+@torch.no_grad()
+def _rows(network: nn.Module, data: list[Tensor]) -> Tensor:
+    """The windows that the depthwise convolution at "3" sees: `[channels, positions, 9]`."""
+    seen: list[Tensor] = []
+    hook = network.get_submodule("3").register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    for batch in data:
+        network(batch)
+    hook.remove()
+    windows = functional.unfold(torch.cat(seen).double(), 3)
+    return windows.reshape(len(windows), 16, 9, -1).permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def _literal(weight: Tensor, x: Tensor, theirs: Tensor) -> Tensor:
+    """Weight + (H + 0.01 · mean diag H · I)⁻¹ xcᵀ (yc − xc w) for each channel's nine weights."""
+    found = []
+    for w, mine, reference in zip(weight.double().flatten(1), x, theirs, strict=True):
+        y = reference @ w
+        mine, y = mine - mine.mean(0), y - y.mean()
+        h = mine.T @ mine / len(mine)
+        ridge = h + 0.01 * h.diag().mean() * torch.eye(9, dtype=h.dtype)
+        found.append(w + torch.linalg.solve(ridge, mine.T @ (y - mine @ w) / len(mine)))
+    return torch.stack(found).reshape(weight.shape)
+
+
+def test_the_new_weight_is_the_ridge_solution_on_the_quantized_networks_inputs() -> None:
+    model, data = _network(), images(4, size=8, batch=8, channels=4)
+    result = bgd.quantize(model, data, BGDConfig(**_CONFIG), progress=False).model
+    weight: Any = model.get_submodule("3").weight.detach()
+    expected = _literal(weight, _rows(result, data), _rows(model, data))
+    found: Any = result.get_submodule("3").weight.detach()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-5)
+    assert float((found - weight).norm() / weight.norm()) > 0.02
+
+
+@pytest.mark.parametrize("fields", [{"refit_depthwise": False}, {"method": "em"}])
+def test_it_stays_where_the_settings_do_not_want_it(fields: dict[str, Any]) -> None:
+    model, data = _network(), images(4, size=8, batch=8, channels=4)
+    result = bgd.quantize(model, data, BGDConfig(**(_CONFIG | fields)), progress=False)
+    assert torch.equal(result.model.get_submodule("3").weight, model.get_submodule("3").weight)
+    assert not any("depthwise" in note for note in result.report.notes)
+
+
+def test_it_stays_where_its_inputs_are_the_float_networks() -> None:
+    """Nothing before it is quantized, so there is nothing to make good."""
+    model = randomized(nn.Sequential(nn.Conv2d(4, 16, 1), nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 16, 1)))
+    result = bgd.quantize(model, images(2, channels=4), BGDConfig(**_CONFIG), progress=False)
+    assert torch.equal(result.model.get_submodule("1").weight, model.get_submodule("1").weight)
+    assert not any("depthwise" in note for note in result.report.notes)
+
+
+def test_what_follows_sees_the_new_weight_rounded_as_it_will_be_stored() -> None:
+    """The batch norm behind it is corrected to the outputs of the rounded weight, not to those of any other."""
+    model, data = _network(), images(4, size=8, batch=8, channels=4)
+    result = bgd.quantize(model, data, BGDConfig(**(_CONFIG | {"weight_storage": "int8"})), progress=False).model
+    layer: Any = result.get_submodule("3")
+    rows = layer.weight.detach().flatten(1)
+    grid = rows / (rows.abs().amax(1, keepdim=True) / 127)
+    torch.testing.assert_close(grid, grid.round(), rtol=0, atol=2e-2)
+    means = []
+    for network in (result, model):
+        seen: list[Tensor] = []
+        network.get_submodule("4").register_forward_hook(lambda _, args, out, seen=seen: seen.append(out.detach()))
+        for batch in data:
+            network(batch)
+        means.append(torch.cat(seen).double().mean((0, 2, 3)))
+    torch.testing.assert_close(*means, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,301 @@
+"""What the default method hands to the fit, and what it does with the answer: recomputed from the networks' own values.
+
+`fit_full` itself has its oracles in `tests/pq`. Here it is watched while `quantize` calls it: its arguments must be
+what the formulas give, literally, for the inputs that the layer has in the finished network and in the float one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import bgd_plugin as bgd
+from bgd_plugin import BGDConfig, LayerConfig
+from bgd_plugin.fitting import full_gram
+from tests.networks import images, randomized, vectors
+
+_SMALL = LayerConfig(block_size=4, codebook_size=8)
+_NINE = LayerConfig(block_size=9, codebook_size=8)
+
+
+@pytest.fixture
+def fits(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The arguments of every call of `fit_full`, by name."""
+    real, seen = full_gram.fit_full, list[dict[str, Any]]()
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(real).bind(*args, **kwargs)
+        bound.apply_defaults()
+        seen.append({k: v.clone() if isinstance(v, Tensor) else v for k, v in bound.arguments.items()})
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(full_gram, "fit_full", watched)
+    return seen
+
+
+def _config(**fields: Any) -> BGDConfig:
+    """Every layer small, nothing rounded after the fit."""
+    storage = {"codebook_storage": "float16", "weight_storage": "float32", "float_storage": "float32"}
+    kinds = {"conv": _NINE, "pointwise_conv": _SMALL, "linear": _SMALL, "first_layer": _SMALL}
+    return BGDConfig(**(kinds | storage | fields))
+
+
+@torch.no_grad()
+def _values(network: nn.Module, path: str, data: list[Tensor], *, output: bool = False) -> Tensor:
+    """What goes into a module, or comes out of it, on all the data."""
+    seen: list[Tensor] = []
+    hook = network.get_submodule(path).register_forward_hook(
+        lambda _, args, out: seen.append((out if output else args[0]).double().clone())
+    )
+    for batch in data:
+        network(batch)
+    hook.remove()
+    return torch.cat(seen)
+
+
+def _rows(values: Tensor, layer: Any) -> Tensor:
+    """Inputs of a layer as the rows that its matrix multiplies: `[groups, positions, columns]`."""
+    if isinstance(layer, nn.Linear):
+        return values.flatten(0, -2)[None]
+    unfolded = functional.unfold(values, layer.kernel_size, padding=layer.padding, stride=layer.stride)
+    return unfolded.reshape(len(values), layer.groups, -1, unfolded.shape[2]).permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def _channels(values: Tensor, groups: int) -> Tensor:
+    """Outputs of a convolution, or a linear layer's, as `[groups, positions, rows_per_group]`."""
+    flat = values.movedim(1, -1).flatten(0, -2)
+    return flat.reshape(len(flat), groups, -1).transpose(0, 1)
+
+
+@dataclass(kw_only=True)
+class _Literal:
+    """The layer's fit from its formulas, in float64; x `[groups, n, D]`, y `[groups, n, R]`."""
+
+    weight: Tensor
+    x: Tensor
+    y: Tensor
+    step: float = 0.5
+
+    def moments(self, x: Tensor, centred: bool) -> Tensor:
+        x = x - x.mean(1, keepdim=True) if centred else x
+        return x.mT @ x / x.shape[1]
+
+    @property
+    def damping(self) -> float:
+        """0.2, and as much again in proportion to the columns for each row; at most 1."""
+        return min(1.0, 0.2 * (1 + self.x.shape[2] / self.x.shape[1]))
+
+    def target(self) -> Tensor:
+        """W + step · (H + damping · mean diag H · I)⁻¹ Xcᵀ (Yc − Xc Wᵀ)."""
+        x, y = (values - values.mean(1, keepdim=True) for values in (self.x, self.y))
+        w = self.weight.double().reshape(len(x), -1, x.shape[2])
+        h = self.moments(self.x, True)
+        ridge = self.damping * torch.stack([h_g.diag().mean() * torch.eye(len(h_g), dtype=h.dtype) for h_g in h])
+        missing = x.mT @ (y - x @ w.mT) / x.shape[1]
+        return (w + self.step * torch.linalg.solve(h + ridge, missing).mT).flatten(0, 1)
+
+    def scale(self) -> Tensor:
+        """One over the deviation of each row's outputs."""
+        target = self.target().reshape(len(self.x), -1, self.x.shape[2])
+        return 1 / (self.x @ target.mT).std(1, correction=0).flatten()
+
+    def grams(self, centred: bool) -> tuple[Tensor, Tensor]:
+        """Of the first four fifths of the rows, and of the last fifth."""
+        cut = 4 * self.x.shape[1] // 5
+        return self.moments(self.x[:, :cut], centred), self.moments(self.x[:, cut:], centred)
+
+
+def _literal(result: nn.Module, model: nn.Module, path: str, data: list[Tensor], step: float = 0.5) -> _Literal:
+    """For a layer of a quantized network: the student's inputs, and what the float layer's matrix makes of its own."""
+    layer: Any = model.get_submodule(path)
+    mine, theirs = (_rows(_values(network, path, data), layer) for network in (result, model))
+    weight = layer.weight.detach().flatten(1)
+    y = theirs @ weight.double().reshape(len(theirs), -1, theirs.shape[2]).mT
+    return _Literal(weight=weight, x=mine, y=y, step=step)
+
+
+def _close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found.double(), expected.reshape(found.shape), rtol=2e-3, atol=2e-5)
+
+
+# layers at "2": the layer at "0" is quantized before, so that student and float network differ there
+NETWORKS: dict[str, Any] = {
+    "bias": lambda: nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 24)),
+    "no bias": lambda: nn.Sequential(nn.Linear(12, 16), nn.Sigmoid(), nn.Linear(16, 24, bias=False)),
+    "norm": lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Sigmoid(), nn.Conv2d(8, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+    ),
+    "norm and bias": lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Sigmoid(), nn.Conv2d(8, 12, 3, stride=2), nn.BatchNorm2d(12)
+    ),
+    "groups": lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Sigmoid(), nn.Conv2d(8, 16, 3, groups=2, bias=False), nn.BatchNorm2d(16)
+    ),
+}
+
+
+def _quantized(name: str, **fields: Any) -> tuple[nn.Module, nn.Module, list[Tensor]]:
+    """Float network, quantized one, and the data. The first layer has three inputs: blocks of its own."""
+    model = randomized(NETWORKS[name]())
+    data = vectors(5, batch=20) if "bias" in name and "norm" not in name else images(5, size=6, batch=4)
+    first = LayerConfig(block_size=4 if isinstance(model[0], nn.Linear) else 1, codebook_size=4)
+    result = bgd.quantize(model, data, _config(overrides=(("0", first),), **fields), progress=False)
+    return model, result.model, data
+
+
+@pytest.mark.parametrize("step", [0.5, 0.0])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_fit_gets_the_literal_target_and_grams(fits: list[dict[str, Any]], name: str, step: float) -> None:
+    """Target, scale of the rows, centring, the cut of the held-out rows and damping, for each kind of neighbour."""
+    model, result, data = _quantized(name, asymmetric_step=step)
+    literal, fit = _literal(result, model, "2", data, step), fits[1]
+    assert float((literal.x - _rows(_values(model, "2", data), model[2])).abs().max()) > 1e-3  # type: ignore[index]
+    scaled = ("norm" in name and "bias" not in name) or name == "groups"
+    _close(fit["weight"], literal.target() * literal.scale()[:, None] if scaled else literal.target())
+    for found, expected in zip((fit["gram"], fit["heldout_gram"]), literal.grams(name != "no bias"), strict=True):
+        _close(found, expected)
+    assert fit["damping"] == pytest.approx(literal.damping)
+    assert fit["mask"] is None
+
+
+def test_the_settings_reach_the_fit(fits: list[dict[str, Any]]) -> None:
+    _quantized("norm", rounds=3, conv=LayerConfig(block_size=18, codebook_size=4))
+    assert [(f["block_size"], f["codebook_size"], f["rounds"]) for f in fits] == [(1, 4, 3), (18, 4, 3)]
+
+
+@pytest.mark.parametrize("name", ["norm", "groups"])
+def test_the_norm_takes_the_scale_of_the_rows_out_again(fits: list[dict[str, Any]], name: str) -> None:
+    """And the report's error is that of the layer without it."""
+    model, result, data = _quantized(name, batchnorm="keep")
+    literal = _literal(result, model, "2", data)
+    scale, norm = literal.scale(), model[3]  # type: ignore[index]
+    found: Any = result.get_submodule("3")
+    assert float(scale.max() / scale.min()) > 1.2
+    _close(found.running_var + found.eps, (norm.running_var.double() + norm.eps) * scale.square())
+    _close(found.running_mean, norm.running_mean.double() * scale)
+    layer: Any = result.get_submodule("2")
+    decoded = layer.weight.detach().flatten(1).double() / scale[:, None]
+    lost, kept = (
+        literal.x @ w.reshape(len(literal.x), -1, literal.x.shape[2]).mT
+        for w in (literal.weight.double() - decoded, literal.weight.double())
+    )
+    report = bgd.quantize(
+        model,
+        data,
+        _config(overrides=(("0", LayerConfig(block_size=1, codebook_size=4)),), batchnorm="keep"),
+        progress=False,
+    ).report
+    assert report.layers[1].relative_error == pytest.approx(float(lost.square().sum() / kept.square().sum()), rel=1e-3)
+
+
+def test_the_bias_takes_the_mean_that_the_codes_have_left() -> None:
+    model, result, data = _quantized("bias")
+    literal = _literal(result, model, "2", data)
+    layer: Any = result.get_submodule("2")
+    decoded = layer.weight.detach().double()
+    expected = model[2].bias.double() + literal.y.mean((0, 1)) - decoded @ literal.x.mean((0, 1))  # type: ignore[index]
+    _close(layer.bias.detach(), expected.detach())
+    assert float((layer.bias - model[2].bias).detach().abs().max()) > 1e-3  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", ["norm", "norm and bias", "groups"])
+def test_a_bias_before_a_norm_stays(name: str) -> None:
+    model, result, _ = _quantized(name)
+    mine, theirs = (getattr(net.get_submodule("2"), "bias", None) for net in (result, model))
+    assert (mine is None) == (theirs is None)
+    assert mine is None or torch.equal(mine, theirs)
+
+
+class _Block(nn.Module):
+    """A quantized skip, and a branch whose last layer can make good what the skip has lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skip = nn.Conv2d(3, 8, 1)
+        self.branch = nn.Conv2d(8, 8, 1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sigmoid(self.skip(x))
+        return x + self.norm(self.branch(x))
+
+
+@pytest.mark.parametrize("batchnorm", ["matched", "reestimate"])
+def test_the_last_layer_of_a_block_aims_at_what_the_skip_has_lost(fits: list[dict[str, Any]], batchnorm: Any) -> None:
+    """Drift · gain / (gain² + 0.01 mean gain²), gain = γ / √(σ² + eps) of the float norm, on top of the outputs."""
+    model, data = randomized(_Block()), images(5, size=6, batch=4)
+    model.norm.weight.data[3] = 1e-3  # next to no gain
+    first = LayerConfig(block_size=1, codebook_size=4)
+    result = bgd.quantize(model, data, _config(overrides=(("skip", first),), batchnorm=batchnorm), progress=False).model
+    literal = _literal(result, model, "branch", data)
+    drift = torch.sigmoid(_values(model, "skip", data, output=True)) - torch.sigmoid(
+        _values(result, "skip", data, output=True)
+    )
+    gain = (model.norm.weight / (model.norm.running_var + model.norm.eps).sqrt()).detach().double()
+    lost = _channels(drift, 1) * gain / (gain.square() + 0.01 * gain.square().mean())
+    assert float(lost.abs().max()) > 1e-2
+    if batchnorm == "matched":
+        literal.y = literal.y + lost
+    _close(fits[1]["weight"], literal.target() * literal.scale()[:, None])
+
+
+def test_zeros_that_are_to_stay_reach_the_fit_and_the_layer(fits: list[dict[str, Any]]) -> None:
+    model = randomized(NETWORKS["bias"]())
+    mask = torch.rand(24, 16) > 0.4
+    model[2].weight.data *= mask
+    first = ("0", None)
+    result = bgd.quantize(
+        model, vectors(5, batch=20), _config(overrides=(first,), preserve_zeros=True), progress=False
+    ).model
+    assert torch.equal(fits[0]["mask"], mask)
+    layer: Any = result.get_submodule("2")
+    assert torch.equal(layer.weight != 0, mask)
+
+
+def test_an_embedding_is_fitted_and_judged_by_the_same_metric(fits: list[dict[str, Any]]) -> None:
+    """Its outputs are its weights: every column counts the same, in the fit and where the fit is judged."""
+    model = nn.Sequential(nn.Embedding(64, 16), nn.Linear(16, 8)).eval()
+    config = _config(embedding=_SMALL, overrides=(("1", None),))
+    bgd.quantize(model, [torch.randint(0, 64, (4, 5))], config, progress=False)
+    (fit,) = fits
+    identity = torch.eye(16, dtype=torch.float64)
+    for name in ("gram", "heldout_gram"):
+        gram = fit[name].double()
+        _close(gram / gram.diagonal(dim1=1, dim2=2).mean(), identity[None])
+    _close(fit["weight"], model[0].weight.detach().double())
+
+
+def test_few_rows_are_damped_up_to_the_mean_of_the_diagonal(fits: list[dict[str, Any]]) -> None:
+    model = nn.Sequential(nn.Linear(64, 32)).eval()
+    for rows, expected in ((5, 1.0), (64, 0.4), (640, 0.22)):
+        bgd.quantize(model, [torch.randn(rows, 64)], _config(), progress=False)
+        assert fits[-1]["damping"] == pytest.approx(expected)
+
+
+def test_one_row_is_both_fitted_and_judged(fits: list[dict[str, Any]]) -> None:
+    """Where nothing is left to be held out, the fit's own rows judge it."""
+    bgd.quantize(nn.Sequential(nn.Linear(16, 32, bias=False)).eval(), [torch.randn(1, 16)], _config(), progress=False)
+    assert torch.equal(fits[0]["gram"], fits[0]["heldout_gram"])
+
+
+def test_each_layer_draws_its_own_random_numbers(fits: list[dict[str, Any]]) -> None:
+    """The same whichever layers were done before, others for another layer or another seed."""
+    twins = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).eval()
+    twins[1].load_state_dict(twins[0].state_dict())
+    data = vectors(2, features=16)
+
+    def states(**fields: Any) -> list[Tensor]:
+        fits.clear()
+        bgd.quantize(twins, data, _config(**fields), progress=False)
+        return [fit["generator"].get_state() for fit in fits]
+
+    both, alone, other = states(), states(overrides=(("0", None),)), states(seed=1)
+    assert torch.equal(both[1], alone[0])
+    assert not torch.equal(both[0], both[1])
+    assert not torch.equal(both[0], other[0]) and not torch.equal(both[1], other[1])

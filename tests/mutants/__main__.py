@@ -1,0 +1,147 @@
+"""`make mutants`: which small defects in the method's folders the fast tests do not notice.
+
+Mutants come from cosmic-ray's operators and those of `wires.py`. Each is put in a copy of the sources, and the tests
+that run its line are run there, in a process forked from one that has torch in memory: some seconds for each mutant.
+
+    make mutants MUTANTS_ARGS="--count 40 --seed 2 fitting planning"
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.mutants.coverage_of import Tests, measured
+from tests.mutants.sites import Mutant, sampled
+
+FOLDERS = ("fitting", "quantization", "planning", "correction", "calibration")
+TESTS = (*(f"tests/{folder}" for folder in FOLDERS), "tests/regression", "tests/test_smoke.py")
+ROOT = Path(__file__).parents[2]
+BUILD = ROOT / "build" / "mutants"
+
+
+def main() -> None:
+    """Sample mutants, run their tests, and say which survive."""
+    parser = argparse.ArgumentParser(prog="make mutants", description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="*", default=FOLDERS, help="of bgd_plugin; all five if not given")
+    parser.add_argument("--count", type=int, default=20, help="mutants of each folder; 0: every one")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--seconds", type=float, default=30, help="of tests for each mutant, the nearest ones first")
+    parser.add_argument("--tests", nargs="*", default=TESTS, help="files and folders of tests to choose from")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    known = tomllib.loads((Path(__file__).parent / "equivalent.toml").read_text())["mutant"]
+    mutants = sampled(ROOT, options.folders, options.count, options.seed)
+    tests = _in_a_fork_of_its_own(options.tests)
+    copy = _copied()
+    outcomes: Counter[tuple[str, str]] = Counter()
+    start = time.monotonic()
+    random.Random(options.seed).shuffle(mutants)
+    for number, mutant in enumerate(mutants, start=1):
+        outcome = "equivalent" if _is_known(mutant, known) else _tested(copy, mutant, tests, options.seconds)
+        outcomes[mutant.path.split("/")[1], outcome] += 1
+        if outcome in ("survived", "not run"):
+            print(f"{outcome}: {mutant.path}:{mutant.line} {mutant.operator}\n  - {mutant.before}\n  + {mutant.after}")
+        print(f"[{number}/{len(mutants)}, {time.monotonic() - start:.0f} s]", end="\r", flush=True)
+    _report(options.folders, outcomes)
+
+
+def _in_a_fork_of_its_own(tests: Sequence[str]) -> Tests:
+    """Measure there, so that this process never imports what is to be mutated."""
+    kept = BUILD / "tests.json"
+    child = os.fork()
+    if not child:
+        os.chdir(ROOT)
+        try:
+            measured(ROOT, FOLDERS, list(tests), kept)
+        except SystemExit as failed:
+            print(failed)
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        raise SystemExit(1)
+    return measured(ROOT, FOLDERS, list(tests), kept)
+
+
+def _copied() -> Path:
+    """A copy of sources and tests, in which the mutants are made."""
+    copy = BUILD / f"copy-{os.getpid()}"
+    shutil.rmtree(copy, ignore_errors=True)
+    for folder in ("bgd_plugin", "tests", "adapters"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    return copy
+
+
+def _tested(copy: Path, mutant: Mutant, tests: Tests, seconds: float) -> str:
+    names = tests.of(mutant.path, mutant.line, (ROOT / mutant.path).read_text(), seconds=seconds)
+    if not names:
+        return "not run"
+    limit = 60 + 10 * sum(tests.seconds[name] for name in names)
+    file = copy / mutant.path
+    file.write_text(mutant.source)
+    try:
+        return "survived" if _passes(copy, names, limit) else "killed"
+    finally:
+        file.write_text((ROOT / mutant.path).read_text())
+
+
+def _passes(copy: Path, names: Sequence[str], limit_seconds: float) -> bool:
+    """Whether the tests pass in the copy; a run that does not end within the limit has noticed the mutant, too."""
+    child = os.fork()
+    if not child:
+        os.setsid()
+        os.chdir(copy)
+        silent = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silent, 1)
+        os.dup2(silent, 2)
+        for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "bgd_plugin")]:
+            del sys.modules[name]
+        sys.path[:] = [str(copy), str(copy / "adapters"), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
+        os.environ["PYTHONPATH"] = f"{copy}:{copy / 'adapters'}"
+        sys.dont_write_bytecode = True
+        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *names])))
+    end = time.monotonic() + limit_seconds
+    while time.monotonic() < end:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status == 0
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+def _is_known(mutant: Mutant, known: Sequence[dict[str, str]]) -> bool:
+    """Whether it is among the mutants that are known to compute the same."""
+    return any(
+        mutant.path == one["path"] and mutant.before == one["before"] and mutant.after == one["after"] for one in known
+    )
+
+
+def _report(folders: Sequence[str], outcomes: Counter[tuple[str, str]]) -> None:
+    print(f"\n{'folder':<14}{'mutants':>8}{'killed':>8}{'survived':>9}{'not run':>8}{'equivalent':>11}{'rate':>8}")
+    for folder in (*folders, "all"):
+        counts = Counter[str]()
+        for (place, outcome), count in outcomes.items():
+            counts[outcome] += count if folder in (place, "all") else 0
+        judged = counts["killed"] + counts["survived"] + counts["not run"]
+        rate = f"{counts['killed'] / judged:.0%}" if judged else "-"
+        numbers = f"{counts['killed']:>8}{counts['survived']:>9}{counts['not run']:>8}{counts['equivalent']:>11}"
+        print(f"{folder:<14}{sum(counts.values()):>8}{numbers}{rate:>8}")
+
+
+if __name__ == "__main__":
+    main()
