@@ -68,6 +68,10 @@ class Replayer:
         self._position = 0
         self.lost = False
 
+    def skip_to(self, position: int) -> None:
+        """Pass over decisions of a part of the network that does not run."""
+        self._position = max(self._position, position)
+
     def compute(self, operator: Any, args: Any, kwargs: Any) -> Any:
         """Compute, but decide as recorded."""
         result = operator(*args, **kwargs)

@@ -1,41 +1,44 @@
-"""Calibration of a network that is not a graph: run it again, up to the layer whose turn it is.
+"""Calibration of a network that is not a graph: it is run again for each layer, and each time only what is new.
 
-Without nodes there are no live values to go on from. Each layer, and each batch norm, costs a run of the compressed
-network and one of the float network over the calibration data, up to the place where it stands; that is half a run on
-average, where a graph needs one run for all layers together.
+Without nodes there are no live values to go on from. But a network is made of modules, and what a module gave can stand
+for its run. So each run goes up to the layers whose turn it is; modules whose layers are all done answer with what they
+gave in an earlier run, and are not computed again. However many layers there are, each module is computed once in the
+compressed network and once in the float one, but for operators between the layers of one block, such as attention.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from bgd_plugin.calibration.batches import Batch
+from bgd_plugin.calibration.batches import Batch, Batches
 from bgd_plugin.calibration.inputs import CollectedInputs
-from bgd_plugin.calibration.replay import Decisions, Recorder, Replayer
-from bgd_plugin.calibration.watch import OnCall, Stop, Watch, weight_key
+from bgd_plugin.calibration.interception import intercepted, run_module
+from bgd_plugin.calibration.partial import PartialRun
+from bgd_plugin.calibration.pieces import Kept, Pieces, freed, revived
+from bgd_plugin.calibration.recording import ANSWER, Recording, recorded, same_print
+from bgd_plugin.calibration.store import BatchStore
 from bgd_plugin.errors import CalibrationError
-from bgd_plugin.graph import module_at
 from bgd_plugin.pq.blocks import Geometry
 
 __all__ = ["Rerun"]
 
-_LOOKED_UP = "looked up: "  # what an embedding does is no input that a fit could use
 _Call = tuple[Tensor, Geometry]
+_SIDES = ("student", "reference")
+_FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError)
 
 
 class Rerun:
     """The compressed network and the float one, run as often as something is asked of them.
 
-    The compressed network follows the float one's decisions (see `calibration.decisions`), so that both come to
-    the same layers, on the same samples.
+    Layers and norms are to be asked for in their order: what comes before is taken to be done.
+
+    The compressed network follows the float one's decisions (see `calibration.replay`), so that both come to the same
+    layers, on the same samples.
 
     Args:
         student: the network whose layers are replaced on the way.
@@ -43,6 +46,7 @@ class Rerun:
         batches: the calibration data.
         weights: of the layers, by name.
         norms: paths of the batch norms.
+        finishes: whether `finish` will be called.
 
     Attributes:
         order: names of layers and paths of batch norms in the order in which they first run.
@@ -50,6 +54,7 @@ class Rerun:
         place: what is asked for at present, for errors.
         strayed: layers where the compressed network came to other operators than the float one, so that their inputs
             could not be compared.
+        is_whole: runs are of the whole network, since what modules gave did not suffice to come to the same inputs.
     """
 
     def __init__(
@@ -59,144 +64,140 @@ class Rerun:
         batches: Sequence[Batch],
         weights: Mapping[str, Tensor],
         norms: Sequence[str],
+        *,
+        finishes: bool = False,
     ) -> None:
-        self.student, self.reference, self.batches = student, reference, batches
-        self._weights = weights
+        self.student, self.reference = student, reference
+        self.batches = Batches.of(batches)
+        self._weights, self._norms = weights, set(norms)
         self.seconds = 0.0
         self.place = ""
         self.strayed: set[str] = set()
-        self.order: list[str] = []
-        self._counts: list[Counter[str]] = []
-        self._recorders: list[Recorder] = []
-        for batch in range(len(batches)):
-            self._record(batch, norms)
+        self.is_whole = False
+        store = self.batches.store
+        store.leave_out([student, reference])
+        self._recordings = [self._recorded(batch, norms) for batch in range(len(self.batches))]
+        self._pieces = Pieces(self._recordings)
+        self.order = self._pieces.order
+        self._stored: list[set[str]] = [set() for _ in self._recordings]
+        self._always_done = set() if finishes else {ANSWER}
+        self._group: list[str] = []
+        self._blanks: dict[Any, Tensor] = {}
+        for batch in range(len(self.batches)):
+            store.open(batch).update({f"{side} kept": {} for side in _SIDES})
 
     def times(self, name: str) -> int:
         """How often a layer or norm runs in the calibration data."""
-        return sum(counts[name] for counts in self._counts)
+        return sum(recording.counts[name] for recording in self._recordings)
 
     def runs_twice(self, name: str) -> bool:
         """Whether something runs more than once in a batch."""
-        return any(counts[name] > 1 for counts in self._counts)
+        return any(recording.counts[name] > 1 for recording in self._recordings)
 
-    def inputs(self, name: str, *, paired: bool) -> CollectedInputs:
-        """The inputs of a layer, kept until its turn is over.
+    def together(self, name: str) -> list[str]:
+        """The layers that are fitted to one and the same input, this one among them."""
+        return self._group if name in self._group else self._pieces.together(name)
+
+    def inputs(self, name: str, *, paired: bool = True) -> CollectedInputs:
+        """The inputs of a layer, kept until another one's turn comes.
 
         Args:
             name: the layer's.
-            paired: whether the float network's are wanted, too.
+            paired: whether the float network's are wanted, too; else they are the compressed network's.
         """
-        self.place = name
-        mine = [self._calls(self.student, batch, name) for batch in range(len(self.batches))]
-        theirs = mine
-        if paired:
-            theirs = [self._calls(self.reference, batch, name) for batch in range(len(self.batches))]
-            for batch, (own, other) in enumerate(zip(mine, theirs, strict=True)):
-                if [x.shape for x, _ in own] != [x.shape for x, _ in other] or name in self.strayed:
-                    theirs[batch] = own
-
-        return CollectedInputs(name, mine, theirs)
+        if name not in self._group:
+            self._group = self._pieces.together(name)
+            self._collect(self._group)
+        student, reference = (_Calls(self.batches.store, side, name) for side in _SIDES)
+        return CollectedInputs(name, student, reference if paired else student)
 
     def norm_inputs(self, path: str) -> tuple[list[Tensor], list[Tensor]]:
         """The inputs of a batch norm in the compressed and in the float network, batch by batch."""
+        self._group = [path]
+        self._collect(self._group)
         student, reference = (
-            [x for batch in range(len(self.batches)) for x in self._norm_input(network, batch, path)]
-            for network in (self.student, self.reference)
+            [x for calls in _Calls(self.batches.store, side, path) for x, _ in calls] for side in _SIDES
         )
         return student, reference
 
-    def _record(self, batch: int, norms: Sequence[str]) -> None:
-        """One run of the float network: the order of its layers, and its decisions."""
-        seen: list[str] = []
-        recorder = Recorder()
-        with contextlib.ExitStack() as hooks:
-            for path in norms:
-                hooks.enter_context(_before(module_at(self.reference, path), functools.partial(_note, seen, path)))
-            watch = self._watch(
-                self._weights, lambda name, x, geometry: seen.append(name if geometry else _LOOKED_UP + name), recorder
-            )
-            self._run(self.reference, batch, watch)
-        self._counts.append(Counter(seen))
-        seen = [name.removeprefix(_LOOKED_UP) for name in seen]
-        self._recorders.append(recorder)
-        self.order = _merged(self.order, list(dict.fromkeys(seen)))
+    def finish(self, batch: int) -> Any:
+        """The compressed network's answer to one batch. Gradients flow."""
+        held: Kept = {} if self.is_whole else self.batches.store.open(batch)["student kept"]
 
-    def _calls(self, network: nn.Module, batch: int, name: str) -> list[_Call]:
-        """What one layer computes on in one batch."""
-        calls: list[_Call] = []
-        wanted = self._counts[batch][name]
-        if not wanted:
-            return calls
+        def answer(path: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return revived(held[path], self._blanks) if path in held else run_module(module, args, kwargs)
 
-        def on_call(_: str, x: Tensor, geometry: Geometry | None) -> None:
-            if geometry is None:
+        with intercepted(self.student, held, answer):
+            return self.batches[batch].call(self.student)
+
+    def _recorded(self, batch: int, norms: Sequence[str]) -> Recording:
+        with self._timed(batch):
+            return recorded(self.reference, self.batches[batch], self._weights, norms)
+
+    def _collect(self, names: Sequence[str]) -> None:
+        """Run up to some layers, or a norm, and keep what they compute on."""
+        self.place = names[0]
+        position = self.order.index(names[0])
+        done = {*self.order[:position], *self._always_done}
+        finished = set() if self.is_whole else self._pieces.finished(position)
+        weights = {name: self._weights[name] for name in names if name in self._weights}
+        for batch, recording in enumerate(self._recordings):
+            content = self.batches.store.open(batch)
+            runs = {}
+            for side, network in zip(_SIDES, (self.student, self.reference), strict=True):
+                outputs: Kept = {} if self.is_whole else content[f"{side} kept"]
+                with self._timed(batch):
+                    run = PartialRun(
+                        network, self.batches[batch], recording, names, weights, outputs, finished, self._blanks
+                    )
+                    runs[side] = run.go()
+            if not self.is_whole and not self._is_as_recorded(recording, runs["reference"]):
+                self.is_whole = True  # from the first batch on: what was kept cannot be relied on
+                self._collect(names)
                 return
-            calls.append((x.detach().clone(), geometry))
-            if len(calls) == wanted:
-                raise Stop
+            self._stored[batch] |= runs["reference"].stored
+            self._keep(batch, content, runs, done)
 
-        replayer = Replayer(self._recorders[batch].decisions)
-        self._run(network, batch, self._watch({name: self._weights[name]}, on_call, replayer))
-        if replayer.lost:
-            self.strayed.add(name)
-        return calls
+    def _keep(self, batch: int, content: dict[str, Any], runs: Mapping[str, PartialRun], done: set[str]) -> None:
+        """Hold the inputs that two runs have seen, and of what modules gave only what is still needed."""
+        mine, theirs = (runs[side].calls for side in _SIDES)
+        has_strayed = any(run.strayed for run in runs.values())
+        for name in mine:
+            if has_strayed or [x.shape for x, _ in mine[name]] != [x.shape for x, _ in theirs[name]]:
+                self.strayed |= {name} if has_strayed else set()
+                theirs[name] = mine[name]
+        for side in _SIDES:
+            outputs = {} if self.is_whole else content[f"{side} kept"]
+            content[f"{side} kept"] = freed(self._pieces, batch, outputs, done=done, stored=self._stored[batch])
+            content[f"{side} inputs"] = runs[side].calls
 
-    def _norm_input(self, network: nn.Module, batch: int, path: str) -> list[Tensor]:
-        values: list[Tensor] = []
-        if not self._counts[batch][path]:
-            return values
+    def _is_as_recorded(self, recording: Recording, run: PartialRun) -> bool:
+        """Whether the float network came to the inputs that it has when it is run as a whole."""
+        names = [name for name in run.calls if name in self._weights]
+        return all(same_print(run.prints[name], recording.prints.get(name, [])) for name in names)
 
-        def on_call(x: Tensor) -> None:
-            values.append(x.detach().clone())
-            raise Stop
-
-        replayer = Replayer(self._recorders[batch].decisions)
-        with _before(module_at(network, path), on_call):
-            self._run(network, batch, self._watch({}, lambda *_: None, replayer))
-        return values
-
-    def _watch(self, weights: Mapping[str, Tensor], on_call: OnCall, decisions: Decisions) -> Watch:
-        return Watch({weight_key(weight): name for name, weight in weights.items()}, on_call, decisions)
-
-    @torch.no_grad()
-    def _run(self, network: nn.Module, batch: int, watch: Watch) -> None:
+    @contextlib.contextmanager
+    def _timed(self, batch: int) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            with watch:
-                self.batches[batch].call(network)
-        except Stop:
-            pass
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
+            yield
+        except _FAILURES as error:
             raise CalibrationError(f"the network fails on calibration batch {batch}: {error}") from error
         finally:
             self.seconds += time.perf_counter() - start
 
-    def finish(self, batch: int) -> Any:
-        """The compressed network's answer to one batch. Gradients flow."""
-        return self.batches[batch].call(self.student)
 
+class _Calls(Sequence[Any]):
+    """Batch by batch, what one layer or norm computed on."""
 
-@contextlib.contextmanager
-def _before(module: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
-    hook = module.register_forward_pre_hook(lambda _, args: see(args[0]))
-    try:
-        yield
-    finally:
-        hook.remove()
+    def __init__(self, store: BatchStore, side: str, name: str) -> None:
+        self._store, self._side, self._name = store, side, name
 
+    def __len__(self) -> int:
+        return len(self._store)
 
-def _note(seen: list[str], path: str, _: Tensor) -> None:
-    seen.append(path)
+    def __getitem__(self, index: Any) -> Any:
+        return self._store.open(index)[f"{self._side} inputs"][self._name]
 
-
-def _merged(known: list[str], seen: list[str]) -> list[str]:
-    """One order out of two: what is new comes right after what it followed."""
-    result = list(known)
-    place = 0
-    for name in seen:
-        if name in result:
-            place = result.index(name) + 1
-        else:
-            result.insert(place, name)
-            place += 1
-    return result
+    def __iter__(self) -> Iterator[Any]:
+        return (self[index] for index in range(len(self)))

@@ -73,7 +73,7 @@ def _by_runs(job: Job, logits: list[Tensor]) -> Outcomes:
     indices = {found.name: index for index, found in enumerate(job.found)}
     norms = [path for path, module in job.student.named_modules() if has_running_statistics(module)]
     weights = {found.name: found.weight for found in job.found}
-    walk = Rerun(job.student, job.reference, job.batches, weights, norms)
+    walk = Rerun(job.student, job.reference, job.batches, weights, norms, finishes=bool(job.config.distillation))
     corrections = NormCorrection(job.student, job.config.batchnorm, job.log.timed)
     outcomes: Outcomes = []
     for name in walk.order:
@@ -85,6 +85,11 @@ def _by_runs(job: Job, logits: list[Tensor]) -> Outcomes:
     if walk.strayed:
         names = ", ".join(sorted(walk.strayed))
         job.log.note(f"fitted to their own inputs alone, since the float network takes another way: {names}")
+    if walk.is_whole:
+        job.log.note(
+            "the network was run as a whole for each layer: its modules hand on more than what they return, so that "
+            "what they returned could not stand for their run"
+        )
     job.log.add_seconds("forward", walk.seconds)
     job.log.note(*corrections.notes())
     return outcomes

@@ -1,0 +1,102 @@
+"""Which modules' outputs a tensor was computed from: what a network does between its modules, operator by operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+__all__ = ["DECIDED", "Dataflow", "is_plain", "tensors_in"]
+
+_aten: Any = torch.ops.aten
+DECIDED = "decided"
+"""Who reads a value that decides how the network goes on."""
+
+_DECIDING = frozenset((_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.equal.default))
+_PLAIN = (Tensor, type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+
+Sources = frozenset[str]
+_NONE: Sources = frozenset()
+
+
+class Dataflow:
+    """Marks every tensor with the modules whose outputs it comes from, by the memory that it lies in.
+
+    Attributes:
+        readers: for each module, who reads its output: other modules, whose own output it goes into, layers, and
+            `DECIDED`.
+    """
+
+    def __init__(self) -> None:
+        self.readers: dict[str, set[str]] = {}
+        self._sources: dict[int, Sources] = {}
+
+    def sources(self, tensors: Iterable[Tensor]) -> Sources:
+        """The modules whose outputs these tensors come from."""
+        return _NONE.union(*(self._sources.get(_memory(t), _NONE) for t in tensors))
+
+    def read(self, reader: str, tensors: Iterable[Tensor]) -> None:
+        """Note who reads the tensors."""
+        for source in self.sources(tensors):
+            self.readers.setdefault(source, set()).add(reader)
+
+    def computed(self, operator: Any, arguments: Any, result: Any) -> None:
+        """Note what an operator made of what."""
+        read = list(_tensors(arguments))
+        sources = self.sources(read)
+        if operator in _DECIDING:
+            self.read(DECIDED, read)
+        shared = {_memory(t) for t in read}
+        for t in _tensors(result):
+            memory = _memory(t)
+            known = self._sources.get(memory, _NONE) if memory in shared else _NONE
+            self._mark(memory, known | sources)
+        if operator._schema.is_mutable:
+            for t in read:
+                self._mark(_memory(t), self._sources.get(_memory(t), _NONE) | sources)
+
+    def left(self, module: str, given: Any, output: Any) -> None:
+        """Note that a module has run: its output comes from it, and where it hands on what it was given, from both."""
+        tensors = tensors_in(output)
+        self.read(module, tensors)
+        shared = {_memory(t) for t in tensors_in(given)}
+        for t in tensors:
+            memory = _memory(t)
+            self._mark(memory, frozenset((module,)) | (self._sources.get(memory, _NONE) if memory in shared else _NONE))
+
+    def _mark(self, memory: int, sources: Sources) -> None:
+        if sources:
+            self._sources[memory] = sources
+        else:
+            self._sources.pop(memory, None)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors of a tree."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a tree holds tensors and constants alone, so that a copy of it stands for it."""
+    return all(isinstance(leaf, _PLAIN) for leaf in pytree.tree_leaves(value))
+
+
+def _memory(tensor: Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except NotImplementedError:  # a sparse tensor, for one
+        return id(tensor)
+
+
+def _tensors(arguments: Any) -> Iterator[Tensor]:
+    """The tensors among an operator's arguments or results; operators nest lists and tuples only."""
+    if isinstance(arguments, Tensor):
+        yield arguments
+    elif isinstance(arguments, (list, tuple)):
+        for argument in arguments:
+            yield from _tensors(argument)
+    elif isinstance(arguments, dict):
+        yield from _tensors(list(arguments.values()))

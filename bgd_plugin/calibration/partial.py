@@ -1,0 +1,110 @@
+"""One run of a network over one batch, up to some layers or a norm, over what earlier runs have kept."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bgd_plugin.calibration.batches import Batch
+from bgd_plugin.calibration.interception import intercepted, run_module
+from bgd_plugin.calibration.pieces import Kept, kept, revived
+from bgd_plugin.calibration.recording import Print, Recording, fingerprint, input_identity
+from bgd_plugin.calibration.replay import Replayer
+from bgd_plugin.calibration.watch import Stop, Watch, weight_key
+from bgd_plugin.pq.blocks import Geometry
+
+__all__ = ["PartialRun"]
+
+_Call = tuple[Tensor, Geometry]
+
+
+class PartialRun:
+    """A run that ends as soon as it has seen what is wanted.
+
+    Args:
+        network: the compressed one or the float one.
+        batch: the arguments.
+        recording: of the float network's whole run over this batch.
+        names: the layers whose inputs are wanted, or one norm.
+        weights: of the layers among them, by name.
+        outputs: of pieces that are not to run again; what this run adds is put into it.
+        finished: the pieces whose outputs may be kept.
+        blanks: see `revived`.
+
+    Attributes:
+        calls: for each name, what it computed on, and how it walks over it.
+        prints: of these inputs.
+        stored: the pieces whose outputs this run has added.
+        strayed: the run came to other operators than the recorded one did.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        batch: Batch,
+        recording: Recording,
+        names: Sequence[str],
+        weights: Mapping[str, Tensor],
+        outputs: Kept,
+        finished: Collection[str],
+        blanks: dict[Any, Tensor],
+    ) -> None:
+        self.calls: dict[str, list[_Call]] = {name: [] for name in names}
+        self.prints: dict[str, list[Print]] = {name: [] for name in names}
+        self.stored: set[str] = set()
+        self._network, self._batch, self._recording = network, batch, recording
+        self._norms = set(names) - set(weights)
+        self._weights = {weight_key(weight): name for name, weight in weights.items()}
+        self._outputs, self._finished, self._blanks = outputs, finished, blanks
+        self._left = sum(recording.counts[name] for name in names)
+        self._replayer = Replayer(recording.decisions)
+        self._last: tuple[Tensor, Tensor, tuple[Any, ...] | None] | None = None
+
+    @property
+    def strayed(self) -> bool:
+        """Whether the run came to other operators than the recorded one did."""
+        return self._replayer.lost
+
+    @torch.no_grad()
+    def go(self) -> PartialRun:
+        """Run; nothing is run where nothing is to be seen."""
+        if self._left:
+            paths = {*self._outputs, *self._finished, *self._norms}
+            with contextlib.suppress(Stop), contextlib.ExitStack() as stack:
+                stack.enter_context(intercepted(self._network, paths, self._on_module))
+                stack.enter_context(Watch(self._weights, self._on_layer, self._replayer))
+                self._batch.call(self._network)
+        self._last = None
+        return self
+
+    def _on_module(self, path: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if path in self._outputs:
+            self._replayer.skip_to(self._recording.spans[path][1])
+            return revived(self._outputs[path], self._blanks)
+        if path in self._norms:
+            x = args[0] if args else kwargs["input"]
+            self._see(path, x, Geometry.linear())
+        output = run_module(module, args, kwargs)
+        if path in self._finished:
+            self._outputs[path] = kept(output)
+            self.stored.add(path)
+        return output
+
+    def _on_layer(self, name: str, x: Tensor, geometry: Geometry | None) -> None:
+        if geometry is not None:
+            self._see(name, x, geometry)
+
+    def _see(self, name: str, x: Tensor, geometry: Geometry) -> None:
+        identity = input_identity(x)
+        if self._last is None or identity is None or self._last[2] != identity:
+            self._last = (x, x.detach().clone(), identity)
+        copied = self._last[1]  # layers that share an input share the copy
+        self.calls[name].append((copied, geometry))
+        self.prints[name].append(fingerprint(copied))
+        self._left -= 1
+        if not self._left:
+            raise Stop

@@ -1,0 +1,167 @@
+"""The pieces of a network that is no graph: modules whose output, once known, can stand for their run.
+
+A piece holds layers or norms, runs at most once in each batch, leaves what it is given as it was, and returns tensors.
+Pieces lie within pieces: a model, its encoder, an encoder layer, its attention, a projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from bgd_plugin.calibration.recording import Recording
+
+__all__ = ["Kept", "Pieces", "freed", "kept", "revived"]
+
+
+@dataclass(frozen=True)
+class _Gone:
+    """A tensor that nothing to come depends on; a later run gets any values in its place."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+Kept = dict[str, Any]
+"""Outputs of pieces by path; whoever runs the network gets copies of them in place of a run."""
+
+
+class Pieces:
+    """What the recordings of all batches have in common.
+
+    Attributes:
+        order: layers and norms as they first run.
+        last: for each piece, the place in `order` of the last layer or norm in it.
+    """
+
+    def __init__(self, recordings: Sequence[Recording]) -> None:
+        self._recordings = recordings
+        self.order: list[str] = []
+        for recording in recordings:
+            self.order = _merged(self.order, list(dict.fromkeys(recording.order)))
+        place = {name: index for index, name in enumerate(self.order)}
+        contents: dict[str, set[str]] = {}
+        for recording in recordings:
+            for path, found in recording.contents.items():
+                contents.setdefault(path, set()).update(found)
+        unfit = set().union(*(r.unfit | {p for p, n in r.calls.items() if n > 1} for r in recordings))
+        self.last = {
+            path: max(place[name] for name in found) for path, found in contents.items() if path and path not in unfit
+        }
+        self._readers = [self._resolved(recording) for recording in recordings]
+
+    def finished(self, place: int) -> set[str]:
+        """Pieces all of whose layers and norms stand before a place in the order."""
+        return {path for path, last in self.last.items() if last < place}
+
+    def parent(self, batch: int, path: str) -> str:
+        """The piece within which another one runs; "" for none."""
+        parents = self._recordings[batch].parents
+        path = parents.get(path, "")
+        while path and path not in self.last:
+            path = parents.get(path, "")
+        return path
+
+    def readers(self, batch: int, path: str) -> Collection[str]:
+        """Pieces, layers and norms that read a piece's output, and what else does (see `Recording.readers`)."""
+        return self._readers[batch].get(path, ())
+
+    def together(self, name: str) -> list[str]:
+        """The layers that compute on the same input as this one, in every batch and right after it; itself first."""
+        place = self.order.index(name)
+        group = [name]
+        for other in self.order[place + 1 :]:
+            if not all(_shares(recording, other, group) for recording in self._recordings):
+                break
+            group.append(other)
+        return group
+
+    def _resolved(self, recording: Recording) -> dict[str, set[str]]:
+        """Readers that are no pieces, replaced by those who read what these give."""
+        result: dict[str, set[str]] = {}
+        for path in self.last:
+            found: set[str] = set()
+            waiting, seen = list(recording.readers.get(path, ())), {path}
+            while waiting:
+                reader = waiting.pop()
+                if reader in recording.calls and reader not in self.last and reader not in seen:
+                    waiting += recording.readers.get(reader, ())
+                elif reader not in seen:
+                    found.add(reader)
+                seen.add(reader)
+            result[path] = found
+        return result
+
+
+def _shares(recording: Recording, name: str, group: Sequence[str]) -> bool:
+    """Whether a layer's only input is that of a group, or neither of them runs."""
+    counts = [recording.counts[other] for other in (*group, name)]
+    return not any(counts) or (counts == [1] * len(counts) and recording.shares.get(name) in group)
+
+
+def kept(output: Any) -> Any:
+    """A copy of a piece's output, which later code cannot write to."""
+    return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), output)
+
+
+def _gone(output: Any) -> Any:
+    """A kept output without its values."""
+    return pytree.tree_map_only(Tensor, lambda t: _Gone(t.shape, t.dtype, t.device), output)
+
+
+def revived(output: Any, blanks: dict[Any, Tensor]) -> Any:
+    """A kept output for a run that may write to it.
+
+    Args:
+        output: what was kept.
+        blanks: zeros, in place of values that nothing depends on; one tensor serves for all of a kind.
+    """
+
+    def alive(leaf: Any) -> Any:
+        if not isinstance(leaf, _Gone):
+            return leaf.clone() if isinstance(leaf, Tensor) else leaf
+        if leaf not in blanks:
+            blanks[leaf] = torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+        return blanks[leaf]
+
+    return pytree.tree_map(alive, output)
+
+
+def _has_values(output: Any) -> bool:
+    """Whether a kept output still has its values."""
+    return not any(isinstance(leaf, _Gone) for leaf in pytree.tree_leaves(output))
+
+
+def _merged(known: list[str], seen: list[str]) -> list[str]:
+    """One order out of two: what is new comes right after what it followed."""
+    result = list(known)
+    place = 0
+    for name in seen:
+        if name in result:
+            place = result.index(name) + 1
+        else:
+            result.insert(place, name)
+            place += 1
+    return result
+
+
+def _needed(pieces: Pieces, batch: int, path: str, *, done: Collection[str], stored: Collection[str]) -> bool:
+    """Whether something to come reads a piece's output."""
+    return not all(reader in done or reader in stored for reader in pieces.readers(batch, path))
+
+
+def freed(pieces: Pieces, batch: int, kept_outputs: Kept, *, done: Collection[str], stored: Collection[str]) -> Kept:
+    """What is still to be kept: nothing within a piece that is kept itself, no values that nobody will read."""
+    result: Kept = {}
+    for path, output in kept_outputs.items():
+        if pieces.parent(batch, path) in stored:
+            continue
+        is_needed = _needed(pieces, batch, path, done=done, stored=stored)
+        result[path] = output if is_needed or not _has_values(output) else _gone(output)
+    return result

@@ -1,0 +1,186 @@
+"""One run of the float network over a calibration batch, and all that is to be known of it afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bgd_plugin.calibration.batches import Batch
+from bgd_plugin.calibration.dataflow import Dataflow, is_plain, tensors_in
+from bgd_plugin.calibration.interception import intercepted, run_module
+from bgd_plugin.calibration.replay import Recorder
+from bgd_plugin.calibration.watch import Watch, weight_key
+from bgd_plugin.pq.blocks import Geometry
+
+__all__ = ["ANSWER", "Print", "Recording", "fingerprint", "input_identity", "recorded", "same_print"]
+
+ANSWER = "answer"
+"""Who reads a value that the network's answer is made of."""
+
+_CLOSE = 1e-3
+
+Print = tuple[tuple[int, ...], float, float]
+"""Shape, mean and root mean square of an input: enough to tell whether a later run comes to the same."""
+
+
+@dataclass(kw_only=True)
+class Recording:
+    """What one run over one batch showed.
+
+    Attributes:
+        order: names of layers and paths of norms, as they ran; a layer that only looks rows up is marked.
+        counts: how often each layer computed on an input, and each norm ran.
+        calls: how often each module ran.
+        contents: for each module, the layers and norms that ran within it.
+        parents: the module within whose run each module ran; "" for none.
+        spans: for each module, how many decisions had been taken before it ran and after.
+        readers: see `Dataflow.readers`; layers and norms by name, modules by path.
+        unfit: modules whose output cannot stand for their run: they write to what they are given, or give more than
+            tensors.
+        shares: for each layer, the layer right before it that computed on the very same input.
+        prints: of the inputs of each layer.
+        decisions: see `Recorder`.
+    """
+
+    order: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+    contents: dict[str, set[str]] = field(default_factory=dict)
+    parents: dict[str, str] = field(default_factory=dict)
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
+    readers: dict[str, set[str]] = field(default_factory=dict)
+    unfit: set[str] = field(default_factory=set)
+    shares: dict[str, str] = field(default_factory=dict)
+    prints: dict[str, list[Print]] = field(default_factory=dict)
+    decisions: list[tuple[Any, list[Tensor]]] = field(default_factory=list)
+
+
+@torch.no_grad()
+def recorded(network: nn.Module, batch: Batch, weights: Mapping[str, Tensor], norms: Sequence[str]) -> Recording:
+    """Run a network on a batch.
+
+    Args:
+        network: float, in evaluation mode.
+        batch: the arguments.
+        weights: of the layers, by name.
+        norms: paths of the batch norms.
+    """
+    observer = _Observer(norms)
+    watch = Watch({weight_key(w): name for name, w in weights.items()}, observer.on_layer, observer)
+    paths = [path for path, module in network.named_modules() if path and _can_be_watched(module)]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(intercepted(network, paths, observer.on_module))
+        stack.enter_context(watch)
+        answer = batch.call(network)
+        observer.flow.read(ANSWER, tensors_in(answer))
+    observer.recording.readers = observer.flow.readers
+    observer.recording.decisions = observer.recorder.decisions
+    return observer.recording
+
+
+def _can_be_watched(module: nn.Module) -> bool:
+    return not isinstance(module, torch.jit.ScriptModule)
+
+
+class _Observer:
+    """Sees layers, modules and operators of one run; stands where decisions are recorded."""
+
+    def __init__(self, norms: Sequence[str]) -> None:
+        self.recording = Recording()
+        self.recorder = Recorder()
+        self.flow = Dataflow()
+        self._norms = set(norms)
+        self._running: list[str] = []
+        self._last: tuple[str, Tensor, tuple[Any, ...] | None] | None = None
+
+    def compute(self, operator: Any, args: Any, kwargs: Any) -> Any:
+        """One operator: computed, and noted."""
+        result = self.recorder.compute(operator, args, kwargs)
+        self.flow.computed(operator, (args, kwargs), result)
+        return result
+
+    def on_layer(self, name: str, x: Tensor, geometry: Geometry | None) -> None:
+        """A layer computes on an input, or looks rows up."""
+        recording = self.recording
+        self._note(name)
+        if geometry is None:
+            return
+        recording.counts[name] += 1
+        self.flow.read(name, [x])
+        identity = input_identity(x)
+        if self._last is not None and identity is not None and self._last[2] == identity and self._last[0] != name:
+            recording.shares[name] = self._last[0]
+            recording.prints.setdefault(name, []).append(recording.prints[self._last[0]][-1])
+        else:
+            recording.prints.setdefault(name, []).append(fingerprint(x))
+        self._last = (name, x, identity)  # held, so that no other tensor takes its place in memory
+
+    def on_module(self, path: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """A module runs."""
+        recording = self.recording
+        recording.calls[path] += 1
+        recording.parents[path] = self._running[-1] if self._running else ""
+        given = tensors_in((args, kwargs))
+        if path in self._norms:
+            self._note(path)
+            recording.counts[path] += 1
+            self.flow.read(path, given)
+        before, versions = len(self.recorder.decisions), [_version(t) for t in given]
+        with self._within(path):
+            output = run_module(module, args, kwargs)
+        recording.spans[path] = (before, len(self.recorder.decisions))
+        if versions != [_version(t) for t in given] or not is_plain(output):
+            recording.unfit.add(path)
+        self.flow.left(path, (args, kwargs), output)
+        return output
+
+    @contextlib.contextmanager
+    def _within(self, path: str) -> Iterator[None]:
+        self._running.append(path)
+        yield
+        self._running.pop()
+
+    def _note(self, name: str) -> None:
+        self.recording.order.append(name)
+        for path in self._running:
+            self.recording.contents.setdefault(path, set()).add(name)
+        if name in self._norms:
+            self.recording.contents.setdefault(name, set()).add(name)
+
+
+def input_identity(x: Tensor) -> tuple[Any, ...] | None:
+    """Equal for two tensors that are one and the same; None where that cannot be told."""
+    if x.is_inference():
+        return None
+    return (x.data_ptr(), x.dtype, x.shape, x.stride(), x._version, x.device)
+
+
+def fingerprint(x: Tensor) -> Print:
+    """What `same_print` compares."""
+    values = x.detach().float()
+    size = max(1, x.numel())
+    return tuple(x.shape), float(values.sum()) / size, float(torch.linalg.vector_norm(values)) / math.sqrt(size)
+
+
+def same_print(one: Sequence[Print], other: Sequence[Print]) -> bool:
+    """Whether inputs are the same but for rounding."""
+    return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _same(one: Print, other: Print) -> bool:
+    scale = _CLOSE * max(one[2], other[2])
+    return one[0] == other[0] and all(
+        math.isclose(a, b, rel_tol=_CLOSE, abs_tol=scale) or (math.isnan(a) and math.isnan(b))
+        for a, b in zip(one[1:], other[1:], strict=True)
+    )
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
