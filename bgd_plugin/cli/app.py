@@ -1,7 +1,7 @@
 """The command line `bgd-plugin`: plan, quantize, inspect, evaluate, adapters, demo.
 
-Whatever takes long to import is imported by the command that needs it, so that `--help` answers at once. A user's
-mistake is a message and exit code 2; Ctrl-C is a line and exit code 130.
+Slow imports are left to the commands that need them, so that `--help` responds at once. A user error prints a message
+and exits with code 2; Ctrl-C prints one line and exits with code 130.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ __all__ = ["app", "main"]
 
 
 class _Group(TyperGroup):
-    """Turns what a user can cause into a message and an exit code."""
+    """Turns user errors into a message and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # `| head` has seen enough: not a mistake
+        except BrokenPipeError:  # the reader closed the pipe, as in `| head`: not a user error
             raise
         except (BGDError, OSError) as error:
             typer.echo(f"bgd-plugin: {error}", err=True)
@@ -67,39 +67,40 @@ ModelName = Annotated[
         show_default=False,
     ),
 ]
-PQFile = Annotated[Path, typer.Argument(metavar="FILE", help="a file that quantize wrote", show_default=False)]
+PQFile = Annotated[Path, typer.Argument(metavar="FILE", help="a file written by quantize", show_default=False)]
 Weights = Annotated[
-    str | None, typer.Option(help="a state dict (safetensors or torch.save), or weights the framework knows: DEFAULT")
+    str | None, typer.Option(help="a state dict (safetensors or torch.save), or a name of pretrained weights: DEFAULT")
 ]
 RegimeOption = Annotated[Regime, typer.Option("--regime", "--method", help="named settings")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="settings as JSON, instead of --regime")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
-        "--override", help="GLOB=block,codebook or GLOB=float, for layers by name; first match wins; repeatable"
+        "--override",
+        help="GLOB=block,codebook or GLOB=float, a setting for layers by name; first match wins; repeatable",
     ),
 ]
-FcCodebook = Annotated[int | None, typer.Option(help="codewords of linear layers")]
+FcCodebook = Annotated[int | None, typer.Option(help="codewords per linear layer")]
 TargetSize = Annotated[
-    str | None, typer.Option(help="longest file, such as 5MB or 4.8MiB: sizes are chosen layer by layer to meet it")
+    str | None,
+    typer.Option(help="maximum file size, such as 5MB or 4.8MiB; block and codebook sizes are chosen to meet it"),
 ]
-TargetRatio = Annotated[
-    float | None, typer.Option(help="the same as a ratio: how many times smaller the file is to be")
-]
+TargetRatio = Annotated[float | None, typer.Option(help="compression ratio to reach, instead of --target-size")]
 FreezeNorms = Annotated[
-    bool, typer.Option("--freeze-norms", help="batch norms as a factor and a summand each, in half the bytes")
+    bool,
+    typer.Option("--freeze-norms", help="store batch norms as one scale and one shift per channel, in half the bytes"),
 ]
 PointwiseBlock = Annotated[int | None, typer.Option(help="block size of 1x1 convolutions")]
-Size = Annotated[int, typer.Option(help="centre crop, pixels")]
-Resize = Annotated[int, typer.Option(help="shorter side before the crop, pixels")]
-Mean = Annotated[str, typer.Option(help="per channel, of values from 0 to 1")]
-Std = Annotated[str, typer.Option(help="per channel, of values from 0 to 1")]
+Size = Annotated[int, typer.Option(help="size of the centre crop, in pixels")]
+Resize = Annotated[int, typer.Option(help="shorter side before the crop, in pixels")]
+Mean = Annotated[str, typer.Option(help="mean per channel, for values from 0 to 1")]
+Std = Annotated[str, typer.Option(help="standard deviation per channel, for values from 0 to 1")]
 Resampling = Annotated[Interpolation, typer.Option("--interpolation", help="of resizing")]
-BatchSize = Annotated[int, typer.Option(min=1, help="images in a batch")]
-Workers = Annotated[int, typer.Option(min=0, help="processes that read images")]
+BatchSize = Annotated[int, typer.Option(min=1, help="images per batch")]
+Workers = Annotated[int, typer.Option(min=0, help="worker processes that read images")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
-# of ImageNet, as nearly every published network has it
+# of ImageNet, which nearly every published network uses
 _MEAN, _STD = "0.485,0.456,0.406", "0.229,0.224,0.225"
 
 
@@ -117,13 +118,13 @@ def plan(
     freeze_norms: FreezeNorms = False,
     as_json: Json = False,
 ) -> None:
-    """Say what would be quantized, into what, and how large the file would be. Needs no data."""
+    """Show which layers would be quantized, how, and the size of the file. Needs no data."""
     from bgd_plugin.cli.models import named_model
     from bgd_plugin.planning.make import plan as make_plan
 
     settings = settings_from(regime, config, override, fc_codebook_size, pointwise_block_size)
     settings = with_budget(settings, target_size, target_ratio, freeze_norms)
-    network = named_model(model, weights, only_shapes=not settings.preserve_zeros)  # zeros are seen in values alone
+    network = named_model(model, weights, only_shapes=not settings.preserve_zeros)  # zeros need the values
     result = make_plan(network.model, settings)
     typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else str(result))
 
@@ -131,7 +132,9 @@ def plan(
 @app.command()
 def quantize(
     model: ModelName,
-    calibration: Annotated[Path, typer.Option(help="folder of images, flat or one folder a class; labels are ignored")],
+    calibration: Annotated[
+        Path, typer.Option(help="folder of images, flat or one subfolder per class; labels are ignored")
+    ],
     output: Annotated[Path, typer.Option(help="the file to write")] = Path("net.safetensors"),
     weights: Weights = None,
     regime: RegimeOption = Regime.default,
@@ -144,13 +147,13 @@ def quantize(
     freeze_norms: FreezeNorms = False,
     distill_steps: Annotated[int | None, typer.Option(min=1, help="gradient steps for each layer's codewords")] = None,
     reconstruct_steps: Annotated[int | None, typer.Option(min=1, help="gradient steps for each block")] = None,
-    distillation: Annotated[bool, typer.Option(help="whether the settings' distillation is done")] = True,
-    finetune_epochs: Annotated[int | None, typer.Option(min=1, help="walks over all images of the folder")] = None,
+    distillation: Annotated[bool, typer.Option(help="run the distillation of the settings, or skip it")] = True,
+    finetune_epochs: Annotated[int | None, typer.Option(min=1, help="passes over all images of the folder")] = None,
     finetune_mixing: Annotated[
-        bool, typer.Option("--finetune-mixing", help="blend images with one another, where there are few")
+        bool, typer.Option("--finetune-mixing", help="blend images with one another, for small folders")
     ] = False,
-    finetuning: Annotated[bool, typer.Option(help="whether the settings' finetuning is done")] = True,
-    images: Annotated[int, typer.Option(min=1, help="calibration images, a seeded choice")] = 1024,
+    finetuning: Annotated[bool, typer.Option(help="run the finetuning of the settings, or skip it")] = True,
+    images: Annotated[int, typer.Option(min=1, help="number of calibration images, chosen at random")] = 1024,
     batch_size: BatchSize = 64,
     size: Size = 224,
     resize: Resize = 256,
@@ -158,24 +161,30 @@ def quantize(
     std: Std = _STD,
     interpolation: Resampling = Interpolation.bilinear,
     memory: Annotated[
-        float | None, typer.Option(min=1, help="MiB for calibration images and values, beyond which they go to disk")
+        float | None,
+        typer.Option(min=1, help="MiB of calibration images and values kept in memory; the rest goes to disk"),
     ] = None,
     reproducible: Annotated[
-        bool, typer.Option("--reproducible", help="one thread: the same bytes for any number of threads")
+        bool,
+        typer.Option("--reproducible", help="compute on one thread: the file does not depend on the number of threads"),
     ] = False,
     workers: Workers = 0,
     device: Device = "cpu",
-    teacher: Annotated[str | None, typer.Option(help="MODEL whose answers training follows [default: MODEL]")] = None,
+    teacher: Annotated[str | None, typer.Option(help="MODEL whose outputs training matches [default: MODEL]")] = None,
     teacher_weights: Annotated[str | None, typer.Option(help="as --weights")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="folder for finished layers, to go on after a stop")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="folder that saves progress, to resume a stopped run")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on with the run in --checkpoint; an error if none")
+        bool, typer.Option("--resume", help="resume the run in --checkpoint; an error if there is none")
     ] = False,
-    report: Annotated[Path | None, typer.Option(help="write a page with bytes and error of each layer")] = None,
-    json_file: Annotated[str | None, typer.Option("--json", help="write the report as JSON to a file, or - ")] = None,
-    seed: Annotated[int | None, typer.Option(help="of every random choice [default: the settings', 0]")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="write an HTML page with the size and error of each layer")
+    ] = None,
+    json_file: Annotated[
+        str | None, typer.Option("--json", help="write the report as JSON to this file; - for the terminal")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="random seed [default: the seed of the settings, 0]")] = None,
 ) -> None:
-    """Compress a network, by what its layers compute on a folder of images."""
+    """Compress a network, calibrated on a folder of images."""
     from bgd_plugin import quantize as quantize_model
     from bgd_plugin import save
     from bgd_plugin.cli.images import CalibrationImages
@@ -220,7 +229,7 @@ def quantize(
 
 @app.command()
 def inspect(file: PQFile, as_json: Json = False) -> None:
-    """Say what is in a compressed file. Needs no network."""
+    """Show the contents of a compressed file. Needs no network."""
     from bgd_plugin.files.inspection import inspected, inspection_text
 
     content = inspected(file)
@@ -232,11 +241,12 @@ def evaluate(
     model: ModelName,
     file: PQFile,
     images: Annotated[
-        Path, typer.Option(help="one folder a class, or a flat folder whose names end in the class number")
+        Path,
+        typer.Option(help="one subfolder per class, or a flat folder of files whose names end in the class number"),
     ],
     weights: Weights = None,
     with_float: Annotated[
-        bool, typer.Option("--float", help="also the float network, for which --weights count")
+        bool, typer.Option("--float", help="also evaluate the float network, with --weights")
     ] = False,
     batch_size: BatchSize = 64,
     size: Size = 224,
@@ -248,7 +258,7 @@ def evaluate(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Top-1 and top-5 accuracy of a compressed file on labelled images."""
+    """Measure top-1 and top-5 accuracy of a compressed file on labelled images."""
     from bgd_plugin.cli.images import accuracy, answers, labelled
     from bgd_plugin.files.network import load
     from bgd_plugin.support.tables import table
@@ -280,7 +290,7 @@ def adapters(as_json: Json = False) -> None:
         typer.echo(json.dumps([asdict(adapter) for adapter in found], indent=2))
         return
     if not found:
-        typer.echo("no adapter is installed: is bgd-plugin itself installed, with `pip install`?")
+        typer.echo("no adapter found: install bgd-plugin with pip")
         return
     rows = [[a.name, ", ".join(map(str, a.requirements)), a.problem or "can be imported"] for a in found]
     typer.echo(table(["adapter", "needs", "state"], rows))
@@ -288,9 +298,9 @@ def adapters(as_json: Json = False) -> None:
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="folder for file, photos and report")] = Path("demo-report"),
+    output: Annotated[Path, typer.Option(help="folder for the file, the photos and the report")] = Path("demo-report"),
 ) -> None:
-    """Compress EfficientNet-Lite0, and let it answer 20 photos beside the float network."""
+    """Compress EfficientNet-Lite0, and compare it with the float network on 20 photos."""
     from bgd_plugin.cli.demo import run
 
     run(output)
@@ -306,25 +316,26 @@ def _network(name: str, weights: str | None, device: str, *, weights_matter: boo
     except RuntimeError as error:
         raise ConfigError(f"--device {device!r}: give cpu, cuda or cuda:N") from error
     if place.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {device}: this torch sees no GPU; leave the option out")
+        raise ConfigError(f"--device {device}: torch found no GPU: leave the option out")
     found = named_model(name, weights)
     if weights_matter and not found.has_weights:
         typer.echo(
-            f"bgd-plugin: {name} has random weights; --weights FILE or --weights DEFAULT gives real ones", err=True
+            f"bgd-plugin: {name} has random weights: give --weights FILE or --weights DEFAULT for trained ones",
+            err=True,
         )
     found.model.to(place)
     return found
 
 
 def _require_folders(*paths: Path | str | None) -> None:
-    """Refuse before the work what could not be written after it."""
+    """Fail before the work starts if an output could not be written."""
     for path in paths:
         if path is not None and not Path(path).parent.is_dir():
-            raise ConfigError(f"{path}: there is no folder {Path(path).parent}: make it first")
+            raise ConfigError(f"{path}: the folder {Path(path).parent} does not exist: create it first")
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a run as Ctrl-C does."""
+    """Raised on SIGTERM, which ends a run like Ctrl-C."""
 
 
 def _terminated(*_: object) -> None:
@@ -333,15 +344,15 @@ def _terminated(*_: object) -> None:
 
 @contextmanager
 def _says_how_to_go_on(checkpoint: Path | None) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end with one line: what is kept, and how the run goes on."""
+    """End Ctrl-C and SIGTERM with one line that says how to resume the run."""
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
         yield
     except KeyboardInterrupt as error:
         how = (
-            f"the same command with --resume goes on from what {checkpoint} holds"
+            f"progress is saved in {checkpoint}; add --resume to the same command to continue"
             if checkpoint
-            else "nothing was kept; with --checkpoint FOLDER the same command would go on from there"
+            else "no progress saved; pass --checkpoint FOLDER to be able to resume"
         )
         typer.echo(f"\nbgd-plugin: stopped; {how}", err=True)
         raise typer.Exit(143 if isinstance(error, _Terminated) else 130) from error
@@ -350,13 +361,13 @@ def _says_how_to_go_on(checkpoint: Path | None) -> Iterator[None]:
 
 
 def _require_run(checkpoint: Path | None) -> None:
-    """Refuse to begin from the start where a run was to go on."""
+    """Fail if `--resume` was given and there is no run to resume."""
     from bgd_plugin.quantization.resume import holds_run
 
     if checkpoint is None:
-        raise ConfigError("--resume: give --checkpoint FOLDER, the folder of the run that is to go on")
+        raise ConfigError("--resume: give --checkpoint FOLDER, the folder of the run to resume")
     if not holds_run(checkpoint):
-        raise ConfigError(f"--resume: {checkpoint} holds no run: leave --resume out to begin one there")
+        raise ConfigError(f"--resume: {checkpoint} contains no run: leave --resume out to start one there")
 
 
 def main() -> None:

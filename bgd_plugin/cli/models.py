@@ -1,8 +1,7 @@
-"""From the name that a user types to a network.
+"""Build a network from the name given on the command line.
 
-Names are `torchvision:resnet18`, `timm:NAME`, `transformers:PATH`, or `package.module:callable`.
-
-Every framework is imported where its own kind of name is met, so none of them need be installed for the others.
+Names are `torchvision:resnet18`, `timm:NAME`, `transformers:PATH`, or `package.module:callable`. A framework is
+imported only if a name needs it.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from bgd_plugin.errors import BGDError, CheckpointError, ConfigError
 __all__ = ["NamedModel", "named_model"]
 
 _FORMS = "torchvision:NAME, timm:NAME, transformers:PATH or package.module:callable"
-# Where training scripts keep the state dict in what they save.
+# Keys under which training scripts save the state dict.
 _STATE_KEYS = ("state_dict", "model", "model_state_dict")
-# Wrappers whose name stands before every key.
+# Prefixes that wrappers add to every key.
 _PREFIXES = ("module.", "_orig_mod.")
 
 
@@ -34,8 +33,8 @@ class NamedModel:
     """A network, in evaluation mode.
 
     Attributes:
-        transform: the preprocessing (PIL image to tensor) that belongs to the weights, where they bring one.
-        has_weights: False where the weights are known to be random.
+        transform: the preprocessing (PIL image to tensor) that belongs to the weights, or None.
+        has_weights: False if the weights are known to be random.
     """
 
     model: nn.Module
@@ -44,24 +43,24 @@ class NamedModel:
 
 
 def named_model(name: str, weights: str | None = None, *, only_shapes: bool = False) -> NamedModel:
-    """The network of that name.
+    """Build the network with this name.
 
     Args:
-        name: in one of the forms above. A `callable` is called without arguments and returns a module.
-        weights: a state dict in a file (safetensors, or what `torch.save` writes), or the name of weights that
-            the framework itself knows, such as `DEFAULT`; these may be downloaded.
-        only_shapes: the weights do not matter, so the network may be on the meta device.
+        name: one of the forms above. A `callable` is called without arguments and returns a module.
+        weights: a file with a state dict (safetensors, or written by `torch.save`), or a name of pretrained weights
+            of the framework, such as `DEFAULT`; these may be downloaded.
+        only_shapes: the weights are not needed, so the network may be on the meta device.
 
     Raises:
-        BGDError: a name of no known form, a package or network that is not there, weights that do not fit.
+        BGDError: an unknown form of name, a missing package or network, or weights that do not fit.
     """
     kind, _, rest = name.partition(":")
     if not kind or not rest:
         raise ConfigError(f"model {name!r}: give {_FORMS}")
     own_weights = None if weights is None or Path(weights).is_file() else weights
     if own_weights and (Path(own_weights).suffix or os.sep in own_weights):
-        raise ConfigError(f"weights {own_weights!r}: there is no such file")
-    with torch.random.fork_rng(devices=[]):  # weights that stay random are the same at each call
+        raise ConfigError(f"weights {own_weights!r}: file not found")
+    with torch.random.fork_rng(devices=[]):  # random weights are the same at each call
         torch.manual_seed(0)
         found = _built(name, weights, own_weights, only_shapes=only_shapes)
     if weights is not None and own_weights is None:
@@ -72,13 +71,13 @@ def named_model(name: str, weights: str | None = None, *, only_shapes: bool = Fa
 
 
 def _built(name: str, weights: str | None, own_weights: str | None, *, only_shapes: bool) -> NamedModel:
-    """The network, with `own_weights` where its framework knows them by that name."""
+    """The network, with the framework's pretrained weights of the name `own_weights` if there are any."""
     kind, _, rest = name.partition(":")
     build = {"torchvision": _torchvision, "timm": _timm, "transformers": _transformers}.get(kind)
     if build:
         return build(rest, own_weights, only_shapes and weights is None)
     if own_weights:
-        raise ConfigError(f"weights {own_weights!r}: there is no such file, and {name!r} has no weights by name")
+        raise ConfigError(f"weights {own_weights!r}: file not found, and {name!r} has no weights by name")
     return NamedModel(model=_called(kind, rest))
 
 
@@ -97,14 +96,14 @@ def _torchvision(name: str, weights: str | None, only_shapes: bool) -> NamedMode
         return NamedModel(model=models.get_model(name, weights=chosen), transform=chosen.transforms())
     except OSError as error:
         raise BGDError(
-            f"weights {weights!r} of {name!r} cannot be downloaded ({error}): give --weights a file that you have"
+            f"weights {weights!r} of {name!r} cannot be downloaded ({error}): give --weights a local file"
         ) from error
 
 
 def _timm(name: str, weights: str | None, only_shapes: bool) -> NamedModel:
     timm = _imported("timm", None)
     if weights not in (None, "DEFAULT"):
-        raise ConfigError(f"timm models have weights DEFAULT, or a file: found {weights!r}")
+        raise ConfigError(f"weights {weights!r}: for timm models give DEFAULT or a file")
     try:
         model = timm.create_model(name, pretrained=weights == "DEFAULT")
     except (RuntimeError, OSError) as error:
@@ -118,7 +117,9 @@ def _timm(name: str, weights: str | None, only_shapes: bool) -> NamedModel:
 def _transformers(path: str, weights: str | None, only_shapes: bool) -> NamedModel:
     transformers = _imported("transformers", None)
     if weights not in (None, "DEFAULT"):
-        raise ConfigError(f"transformers models bring their weights in their folder: found {weights!r}")
+        raise ConfigError(
+            f"weights {weights!r}: transformers models have their weights in their folder: leave --weights out"
+        )
     try:
         return NamedModel(model=transformers.AutoModelForImageClassification.from_pretrained(path))
     except (OSError, ValueError) as error:
@@ -127,11 +128,11 @@ def _transformers(path: str, weights: str | None, only_shapes: bool) -> NamedMod
 
 def _called(module_name: str, path: str) -> nn.Module:
     if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does: a console script does not see the current folder
+        sys.path.insert(0, os.getcwd())  # like `python -m`; a console script does not search the current folder
     try:
         value: Any = importlib.import_module(module_name)
     except ImportError as error:
-        raise ConfigError(f"model '{module_name}:{path}': {error}; known forms are {_FORMS}") from error
+        raise ConfigError(f"model '{module_name}:{path}': {error}; give {_FORMS}") from error
     for atom in path.split("."):
         if not hasattr(value, atom):
             raise ConfigError(f"model '{module_name}:{path}': {module_name} has no {path!r}")
@@ -139,7 +140,9 @@ def _called(module_name: str, path: str) -> nn.Module:
     if not isinstance(value, nn.Module):
         value = value() if callable(value) else value
     if not isinstance(value, nn.Module):
-        raise ConfigError(f"model '{module_name}:{path}' is a {type(value).__name__}: give what returns a torch module")
+        raise ConfigError(
+            f"model '{module_name}:{path}' is a {type(value).__name__}: give a callable that returns a torch module"
+        )
     return value
 
 
@@ -163,7 +166,7 @@ def _load_state_(model: nn.Module, path: Path) -> None:
     """Load a state dict strictly.
 
     Raises:
-        CheckpointError: the file is no state dict, or does not fit.
+        CheckpointError: the file is not a state dict, or does not fit the network.
     """
     state = _state_dict(path)
     try:
@@ -184,12 +187,12 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (safetensors.SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path} holds no plain state dict: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path} is not a plain state dict: {str(error).splitlines()[0]}") from error
     for key in _STATE_KEYS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(k, str) for k in content):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}: give a state dict")
+        raise CheckpointError(f"{path} contains a {type(content).__name__}: give a state dict")
     for prefix in _PREFIXES:
         if content and all(k.startswith(prefix) for k in content):
             content = {k.removeprefix(prefix): v for k, v in content.items()}

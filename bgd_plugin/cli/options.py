@@ -1,4 +1,4 @@
-"""From what is typed on the command line to settings: of the compression, and of the preprocessing of images."""
+"""Turn command-line options into settings, for compression and for image preprocessing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from bgd_plugin.config import BGDConfig, DistillationConfig, FinetuningConfig, LayerConfig, ReconstructionConfig
 from bgd_plugin.errors import ConfigError
 
-if TYPE_CHECKING:  # images are for the commands that read some
+if TYPE_CHECKING:  # slow to import; only needed by commands that read images
     from bgd_plugin.cli.images import Preprocessing
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
 
 
 class Regime(StrEnum):
-    """The settings that have a name."""
+    """Named settings."""
 
     default = "default"
     paper_small = "paper-small"
@@ -35,7 +35,7 @@ class Regime(StrEnum):
 
 
 class Interpolation(StrEnum):
-    """How images are resized."""
+    """Interpolation for resizing images."""
 
     bilinear = "bilinear"
     bicubic = "bicubic"
@@ -44,9 +44,13 @@ class Interpolation(StrEnum):
 def settings_from(
     regime: Regime, file: Path | None, overrides: list[str] | None, fc_codebook: int | None, pointwise: int | None
 ) -> BGDConfig:
-    """The settings that the options name, without training."""
+    """The settings given by the options, except for training.
+
+    Raises:
+        ConfigError: contradictory options, an invalid override, or an invalid settings file.
+    """
     if file and regime != Regime.default:
-        raise ConfigError("--config and --regime: give one of the two")
+        raise ConfigError("--config and --regime: give only one of them")
     if file:
         try:
             settings = BGDConfig.from_json(file.read_text(encoding="utf-8"))
@@ -84,7 +88,7 @@ _SIZE_UNITS |= {f"{m}iB": 1024**i for i, m in enumerate("KMG", 1)}
 
 
 def with_budget(settings: BGDConfig, size: str | None, ratio: float | None, freeze_norms: bool = False) -> BGDConfig:
-    """The settings with a budget: a size such as "5MB" (millions) or "4.8MiB" (of 1024 KiB), or a ratio."""
+    """The settings with a budget: a size such as "5MB" (5,000,000 bytes) or "4.8MiB", or a ratio."""
     settings = replace(settings, freeze_norms=freeze_norms or settings.freeze_norms)
     if size is None and ratio is None:
         return settings
@@ -97,12 +101,14 @@ def _size_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
     if not match or match[2] not in units:
         known = ", ".join(unit for unit in _SIZE_UNITS if unit)
-        raise ConfigError(f"--target-size {text!r}: give a number and a unit of {known}, such as 5MB; no unit is bytes")
+        raise ConfigError(
+            f"--target-size {text!r}: give a number and a unit ({known}), such as 5MB; without a unit, bytes"
+        )
     return int(float(match[1]) * units[match[2]])
 
 
 def with_distillation(settings: BGDConfig, steps: int | None, wanted: bool) -> BGDConfig:
-    """The settings with so many distillation steps; without distillation where it is not wanted."""
+    """The settings with this many distillation steps, or without distillation if not `wanted`."""
     if not wanted:
         return replace(settings, distillation=None)
     if steps is None:
@@ -111,7 +117,7 @@ def with_distillation(settings: BGDConfig, steps: int | None, wanted: bool) -> B
 
 
 def with_reconstruction(settings: BGDConfig, steps: int | None) -> BGDConfig:
-    """The settings with so many steps of block-wise reconstruction for each block; as they are where none are given."""
+    """The settings with this many steps of block-wise reconstruction per block; unchanged for None."""
     if steps is None:
         return settings
     return replace(settings, reconstruction=replace(settings.reconstruction or ReconstructionConfig(), steps=steps))
@@ -120,10 +126,10 @@ def with_reconstruction(settings: BGDConfig, steps: int | None) -> BGDConfig:
 def with_finetuning(
     settings: BGDConfig, epochs: int | None, wanted: bool, steps_per_epoch: int, mixing: bool = False
 ) -> BGDConfig:
-    """Epochs are walks over the whole folder, of which the calibration set is a part: count them as steps."""
+    """The settings with finetuning; epochs are passes over the whole folder, so they are converted to steps."""
     old = settings.finetuning
     if mixing and (not wanted or (old is None and epochs is None)):
-        raise ConfigError("--finetune-mixing: nothing is finetuned; give --finetune-epochs, too")
+        raise ConfigError("--finetune-mixing: finetuning is off: give --finetune-epochs too")
     if not wanted or (old is None and epochs is None):
         return replace(settings, finetuning=None)
     old = old or FinetuningConfig()
@@ -135,7 +141,7 @@ def with_finetuning(
 
 
 def preprocessing(size: int, resize: int, mean: str, std: str, interpolation: Interpolation) -> Preprocessing:
-    """Of images; `mean` and `std` are three numbers each, with commas between."""
+    """The preprocessing of images; `mean` and `std` are three comma-separated numbers each."""
     from bgd_plugin.cli.images import Preprocessing
 
     return Preprocessing(

@@ -1,4 +1,4 @@
-"""Settings: of the network, of a layer, of each stage of training; frozen, and checked where they are made."""
+"""Settings for the network, for a layer, and for each training stage: frozen, and validated on creation."""
 
 from bgd_plugin.config.layer import MAX_CODEBOOK_SIZE, LayerConfig
 from bgd_plugin.config.network import FAMILIES, BGDConfig

@@ -1,4 +1,4 @@
-"""Checks of settings, made where the settings are made."""
+"""Validation helpers for settings."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def counts(value: Any) -> bool:
-    """Whether something is a whole number of at least 1."""
+    """Whether a value is an integer of at least 1."""
     return isinstance(value, int) and value >= 1

@@ -1,4 +1,4 @@
-"""Settings of each stage of training."""
+"""Settings of the training stages."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ class DistillationConfig:
 
     Args:
         steps: gradient steps for each layer.
-        batch_size: samples in a step; calibration batches are added up until they reach it.
+        batch_size: samples per step; calibration batches are accumulated until they reach it.
         learning_rate, momentum, weight_decay: of SGD.
+
+    Raises:
+        ConfigError: a value is out of range.
     """
 
     steps: int = 2500
@@ -36,14 +39,17 @@ class DistillationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionConfig:
-    """Training of block after block, so that each gives the float block's outputs on the student's inputs.
+    """Training of one block after another to match the float block's outputs on the student's inputs.
 
-    It comes after the last layer is fitted and before finetuning, and takes a few hundred unlabelled samples.
+    Runs after the last layer is fitted and before finetuning; a few hundred unlabelled samples are enough.
 
     Args:
         steps: gradient steps for each block.
-        batch_size: samples in a step, at most; calibration batches are cut up.
-        learning_rate: of Adam, in units of each parameter's root mean square; falls to zero along a cosine.
+        batch_size: maximum samples per step; calibration batches are split.
+        learning_rate: of Adam, relative to each parameter's root mean square, with cosine decay to zero.
+
+    Raises:
+        ConfigError: a value is out of range.
     """
 
     steps: int = 100
@@ -61,25 +67,27 @@ class ReconstructionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuningConfig:
-    """Training of the whole network against the teacher's logits, after the last layer. Codes stay as they are.
+    """Training of the whole network to match the teacher's logits, after the last layer is fitted. Codes stay fixed.
 
-    Give `epochs` (walks over the calibration data) or `steps`, not both; neither means 9 epochs.
+    Give `epochs` or `steps`, not both; neither means 9 epochs.
 
     Args:
-        epochs: walks over the calibration data.
-        steps: gradient steps, walking over the calibration data as often as needed.
-        trained: "all" trains what the network has: codebooks, biases, factors and summands of norms, and the layers
-            that stay float, by Adam along a cosine, while batch norms work with their running statistics. "codebooks"
-            is the paper's routine (section 3.3 of arXiv 1907.05686): the codewords alone, by SGD on mean gradients, at
-            a tenth of the rate after each third of the run, while batch-norm statistics update.
-        learning_rate: with "all", in units of each tensor's root mean square, 0.001 if not given; with "codebooks"
-            SGD's own, the paper's 0.01.
+        epochs: passes over the calibration data.
+        steps: gradient steps; the calibration data is iterated over as often as needed.
+        trained: "all" trains codebooks, biases, scales and shifts of norms, and the layers that stay float, by Adam
+            with cosine decay; batch norms use their running statistics. "codebooks" is the paper's routine (section 3.3
+            of arXiv 1907.05686): codewords only, by SGD on mean gradients, the rate divided by ten after each third of
+            the run, with batch-norm statistics updating.
+        learning_rate: with "all", relative to each tensor's root mean square, default 0.001; with "codebooks", of SGD,
+            default 0.01 (the paper's).
         momentum, weight_decay: of SGD.
-        mixing: blend each batch's samples with one another, so that a few hundred of them suffice; for pictures and
-            other inputs that are floating point numbers.
-        outputs: globs on the names of modules. What these give is drawn to what they give in the teacher, by relative
-            squared difference, in place of the logits; for a network that answers with something else, such as a
-            detector.
+        mixing: blend the samples of each batch with one another, so that a few hundred samples are enough; for images
+            and other floating-point inputs.
+        outputs: globs on module names. The outputs of these modules are matched to the teacher's, by relative squared
+            difference, instead of the logits; for networks that do not return logits, such as detectors.
+
+    Raises:
+        ConfigError: a value is out of range, or both `epochs` and `steps` are given.
     """
 
     epochs: int | None = None
@@ -93,7 +101,7 @@ class FinetuningConfig:
 
     def __post_init__(self) -> None:
         is_names = isinstance(self.outputs, (tuple, list)) and all(isinstance(x, str) for x in self.outputs)
-        check(is_names, f"finetuning: outputs={self.outputs!r}: give a tuple of globs on names of modules")
+        check(is_names, f"finetuning: outputs={self.outputs!r}: give a tuple of globs on module names")
         object.__setattr__(self, "outputs", tuple(self.outputs))
         check(
             self.epochs is None or self.steps is None,
@@ -112,5 +120,5 @@ class FinetuningConfig:
 
     @property
     def rate(self) -> float:
-        """The learning rate, whether given or not."""
+        """The learning rate: the given one or the default."""
         return self.learning_rate or {"all": 0.001, "codebooks": 0.01}[self.trained]

@@ -1,4 +1,4 @@
-"""Corrections without gradients, made right after a layer is quantized: batch norms, and depthwise weights."""
+"""Corrections without gradients, applied as layers are quantized: batch norms and depthwise weights."""
 
 from bgd_plugin.correction.batchnorm import absorb_row_scale_, correct_batchnorm_, is_batchnorm, row_scale_bounds
 from bgd_plugin.correction.depthwise_refit import refitted

@@ -1,4 +1,4 @@
-"""Batch-norm correction: the statistics follow the inputs that a compressed network really sees."""
+"""Batch-norm correction: adapt the statistics to the inputs in the compressed network."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ __all__ = [
     "row_scale_bounds",
 ]
 
-# How far a correction may move a scale: beyond it, the calibration data says more about itself than about the network.
+# Bounds on the change of a scale: larger corrections fit noise of the calibration data.
 _SCALE_BOUNDS = (0.05, 20.0)
 _JUDGED_BATCHES = 4
-"""Batches on which it is told what a correction gained, at most."""
+"""Maximum number of batches used to measure what a correction gained."""
 
 
 def is_batchnorm(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node runs a batch norm that has running statistics."""
+    """Whether a node runs a batch norm with running statistics."""
     return node.op == "call_module" and has_running_statistics(module_at(graph_module, str(node.target)))
 
 
 def is_shared(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether other nodes run the same module: statistics that serve several inputs can be matched to none of them."""
+    """Whether other nodes run the same module: shared statistics cannot be matched to several inputs."""
     module = module_at(graph_module, str(node.target))
     calls = [n for n in graph_module.graph.nodes if n.op == "call_module"]
     return sum(module_at(graph_module, str(n.target)) is module for n in calls) > 1
@@ -48,23 +48,22 @@ def is_shared(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 def correct_batchnorm_(
     walk: Walk, node: fx.Node, mode: Literal["matched", "reestimate"], skip: fx.Node | None = None
 ) -> Gain | None:
-    """Correct the statistics of the student's batch norm at `node`; nothing else is touched.
+    """Correct the statistics of the student's batch norm at `node`; nothing else is changed.
 
-    Returns what that gained, with the skip added where there is one; None where nothing was to be corrected.
+    Returns the gain, measured with the skip added if there is one; None if there was nothing to correct.
 
-    "matched" keeps, for each channel, the mean and the variance that the float network's batch norm gives on the
-    calibration data. With input moments (m, v) in the float network and (m', v') in the student, and shipped statistics
-    (μ, σ²):
+    "matched" keeps, per channel, the mean and variance of the float network's batch-norm output on the calibration
+    data. With input moments (m, v) in the float network and (m', v') in the student, and original statistics (μ, σ²):
 
         σ'² = σ² · v' / v        μ' = m' − (m − μ) · σ' / σ
 
-    The shipped statistics, made from a whole training set, stay the reference: only the *change* that compression
-    made is carried over. "reestimate" takes m' and v' as they are. Channels that are constant in both networks keep
+    The original statistics come from a whole training set and stay the reference: only the *change* caused by
+    compression is applied. "reestimate" uses m' and v' directly. Channels that are constant in both networks keep
     their variance.
 
-    Where the norm ends a branch whose other side, `skip`, has drifted, the layer before it was fitted to make good that
-    drift as well, and its output rightly varies more than the float network's. "matched" then means the affine map,
-    for each channel, that brings the norm's output nearest to (least squares) the float network's output and drift.
+    If the norm ends a residual branch whose other side, `skip`, has drifted, the layer before it was fitted to
+    compensate for that drift, so its output rightly varies more than the float network's. "matched" then means the
+    affine map per channel that brings the norm's output nearest (least squares) to the float output plus the drift.
     """
     if not walk.differs(call_input(node)):
         return None
@@ -104,10 +103,10 @@ def correct_batchnorm_at_(rerun: Rerun, path: str, mode: Literal["matched", "ree
 
 @torch.no_grad()
 def absorb_row_scale_(norm: Any, scale: Tensor) -> None:
-    """Let a batch norm take out a factor on each of its input's channels: its output stays what it was.
+    """Make a batch norm undo a factor on each channel of its input, so that its output is unchanged.
 
     Args:
-        norm: the batch norm; its statistics are replaced, its parameters stay.
+        norm: the batch norm; its statistics are replaced, its parameters are kept.
         scale: `[channels]`, positive.
     """
     scale = scale.to(norm.running_mean.device).double()
@@ -118,9 +117,9 @@ def absorb_row_scale_(norm: Any, scale: Tensor) -> None:
 
 @torch.no_grad()
 def row_scale_bounds(norm: Any) -> tuple[Tensor, Tensor]:
-    """The least and the largest factor on each channel, `[channels]`, that `absorb_row_scale_` can take out.
+    """The smallest and largest factor per channel, `[channels]`, that `absorb_row_scale_` can undo.
 
-    The variance must stay above eps, since eps is under the same root, and its type must hold the statistics.
+    The variance must stay above eps, which is added to it, and the dtype must be able to hold the statistics.
     """
     limits = torch.finfo(norm.running_var.dtype)
     sigma = (norm.running_var.double() + norm.eps).sqrt().clamp(min=limits.tiny)
@@ -130,7 +129,7 @@ def row_scale_bounds(norm: Any) -> tuple[Tensor, Tensor]:
 
 
 def _distance(walk: Walk, node: fx.Node, skip: fx.Node | None) -> float:
-    """Of a norm's outputs from the float network's, on the first batches, with what the skip adds; NaN without one."""
+    """Error of a norm's outputs on the first batches, including the skip; NaN without a float network."""
     if walk.reference is None:
         return math.nan
     norms = [network.get_submodule(str(node.target)) for network in (walk.student, walk.reference)]
@@ -144,8 +143,8 @@ def _distance(walk: Walk, node: fx.Node, skip: fx.Node | None) -> float:
 
 
 def _normalized(norm: Any, value: Tensor) -> Tensor:
-    """What the norm makes of its input by its statistics. The module itself is not run: hooks of the user's see
-    calibration once.
+    """The norm's output, computed from its statistics. The module is not called, so the user's hooks see each
+    calibration batch once.
     """
     mean, variance = norm.running_mean, norm.running_var
     return functional.batch_norm(value.to(mean), mean, variance, norm.weight, norm.bias, eps=norm.eps)
@@ -154,10 +153,9 @@ def _normalized(norm: Any, value: Tensor) -> Tensor:
 def _matched(
     norm: Any, shipped: Any, student: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Statistics with which the student's output keeps the mean and variance of the reference's, by channel.
+    """Statistics that give the student's output the mean and variance of the reference's, per channel.
 
-    eps stands under the same root as the variance, so σ² means variance + eps here; the student's own σ bounds the
-    move.
+    eps is added to the variance, so σ² means variance + eps here; the change is bounded relative to the student's σ.
     """
     tiny = 1e-3 * norm.eps
     low, high = _SCALE_BOUNDS
@@ -170,10 +168,10 @@ def _matched(
 
 
 def _nearest(norm: Any, shipped: Any, walk: Walk, before: fx.Node, skip: fx.Node) -> tuple[Tensor, Tensor]:
-    """Statistics with which the student's output is nearest to the reference's plus what the skip has lost.
+    """Statistics that bring the student's output nearest to the reference's output plus the drift of the skip.
 
-    In the batch norm's output: γ(z − μ')/σ' + β ≈ γ(y − μ)/σ + β + drift. So with t = y + drift · σ/γ, and s and o the
-    least squares of s z + o ≈ t: σ' = σ/s, μ' = (μ − o)/s.
+    In terms of the batch norm's output: γ(z − μ')/σ' + β ≈ γ(y − μ)/σ + β + drift. So with t = y + drift · σ/γ, and
+    s and o the least-squares solution of s z + o ≈ t: σ' = σ/s, μ' = (μ − o)/s.
     """
     sigma = (shipped.running_var.double() + shipped.eps).sqrt()
     gain = (1.0 if norm.weight is None else norm.weight.detach().double()) / sigma
@@ -191,13 +189,13 @@ def _nearest(norm: Any, shipped: Any, walk: Walk, before: fx.Node, skip: fx.Node
     own = (norm.running_var.double() + norm.eps).sqrt()
     low, high = _SCALE_BOUNDS
     wanted = (sigma / slope.clamp(min=1e-300)).clamp(min=low * own, max=high * own)
-    ratio = wanted / sigma  # 1 / slope, but for the bounds
+    ratio = wanted / sigma  # 1 / slope, within the bounds
     mean = ratio * (shipped.running_mean.double() - t_mean) + z_mean
     return mean, (wanted.square() - norm.eps).clamp(min=0)
 
 
 def _set_(norm: Any, statistics: Sequence[Tensor], name: str) -> None:
-    """Give a batch norm its statistics: new tensors, not new values, since the reference may share the old ones."""
+    """Set a batch norm's statistics to new tensors, because the reference may share the old ones."""
     statistics = [t.to(norm.running_mean) for t in statistics]
     _require_finite(statistics, name)
     norm.running_mean, norm.running_var = statistics
@@ -206,21 +204,21 @@ def _set_(norm: Any, statistics: Sequence[Tensor], name: str) -> None:
 def _require_finite(moments: Sequence[Tensor], name: str) -> None:
     if not all(bool(torch.isfinite(moment).all()) for moment in moments):
         raise CalibrationError(
-            f"batch norm {name!r}: its inputs on the calibration data hold NaN or infinite values, or overflow; "
+            f"batch norm {name!r}: its inputs on the calibration data contain NaN or infinite values, or overflow; "
             "check the data and the layers before it"
         )
 
 
 def _channels(value: Tensor) -> Tensor:
-    """`[batch, channels, ...]` as `[channels, positions]`, in single precision."""
+    """`[batch, channels, ...]` as `[channels, positions]`, in float32."""
     return value.transpose(0, 1).flatten(1).float()
 
 
 def _channel_moments(values: Iterator[Tensor], name: str) -> tuple[Tensor, Tensor]:
-    """Mean and variance over batch and positions of `[batch, channels, ...]` values, summed in double precision.
+    """Mean and variance over batch and positions of `[batch, channels, ...]` values, accumulated in float64.
 
     Raises:
-        CalibrationError: they are not finite; the batch norm of that name has these values as its inputs.
+        CalibrationError: they are not finite; the message names the batch norm with these inputs.
     """
     count = 0
     total, squares = torch.zeros(()), torch.zeros(())

@@ -1,4 +1,4 @@
-"""Layers that stay float can make good what their inputs have lost: a new weight, by least squares."""
+"""Refit layers that stay float by least squares, to compensate for errors in their inputs."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _JUDGED_PIECES = 4
 
 @torch.no_grad()
 def refitted(weight: Tensor, inputs: LayerInputs, generator: torch.Generator) -> tuple[Tensor, Gain]:
-    """The weight with which the student's inputs give most nearly the float network's outputs.
+    """The weight that, on the student's inputs, best reproduces the float network's outputs.
 
-    Ridge regression centred on the weight; a depthwise convolution has so few weights for each channel that the whole
-    step is safe (a quantized layer goes half the way). Means are left to the batch norm or bias that follows.
+    Ridge regression centred on the weight. A depthwise convolution has so few weights per channel that the full step is
+    safe (a quantized layer takes half a step). Means are left to the batch norm or bias that follows.
 
     Args:
         weight: `[C_out, C_in / groups, *kernel]`.
-        inputs: the layer's, student and float network.
+        inputs: the layer's inputs in the student and in the float network.
 
     Returns:
-        a weight of the same shape and type, and what it gained on some of the inputs, whatever the means.
+        a weight of the same shape and dtype, and its gain on a sample of the inputs, ignoring means.
     """
     columns = weight[0].numel()
     groups = weight.shape[0] if weight.shape[1] == 1 else 1
@@ -57,6 +57,6 @@ def _outputs(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def _centred(outputs: Tensor) -> Tensor:
-    """As `[positions, channels]`, each channel around its mean."""
+    """The values as `[positions, channels]`, centred per channel."""
     channels = outputs.transpose(0, 1).flatten(1)
     return channels - channels.mean(0)

@@ -1,4 +1,4 @@
-"""What a step without gradients gained: the error of outputs before it and after it."""
+"""Gain of a correction: the error of outputs before and after it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from bgd_plugin.support.processes import total
 __all__ = ["Gain", "output_distance"]
 
 _ROUNDING = 1e-6
-"""A variance this small, in units of the mean square, is what rounding has left."""
+"""Relative to the mean square, a variance below this is rounding error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gain:
-    """Errors of a layer's outputs in units of their variance, before and after a step; see `output_distance`.
+    """Errors of a layer's outputs relative to their variance, before and after a correction; see `output_distance`.
 
-    NaN where there is no float network beside the compressed one.
+    NaN if there is no float network to compare with.
     """
 
     before: float
@@ -30,19 +30,19 @@ class Gain:
 
     @staticmethod
     def said(gains: Sequence[Gain]) -> str:
-        """The median of several, in words."""
+        """The median of several gains, as text for the report."""
         if any(math.isnan(gain.before) for gain in gains):
-            return "not compared, as no float network is run beside it"
+            return "not measured, because no float network runs alongside"
         before, after = (statistics.median(getattr(gain, name) for gain in gains) for name in ("before", "after"))
-        return f"error of their outputs {before:.2%} → {after:.2%} of the variance (median)"
+        return f"median output error {before:.2%} → {after:.2%} of the variance"
 
 
 @torch.no_grad()
 def output_distance(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """‖a − b‖² / ‖b − mean b‖², the mean that of each channel; 0 where b does not vary.
+    """‖a − b‖² / ‖b − mean b‖², with the mean taken per channel; 0 if b is constant.
 
     Args:
-        pairs: a of the compressed and b of the float network, both `[samples, channels, ...]`.
+        pairs: outputs a of the compressed and b of the float network, both `[samples, channels, ...]`.
     """
     distance, square, count, sums = 0.0, 0.0, 0, torch.zeros(())
     for mine, theirs in pairs:

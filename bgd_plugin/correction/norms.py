@@ -1,4 +1,4 @@
-"""The batch norms of a run, corrected as they are reached, and what is to be said of them."""
+"""Correct the batch norms of a run as they are reached, and collect notes for the report."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class DriftedSkip:
 
 
 class NormCorrection:
-    """The batch norms of a walk, corrected one after another, and what is to be said of them.
+    """Corrects the batch norms of a walk one after another, and collects notes for the report.
 
     Args:
         student: the network whose batch norms are corrected.
-        mode: as `BGDConfig.batchnorm`.
-        timed: a context that adds the seconds spent in it to a step's.
+        mode: `BGDConfig.batchnorm`.
+        timed: returns a context that adds its seconds to the named step's.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class NormCorrection:
         self._shared: set[str] = set()
 
     def remember(self, skip: DriftedSkip | None) -> None:
-        """The layer before this norm makes good what the skip has lost."""
+        """Record that the layer before this norm compensates for the skip's drift."""
         if skip is not None:
             self._residual.add(skip.norm.name)
 
     def correct_(self, walk: Walk, node: fx.Node) -> None:
-        """Correct the batch norm at a node, as the settings say."""
+        """Correct the batch norm at a node according to the settings."""
         mode = self._mode
         if mode == "keep":
             return
@@ -82,15 +82,15 @@ class NormCorrection:
             self._gains[path] = gain
 
     def notes(self) -> list[str]:
-        """For the report."""
+        """Notes for the report."""
         mode, gains = self._mode, list(self._gains.values())
         if mode == "keep":
             return []
-        what = "nothing to correct, no batch norm follows a quantized layer"
+        what = "nothing to correct: no batch norm follows a quantized layer"
         if gains:
             what = f"{len(gains)} corrected, {Gain.said(gains)}"
         notes = [f"batch norm ({mode}): {what}"]
         if self._shared:
             names = ", ".join(sorted(self._shared))
-            notes.append(f"batch norm: left as they are, since they run at several places: {names}")
+            notes.append(f"batch norm: not corrected, because they are called at several places: {names}")
         return notes

@@ -1,4 +1,4 @@
-"""Fit one layer: from its weight and its inputs to a codebook and codes. One module for each method."""
+"""Fit one layer: from its weight and inputs to a codebook and codes. One module per method."""
 
 from bgd_plugin.fitting.em import EM, fit_weight
 from bgd_plugin.fitting.full_gram import FULL

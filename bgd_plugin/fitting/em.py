@@ -33,15 +33,15 @@ def fit_weight(
     iterations: int,
     generator: torch.Generator,
 ) -> FittedLayer:
-    """EM of one weight under a pooled Gram; what is stored is rounded as the layer's plan says.
+    """Fit one weight by EM under a pooled Gram; the codebook is rounded to the storage type of the layer's plan.
 
     Args:
         weight: `[rows, ...]`.
-        gram: `[block_size, block_size]`; the identity where nothing is known of the inputs.
-        layer: its block and codebook size.
-        mask: bool of the weight's shape, false where the decoded weight is to be zero; None: nowhere.
-        iterations: at most so many.
-        generator: for the start.
+        gram: `[block_size, block_size]`; the identity if nothing is known about the inputs.
+        layer: the planned block and codebook size.
+        mask: bool of the weight's shape, false where the decoded weight must be zero; None: nowhere.
+        iterations: maximum number.
+        generator: draws the initial codewords.
     """
     blocks = to_blocks(weight.detach().float(), layer.block_size)
     if mask is None:

@@ -1,4 +1,4 @@
-"""Beyond the paper: the whole Gram of a layer's inputs, and the float network's outputs as the aim."""
+"""The default method: fit to the whole Gram of a layer's inputs, with the float network's outputs as the target."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _MIN_ROWS = 32768
 _ROWS_PER_COLUMN = 8
 _DAMPING = 0.2  # in units of the Gram's mean diagonal; twice as much where there are as many columns as rows
 _LEAST_GAIN = 0.01  # of the mean square
-_HELDOUT = 5  # one row in so many judges the fit
+_HELDOUT = 5  # every fifth row is held out
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Statistics:
-    """Second moments of the rows that the fit sees and of those that judge it, and the share of the former."""
+    """Moments of the fitted rows and of the held-out rows, and the share of the fitted ones."""
 
     fitted: Moments
     heldout: Moments
@@ -60,13 +60,13 @@ def _collect(context: LayerContext, generator: torch.Generator) -> _Statistics |
 
 
 def _rows_to_fit(rows: int, index: int, pieces: int) -> int:
-    """How many of a piece's rows the fit sees: all of the first pieces', none of the last ones'."""
+    """How many rows of a piece are fitted: all of the first pieces', none of the last ones'."""
     share = (_HELDOUT - 1) * pieces - _HELDOUT * index  # in parts of 1 / _HELDOUT
     return max(0, min(rows, -(-share * rows // _HELDOUT)))
 
 
 def _inverse(gain: Tensor) -> Tensor:
-    """One over the gain of each channel; channels with next to none are not asked for what they cannot give."""
+    """The inverse gain of each channel, damped: it goes to 0 for channels with almost no gain."""
     floor = _LEAST_GAIN * gain.square().mean()
     return gain / (gain.square() + floor).clamp(min=torch.finfo(gain.dtype).tiny)
 
@@ -74,7 +74,7 @@ def _inverse(gain: Tensor) -> Tensor:
 def _solve(context: LayerContext, statistics: _Statistics | PooledGram, generator: torch.Generator) -> FittedLayer:
     if isinstance(statistics, PooledGram):
         pooled = em.EM.solve(context, statistics, generator)
-        note = f"{context.weight[0].numel()} columns: fitted to the pooled Gram of its blocks"
+        note = f"{context.weight[0].numel()} columns: too wide for a full Gram, fitted to the pooled Gram of its blocks"
         return FittedLayer(codebook=pooled.codebook, codes=pooled.codes, note=note)
     weight = context.weight.detach().float().flatten(1)
     takes_mean = context.has_batchnorm or context.has_bias
@@ -103,7 +103,7 @@ def _solve(context: LayerContext, statistics: _Statistics | PooledGram, generato
 
 @dataclass(frozen=True, kw_only=True)
 class _Aim:
-    """The weight to quantize, `[rows, columns]`, what its rows were multiplied with, and the means of `Moments`."""
+    """The weight to quantize, `[rows, columns]`, the factor on each of its rows, and the means of `Moments`."""
 
     rows: Tensor
     row_scale: Tensor | None
@@ -124,14 +124,14 @@ def _aim(context: LayerContext, statistics: _Statistics, damping: float) -> _Aim
 
 
 def _gram_(moments: Moments, *, centred: bool) -> Tensor:
-    """The Gram, in the memory of the moments."""
+    """The Gram, computed in the memory of the moments."""
     return moments.centred_()[0] if centred else moments.gram
 
 
 def _row_scale(target: Tensor, covariance: Tensor, context: LayerContext) -> Tensor:
-    """One over the standard deviation of each row's output: every row's error then counts the same; `[rows]`.
+    """The inverse standard deviation of each row's output, `[rows]`, so that every row's error counts the same.
 
-    As far as the batch norm can take it out again, and the weight's type has room for the product.
+    Limited to what the batch norm can undo and the weight's dtype can hold.
     """
     rows = target.double().reshape(covariance.shape[0], -1, covariance.shape[1])
     deviation = ((rows @ covariance) * rows).sum(2).clamp(min=0).sqrt().flatten()

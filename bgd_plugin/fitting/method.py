@@ -1,4 +1,4 @@
-"""What a method gets, and what it gives."""
+"""Interface of a fitting method: its inputs and its result."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["FittedLayer", "LayerContext", "Method", "Skip", "output_error", "shi
 
 @dataclass(frozen=True, kw_only=True)
 class Skip:
-    """What is added to a layer's normalised output.
+    """The skip connection added to a layer's normalized output.
 
     Attributes:
-        drift: for each batch, the float network's values there less the student's, `[batch, rows, ...]`.
-        gain: `[rows]`, of the batch norm between: γ / √(σ² + eps).
+        drift: per batch, the float network's skip values minus the student's, `[batch, rows, ...]`.
+        gain: `[rows]`, of the batch norm in between: γ / √(σ² + eps).
     """
 
     drift: Callable[[int], Tensor]
@@ -33,19 +33,18 @@ class Skip:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerContext:
-    """A layer when its turn has come.
+    """Everything a method needs to fit one layer.
 
     Attributes:
-        layer: its block and codebook size.
+        layer: the planned block and codebook size.
         weight: `[C_out, C_in / groups, *kernel]` or `[C_out, C_in]`.
-        inputs: those of the student, whose lower layers are quantized, and of the float network.
-        mask: bool of the weight's shape, false where the decoded weight is to be zero; None: nowhere.
-        has_batchnorm: whether a batch norm alone reads the layer's output.
-        has_bias: whether the layer adds a bias of its own.
-        skip: the other side of the residual block that the layer ends, where it has lost something already.
-        config: of the whole run.
-        scale_bounds: the least and the largest factor on each row that the batch norm can take out again, both
-            `[rows]`; None: any.
+        inputs: the layer's inputs in the student, whose earlier layers are quantized, and in the float network.
+        mask: bool of the weight's shape, false where the decoded weight must be zero; None: nowhere.
+        has_batchnorm: whether a batch norm is the only reader of the layer's output.
+        has_bias: whether the layer has a bias.
+        skip: the other side of the residual block that the layer ends, if it has drifted.
+        config: the settings of the run.
+        scale_bounds: the smallest and largest factor per row that the batch norm can undo, both `[rows]`; None: any.
     """
 
     layer: PlannedLayer
@@ -61,15 +60,15 @@ class LayerContext:
 
 @dataclass(frozen=True, kw_only=True)
 class FittedLayer:
-    """What a fit returns.
+    """The result of a fit.
 
     Attributes:
         codebook: `[codebook_size, block_size]`.
         codes: `[rows, blocks_per_row]`.
-        row_scale: `[rows]`, what each row of the weight was multiplied with before it was quantized; the batch norm
-            that follows takes it out again. None: nothing.
-        bias_shift: `[rows]`, to be added to the layer's bias. None: nothing.
-        note: what did not go as usual, in words.
+        row_scale: `[rows]`, the factor on each row of the weight before it was quantized; the batch norm that follows
+            undoes it. None: no scaling.
+        bias_shift: `[rows]`, to be added to the layer's bias. None: no shift.
+        note: warnings about the fit.
     """
 
     codebook: Tensor
@@ -81,7 +80,7 @@ class FittedLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A way to fit layers, in two steps: collect statistics of the inputs, then solve for codebook and codes."""
+    """A fitting method, in two steps: collect statistics of the inputs, then solve for codebook and codes."""
 
     collect: Callable[[LayerContext, torch.Generator], Any]
     solve: Callable[[LayerContext, Any, torch.Generator], FittedLayer]
@@ -89,7 +88,7 @@ class Method:
 
 @torch.no_grad()
 def output_error(weight: Tensor, decoded: Tensor, sample: InputSample) -> float:
-    """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on a sample of the layer's inputs; 0 where the layer's output is all zero.
+    """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on a sample of the layer's inputs; 0 if the layer's output is all zero.
 
     Args:
         weight, decoded: W and Ŵ, `[C_out, C_in / groups, *kernel]` or `[C_out, C_in]`.
@@ -107,14 +106,14 @@ def output_error(weight: Tensor, decoded: Tensor, sample: InputSample) -> float:
 
 @torch.no_grad()
 def shift_gain(shift: Tensor, decoded: Tensor, sample: InputSample) -> float:
-    """What a shift of the bias takes off the squared error of a layer's outputs, in units of their variance.
+    """The reduction of a layer's squared output error by a bias shift, relative to the outputs' variance.
 
-    A shift by the mean of an error takes its square off the mean square, whatever else the error is.
+    Shifting by the mean of an error reduces its mean square by the square of that mean.
 
     Args:
         shift: `[C_out]`.
         decoded: Ŵ, as in `output_error`.
-        sample: as there.
+        sample: as in `output_error`.
     """
     groups, _, columns = sample.rows.shape
     outputs = sample.rows @ decoded.float().reshape(groups, -1, columns).mT

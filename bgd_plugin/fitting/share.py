@@ -1,4 +1,4 @@
-"""One process fits a layer, all processes have it."""
+"""Fit a layer in one process and send the result to all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NOTHING = ""
 
 
 def fitted_once(work: Callable[[], FittedLayer | None]) -> FittedLayer | None:
-    """What `work` gives in the first process, in all of them; only the first one calls it.
+    """Call `work` in the first process only, and return its result in every process.
 
     Raises:
         BGDError: `work` raised one in the first process.

@@ -1,4 +1,4 @@
-"""Product-quantized modules: they hold a codebook and codes, and decode the weight when they run."""
+"""Product-quantized modules: they hold a codebook and codes, and decode the weight in `forward`."""
 
 from bgd_plugin.nn.base import PQModule, storable
 from bgd_plugin.nn.conv import PQConv1d, PQConv2d, PQConv3d

@@ -1,4 +1,4 @@
-"""What every product-quantized module has: a codebook, codes, and a weight decoded from them."""
+"""Base of all product-quantized modules: a codebook, codes, and a weight decoded from them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["PQModule", "storable"]
 
 
 def storable(codebook: Tensor, storage: str = "float16") -> Tensor:
-    """The codebook rounded to the type in which it is stored; as it is where its values do not fit.
+    """Round a codebook to its storage type; returned unchanged if its values are out of range.
 
     Args:
-        codebook: any shape; "int8" has one grid for the whole of it.
-        storage: "float16", or "int8", which only single precision has (see `bgd_plugin.encoding.eight_bit`).
+        codebook: `[codebook_size, block_size]`; "int8" uses one scale for all of it.
+        storage: "float16", or "int8" (float32 codebooks only, see `bgd_plugin.encoding.eight_bit`).
     """
     if storage == "int8" and codebook.dtype == torch.float32:
         return round_to_eight_bits(codebook.reshape(1, -1)).reshape(codebook.shape)
@@ -34,14 +34,14 @@ def storable(codebook: Tensor, storage: str = "float16") -> Tensor:
 
 
 class PQModule(nn.Module):
-    """A weight of shape `weight_shape`, held as codewords and codes.
+    """A weight of shape `weight_shape`, stored as codewords and codes.
 
-    The weight is decoded at every use, so autograd reaches the codebook, and nothing but the codes is kept.
+    The weight is decoded at every use, so gradients reach the codebook and no decoded weight is kept in memory.
 
     Attributes:
         codebook: parameter `[codebook_size, block_size]`.
         codes: integer buffer `[rows, blocks_per_row]`, in the smallest type that holds them.
-        mask: bool buffer `[*weight_shape]`, false where the weight is zero whatever the codeword says; None: nowhere.
+        mask: bool buffer `[*weight_shape]`, false where the weight is zero regardless of the codeword; None: nowhere.
     """
 
     codebook: nn.Parameter
@@ -56,11 +56,11 @@ class PQModule(nn.Module):
         self.register_buffer("mask", None)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As every module, but refuses a weight: those who would prune or reparametrize this layer come too late."""
+        """As in `nn.Module`, but rejects a `weight`: this layer can no longer be pruned or reparametrized."""
         if name == "weight" or name.endswith("_orig"):
             raise ConfigError(
-                f"{type(self).__name__}({self.pq_repr()}) holds codewords and codes, and no weight of its own that "
-                "could be pruned or parametrized: prune the float network first, quantize last"
+                f"{type(self).__name__}({self.pq_repr()}) has codewords and codes, but no weight parameter to prune "
+                "or parametrize: prune the float network first, then quantize"
             )
         super().register_parameter(name, param)
 
@@ -74,14 +74,16 @@ class PQModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """As every module, but refuses codes that have no codeword, and holds codes in its own integer dtype."""
+        """As in `nn.Module`, but rejects codes that have no codeword, and converts codes to the module's own dtype."""
         codes = state_dict.get(f"{prefix}codes")
         if isinstance(codes, Tensor) and not codes.is_meta and codes.numel():
             name, size = f"{prefix}codes", self.codebook_size
             if codes.is_floating_point():
-                error_msgs.append(f"{name}: codes of type {codes.dtype}, which are no integers")
+                error_msgs.append(f"{name}: codes have dtype {codes.dtype}, expected integers")
             elif int(codes.min()) < 0 or int(codes.max()) >= size:
-                error_msgs.append(f"{name}: codes from {int(codes.min())} to {int(codes.max())}, for {size} codewords")
+                error_msgs.append(
+                    f"{name}: codes range from {int(codes.min())} to {int(codes.max())}, but there are {size} codewords"
+                )
             else:
                 state_dict[name] = codes.to(code_dtype(size))
         super()._load_from_state_dict(
@@ -90,22 +92,22 @@ class PQModule(nn.Module):
 
     @property
     def codebook_size(self) -> int:
-        """Codewords in the codebook."""
+        """Number of codewords in the codebook."""
         return self.codebook.shape[0]
 
     @property
     def block_size(self) -> int:
-        """Weights in a block."""
+        """Number of weights in a block."""
         return self.codebook.shape[1]
 
     @property
     def code_bits(self) -> int:
-        """Bits that a code takes in a file."""
+        """Bits per code in a file."""
         return max(1, math.ceil(math.log2(self.codebook_size)))
 
     @property
     def matrix(self) -> Tensor:
-        """The decoded weight as it is cut into blocks, rows first: itself, but for transposed convolutions."""
+        """The shape in which the weight is cut into blocks, rows first; differs only for transposed convolutions."""
         return masked(decode(self.codebook, self.codes, self.matrix_shape), self.mask)
 
     @property
@@ -114,12 +116,12 @@ class PQModule(nn.Module):
         return self.matrix
 
     def codeword_uses(self) -> Tensor:
-        """How many weights each number of the codebook stands for, `[codebook_size, block_size]`."""
+        """Number of weights that each codebook entry represents, `[codebook_size, block_size]`."""
         return codeword_uses(self.codes, self.mask, self.codebook_size, self.block_size)
 
     @torch.no_grad()
     def round_codebook_(self, storage: str) -> None:
-        """Round the codebook to the type in which it is stored, "float16" or "int8"."""
+        """Round the codebook in place to its storage type, "float16" or "int8"."""
         self.codebook.copy_(storable(self.codebook, storage))
 
     def pq_repr(self) -> str:

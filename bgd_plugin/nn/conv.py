@@ -14,7 +14,7 @@ _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class PQConv(PQModule):
-    """A convolution with a decoded weight; everything else is the float convolution's own code."""
+    """A convolution with a decoded weight; everything else is inherited from the float convolution."""
 
     float_type: ClassVar[type[_Conv]]
 
@@ -32,13 +32,13 @@ class PQConv(PQModule):
         self.bias = like.bias
 
     def forward(self, input: Tensor) -> Tensor:
-        """`[batch, in_channels, *spatial]` to `[batch, out_channels, *spatial]`, as the float convolution."""
+        """Map `[batch, in_channels, *spatial]` to `[batch, out_channels, *spatial]`, like the float convolution."""
         convolve: Any = self.float_type._conv_forward
         output: Tensor = convolve(self, input, self.weight, self.bias)
         return output
 
     def to_float(self) -> _Conv:
-        """The ordinary module of the same geometry, on the meta device."""
+        """The float module of the same geometry, on the meta device."""
         arguments: Any = {
             "stride": self.stride,
             "padding": self.padding,

@@ -29,7 +29,7 @@ _GEOMETRY = (
 
 
 class PQConvTranspose(PQModule):
-    """A transposed convolution with a decoded weight; everything else is the float module's own code.
+    """A transposed convolution with a decoded weight; everything else is inherited from the float module.
 
     Blocks are runs of input channels, as in a 1×1 convolution (`pq.blocks.transposed_matrix`).
     """
@@ -54,13 +54,13 @@ class PQConvTranspose(PQModule):
         return from_transposed_matrix(self.matrix, self.weight_shape, self.groups)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """`[batch, in_channels, *spatial]` to `[batch, out_channels, *spatial]`, as the float module."""
+        """Map `[batch, in_channels, *spatial]` to `[batch, out_channels, *spatial]`, like the float module."""
         run: Any = self.float_type.forward
         output: Tensor = run(self, input, output_size)
         return output
 
     def to_float(self) -> _ConvTranspose:
-        """The ordinary module of the same geometry, on the meta device."""
+        """The float module of the same geometry, on the meta device."""
         arguments: Any = {name: getattr(self, name) for name in _GEOMETRY}
         return self.float_type(bias=self.bias is not None, device="meta", **arguments)
 

@@ -1,4 +1,4 @@
-"""From float modules to product-quantized ones and back: one table, both ways."""
+"""Convert float modules to product-quantized ones and back, by one table."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _FORMS: dict[type[nn.Module], Any] = {
 
 
 def quantized(module: nn.Module, codebook: Tensor, codes: Tensor, mask: Tensor | None = None) -> PQModule:
-    """The product-quantized module that stands for a float one; bias and training mode are taken over.
+    """Build the product-quantized counterpart of a float module; its bias and training mode are kept.
 
     Args:
         module: a Conv1d/2d/3d, ConvTranspose1d/2d/3d, Linear, Embedding or FloatWeight.
@@ -45,7 +45,7 @@ def quantized(module: nn.Module, codebook: Tensor, codes: Tensor, mask: Tensor |
     """
     form = next((pq for kind, pq in _FORMS.items() if isinstance(module, kind)), None)
     if form is None:
-        raise TypeError(f"no product-quantized module stands for {type(module).__name__}")
+        raise TypeError(f"{type(module).__name__} has no product-quantized counterpart")
     result: PQModule = form(codebook, codes, module)
     result.mask = mask
     return result.train(module.training)
@@ -54,7 +54,7 @@ def quantized(module: nn.Module, codebook: Tensor, codes: Tensor, mask: Tensor |
 def materialized(
     module: PQLinear | PQConv | PQConvTranspose | PQEmbedding, weight: nn.Parameter | None = None
 ) -> nn.Module:
-    """The ordinary module with the decoded weight, or with `weight`; the bias is shared with `module`."""
+    """The float module with the decoded weight, or with `weight`; the bias is shared with `module`."""
     result = module.to_float()
     result.weight = restored_parameter(module) if weight is None else weight
     if not isinstance(module, PQEmbedding):
@@ -63,5 +63,5 @@ def materialized(
 
 
 def restored_parameter(module: PQModule) -> nn.Parameter:
-    """The decoded weight as a parameter of its own."""
+    """The decoded weight as a new parameter."""
     return nn.Parameter(module.weight.detach().clone(), requires_grad=module.codebook.requires_grad)

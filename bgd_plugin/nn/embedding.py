@@ -12,7 +12,7 @@ __all__ = ["PQEmbedding"]
 
 
 class PQEmbedding(PQModule):
-    """`nn.Embedding` with a decoded weight, of which only the rows asked for are decoded."""
+    """`nn.Embedding` with a decoded weight; only the requested rows are decoded."""
 
     def __init__(self, codebook: Tensor, codes: Tensor, like: nn.Embedding) -> None:
         super().__init__(codebook, codes, like.weight.shape)
@@ -21,13 +21,13 @@ class PQEmbedding(PQModule):
         self.padding_idx = like.padding_idx
 
     def forward(self, input: Tensor) -> Tensor:
-        """Indices `[...]` to `[..., embedding_dim]`."""
+        """Map indices `[...]` to `[..., embedding_dim]`."""
         if self.mask is not None:
             return functional.embedding(input, self.weight, self.padding_idx)
         return decode(self.codebook, self.codes[input], (*input.shape, self.embedding_dim))
 
     def to_float(self) -> nn.Embedding:
-        """The ordinary module of the same size, on the meta device."""
+        """The float module of the same size, on the meta device."""
         return nn.Embedding(self.num_embeddings, self.embedding_dim, padding_idx=self.padding_idx, device="meta")
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""A batch norm as it computes in evaluation mode: a factor and a summand for each channel, and nothing else."""
+"""A batch norm frozen in evaluation mode: one scale and one shift per channel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["FrozenNorm", "freeze_norms_"]
 
 
 class FrozenNorm(nn.Module):
-    """What a batch norm does once its statistics are fixed, with half of its numbers; in training mode, too.
+    """A batch norm with fixed statistics, in half the numbers; training mode computes the same.
 
     Attributes:
         weight, bias: `[channels]`, γ / √(σ² + eps) and β − μ · weight of the batch norm.
@@ -24,7 +24,7 @@ class FrozenNorm(nn.Module):
 
     @classmethod
     def of(cls, norm: Any) -> FrozenNorm:
-        """From a batch norm that has running statistics; with or without parameters of its own."""
+        """From a batch norm with running statistics, affine or not."""
         mean, variance = norm.running_mean.detach().double(), norm.running_var.detach().double()
         gain = 1.0 if norm.weight is None else norm.weight.detach().double()
         offset = 0.0 if norm.bias is None else norm.bias.detach().double()
@@ -33,7 +33,7 @@ class FrozenNorm(nn.Module):
         return cls(weight.to(dtype), (offset - mean * weight).to(dtype)).train(norm.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        """`[batch, channels, ...]` or `[batch, channels]`, channel by channel."""
+        """Scale and shift `[batch, channels, ...]` or `[batch, channels]` per channel."""
         shape = (-1, *(1 for _ in input.shape[2:]))
         return torch.addcmul(self.bias.reshape(shape), input, self.weight.reshape(shape))
 
@@ -42,7 +42,7 @@ class FrozenNorm(nn.Module):
 
 
 def freeze_norms_(model: nn.Module) -> list[str]:
-    """Put a `FrozenNorm` in the place of every batch norm that has running statistics; returns their paths."""
+    """Replace every batch norm with running statistics by a `FrozenNorm`, in place; returns their paths."""
     frozen: dict[int, FrozenNorm] = {}
     paths = []
     for path, module in list(model.named_modules(remove_duplicate=False)):

@@ -20,11 +20,11 @@ class PQLinear(PQModule):
         self.bias = like.bias
 
     def forward(self, input: Tensor) -> Tensor:
-        """`[..., in_features]` to `[..., out_features]`."""
+        """Map `[..., in_features]` to `[..., out_features]`."""
         return F.linear(input, self.weight, self.bias)
 
     def to_float(self) -> nn.Linear:
-        """The ordinary module with the decoded weight."""
+        """The float module of the same size, on the meta device."""
         return nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
 
     def extra_repr(self) -> str:

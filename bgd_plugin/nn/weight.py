@@ -1,7 +1,7 @@
-"""Weights that a graph uses as plain tensors, as modules that return them.
+"""Modules that return a weight, for weights that a graph uses as plain tensors.
 
-A graph that calls `F.conv2d(x, self.weight, ...)` reads the weight by a `get_attr` node. Putting a module that
-*returns* the weight in its place leaves the call, with all its arguments, as it was.
+A graph that calls `F.conv2d(x, self.weight, ...)` reads the weight by a `get_attr` node. Replacing that node by a
+module that *returns* the weight leaves the call and all its arguments unchanged.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["FloatWeight", "PQWeight"]
 
 
 class FloatWeight(nn.Module):
-    """Returns a float weight; stands where a `PQWeight` will stand."""
+    """Returns a float weight; placeholder for a later `PQWeight`."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Pages that need no other file and no network: a report's sizes, its layers as bars and as a table.
+"""Self-contained HTML reports: sizes, and the layers as a bar chart and a table.
 
-All text that comes from outside (layer names, reasons) is escaped where it enters a page.
+All text from outside (layer names, reasons) is escaped where it enters a page.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from bgd_plugin.support.tables import mib
 
-if TYPE_CHECKING:  # the report calls this module, which needs only its fields
+if TYPE_CHECKING:  # the report imports this module, which needs only the report's fields
     from bgd_plugin.report.report import LayerReport, Report
 
 __all__ = ["bars", "cards", "details", "layer_sections", "page", "table", "write_report"]
@@ -52,7 +52,7 @@ code { font-size: .9em; } pre { overflow-x: auto; margin: 0; }
 
 
 def write_report(report: Report, path: str | os.PathLike[str]) -> None:
-    """Write a report as one page: sizes, bytes and error of each layer, and what was left float and why."""
+    """Write a report as one page: sizes, bytes and error per layer, and the layers left float with reasons."""
     title = f"{mib(report.original_bytes)} → {mib(report.compressed_bytes)}"
     shown = [
         (mib(report.original_bytes), "float network"),
@@ -71,7 +71,7 @@ def write_report(report: Report, path: str | os.PathLike[str]) -> None:
 
 
 def page(title: str, body: Sequence[str], style: str = "") -> str:
-    """A whole page; `body` and `style` are markup, the title is text."""
+    """A complete page; `body` and `style` are markup, `title` is text."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -82,7 +82,7 @@ def page(title: str, body: Sequence[str], style: str = "") -> str:
 
 
 def cards(values: Sequence[tuple[str, str]]) -> str:
-    """Large figures, each with a line below."""
+    """Key figures, each with a caption."""
     return (
         '<div class="cards">'
         + "".join(f"<div><b>{escape(v)}</b><span>{escape(w)}</span></div>" for v, w in values)
@@ -91,13 +91,13 @@ def cards(values: Sequence[tuple[str, str]]) -> str:
 
 
 def layer_sections(report: Report) -> list[str]:
-    """The sections about layers: bars, table, what was left float, notes and times."""
+    """The sections about layers: chart, table, layers left float, notes and times."""
     layers = report.layers
     sections = [
         "<h2>Bytes and error, layer by layer</h2>",
-        '<p class="note">Left: what the layer weighs in float (pale) and compressed (solid). Right: the relative error '
-        "of the layer's outputs on the calibration data, ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖². In the order in which "
-        "the layers run.</p>",
+        '<p class="note">Left: size of the layer in float (pale) and compressed (solid). Right: the relative error '
+        "of the layer's outputs on the calibration data, ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖². Layers are in the order in which "
+        "they run.</p>",
         f'<div class="box">{bars(layers)}</div>',
         details("Figures of each layer", _layer_table(layers)),
     ]
@@ -112,7 +112,7 @@ def layer_sections(report: Report) -> list[str]:
 
 
 def bars(layers: Sequence[LayerReport]) -> str:
-    """Bytes (float and compressed) and relative error of each layer, as an SVG drawing."""
+    """Bytes (float and compressed) and relative error of each layer, as an SVG chart."""
     row, top, bytes_left, bytes_width, error_left, error_width = 19, 26, 250, 270, 640, 220
     largest = max((_FLOAT_BYTES * x.weights for x in layers), default=1)
     worst = max((x.relative_error for x in layers), default=0) or 1
@@ -162,7 +162,7 @@ def _layer_table(layers: Sequence[LayerReport]) -> str:
 def table(
     header: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: Sequence[int] = (), wrap: int = -1
 ) -> str:
-    """A table of text: columns `numbers` to the right, column `wrap` may break into lines."""
+    """A table of text: the columns `numbers` are right-aligned, the column `wrap` may wrap."""
     kinds = [' class="num"' if i in numbers else ' class="wrap"' if i == wrap else "" for i in range(len(header))]
     head = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in zip(header, kinds, strict=True))
     lines = [
@@ -173,5 +173,5 @@ def table(
 
 
 def details(summary: str, content: str) -> str:
-    """A section that opens on a click; the summary is text, the content markup."""
+    """A collapsible section; the summary is text, the content is markup."""
     return f'<details><summary>{escape(summary)}</summary><div class="box">{content}</div></details>'

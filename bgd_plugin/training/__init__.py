@@ -1,4 +1,4 @@
-"""Training on unlabelled data: one layer's codewords, block after block, all codewords together."""
+"""Training on unlabelled data: distillation per layer, reconstruction per block, finetuning of the whole network."""
 
 from bgd_plugin.training.distillation import distill_
 from bgd_plugin.training.finetuning import Epochs, finetune_

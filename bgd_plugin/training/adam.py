@@ -1,4 +1,4 @@
-"""Adam with one learning rate for tensors of any size."""
+"""Adam with one learning rate for tensors of any scale."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _LEAST_SIZE = 1e-3
 def relative_adam(
     parameters: Iterable[nn.Parameter], learning_rate: float, steps: int
 ) -> tuple[torch.optim.Optimizer, LRScheduler]:
-    """Adam whose rate is in units of each parameter's root mean square, and falls to zero along a cosine.
+    """Adam with learning rates relative to each parameter's root mean square, and cosine decay to zero.
 
-    So one rate serves codebooks, norms and convolutions.
+    So one rate suits codebooks, norms and convolutions.
 
     Args:
-        learning_rate: about what share of itself a parameter moves in one step at first.
-        steps: after which the rate is zero.
+        learning_rate: relative change of a parameter per step at the start, approximately.
+        steps: number of steps after which the rate is zero.
     """
     groups = [{"params": [p], "lr": learning_rate * _size(p)} for p in parameters]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))

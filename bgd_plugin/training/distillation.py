@@ -29,21 +29,21 @@ def distill_(
     *,
     tokens: Sequence[Tensor | None] | None = None,
 ) -> float:
-    """Train the layer's codebook so that the network's logits come near the teacher's; codes and all else stay fixed.
+    """Train the layer's codebook to match the teacher's logits; codes and everything else stay fixed.
 
-    Lower layers are finished, so their outputs are the live values of the walk: each step runs only the part of the
-    network from this layer on.
+    Earlier layers are finished, so their outputs are the walk's live values: each step runs the network only from this
+    layer on.
 
     Args:
-        walk: stands at the layer's node, which has not run yet. Where the network is not a graph, each step runs all
-            of it.
-        layer: the student's module there.
-        teacher_logits: of each calibration batch.
-        steps: keeps the progress, and tells it.
-        tokens: for each calibration batch, `[batch, tokens]`, which tokens count; None: all do.
+        walk: positioned at the layer's node, which has not run yet. For a network without a graph, each step runs the
+            whole network.
+        layer: the student's module at that node.
+        teacher_logits: one tensor per calibration batch.
+        steps: saves and reports progress.
+        tokens: for each calibration batch, `[batch, tokens]`, which tokens count; None: all.
 
     Returns:
-        the mean loss of the last tenth of the steps.
+        the mean loss over the last tenth of the steps.
 
     Raises:
         CalibrationError: the loss is not finite.
@@ -82,7 +82,7 @@ def distill_(
 
 
 class _Rest(nn.Module):
-    """The network from a layer on; the layer's codebook is its only parameter that learns."""
+    """The network from a layer on; only the layer's codebook is trained."""
 
     def __init__(self, walk: Walk | Rerun, layer: PQModule) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class _Rest(nn.Module):
 def _next_batches(
     order: list[int], teacher_logits: Sequence[Tensor], batch_size: int, generator: torch.Generator
 ) -> list[int]:
-    """Calibration batches for one step, drawn from walk after shuffled walk; `order` holds what is left of the walk."""
+    """Calibration batches for one step, in shuffled order; `order` holds the rest of the current epoch."""
     chosen: list[int] = []
     while not chosen or sum(teacher_logits[b].shape[0] for b in chosen) < batch_size:
         if not order:

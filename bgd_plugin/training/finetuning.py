@@ -1,4 +1,4 @@
-"""Finetuning of the whole network, after the last layer is quantized."""
+"""Finetuning of the whole network after the last layer is quantized."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _DEFAULT_EPOCHS = 9
 
 
 def total_steps(config: FinetuningConfig, batches_per_epoch: int) -> int:
-    """Gradient steps of a finetuning run."""
+    """Number of gradient steps of a finetuning run."""
     return config.steps or (config.epochs or _DEFAULT_EPOCHS) * batches_per_epoch
 
 
 class Epochs:
-    """The batches of one epoch after the other, without end; it knows where it stands, and can go on there.
+    """An endless stream of batches, epoch after epoch, that can be saved and resumed.
 
     Args:
-        epoch: the batches of the epoch with that number, counted from 0.
-        can_skip: whether an epoch's batches depend on its number alone. Else earlier epochs are walked again before
-            a resumed run goes on, since what they draw or count decides what the next one gives.
+        epoch: returns the batches of an epoch, given its number from 0.
+        can_skip: whether an epoch's batches depend only on its number. Otherwise a resumed run iterates over the
+            earlier epochs again, because their random draws or counters determine the next epoch.
     """
 
     def __init__(self, epoch: Callable[[int], Iterable[Batch]], *, can_skip: bool = False) -> None:
@@ -61,13 +61,13 @@ class Epochs:
             batch = next(self._batches, None)
         if batch is None:
             raise CalibrationError(
-                "the calibration data is empty on a second walk: give a DataLoader or a list of batches"
+                "the calibration data is empty on its second iteration: give a DataLoader or a list of batches"
             )
         self._taken += 1
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands."""
+        """The position: epoch and batch."""
         return {"number": self._number, "taken": self._taken}
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
@@ -89,16 +89,16 @@ def finetune_(
     config: FinetuningConfig,
     steps: Steps | None = None,
 ) -> tuple[float, float]:
-    """Train the student so that its logits (or `outputs`) come near the teacher's; codes stay as they are.
+    """Train the student to match the teacher's logits (or `outputs`); codes stay fixed.
 
     Args:
         student: with product-quantized modules; changed in place, left in evaluation mode.
         teacher: in evaluation mode.
-        data: the calibration data, again and again.
-        steps: keeps the progress, and tells it.
+        data: the calibration data, iterated over repeatedly.
+        steps: saves and reports progress.
 
     Returns:
-        the mean loss of the first and of the last tenth of the steps.
+        the mean loss over the first and over the last tenth of the steps.
 
     Raises:
         CalibrationError: the loss is not finite.
@@ -150,7 +150,7 @@ def _trainable(student: nn.Module) -> list[nn.Parameter]:
 
 
 def _zeros(student: nn.Module, layers: list[PQModule]) -> list[tuple[nn.Parameter, Tensor]]:
-    """Where weights that stay float are zero, as pruning leaves them: they stay so. Codebooks are not meant."""
+    """Masks of the zeros in weights that stay float, so that pruned weights stay zero; codebooks are left out."""
     learnt = {id(layer.codebook) for layer in layers}
     weights = [p for p in student.parameters() if p.ndim > 1 and id(p) not in learnt]
     return [(p, p.detach() == 0) for p in weights]
@@ -175,7 +175,7 @@ def _loss(student: nn.Module, teacher: nn.Module, batch: Batch, config: Finetuni
 
 @torch.no_grad()
 def _share_batchnorms_(student: nn.Module) -> None:
-    """Give batch norms the mean of the statistics that processes have gathered, each from its own part of the data."""
+    """Average batch-norm statistics over the processes, each of which saw its own part of the data."""
     if processes() > 1:
         norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         statistics = [t for m in norms for t in (m.running_mean, m.running_var) if t is not None]
@@ -185,7 +185,7 @@ def _share_batchnorms_(student: nn.Module) -> None:
 
 
 def _batchnorms_train(student: nn.Module) -> None:
-    """Batch norms normalise by the batch and update their statistics."""
+    """Put batch norms in training mode: they normalize by the batch and update their statistics."""
     for module in student.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.train()

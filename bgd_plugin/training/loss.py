@@ -19,14 +19,14 @@ def kl_to_teacher(student: Tensor, teacher: Tensor, tokens: Tensor | None = None
     Args:
         student, teacher: logits of one shape: `[batch, classes]`, `[batch, tokens, classes]` or
             `[batch, classes, height, width]`.
-        tokens: `[batch, tokens]`, true where a token counts; None: all do.
+        tokens: `[batch, tokens]`, true where a token counts; None: all count.
 
     **Source**: arXiv 1907.05686, section 3.3.
     """
     if student.shape != teacher.shape:
         raise CalibrationError(
             f"the teacher's logits have shape {list(teacher.shape)}, the network's {list(student.shape)}: "
-            "the teacher must answer the same question with the same classes"
+            "give a teacher with the same classes"
         )
     dim = 1 if student.ndim in (2, 4) else -1
     classes = student.shape[dim]
@@ -43,7 +43,7 @@ def codebooks(modules: Iterable[nn.Module]) -> list[PQModule]:
 
 
 def mean_gradients_(layers: Iterable[PQModule]) -> None:
-    """Turn each codeword's gradient from the sum over its blocks into their mean, in place.
+    """Divide each codeword's gradient, a sum over its blocks, by the number of blocks, in place.
 
     **Source**: arXiv 1907.05686, equation 9.
     """

@@ -1,4 +1,4 @@
-"""Samples mixed with each other: from a few hundred of them, endlessly many that no network knows by heart."""
+"""Mix samples with each other, so that training on a few hundred of them does not overfit."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ __all__ = ["mixed"]
 
 
 def mixed(batch: Batch, number: int) -> Batch:
-    """Each sample with another one of the batch: blended, or for every second number, where they are pictures, with a
-    square of the other pasted in.
+    """Mix each sample with another one of the batch: by blending, or, for images in every second step, by pasting in
+    a square of the other image.
 
-    The teacher answers the mixed samples as well, so nothing need be known of labels.
+    The teacher sees the mixed samples too, so no labels are needed.
 
     Args:
-        batch: of floating point tensors with samples in front; a batch of one stays as it is.
-        number: of the step; it alone decides what is drawn.
+        batch: floating-point tensors with samples along the first dimension; a batch of one sample is unchanged.
+        number: the step's number, which alone determines the random draws.
 
     Raises:
-        CalibrationError: a tensor of numbers that cannot be blended, such as tokens.
+        CalibrationError: a tensor that cannot be blended, such as token numbers.
 
-    **Source**: Zhang et al., "mixup", arXiv 1710.09412; Yun et al., "CutMix", arXiv 1905.04899; that a student learns
-    more of its teacher from them: Beyer et al., arXiv 2106.05237.
+    **Source**: Zhang et al., "mixup", arXiv 1710.09412; Yun et al., "CutMix", arXiv 1905.04899; the benefit
+    for distillation: Beyer et al., arXiv 2106.05237.
     """
     count = batch.size
     generator = torch.Generator().manual_seed(number)
@@ -52,8 +52,8 @@ def mixed(batch: Batch, number: int) -> Batch:
     def mix(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point() or tensor.shape[:1] != (count,):
             raise CalibrationError(
-                f"finetuning: mixing=True, and a batch holds a tensor of {str(tensor.dtype).removeprefix('torch.')} "
-                f"{list(tensor.shape)}, whose samples cannot be blended: leave mixing out"
+                f"finetuning: mixing=True cannot blend a tensor of {str(tensor.dtype).removeprefix('torch.')} "
+                f"{list(tensor.shape)}: set mixing=False"
             )
         chosen: Callable[[Tensor], Tensor] = pasted if number % 2 and tensor.ndim == 4 else blended
         return chosen(tensor)
@@ -64,6 +64,6 @@ def mixed(batch: Batch, number: int) -> Batch:
 
 
 def _span(place: float, share: float, size: int) -> tuple[int, int]:
-    """First index and length of one side of a square that covers `share` of a picture."""
+    """Start and length, along one dimension, of a square that covers `share` of the image."""
     length = int(size * share**0.5)
     return int(place * (size - length + 1)), length

@@ -1,4 +1,4 @@
-"""Distillation on what modules inside a network give, for networks whose answer has no logits."""
+"""Distillation on the outputs of inner modules, for networks that do not return logits."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _TINY = 1e-12
 
 
 def outputs_to_teacher(student: nn.Module, teacher: nn.Module, batch: Batch, patterns: Sequence[str]) -> Tensor:
-    """Mean over tensors of ‖student − teacher‖² / ‖teacher‖², on what the named modules give for one batch.
+    """Mean over tensors of ‖student − teacher‖² / ‖teacher‖², for the outputs of the named modules on one batch.
 
-    The student follows the teacher's decisions (`calibration.decisions`): a detector's second stage then looks at the
-    same regions in both, and its outputs can be compared one by one.
+    The student repeats the teacher's decisions (`calibration.replay`), so a detector's second stage sees the same
+    regions in both networks, and its outputs can be compared element by element.
 
     Raises:
-        ConfigError: a glob that matches no module, or modules that give nothing that can be compared.
+        ConfigError: a glob matches no module, or the modules return no floating-point tensors.
     """
     recorder = Recorder()
     with torch.no_grad(), _given(teacher, patterns) as wanted, _deciding(recorder):
@@ -39,7 +39,7 @@ def outputs_to_teacher(student: nn.Module, teacher: nn.Module, batch: Batch, pat
         if mine.shape == theirs.shape and theirs.numel()
     ]
     if not losses:
-        raise ConfigError(f"outputs {', '.join(patterns)}: these modules give no numbers that could be compared")
+        raise ConfigError(f"outputs {', '.join(patterns)}: these modules return no floating-point tensors")
     return torch.stack(losses).mean()
 
 
@@ -49,7 +49,7 @@ def _deciding(decisions: Recorder | Replayer) -> Watch:
 
 @contextlib.contextmanager
 def _given(network: nn.Module, patterns: Sequence[str]) -> Iterator[list[Tensor]]:
-    """What modules give while the network runs, in order."""
+    """The outputs of modules while the network runs, in order."""
     given: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:

@@ -1,7 +1,7 @@
-"""Block-wise reconstruction: train each block so that it gives the float block's outputs on the student's inputs.
+"""Block-wise reconstruction: train each block to return the float block's outputs on the student's inputs.
 
-A block is a residual block or a few layers in a chain. One after the other they are trained by themselves, so the
-cost is that of a few hundred passes through one block, and a few hundred unlabelled samples suffice.
+A block is a residual block or a few consecutive layers. Blocks are trained one at a time, so each costs a few hundred
+passes through that block, and a few hundred unlabelled samples are enough.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from bgd_plugin.training.loss import kl_to_teacher
 
 __all__ = ["Reconstruction", "reconstruct_", "reconstruction_steps"]
 
-_HELDOUT = 8  # one chunk of samples in so many judges the training
+_HELDOUT = 8  # every eighth chunk of samples is held out
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """What the training of the blocks brought.
+    """Result of training the blocks.
 
     Attributes:
-        blocks: number of trained blocks, and of those whose training was taken back.
-        before, after: the mean over blocks of the loss on samples kept aside.
+        blocks: number of trained blocks, and of those whose training was undone.
+        before, after: the mean over blocks of the loss on held-out samples.
     """
 
     blocks: int
@@ -48,7 +48,7 @@ class Reconstruction:
 
 @dataclass(frozen=True, kw_only=True)
 class _Chunk:
-    """Some samples: what goes into the student's block, and what the float block makes of what goes into it."""
+    """Some samples: the inputs of the student's block, and the float block's outputs for its own inputs."""
 
     inputs: Batch
     target: Any
@@ -62,19 +62,19 @@ def reconstruct_(
     generator: Callable[[str], torch.Generator],
     steps: Callable[[int], Steps] = lambda number: Steps(),
 ) -> Reconstruction:
-    """Train every block of the student that has quantized layers, the lowest first; codes stay as they are.
+    """Train every block of the student that has quantized layers, in order; codes stay fixed.
 
-    Trained are the codebooks, biases, the factors and summands of norms, and the convolutions that stay float; batch
-    norms work with their running statistics. The loss is the squared error of the block's output, in units of the
-    float output's variance; for the last block, KL to the float network's logits. One part in eight of the samples is
-    kept aside: a block that training leaves no better on those is put back as it was.
+    Codebooks, biases, scales and shifts of norms, and float convolutions are trained; batch norms use their running
+    statistics. The loss is the squared error of the block's output relative to the float output's variance; for the
+    last block, KL to the float network's logits. One eighth of the samples is held out: if training does not improve a
+    block on them, its training is undone.
 
     Args:
         student: with product-quantized modules, in evaluation mode; trained tensors are replaced, not written to.
         reference: the same graph with float modules.
         batches: calibration data.
-        generator: random numbers for a block, by name.
-        steps: for the number of a block, what keeps the progress of its training, and tells it.
+        generator: returns the generator for a block, given its name.
+        steps: returns the `Steps` that save and report a block's progress, given its number.
 
     Raises:
         CalibrationError: the loss is not finite.
@@ -102,7 +102,7 @@ def reconstruct_(
 
 
 def reconstruction_steps(student: fx.GraphModule, layers: Collection[str], config: ReconstructionConfig) -> int:
-    """Gradient steps that `reconstruct_` will take for a network with quantized modules at `layers`."""
+    """Number of gradient steps of `reconstruct_` for a network with quantized modules at `layers`."""
     return config.steps * sum(1 for block in partition(student, layers) if block.layers)
 
 
@@ -116,7 +116,7 @@ def _outputs(block: nn.Module, batches: Sequence[Batch]) -> list[Any]:
 
 
 def _chunks(inputs: Batch, target: Any, size: int) -> list[_Chunk]:
-    """A batch in pieces of at most `size` samples; whole where its tensors do not have the samples in front."""
+    """Split a batch into chunks of at most `size` samples; not split if samples are not along the first dimension."""
     leaves = [t for t in pytree.tree_leaves((inputs.args, inputs.kwargs, target)) if isinstance(t, Tensor)]
     count = inputs.size
     if not isinstance(target, Tensor) or any(t.ndim == 0 or t.shape[0] != count for t in leaves):
@@ -132,7 +132,7 @@ def _chunks(inputs: Batch, target: Any, size: int) -> list[_Chunk]:
 
 
 class _Training:
-    """The training of one block, on some of its samples, judged on the others."""
+    """The training of one block on some of the samples, evaluated on the others."""
 
     def __init__(self, student: nn.Module, block: fx.GraphModule, chunks: list[_Chunk], *, is_last: bool) -> None:
         self._block, self._is_last = block, is_last
@@ -142,11 +142,11 @@ class _Training:
         self._owners = _owners(student, block)
 
     def run_(self, config: ReconstructionConfig, generator: torch.Generator, steps: Steps) -> tuple[float, float]:
-        """Train the block; returns its loss on the samples kept aside, before and after."""
+        """Train the block; returns its loss on the held-out samples, before and after."""
         before = self._heldout_loss()
         old = [owners[0][0]._parameters[owners[0][1]] for owners in self._owners]
         new = [nn.Parameter(parameter.detach().clone()) for parameter in old if parameter is not None]
-        self._put_(new)  # copies: others may share the old tensors
+        self._put_(new)  # copies: other modules may share the old tensors
         optimizer, schedule = relative_adam(new, config.learning_rate, config.steps)
         order: list[int] = []
         parts: dict[str, Part] = {"block": self._block, "optimizer": optimizer, "schedule": schedule}
@@ -188,7 +188,7 @@ class _Training:
 
 
 def _owners(student: nn.Module, block: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    """Every float parameter of a block, by all the modules of the network that hold it: what is tied stays tied."""
+    """Every float parameter of a block, with all modules of the network that hold it, so that ties are preserved."""
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in student.modules():
         for name, parameter in module._parameters.items():

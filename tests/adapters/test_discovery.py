@@ -124,4 +124,4 @@ def test_the_command_line_lists_them(calls: list[str]) -> None:
 
 def test_the_command_line_says_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     _install(monkeypatch, [])
-    assert "no adapter is installed" in CliRunner().invoke(app, ["adapters"]).stdout
+    assert "no adapter found" in CliRunner().invoke(app, ["adapters"]).stdout

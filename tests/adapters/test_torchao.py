@@ -348,7 +348,7 @@ def test_edited_codes_without_a_codeword_are_an_error() -> None:
     adapter.quantize_(model, adapter.BGDWeightOnlyConfig())
     state = model.state_dict()
     state["2.codes"] = state["2.codes"] + 200
-    with pytest.raises(RuntimeError, match=r"2\.codes: codes from .* for 32 codewords"):
+    with pytest.raises(RuntimeError, match=r"2\.codes: codes range from .* there are 32 codewords"):
         adapter.make_room_(PlainNet(), state).load_state_dict(state)
 
 

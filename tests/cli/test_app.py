@@ -148,7 +148,7 @@ def test_norms_are_frozen_on_demand() -> None:
 def test_mixing_without_finetuning_is_an_error(tmp_path: Path, flat: Path) -> None:
     arguments = ["quantize", NET, "--calibration", str(flat), "--output", str(tmp_path / "a"), *SMALL]
     done = RUNNER.invoke(app, [*arguments, "--finetune-mixing"])
-    assert done.exit_code != 0 and "give --finetune-epochs, too" in done.stderr
+    assert done.exit_code != 0 and "give --finetune-epochs too" in done.stderr
     assert not (tmp_path / "a").exists()
 
 
@@ -166,10 +166,10 @@ def test_quantize_goes_on_after_ctrl_c(tmp_path: Path, flat: Path, monkeypatch: 
     monkeypatch.setattr(bgd, "quantize", stopped)
     done = RUNNER.invoke(app, arguments)
     assert done.exit_code == 130
-    assert "with --checkpoint FOLDER the same command would go on" in done.stderr
+    assert "no progress saved; pass --checkpoint FOLDER" in done.stderr
     done = RUNNER.invoke(app, [*arguments, "--checkpoint", "run"])
     assert done.exit_code == 130
-    assert "the same command with --resume goes on from what run holds" in done.stderr
+    assert "progress is saved in run; add --resume to the same command" in done.stderr
     assert not (tmp_path / "a").exists()
 
 
@@ -182,7 +182,9 @@ def test_sigterm_ends_as_ctrl_c_does(tmp_path: Path, flat: Path, monkeypatch: py
     arguments = ["quantize", NET, "--calibration", str(flat), "--output", str(tmp_path / "a"), *SMALL]
     done = RUNNER.invoke(app, [*arguments, "--checkpoint", "run"])
     assert done.exit_code == 143
-    assert done.stderr.strip().endswith("stopped; the same command with --resume goes on from what run holds")
+    assert done.stderr.strip().endswith(
+        "stopped; progress is saved in run; add --resume to the same command to continue"
+    )
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -190,7 +192,7 @@ def test_resume_goes_on_and_never_begins(tmp_path: Path, flat: Path, file: Path)
     run = str(tmp_path / "run")
     arguments = ["quantize", NET, "--calibration", str(flat), "--output", str(tmp_path / "a"), *SMALL]
     _fails([*arguments, "--resume"], "--resume: give --checkpoint FOLDER")
-    _fails([*arguments, "--resume", "--checkpoint", run], "holds no run: leave --resume out")
+    _fails([*arguments, "--resume", "--checkpoint", run], "contains no run: leave --resume out")
     assert RUNNER.invoke(app, [*arguments, "--checkpoint", run]).exit_code == 0
     assert RUNNER.invoke(app, [*arguments, "--checkpoint", run, "--resume"]).exit_code == 0
     assert (tmp_path / "a").read_bytes() == file.read_bytes()
@@ -293,10 +295,10 @@ def test_weights_that_are_no_state_dict(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2), tmp_path / "module.pth")
     (tmp_path / "text.pth").write_text("no weights")
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
-    _fails(["plan", NET, "--weights", str(tmp_path / "module.pth")], "no plain state dict")
-    _fails(["plan", NET, "--weights", str(tmp_path / "text.pth")], "no plain state dict")
+    _fails(["plan", NET, "--weights", str(tmp_path / "module.pth")], "not a plain state dict")
+    _fails(["plan", NET, "--weights", str(tmp_path / "text.pth")], "not a plain state dict")
     _fails(["plan", NET, "--weights", str(tmp_path / "other.pth")], "does not fit the network", "stem.weight")
-    _fails(["plan", NET, "--weights", str(tmp_path / "none.pth")], "there is no such file")
+    _fails(["plan", NET, "--weights", str(tmp_path / "none.pth")], "file not found")
 
 
 @pytest.mark.parametrize(
@@ -323,11 +325,11 @@ def test_mistakes_in_options(tmp_path: Path, flat: Path, file: Path) -> None:
     _fails(["plan", NET, "--override", "conv"], "GLOB=block,codebook")
     _fails(["plan", NET, "--override", "nothing*=float"], "matches no layer")
     _fails(["plan", NET, "--config", str(tmp_path / "bad.json")], "bad.json")
-    _fails(["plan", NET, "--config", str(tmp_path / "bad.json"), "--regime", "paper-small"], "one of the two")
+    _fails(["plan", NET, "--config", str(tmp_path / "bad.json"), "--regime", "paper-small"], "only one of them")
     _fails([*quantize, "--mean", "1,2"], "three numbers")
     _fails([*quantize, "--size", "300"], "size=300")
     _fails([*quantize, "--device", "toaster"], "--device")
-    _fails([*quantize, "--report", str(tmp_path / "no" / "a.html")], "there is no folder")
+    _fails([*quantize, "--report", str(tmp_path / "no" / "a.html")], "does not exist: create it first")
     _fails(["inspect", str(tmp_path / "bad.json")], "not a whole safetensors file")
     _fails(["inspect", str(tmp_path / "none")], "there is no such file")
     assert not (tmp_path / "a").exists()
@@ -342,8 +344,8 @@ def test_mistakes_in_folders(tmp_path: Path, flat: Path, file: Path) -> None:
     (tmp_path / "broken" / "1.png").write_text("no image")
     _image(tmp_path / "mixed" / "1.png", 0)
     _image(tmp_path / "mixed" / "ant" / "1.png", 0)
-    _fails([*evaluate, str(tmp_path / "none")], "there is no such folder")
-    _fails([*evaluate, str(tmp_path / "empty")], "no image in it")
+    _fails([*evaluate, str(tmp_path / "none")], "folder not found")
+    _fails([*evaluate, str(tmp_path / "empty")], "no images found")
     _fails([*evaluate, str(tmp_path / "unlabelled")], "'cat.png' has no label")
     _fails([*evaluate, str(tmp_path / "beyond")], "label 7", "3 classes")
     _fails([*evaluate, str(tmp_path / "broken")], "cannot be read as an image")

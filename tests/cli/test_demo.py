@@ -128,4 +128,4 @@ def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert summary["float"]["top1"] == 17
     assert summary["compressed"]["top1"] >= 14
     assert (tmp_path / "out" / "report.html").read_text(encoding="utf-8").count("data:image/jpeg;base64,") == 20
-    assert "photos right" in capsys.readouterr().out
+    assert "top-1 correct" in capsys.readouterr().out

@@ -13,7 +13,7 @@ import bgd_plugin as bgd
 from bgd_plugin.correction.gain import Gain, output_distance
 from tests.networks import SmallResNet, images, randomized, vectors
 
-GAIN = re.compile(r"error of their outputs ([\d.]+)% → ([\d.]+)% of the variance")
+GAIN = re.compile(r"median output error ([\d.]+)% → ([\d.]+)% of the variance")
 SHIFT = re.compile(r"(\d+) shifted, which takes ([\d.]+)% of their outputs' variance off")
 
 
@@ -68,7 +68,7 @@ def test_batch_norm_says_what_its_correction_gained(mode: Any, method: Any) -> N
 def test_without_a_float_network_beside_it_nothing_is_compared() -> None:
     config = bgd.BGDConfig(method="em", batchnorm="reestimate")
     report = bgd.quantize(randomized(SmallResNet()), images(3), config, progress=False).report
-    assert "3 corrected, not compared" in _note(report, "batch norm (reestimate)")
+    assert "3 corrected, not measured" in _note(report, "batch norm (reestimate)")
 
 
 def test_a_network_that_is_not_a_graph_says_the_same() -> None:

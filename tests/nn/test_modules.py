@@ -157,7 +157,7 @@ def test_the_mode_is_taken_over(training: bool) -> None:
 
 
 def test_other_modules_have_no_quantized_form() -> None:
-    with pytest.raises(TypeError, match="no product-quantized module stands for Bilinear"):
+    with pytest.raises(TypeError, match="Bilinear has no product-quantized counterpart"):
         quantized(nn.Bilinear(4, 4, 4), torch.randn(2, 4), torch.zeros(3, 1))
 
 
@@ -173,9 +173,9 @@ def test_it_prints_its_geometry_and_its_blocks() -> None:
 @pytest.mark.parametrize(
     ("codes", "message"),
     [
-        (torch.full((4, 2), 8, dtype=torch.uint8), "layer.codes: codes from 8 to 8, for 8 codewords"),
-        (torch.full((4, 2), -1), "layer.codes: codes from -1 to -1, for 8 codewords"),
-        (torch.zeros(4, 2), "layer.codes: codes of type torch.float32, which are no integers"),
+        (torch.full((4, 2), 8, dtype=torch.uint8), "layer.codes: codes range from 8 to 8, but there are 8 codewords"),
+        (torch.full((4, 2), -1), "layer.codes: codes range from -1 to -1, but there are 8 codewords"),
+        (torch.zeros(4, 2), "layer.codes: codes have dtype torch.float32, expected integers"),
     ],
 )
 def test_codes_without_a_codeword_are_not_loaded(codes: torch.Tensor, message: str) -> None:

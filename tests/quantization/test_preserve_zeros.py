@@ -221,7 +221,7 @@ def _flatten(tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
             _shorten,
             r"'conv1.mask': the mask is damaged \(288 codes of 3 bits need uint8 \(108,\), found torch.uint8 \(107,\)",
         ),
-        (_spoil, r"'conv1.mask': the mask is damaged \(pattern 7 is out of range: 2:4 has 6\)"),
+        (_spoil, r"'conv1.mask': the mask is damaged \(pattern 7 is out of range: 2:4 has 6 patterns\)"),
         (_widen, "'conv1.mask': the mask is damaged"),
         (_misname, r"'conv1.mask': the mask is damaged \(.*is not a mask form\)"),
         (_forget, "'conv1.mask' is in the file; the network has no such state"),

@@ -93,7 +93,7 @@ def test_a_batch_norm_whose_inputs_overflow_is_named() -> None:
     data = [x.half().abs() + 9 for x in images()]
     for config in ({"method": "em"}, {"method": "full"}):
         with pytest.raises(
-            bgd.errors.CalibrationError, match=r"batch norm '2': its inputs .* hold NaN or infinite values"
+            bgd.errors.CalibrationError, match=r"batch norm '2': its inputs .* contain NaN or infinite values"
         ):
             _quantize(model.half(), data, **config)
 

@@ -152,7 +152,9 @@ def test_a_loss_that_is_not_finite_says_what_to_lower() -> None:
 def test_data_that_is_empty_on_a_second_walk_says_so() -> None:
     teacher, data = PlainNet().eval(), vectors(1)
     walks = iter([[Batch((data[0],))], []])
-    with pytest.raises(CalibrationError, match="the calibration data is empty on a second walk: give a DataLoader"):
+    with pytest.raises(
+        CalibrationError, match="the calibration data is empty on its second iteration: give a DataLoader"
+    ):
         finetune_(_student(teacher, data), teacher, Epochs(lambda _: next(walks)), 1, FinetuningConfig(steps=2))
 
 

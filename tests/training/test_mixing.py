@@ -58,7 +58,7 @@ def test_a_single_sample_stays() -> None:
 
 
 def test_tokens_are_refused() -> None:
-    with pytest.raises(CalibrationError, match=r"mixing=True, and a batch holds a tensor of int64 \[4, 7\]"):
+    with pytest.raises(CalibrationError, match=r"mixing=True cannot blend a tensor of int64 \[4, 7\]"):
         mixed(Batch((torch.ones(4, 7, dtype=torch.long),)), 0)
 
 
