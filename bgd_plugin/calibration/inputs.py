@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -21,6 +22,7 @@ __all__ = [
     "LayerInputs",
     "PairedRows",
     "PooledGram",
+    "SharedInputs",
     "paired_pieces",
     "pooled_gram",
     "require_finite",
@@ -67,6 +69,19 @@ class PairedRows:
     drift: Tensor | None = None
 
 
+@dataclass(kw_only=True)
+class SharedInputs:
+    """What several layers that compute on one and the same input have in common.
+
+    Attributes:
+        name: of the first of them.
+        statistics: what the first one that is fitted has gathered; None before.
+    """
+
+    name: str
+    statistics: Any = None
+
+
 class LayerInputs:
     """The inputs of a layer, call by call and batch by batch; each walk over them starts anew.
 
@@ -76,6 +91,9 @@ class LayerInputs:
         calls: names of the nodes that compute with the layer's weight.
         hidden: the weight, where the nodes hide what it computes with.
     """
+
+    shared: SharedInputs | None = None
+    """Set where other layers have the very same inputs."""
 
     def __init__(self, walk: Walk, name: str, calls: Sequence[str], hidden: Tensor | None = None) -> None:
         self.name = name
@@ -141,6 +159,7 @@ class CollectedInputs(LayerInputs):
     Args:
         name: the layer's, for errors.
         student, reference: for each batch the input of each call, and how the call walks over it.
+        shared: where other layers have the very same inputs.
     """
 
     def __init__(
@@ -148,8 +167,9 @@ class CollectedInputs(LayerInputs):
         name: str,
         student: Sequence[Sequence[tuple[Tensor, Geometry]]],
         reference: Sequence[Sequence[tuple[Tensor, Geometry]]],
+        shared: SharedInputs | None = None,
     ) -> None:
-        self.name = name
+        self.name, self.shared = name, shared
         self._student, self._reference = student, reference
 
     def __len__(self) -> int:

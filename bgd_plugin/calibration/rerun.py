@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bgd_plugin.calibration.batches import Batch, Batches
-from bgd_plugin.calibration.inputs import CollectedInputs
+from bgd_plugin.calibration.inputs import CollectedInputs, SharedInputs
 from bgd_plugin.calibration.interception import intercepted, run_module
 from bgd_plugin.calibration.partial import PartialRun
 from bgd_plugin.calibration.pieces import Kept, Pieces, freed, revived
@@ -82,6 +82,7 @@ class Rerun:
         self._stored: list[set[str]] = [set() for _ in self._recordings]
         self._always_done = set() if finishes else {ANSWER}
         self._group: list[str] = []
+        self._shared: SharedInputs | None = None
         self._blanks: dict[Any, Tensor] = {}
         for batch in range(len(self.batches)):
             store.open(batch).update({f"{side} kept": {} for side in _SIDES})
@@ -107,9 +108,10 @@ class Rerun:
         """
         if name not in self._group:
             self._group = self._pieces.together(name)
+            self._shared = SharedInputs(name=name) if len(self._group) > 1 else None
             self._collect(self._group)
         student, reference = (_Calls(self.batches.store, side, name) for side in _SIDES)
-        return CollectedInputs(name, student, reference if paired else student)
+        return CollectedInputs(name, student, reference if paired else student, self._shared)
 
     def norm_inputs(self, path: str) -> tuple[list[Tensor], list[Tensor]]:
         """The inputs of a batch norm in the compressed and in the float network, batch by batch."""

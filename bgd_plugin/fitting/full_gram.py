@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from bgd_plugin.nn import storable
 from bgd_plugin.pq.full_gram import fit_full
 from bgd_plugin.pq.masked import masked
 from bgd_plugin.pq.target import Moments, MomentSums, matching_bias, ridge_target
+from bgd_plugin.support.seeds import seeded
 
 __all__ = ["FULL"]
 
@@ -39,12 +41,24 @@ def _collect(context: LayerContext, generator: torch.Generator) -> _Statistics |
     columns = context.weight[0].numel()
     if columns > _MAX_COLUMNS:
         return pooled_gram(context.inputs, context.layer.block_size)
-    weight = context.weight.detach().float()
+    shared = context.inputs.shared
+    if shared is None:
+        return _gathered(context, context.weight.detach().float().flatten(1), generator)
+    if shared.statistics is None:  # the same rows, whichever of the layers is fitted first
+        generator = seeded(context.config.seed, f"{shared.name} inputs")
+        shared.statistics = _gathered(context, None, generator)
+    return _through(shared.statistics, context.weight.detach().float().flatten(1))
+
+
+def _gathered(context: LayerContext, weight: Tensor | None, generator: torch.Generator) -> _Statistics:
+    """Moments of the inputs and of the float network's outputs; without a weight, of the float network's inputs."""
     fitted, heldout = MomentSums(), MomentSums()
+    columns = context.weight[0].numel()
     drift = None if context.skip is None else context.skip.drift
     pieces = paired_pieces(context.inputs, max(_MIN_ROWS, _ROWS_PER_COLUMN * columns), generator, drift)
     for piece in pieces:
-        outputs = piece.reference @ weight.reshape(len(piece.reference), -1, columns).mT
+        groups = len(piece.reference)
+        outputs = piece.reference if weight is None else piece.reference @ weight.reshape(groups, -1, columns).mT
         if context.skip is not None and piece.drift is not None:
             wanted = piece.drift * _inverse(context.skip.gain.float())
             outputs = outputs + wanted.reshape(len(wanted), len(outputs), -1).transpose(0, 1)
@@ -57,6 +71,12 @@ def _collect(context: LayerContext, generator: torch.Generator) -> _Statistics |
             require_finite(moment, context.inputs.name)
     rows = fitted.count + heldout.count
     return _Statistics(fitted=fitted.means_(), heldout=heldout.means_(), share=fitted.count / rows, rows=rows)
+
+
+def _through(statistics: _Statistics, weight: Tensor) -> _Statistics:
+    """The statistics of a layer, from those of the float network's inputs in place of its outputs."""
+    fitted, heldout = (moments.through(weight) for moments in (statistics.fitted, statistics.heldout))
+    return dataclasses.replace(statistics, fitted=fitted, heldout=heldout)
 
 
 def _rows_to_fit(rows: int, index: int, pieces: int) -> int:

@@ -56,6 +56,21 @@ class Moments:
             output_mean=mean(first.output_mean, second.output_mean),
         )
 
+    def through(self, weight: Tensor) -> Moments:
+        """Moments with the outputs `y Wᵀ` in place of y; the result has a Gram of its own.
+
+        Args:
+            weight: `[rows, columns]`, groups' rows one after another.
+        """
+        groups, columns = self.output_mean.shape
+        matrix = weight.double().reshape(groups, -1, columns).mT
+        return Moments(
+            gram=self.gram.clone(),
+            mean=self.mean,
+            cross=self.cross.double() @ matrix,
+            output_mean=(self.output_mean.double().unsqueeze(1) @ matrix).squeeze(1),
+        )
+
     def centred(self) -> tuple[Tensor, Tensor]:
         """The covariances of x with itself and with y, float64: what the weight has to fit if a bias fits the means."""
         copied = Moments(

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bgd_plugin as bgd
-from bgd_plugin.calibration import Rerun, collect_batches
+from bgd_plugin.calibration import Rerun, collect_batches, paired_pieces
 from bgd_plugin.calibration.pieces import Pieces
+from bgd_plugin.fitting import full_gram
 from bgd_plugin.graph import copy_module, find_layers
 from tests.networks import randomized, same_outputs, vectors
 
@@ -268,3 +269,21 @@ def test_the_answer_runs_from_the_kept_values_on() -> None:
     with Products() as once:
         network(data()[1])
     assert counted.multiplications < 0.4 * once.multiplications
+
+
+def test_layers_with_one_input_share_its_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The moments of three projections' input are gathered once, whichever of them is fitted first."""
+    gathered = []
+
+    def counting(inputs: Any, *arguments: Any) -> Any:
+        gathered.append(inputs.name)
+        return paired_pieces(inputs, *arguments)
+
+    monkeypatch.setattr(full_gram, "paired_pieces", counting)
+    network = randomized(Chain(2))
+    config = bgd.BGDConfig(overrides=(("head", bgd.LayerConfig(block_size=4)),))
+    whole = bgd.quantize(network, data(), config, progress=False).model
+    assert gathered == [f"blocks.{n}.{name}" for n in (0, 1) for name in ("b" if n == 0 else "a", "out")] + ["head"]
+    a = bgd.BGDConfig(overrides=(("blocks.1.a", None), *config.overrides))
+    parts = bgd.quantize(network, data(), a, progress=False).model
+    assert torch.equal(whole.get_submodule("blocks.0.c").codes, parts.get_submodule("blocks.0.c").codes)

@@ -85,3 +85,16 @@ def test_dead_inputs_keep_the_weight_and_its_dtype() -> None:
     assert target.dtype == torch.float32
     with pytest.raises(ValueError, match="damping above 0"):
         asymmetric_target(weight, Moments.of(torch.zeros(1, 400, 12).double(), outputs), damping=0.0)
+
+
+def test_moments_of_inputs_give_those_of_any_layer_that_reads_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, others = (torch.randn(2, 50, 6, generator=generator) + 1 for _ in range(2))
+    weight = torch.randn(8, 6, generator=generator)
+    outputs = others @ weight.reshape(2, 4, 6).mT
+    shared = Moments.of(inputs, others)
+    through, direct = shared.through(weight), Moments.of(inputs, outputs)
+    for name in ("gram", "mean", "cross", "output_mean"):
+        torch.testing.assert_close(getattr(through, name), getattr(direct, name), rtol=1e-5, atol=1e-6)
+    through.centred_()
+    torch.testing.assert_close(shared.gram, direct.gram)  # one layer's fit uses its own copy up
