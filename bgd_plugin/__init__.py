@@ -6,6 +6,7 @@ from bgd_plugin import results as results
 from bgd_plugin.adapters import load_adapter
 from bgd_plugin.config import BGDConfig, DistillationConfig, FinetuningConfig, LayerConfig, ReconstructionConfig
 from bgd_plugin.errors import BGDError
+from bgd_plugin.exporting.export import export
 from bgd_plugin.files.network import load, materialize, save
 from bgd_plugin.fx import BGDPass as BGDPass
 from bgd_plugin.planning.make import plan
@@ -21,6 +22,7 @@ __all__ = [
     "LayerConfig",
     "ReconstructionConfig",
     "__version__",
+    "export",
     "load",
     "load_adapter",
     "materialize",

@@ -1,4 +1,4 @@
-"""The command line `bgd-plugin`: plan, quantize, inspect, evaluate, adapters, demo.
+"""The command line `bgd-plugin`: plan, quantize, export, inspect, evaluate, adapters, demo.
 
 Slow imports are left to the commands that need them, so that `--help` responds at once. A user error prints a message
 and exits with code 2; Ctrl-C prints one line and exits with code 130.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from bgd_plugin.cli.export import export
 from bgd_plugin.cli.options import (
     Interpolation,
     Regime,
@@ -225,6 +226,9 @@ def quantize(
         Path(json_file).write_text(result.report.to_json(), encoding="utf-8")
     typer.echo(result.report.to_json() if json_file == "-" else str(result.report))
     typer.echo(f"written: {output}", err=True)
+
+
+app.command()(export)
 
 
 @app.command()

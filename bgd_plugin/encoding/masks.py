@@ -14,16 +14,52 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bgd_plugin.encoding.codes import pack, unpack
 
-__all__ = ["mask_form", "pack_mask", "unpack_mask"]
+__all__ = ["MaskGroups", "mask_form", "mask_groups", "pack_mask", "unpack_mask"]
 
 _GROUP_SIZES = (2, 4, 8, 16)
 _FORM = re.compile(r"(\d{1,2}):(\d{1,2})( channels)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskGroups:
+    """How a mask of the form `N:M` lies in its bytes: for each group the number of a pattern, packed to `bits` bits.
+
+    Attributes:
+        size: M, weights in a group.
+        bits: of a pattern's number.
+        patterns: bool `[patterns, size]`, true where a weight is kept.
+        shape: of the mask with the dimension that groups run along last.
+        along_channels: that dimension is the input channels, moved to the end.
+    """
+
+    size: int
+    bits: int
+    patterns: Tensor
+    shape: tuple[int, ...]
+    along_channels: bool
+
+
+def mask_groups(form: str, shape: Sequence[int]) -> MaskGroups:
+    """What a form `N:M` says of a mask of the given shape.
+
+    Raises:
+        ValueError: the form is no `N:M`, or the shape has no groups of that size.
+    """
+    kept, size, along_channels = _parsed(form)
+    ordered = _ordered_shape(shape, along_channels)
+    if ordered[-1] % size:
+        raise ValueError(f"a weight of shape {list(shape)} does not divide into groups of {size}")
+    patterns = (_patterns(kept, size).unsqueeze(1) >> torch.arange(size) & 1).bool()
+    return MaskGroups(
+        size=size, bits=_bits(kept, size), patterns=patterns, shape=ordered, along_channels=along_channels
+    )
 
 
 def mask_form(mask: Tensor) -> str:
@@ -74,17 +110,12 @@ def unpack_mask(packed: Tensor, form: str, shape: Sequence[int]) -> Tensor:
     if form == "lines":
         lines = unpack(packed, 1, rows + count // rows).bool()
         return (lines[:rows, None] & lines[None, rows:]).reshape(tuple(shape))
-    kept, size, along_channels = _parsed(form)
-    ordered = _ordered_shape(shape, along_channels)
-    if ordered[-1] % size:
-        raise ValueError(f"a weight of shape {list(shape)} does not divide into groups of {size}")
-    codes = unpack(packed, _bits(kept, size), count // size)
-    table = _patterns(kept, size).to(packed.device)
-    if count and int(codes.max()) >= len(table):
-        raise ValueError(f"pattern {int(codes.max())} is out of range: {kept}:{size} has {len(table)} patterns")
-    groups = table[codes].unsqueeze(1) >> torch.arange(size, device=packed.device) & 1
-    mask = groups.bool().reshape(ordered)
-    return (mask.movedim(-1, 1) if along_channels else mask).reshape(tuple(shape)).contiguous()
+    groups = mask_groups(form, shape)
+    codes = unpack(packed, groups.bits, count // groups.size)
+    if count and int(codes.max()) >= len(groups.patterns):
+        raise ValueError(f"pattern {int(codes.max())} is out of range: {form} has {len(groups.patterns)} patterns")
+    mask = groups.patterns.to(packed.device)[codes].reshape(groups.shape)
+    return (mask.movedim(-1, 1) if groups.along_channels else mask).reshape(tuple(shape)).contiguous()
 
 
 def _forms(mask: Tensor) -> Iterator[str]:

@@ -30,7 +30,9 @@ __all__ = [
     "Stored",
     "file_bytes",
     "file_size",
+    "narrowest",
     "restored",
+    "scales",
     "state_bytes",
     "stored",
 ]
@@ -123,7 +125,7 @@ class _Parts:
         if grid is not None:
             self.tensors[name], self.scales[name] = grid
             return
-        self.tensors[name] = _narrowest(value, is_codebook=is_codebook)
+        self.tensors[name] = narrowest(value, is_codebook=is_codebook)
         if self.tensors[name].dtype != value.dtype and value.dtype not in (torch.float32, torch.int64):
             self.dtypes[name] = str(value.dtype).removeprefix("torch.")
 
@@ -137,29 +139,42 @@ def restored(content: Stored) -> dict[str, Tensor]:
         ValueError: scales or numbers do not fit the tensors.
     """
     tensors, header = dict(content.tensors), content.header
-    scales, names = tensors.pop(SCALES, torch.empty(0)), header.get("scaled", [])
-    if scales.dtype != torch.float32 or scales.ndim != 1 or not bool(torch.isfinite(scales).all()):
+    factors, names = tensors.pop(SCALES, torch.empty(0)), header.get("scaled", [])
+    if factors.dtype != torch.float32 or factors.ndim != 1 or not bool(torch.isfinite(factors).all()):
         raise ValueError("the scales are not finite numbers in a row")
     for name in names:
         value = tensors.get(name) if isinstance(name, str) else None
         if value is None or value.dtype != torch.int8 or not value.numel():
             raise ValueError(f"{name!r} is said to have 8 bits, and has not")
-        rows = (
-            1
-            if name.endswith(".codebook") and name.removesuffix(".codebook") in header.get("layers", {})
-            else len(value)
-        )
-        if rows > len(scales):
+        rows = _grid_rows(content, name)
+        if rows > len(factors):
             raise ValueError("there are too few scales")
-        tensors[name] = from_eight_bits(value.reshape(rows, -1), scales[:rows]).reshape(value.shape)
-        scales = scales[rows:]
-    if len(scales):
-        raise ValueError(f"there are {len(scales)} scales too many")
+        tensors[name] = from_eight_bits(value.reshape(rows, -1), factors[:rows]).reshape(value.shape)
+        factors = factors[rows:]
+    if len(factors):
+        raise ValueError(f"there are {len(factors)} scales too many")
     for name, number in header.get("numbers", {}).items():
         if not isinstance(number, int) or abs(number) >= 2**63 or name in tensors:
             raise ValueError(f"{name!r} is not a number of its own")
         tensors[name] = torch.tensor(number, dtype=torch.int64)
     return tensors
+
+
+def scales(content: Stored) -> dict[str, Tensor]:
+    """The scales of each tensor in 8 bits, float32 `[rows]`: one of a codebook, one for each row of a weight.
+
+    Args:
+        content: what `stored` gave.
+    """
+    names = content.header.get("scaled", [])
+    parts = torch.split(content.tensors.get(SCALES, torch.empty(0)), [_grid_rows(content, name) for name in names])
+    return dict(zip(names, parts, strict=True))
+
+
+def _grid_rows(content: Stored, name: str) -> int:
+    """How many 8-bit grids a tensor has."""
+    path, _, attribute = name.rpartition(".")
+    return 1 if attribute == "codebook" and path in content.header.get("layers", {}) else len(content.tensors[name])
 
 
 def file_bytes(content: Stored) -> bytes:
@@ -200,7 +215,7 @@ def _packed(layer: PQModule) -> Tensor:
     return pack(layer.codes.reshape(-1), bits)
 
 
-def _narrowest(value: Tensor, *, is_codebook: bool) -> Tensor:
+def narrowest(value: Tensor, *, is_codebook: bool) -> Tensor:
     """The value in the narrowest type that holds it exactly; on the meta device, codebooks count as half precision."""
     if value.is_meta:
         return value.half() if is_codebook and value.dtype in (torch.float32, torch.float64) else value

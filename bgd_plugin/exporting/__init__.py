@@ -1,0 +1,1 @@
+"""Out of Python: a compressed network as one small file of another runtime, checked there before the call returns."""

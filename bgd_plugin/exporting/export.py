@@ -1,0 +1,125 @@
+"""The public way out: write the file, run it in its runtime, compare, and only then put it in its place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bgd_plugin.errors import BGDError, ConfigError
+from bgd_plugin.exporting.compare import largest_difference
+from bgd_plugin.exporting.examples import Examples
+from bgd_plugin.exporting.result import Exported
+from bgd_plugin.exporting.targets import target_of
+from bgd_plugin.files.format import file_size, stored
+from bgd_plugin.graph import copy_module, set_modes
+from bgd_plugin.nn import PQModule
+
+__all__ = ["export"]
+
+
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any,
+    *,
+    dynamic: Any = False,
+    tolerance: float = 1e-4,
+) -> Exported:
+    """Write a compressed network as one small file of another runtime, and check that file there.
+
+    The file is written beside `path`, run in its runtime on the example inputs, and renamed only if its outputs are
+    those of the network. The network is exported in evaluation mode; it is left untouched.
+
+    Args:
+        model: what `bgd_plugin.quantize` returned as `.model`, or what `bgd_plugin.load` gave.
+        path: the file; its suffix says what to export to: `.onnx`.
+        example_inputs: of one call: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+        dynamic: False: the exported network takes the shapes of the example inputs. True: any batch size, the first
+            dimension of each tensor. Anything else is `dynamic_shapes` of `torch.export.export`.
+        tolerance: largest difference between an output of the file and of the network, relative to the range of that
+            output's values, above which there is an error and no file.
+
+    Returns:
+        bytes, largest difference, and whether the weights are decoded once, when the file is loaded.
+
+    Raises:
+        ConfigError: an unknown suffix, a missing folder, or example inputs that are none.
+        BGDError: a package is missing (the message names the extra), the network cannot be exported, or the file's
+            outputs differ from the network's.
+    """
+    place = Path(path)
+    target = target_of(place)
+    if not place.parent.is_dir():
+        raise ConfigError(f"{path}: there is no folder {place.parent}: make it first")
+    network = _ready(model)
+    examples = Examples.of(example_inputs)
+    cases = [examples, examples.batched(2)] if dynamic is True else [examples]
+    expected = [case.answers(network) for case in cases]
+    shapes = examples.dynamic_shapes() if dynamic is True else dynamic or None
+    with _beside(place) as temporary:
+        # the largest batch: torch.export takes a dimension of 1 for one that stays
+        notes = target.write(network, temporary, cases[-1], shapes)
+        runs = [target.run(temporary, case.tensors) for case in cases]
+        differences = [largest_difference(run.outputs, wanted) for run, wanted in zip(runs, expected, strict=True)]
+        result = Exported(
+            path=place,
+            size_bytes=temporary.stat().st_size,
+            file_bytes=file_size(stored(network)),
+            largest_difference=max(differences),
+            is_folded=runs[0].is_folded,
+            runtime=runs[0].runtime,
+            notes=notes,
+        )
+        _require_same(result, tolerance)
+        os.replace(temporary, place)
+    return result
+
+
+def _ready(model: nn.Module) -> nn.Module:
+    """A copy on the CPU in evaluation mode, over the same tensors where they are there already.
+
+    Raises:
+        BGDError: nothing in the network is quantized, or it has no values.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"the network is a {type(model).__name__}: give what bgd_plugin.quantize returns as .model")
+    if not any(isinstance(module, PQModule) for module in model.modules()):
+        raise BGDError(
+            "the network has no product-quantized layer: export what bgd_plugin.quantize returns as .model; a float "
+            "network is exported by torch.onnx.export or torch.export itself"
+        )
+    tensors = (*model.parameters(), *model.buffers())
+    if any(tensor.is_meta for tensor in tensors):
+        raise BGDError("the network has no values (it is on the meta device): load them first")
+    is_elsewhere = any(tensor.device.type != "cpu" for tensor in tensors)
+    network: nn.Module = copy_module(model, share_tensors=not is_elsewhere)
+    set_modes(network, {"": False})  # not eval(): the graphs that torch.export makes refuse it
+    return network.cpu() if is_elsewhere else network
+
+
+def _require_same(result: Exported, tolerance: float) -> None:
+    """Refuse a file whose outputs are not the network's."""
+    difference = result.largest_difference
+    if difference is not None and not difference <= tolerance:
+        raise BGDError(
+            f"{result.path} was not written: in {result.runtime} the exported network differs from the network by "
+            f"{difference:.1e} of the output's range, more than the tolerance of {tolerance:.1e}. Raise `tolerance` if "
+            "that is near enough"
+        )
+
+
+@contextmanager
+def _beside(place: Path) -> Iterator[Path]:
+    """A path of the same name in a folder of its own next to `place`, which is removed at the end."""
+    folder = tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent)
+    try:
+        yield Path(folder) / place.name
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

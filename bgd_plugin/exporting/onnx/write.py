@@ -1,0 +1,74 @@
+"""From a compressed network to an ONNX file: torch's exporter, then tensors as narrow as in our own file."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bgd_plugin.errors import BGDError
+from bgd_plugin.exporting.examples import Examples
+from bgd_plugin.exporting.onnx.narrow import narrow_
+from bgd_plugin.exporting.onnx.tidy import simplify_, strip_
+
+__all__ = ["write"]
+
+_LONGEST = 2**31 - 1
+"""Bytes of a protobuf message."""
+
+
+def write(model: nn.Module, path: Path, examples: Examples, dynamic: Any) -> tuple[str, ...]:
+    """Write the network to an ONNX file; there is nothing to note.
+
+    Args:
+        model: the compressed network, in evaluation mode.
+        path: the file.
+        examples: what it is traced with.
+        dynamic: torch.export's dynamic_shapes, or None.
+
+    Raises:
+        BGDError: torch.export cannot capture the network, ONNX has no form of an operator, or the file is too long.
+    """
+    import onnx_ir
+
+    program = _exported(model, examples, dynamic)
+    simplify_(program.model)
+    narrow_(program.model.graph, model)
+    strip_(program.model)
+    content = onnx_ir.to_proto(program.model).SerializeToString()
+    if len(content) > _LONGEST:
+        raise BGDError(f"the ONNX file would have {len(content):,} bytes, more than the format's 2 GiB")
+    path.write_bytes(content)
+    return ()
+
+
+def _exported(model: nn.Module, examples: Examples, dynamic: Any) -> Any:
+    import torch
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporter, about itself
+            return torch.onnx.export(
+                model,
+                examples.args,
+                kwargs=examples.kwargs,
+                dynamo=True,
+                optimize=False,  # would decode small layers
+                verbose=False,
+                dynamic_shapes=dynamic,
+            )
+    except Exception as error:  # a tracer runs the user's forward: anything may come out of it
+        raise BGDError(
+            f"torch.onnx.export does not take the network: {reason(error)}. What torch.export cannot capture has no "
+            "form in ONNX: export the part of the network that it can capture, or change its forward"
+        ) from error
+
+
+def reason(error: BaseException) -> str:
+    """The innermost cause of an exporter's error, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:500]}"

@@ -1,0 +1,85 @@
+"""Which suffix is which runtime, and what each needs to be installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from bgd_plugin.errors import BGDError, ConfigError
+from bgd_plugin.exporting.examples import Examples
+from bgd_plugin.exporting.onnx import run as onnx_run
+from bgd_plugin.exporting.onnx import write as onnx_write
+from bgd_plugin.exporting.result import Run
+
+__all__ = ["TARGETS", "Target", "target_of"]
+
+_DENSE = {
+    ".pte": "ExecuTorch",
+    ".tflite": "LiteRT",
+    ".engine": "TensorRT",
+    ".plan": "TensorRT",
+}
+"""Suffixes of runtimes that decode no weights at load."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A kind of file that a network is exported to.
+
+    Attributes:
+        name: as people call it.
+        extra: of this distribution, which installs what the export needs; empty if nothing is needed.
+        modules: what is imported.
+        write: writes the file of a network in evaluation mode, with torch.export's dynamic_shapes or None; returns
+            notes for the user.
+        run: answers inputs from the file, in its runtime.
+    """
+
+    name: str
+    extra: str
+    modules: tuple[str, ...]
+    write: Callable[[nn.Module, Path, Examples, Any], tuple[str, ...]]
+    run: Callable[[Path, Sequence[Tensor]], Run]
+
+
+TARGETS = {
+    ".onnx": Target(
+        name="ONNX",
+        extra="onnx",
+        modules=("onnx", "onnx_ir", "onnxscript", "onnxruntime"),
+        write=onnx_write.write,
+        run=onnx_run.run,
+    ),
+}
+"""By suffix."""
+
+
+def target_of(path: Path) -> Target:
+    """The target that a path's suffix names, whose packages are installed.
+
+    Raises:
+        ConfigError: a suffix of no target.
+        BGDError: a package is missing.
+    """
+    suffix = path.suffix.lower()
+    known = ", ".join(f"{ending} ({target.name})" for ending, target in TARGETS.items())
+    if suffix in _DENSE:
+        raise ConfigError(
+            f"{path}: {_DENSE[suffix]} cannot decode weights when it loads a file, and decoding them at each run takes "
+            "many times as long: export bgd_plugin.materialize(model) with its own exporter (docs/export.md); suffixes "
+            f"that keep the weights small: {known}"
+        )
+    if suffix not in TARGETS:
+        raise ConfigError(f"{path}: the suffix says what to export to: {known}")
+    target = TARGETS[suffix]
+    missing = [name for name in target.modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BGDError(
+            f"{path}: exporting to {target.name} needs {', '.join(missing)}: pip install 'bgd-plugin[{target.extra}]'"
+        )
+    return target
