@@ -9,6 +9,8 @@ import hypothesis
 import pytest
 import torch
 
+from bgd_plugin import kernels
+
 # A test must not depend on the speed of the machine or on the day it runs.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.register_profile("search", deadline=None, max_examples=1000)
@@ -20,4 +22,14 @@ def _seeded() -> Iterator[None]:
     """Each test starts at the same global random state and leaves none behind, whichever tests ran before it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _plain(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests compare bits, so they run on the plain path; the kernels have tests of their own, in `tests/kernels`."""
+    if request.path.parent.name == "kernels":
+        yield
+        return
+    with kernels.disabled():
         yield

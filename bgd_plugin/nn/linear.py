@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bgd_plugin.kernels.operators import run_linear
+from bgd_plugin.kernels.switch import usable
 from bgd_plugin.nn.base import PQModule
 
 __all__ = ["PQLinear"]
 
 
 class PQLinear(PQModule):
-    """`nn.Linear` with a decoded weight."""
+    """`nn.Linear` with a decoded weight; in inference on a CPU it is never decoded whole (`bgd_plugin.kernels`)."""
 
     def __init__(self, codebook: Tensor, codes: Tensor, like: nn.Linear) -> None:
         super().__init__(codebook, codes, like.weight.shape)
@@ -21,6 +23,8 @@ class PQLinear(PQModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `[..., in_features]` to `[..., out_features]`."""
+        if usable(input, self.codebook, self.codes, self.bias):
+            return run_linear(input, self.codebook, self.codes, self.mask, self.bias)
         return F.linear(input, self.weight, self.bias)
 
     def to_float(self) -> nn.Linear:

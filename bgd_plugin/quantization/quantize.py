@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from bgd_plugin import kernels
 from bgd_plugin.calibration import Forward, collect_batches
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.graph import baked, batchnorms_in_parts, copy_module, front_end, isolate_weights_, set_modes, unwrapped
@@ -31,6 +32,7 @@ __all__ = ["quantize"]
 
 @watched()
 @if_asked
+@kernels.disabled()
 def quantize(
     model: nn.Module | ExportedProgram,
     calibration: Iterable[Any],

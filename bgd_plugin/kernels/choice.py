@@ -1,0 +1,100 @@
+"""Which kernel is fastest for a layer and a number of inputs: measured at the first call, and kept in a small file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bgd_plugin.errors import BGDError
+from bgd_plugin.support.atomic import write_atomically
+
+__all__ = ["cache_file", "fastest"]
+
+_ROUNDS = 3
+_log = logging.getLogger(__name__)
+_lock = threading.RLock()
+_chosen: dict[str, str] = {}
+
+
+def cache_file() -> Path:
+    """Where measurements are kept: `kernels.json` in `$BGD_CACHE`, or in `bgd_plugin` in the user's cache folder."""
+    if folder := os.environ.get("BGD_CACHE"):
+        return Path(folder) / "kernels.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bgd_plugin" / "kernels.json"
+
+
+def fastest(key: str, ways: Mapping[str, Callable[[], Any]]) -> str:
+    """The name of the fastest way; it is measured once for each key, machine and version of torch.
+
+    Args:
+        key: all that the time depends on.
+        ways: by name, calls that do the same work.
+    """
+    if len(ways) == 1:
+        return next(iter(ways))
+    if key in _chosen:
+        return _chosen[key]
+    with _lock:
+        kept = str(_read().get(key))
+        if kept not in ways:
+            kept = _measure(key, ways)
+            _write(key, kept)
+        _chosen[key] = kept
+    return kept
+
+
+def _measure(key: str, ways: Mapping[str, Callable[[], Any]]) -> str:
+    """The way with the shortest of three calls, after one that is not counted; the ways take turns."""
+    seconds = dict.fromkeys(ways, float("inf"))
+    for number in range(_ROUNDS + 1):
+        for name, call in ways.items():
+            start = time.perf_counter()
+            call()
+            if number:
+                seconds[name] = min(seconds[name], time.perf_counter() - start)
+    winner = min(seconds, key=seconds.__getitem__)
+    times = ", ".join(f"{name} {value * 1e3:.3f} ms" for name, value in seconds.items())
+    _log.info("kernel for %s: %s (%s)", key, winner, times)
+    return winner
+
+
+@cache
+def _machine() -> str:
+    from llvmlite import binding
+
+    return f"{binding.get_host_cpu_name()} x{os.cpu_count()}, torch {torch.__version__}"
+
+
+def _read() -> dict[str, str]:
+    """What was measured on this machine before; nothing where the file is missing or is not ours."""
+    content = _content().get(_machine())
+    return content if isinstance(content, dict) else {}
+
+
+def _content() -> dict[str, Any]:
+    try:
+        content = json.loads(cache_file().read_text())
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: a user without a home folder
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write(key: str, name: str) -> None:
+    """Keep a measurement; where the folder cannot be written to, it is kept for this process only."""
+    content = _content()
+    content[_machine()] = {**_read(), key: name}
+    try:
+        file = cache_file()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(content, indent=1, sort_keys=True).encode())
+    except (OSError, RuntimeError, BGDError) as error:
+        _log.debug("kernel measurements are not kept: %s", error)

@@ -1,0 +1,70 @@
+"""The operators that torch knows: for torch.compile, which takes them as they are, with shapes and gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bgd_plugin.kernels.linear import lookup_linear
+from bgd_plugin.kernels.llvm import AVAILABLE
+from bgd_plugin.pq.blocks import decode
+from bgd_plugin.pq.masked import masked
+
+__all__ = ["pq_linear", "run_linear"]
+
+
+def _weight(codebook: Tensor, codes: Tensor, mask: Tensor | None) -> Tensor:
+    return masked(decode(codebook, codes, (codes.shape[0], codes.shape[1] * codebook.shape[1])), mask)
+
+
+@torch.library.custom_op("bgd_plugin::pq_linear", mutates_args=())
+def pq_linear(x: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias`: by a kernel on a CPU where it can be compiled, elsewhere with the decoded weight.
+
+    Arguments and result are those of `bgd_plugin.kernels.linear.lookup_linear`.
+    """
+    if x.device.type == "cpu" and x.dtype != torch.float64 and codes.is_contiguous() and AVAILABLE:
+        return lookup_linear(x, codebook, codes, mask, bias)
+    return functional.linear(x, _weight(codebook, codes, mask), bias)
+
+
+@pq_linear.register_fake
+def _(x: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codebook, codes, mask, bias = inputs
+    ctx.save_for_backward(x, codebook, codes, mask)
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """The chain rule with the decoded weight; a codeword's gradient is the sum of those of its blocks."""
+    x, codebook, codes, mask = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    to_x = to_codebook = to_bias = None
+    rows = gradient.reshape(-1, gradient.shape[-1])
+    if need[0]:
+        to_x = gradient @ _weight(codebook, codes, mask)
+    if need[1]:
+        to_weight = masked(rows.mT @ x.reshape(-1, x.shape[-1]), mask)
+        blocks = to_weight.reshape(-1, codebook.shape[1])
+        to_codebook = torch.zeros_like(codebook).index_add(0, codes.reshape(-1).long(), blocks)
+    if need[4] and ctx.has_bias:
+        to_bias = rows.sum(0)
+    return to_x, to_codebook, None, None, to_bias
+
+
+pq_linear.register_autograd(_backward, setup_context=_setup)
+
+
+def run_linear(x: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
+    """As `pq_linear`, where no gradient is needed: torch.compile meets the operator, all others call the kernel."""
+    if torch.compiler.is_compiling():
+        output: Tensor = pq_linear(x, codebook, codes, mask, bias)
+        return output
+    return lookup_linear(x, codebook, codes, mask, bias)

@@ -1,0 +1,81 @@
+"""When the kernels are used: on a CPU, where no gradient is needed, unless they are switched off."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bgd_plugin.kernels.llvm import AVAILABLE
+
+__all__ = ["disabled", "enabled", "usable"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CODES = (torch.uint8, torch.int16, torch.int32)
+_LARGEST_BLOCK = 128
+
+_is_off: ContextVar[bool] = ContextVar("bgd_kernels_off", default=False)
+_is_off_by_environment = os.environ.get("BGD_KERNELS", "").strip().lower() in ("0", "off", "false", "no")
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Inside the `with` block this thread decodes weights and calls torch's own operators.
+
+    The environment variable `BGD_KERNELS=off`, read once at import, does the same for a whole process.
+    """
+    token = _is_off.set(True)
+    try:
+        yield
+    finally:
+        _is_off.reset(token)
+
+
+def enabled() -> bool:
+    """Whether kernels would be used here: `llvmlite` is installed, and they are not switched off."""
+    return not _is_off_by_environment and not _is_off.get() and AVAILABLE
+
+
+def usable(x: Tensor, codebook: Tensor, codes: Tensor, *others: Tensor | None) -> bool:
+    """Whether a layer's input may go through the kernels now.
+
+    Not where a gradient is needed, where a model is traced or exported (a graph holds torch's operators), where
+    something stands between an operator and its kernel (autocast, vmap, dispatch modes, subclasses of tensors), and not
+    for types of numbers that the kernels do not know.
+
+    Args:
+        x: the input.
+        codebook: `[codebook_size, block_size]`.
+        codes: `[rows, blocks_per_row]`.
+        others: what else the layer computes with: bias and mask.
+    """
+    if type(x) is not Tensor or x.device.type != "cpu" or _is_traced():
+        return False
+    if x.dtype != codebook.dtype or x.dtype not in _DTYPES or codebook.device != x.device or codes.dtype not in _CODES:
+        return False
+    if torch.is_grad_enabled() and _need_gradient(x, codebook, *others):
+        return False
+    if codebook.shape[1] > _LARGEST_BLOCK or not codes.is_contiguous() or torch.is_autocast_enabled("cpu"):
+        return False
+    return enabled() and (torch.compiler.is_compiling() or not _is_intercepted())
+
+
+def _need_gradient(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _is_traced() -> bool:
+    """Whether torch.jit.trace or torch.export runs; older versions cannot tell the latter from compilation."""
+    jit: Any = torch.jit
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+    return bool(jit.is_tracing() or exporting())
+
+
+def _is_intercepted() -> bool:
+    """Whether something stands between an operator and its kernel: a dispatch mode or a transform of torch.func."""
+    return bool(torch._C._len_torch_dispatch_stack()) or torch._C._functorch.peek_interpreter_stack() is not None

@@ -1,0 +1,90 @@
+"""Vectors of float32 in generated code: loads, stores, arithmetic and sums of lanes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["fma", "load", "masked", "splat", "store", "total", "tree", "vector", "zero"]
+
+
+def zero(lanes: int) -> Any:
+    """A vector of zeros."""
+    from llvmlite import ir
+
+    return ir.Constant(vector(lanes), None)
+
+
+def vector(lanes: int) -> Any:
+    """The type of a vector."""
+    from llvmlite import ir
+
+    return ir.VectorType(ir.FloatType(), lanes)
+
+
+def load(builder: Any, pointer: Any, place: Any, lanes: int) -> Any:
+    """The `lanes` floats from number `place` on; they need not be aligned."""
+    from llvmlite import ir
+
+    return builder.load(builder.gep(pointer, [place], source_etype=ir.FloatType()), typ=vector(lanes), align=4)
+
+
+def store(builder: Any, value: Any, pointer: Any, place: Any) -> None:
+    """Write a vector to the floats from number `place` on."""
+    from llvmlite import ir
+
+    builder.store(value, builder.gep(pointer, [place], source_etype=ir.FloatType()), align=4)
+
+
+def fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
+    """The vector x · y + z, in one rounding."""
+    from llvmlite import ir
+
+    name = f"llvm.fma.v{x.type.count}f32"
+    declared = builder.module.globals.get(name)
+    if declared is None:
+        declared = ir.Function(builder.module, ir.FunctionType(x.type, [x.type] * 3), name)
+    return builder.call(declared, [x, y, z])
+
+
+def masked(builder: Any, mask: Any, place: Any, x: Any, lanes: int) -> Any:
+    """The vector x where the mask's bytes are not zero, else 0."""
+    from llvmlite import ir
+
+    kind = ir.VectorType(ir.IntType(8), lanes)
+    kept = builder.load(builder.gep(mask, [place], source_etype=ir.IntType(8)), typ=kind, align=1)
+    return builder.select(builder.icmp_unsigned("!=", kept, ir.Constant(kind, None)), x, ir.Constant(x.type, None))
+
+
+def splat(builder: Any, number: Any, lanes: int) -> Any:
+    """A vector of one lane as many equal lanes."""
+    from llvmlite import ir
+
+    places = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
+    return builder.shuffle_vector(number, ir.Constant(number.type, ir.Undefined), places)
+
+
+def total(builder: Any, vector: Any, lanes: int) -> Any:
+    """The sum of a vector's lanes."""
+    from llvmlite import ir
+
+    nothing = ir.Undefined
+    while lanes > 1:
+        lanes //= 2
+        kind = ir.VectorType(ir.IntType(32), lanes)
+        halves = [
+            builder.shuffle_vector(
+                vector, ir.Constant(vector.type, nothing), ir.Constant(kind, list(range(start, start + lanes)))
+            )
+            for start in (0, lanes)
+        ]
+        vector = builder.fadd(*halves)
+    return builder.extract_element(vector, ir.IntType(32)(0))
+
+
+def tree(builder: Any, values: list[Any]) -> Any:
+    """The sum of several vectors, in pairs."""
+    while len(values) > 1:
+        values = [
+            builder.fadd(*values[i : i + 2]) if i + 1 < len(values) else values[i] for i in range(0, len(values), 2)
+        ]
+    return values[0]

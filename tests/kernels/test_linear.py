@@ -1,0 +1,90 @@
+"""The kernels give what torch gives with the decoded weight, for every shape, block, width of codes, mask and type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from bgd_plugin.encoding.codes import code_dtype
+from bgd_plugin.kernels.linear import WAYS, lookup_linear
+from bgd_plugin.pq.blocks import decode
+from bgd_plugin.pq.masked import masked
+
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def layer(rows: int, blocks: int, size: int, codewords: int, dtype: Any = torch.float32) -> tuple[Tensor, Tensor]:
+    """A codebook and codes, all of which a layer of this size can have."""
+    codes = torch.randint(0, codewords, (rows, blocks)).to(code_dtype(codewords))
+    return torch.randn(codewords, size).to(dtype), codes
+
+
+def plain(x: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The plain path in float64, which is as good as exact here."""
+    weight = masked(decode(codebook.double(), codes, (codes.shape[0], codes.shape[1] * codebook.shape[1])), mask)
+    return functional.linear(x.double(), weight, None if bias is None else bias.double())
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    assert found.shape == expected.shape
+    if found.numel():
+        assert (found - expected).abs().max() <= ROUNDING[found.dtype] * expected.abs().max().clamp(min=1)
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Inputs and a layer, of sizes that leave remainders everywhere."""
+    size = draw(st.integers(1, 20) | st.sampled_from([24, 32, 33, 64, 100, 128]))
+    codewords = draw(st.sampled_from([1, 2, 3, 16, 255, 256, 257, 2048, 32768, 32769]))
+    rows, blocks = draw(st.integers(1, 40)), draw(st.integers(1, 21))
+    dtype = draw(st.sampled_from(list(ROUNDING)))
+    codebook, codes = layer(rows, blocks, size, codewords, dtype)
+    mask = torch.rand(rows, blocks * size) > 0.5 if draw(st.booleans()) else None
+    bias = torch.randn(rows).to(dtype) if draw(st.booleans()) else None
+    lead = draw(st.sampled_from([(), (1,), (2,), (3, 1), (2, 5), (17,), (0,)]))
+    return torch.randn(*lead, blocks * size).to(dtype), codebook, codes, mask, bias
+
+
+@given(layers())
+@settings(max_examples=150)
+def test_a_layer_is_what_the_plain_path_computes(case: tuple[Any, ...]) -> None:
+    assert_close(lookup_linear(*case), plain(*case))
+
+
+@given(layers(), st.sampled_from(sorted(WAYS)))
+@settings(max_examples=150)
+def test_each_way_is_what_the_plain_path_computes(case: tuple[Any, ...], way: str) -> None:
+    x, codebook, codes, mask, _ = case
+    x = x.reshape(-1, x.shape[-1])
+    if not len(x) or (way == "table" and (mask is not None or codebook.shape[1] > 32)):
+        return
+    assert_close(WAYS[way](x, codebook, codes, mask), plain(x, codebook, codes, mask, None))
+
+
+@pytest.mark.parametrize("way", sorted(WAYS))
+@pytest.mark.parametrize("codewords", [256, 2048])
+def test_many_rows_are_shared_among_threads(way: str, codewords: int, two_threads: None) -> None:
+    codebook, codes = layer(1031, 515, 4, codewords)
+    x = torch.randn(3, 515 * 4)
+    assert_close(WAYS[way](x, codebook, codes, None), plain(x, codebook, codes, None, None))
+
+
+def test_more_weights_than_a_tile_holds() -> None:
+    codebook, codes = layer(700, 512, 4, 256)
+    x, mask = torch.randn(70, 2048), torch.rand(700, 2048) > 0.5
+    assert_close(lookup_linear(x, codebook, codes, mask, None), plain(x, codebook, codes, mask, None))
+
+
+def test_inputs_need_not_be_contiguous() -> None:
+    codebook, codes = layer(12, 5, 4, 16)
+    x = torch.randn(20, 6).t()
+    assert_close(lookup_linear(x, codebook, codes, None, None), plain(x, codebook, codes, None, None))
+    assert_close(
+        lookup_linear(x, codebook.t().contiguous().t(), codes, None, None), plain(x, codebook, codes, None, None)
+    )
