@@ -207,7 +207,7 @@ def paired_pieces(
     pieces = int(total(len(inputs)))
     share = max(1, -(-rows // pieces))
     # each piece draws by its number, so that the rows are the same however many processes share the pieces
-    seed = int(torch.randint(1 << 62, (), generator=generator))
+    seed = int(torch.randint(1 << 62, (), generator=generator, device=generator.device))
 
     def drawn(value: Tensor, geometry: Geometry, index: int) -> Tensor:
         sample = sample_inputs(value, geometry, share, torch.Generator().manual_seed(seed + index)).float()

@@ -13,7 +13,8 @@ from torch.nn import functional
 from bgd_plugin.calibration import Rerun, Walk
 from bgd_plugin.correction.gain import Gain, output_distance
 from bgd_plugin.errors import CalibrationError
-from bgd_plugin.graph import call_input, has_running_statistics, module_at
+from bgd_plugin.graph import call_input, module_at
+from bgd_plugin.nn import normalizes
 from bgd_plugin.support.processes import sum_
 from bgd_plugin.support.processes import total as sum_of
 
@@ -33,8 +34,8 @@ _JUDGED_BATCHES = 4
 
 
 def is_batchnorm(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node runs a batch norm with running statistics."""
-    return node.op == "call_module" and has_running_statistics(module_at(graph_module, str(node.target)))
+    """Whether a node runs a batch norm that has running statistics; an activation in the same module may follow it."""
+    return node.op == "call_module" and normalizes(module_at(graph_module, str(node.target)))
 
 
 def is_shared(graph_module: fx.GraphModule, node: fx.Node) -> bool:
@@ -221,7 +222,7 @@ def _channel_moments(values: Iterator[Tensor], name: str) -> tuple[Tensor, Tenso
         CalibrationError: they are not finite; the message names the batch norm with these inputs.
     """
     count = 0
-    total, squares = torch.zeros(()), torch.zeros(())
+    total, squares = (torch.zeros((), dtype=torch.float64) for _ in range(2))
     for value in values:
         x = _channels(value)
         count += x.shape[1]

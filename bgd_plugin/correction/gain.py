@@ -44,7 +44,7 @@ def output_distance(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     Args:
         pairs: outputs a of the compressed and b of the float network, both `[samples, channels, ...]`.
     """
-    distance, square, count, sums = 0.0, 0.0, 0, torch.zeros(())
+    distance, square, count, sums = 0.0, 0.0, 0, torch.zeros((), dtype=torch.float64)
     for mine, theirs in pairs:
         a, b = (values.transpose(0, 1).flatten(1).float() for values in (mine, theirs))
         distance += float((a - b).square().sum(dtype=torch.float64))

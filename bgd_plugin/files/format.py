@@ -139,7 +139,7 @@ def restored(content: Stored) -> dict[str, Tensor]:
         ValueError: scales or numbers do not fit the tensors.
     """
     tensors, header = dict(content.tensors), content.header
-    factors, names = tensors.pop(SCALES, torch.empty(0)), header.get("scaled", [])
+    factors, names = tensors.pop(SCALES, torch.empty(0, dtype=torch.float32)), header.get("scaled", [])
     if factors.dtype != torch.float32 or factors.ndim != 1 or not bool(torch.isfinite(factors).all()):
         raise ValueError("the scales are not finite numbers in a row")
     for name in names:

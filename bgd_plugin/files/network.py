@@ -25,10 +25,11 @@ from bgd_plugin.graph import (
     front_end,
     install_,
     isolate_weights_,
+    isolated,
     module_at,
     unwrapped,
 )
-from bgd_plugin.nn import FrozenNorm, PQModule
+from bgd_plugin.nn import FrozenNorm, PQModule, is_batchnorm, take_hooks_
 from bgd_plugin.support.atomic import write_atomically
 
 __all__ = ["load", "materialize", "read_file", "save"]
@@ -48,12 +49,15 @@ _HEADER_ENTRIES = (
 def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
     """Write a compressed network to one safetensors file, and return the file's length in bytes.
 
+    A network in `DataParallel`, `DistributedDataParallel` or `torch.compile` is saved as what it wraps.
+
     The file is written beside `path` and then renamed, so an existing file stays whole if anything fails.
 
     Raises:
         CheckpointError: the network has no product-quantized layer, or holds state that is not tensors; or the file
             cannot be written.
     """
+    model = unwrapped(model)
     if not any(isinstance(module, PQModule) for module in model.modules()):
         raise CheckpointError(
             "the network has no product-quantized layer: save what bgd_plugin.quantize returns as .model"
@@ -65,6 +69,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
     return len(content)
 
 
+@isolated
 def load(path: str | os.PathLike[str], *, like: nn.Module | ExportedProgram) -> nn.Module:
     """Read a compressed network from a file that `save` wrote.
 
@@ -102,6 +107,7 @@ def load(path: str | os.PathLike[str], *, like: nn.Module | ExportedProgram) -> 
     return network
 
 
+@isolated
 def materialize(model: nn.Module) -> nn.Module:
     """A copy in which every product-quantized module is an ordinary Conv or Linear again, with the same outputs."""
     from bgd_plugin.graph import materialize_
@@ -197,12 +203,16 @@ def _freeze_norms(paths: list[Any], network: nn.Module, problems: list[str]) -> 
     frozen: dict[int, FrozenNorm] = {}
     for path in paths:
         norm: Any = modules.get(path) if isinstance(path, str) else None
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or not is_batchnorm(norm):
             problems.append(f"a frozen norm {path!r} is in the file; the network has no such batch norm")
             continue
-        empty = torch.empty(norm.num_features, dtype=norm.running_mean.dtype, device="meta")
+        dtype = norm._buffers["running_mean"].dtype  # type: ignore[union-attr]
+        empty = torch.empty(norm.num_features, dtype=dtype, device="meta")
         owner, _, name = path.rpartition(".")
-        layer = frozen.setdefault(id(norm), FrozenNorm(empty, empty).train(norm.training))
+        if id(norm) not in frozen:
+            frozen[id(norm)] = FrozenNorm(empty, empty).train(norm.training)
+            take_hooks_(frozen[id(norm)], norm)
+        layer = frozen[id(norm)]
         module_at(network, owner)._modules[name] = layer
 
 

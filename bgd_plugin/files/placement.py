@@ -21,11 +21,10 @@ from bgd_plugin.graph import (
     copy_module,
     find_layers,
     fold_parametrizations_,
-    has_running_statistics,
     install_,
     swap_,
 )
-from bgd_plugin.nn import FrozenNorm, PQModule
+from bgd_plugin.nn import FrozenNorm, PQModule, is_batchnorm
 
 __all__ = ["Placement", "make_room_", "placement_in", "placement_of", "transplant_", "transplanted"]
 
@@ -101,7 +100,7 @@ def make_room_(model: nn.Module, placement: Mapping[str, Sequence[int]]) -> None
     """
     fold_parametrizations_(model)
     found = {target: layer for layer in find_layers(model)[0] for target in (layer.target, *layer.tied)}
-    norms = {path: norm for path, norm in model.named_modules() if has_running_statistics(norm)}
+    norms = {path: norm for path, norm in model.named_modules() if is_batchnorm(norm)}
     frozen = [path for path, sizes in placement.items() if sizes == [] or sizes == ()]
     placement = {path: sizes for path, sizes in placement.items() if path not in frozen}
     problems = [f"{path!r}: the network has no such batch norm" for path in frozen if path not in norms]

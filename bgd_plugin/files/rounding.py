@@ -9,16 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from bgd_plugin.encoding.eight_bit import round_to_eight_bits, to_eight_bits
-from bgd_plugin.nn import PQModule, storable
+from bgd_plugin.nn import PQModule, has_running_statistics, storable
 
 __all__ = ["eight_bit_rows", "round_floats_", "round_weights_"]
+
+_NORM_BUFFERS = ("running_mean", "running_var", "weight", "bias")  # the last two in norms that are frozen
 
 
 @torch.no_grad()
 def round_floats_(model: nn.Module) -> None:
-    """Round every parameter and saved buffer to half precision, in which it then takes half the bytes.
+    """Round parameters and norm statistics to half precision, in which they then take half the bytes.
 
     Left as they are: codebooks, weights that lie on an 8-bit grid, and tensors whose values half precision cannot hold.
+    Other buffers, such as the frequencies of a position encoding, are no result of training that a small error does no
+    harm to: they stay exact.
     New tensors take the place of the old ones, which others may share; what is shared within `model` stays so. On the
     meta device only the type changes.
     """
@@ -30,8 +34,9 @@ def round_floats_(model: nn.Module) -> None:
                 value = rounded.setdefault(id(parameter), nn.Parameter(_half(parameter), parameter.requires_grad))
                 module._parameters[name] = value
         for name, buffer in module._buffers.items():
-            is_saved = buffer is not None and name not in module._non_persistent_buffers_set
-            if is_saved and buffer is not None and _wants_half(buffer):
+            is_statistics = name in _NORM_BUFFERS and has_running_statistics(module)
+            is_saved = name not in module._non_persistent_buffers_set
+            if buffer is not None and is_statistics and is_saved and _wants_half(buffer):
                 module._buffers[name] = rounded.setdefault(id(buffer), _half(buffer))
 
 
@@ -80,6 +85,6 @@ def eight_bit_rows(value: Tensor, *, is_codebook: bool) -> tuple[Tensor, Tensor]
         return None
     rows = 1 if is_codebook else value.shape[0]
     if value.is_meta:
-        return (value, torch.zeros(rows)) if value.dtype == torch.int8 else None
+        return (value, torch.zeros(rows, dtype=torch.float32)) if value.dtype == torch.int8 else None
     grid = to_eight_bits(value.reshape(rows, -1))
     return None if grid is None else (grid[0].reshape(value.shape), grid[1].cpu())

@@ -2,12 +2,12 @@
 
 from bgd_plugin.graph.bake import baked
 from bgd_plugin.graph.computed import module_at, module_or_none
+from bgd_plugin.graph.copying import copy_module, set_modes
 from bgd_plugin.graph.find import call_geometry, call_input, find_layers, pointwise
 from bgd_plugin.graph.fold import fold_parametrizations_
 from bgd_plugin.graph.following import added_to, following_batchnorm, following_batchnorm_node
 from bgd_plugin.graph.front import front_end, unwrapped
 from bgd_plugin.graph.layer import FoundLayer, LeftLayer
-from bgd_plugin.graph.norms import has_running_statistics
 from bgd_plugin.graph.partition import Block, block_module, partition
 from bgd_plugin.graph.parts import batchnorms_in_parts
 from bgd_plugin.graph.replace import (
@@ -20,9 +20,11 @@ from bgd_plugin.graph.replace import (
     release_,
     swap_,
 )
-from bgd_plugin.graph.tracer import PQTracer, copy_module, set_modes, trace
+from bgd_plugin.graph.tracer import FROM_DATA, PQTracer, trace
+from bgd_plugin.graph.world import isolated
 
 __all__ = [
+    "FROM_DATA",
     "Block",
     "FoundLayer",
     "LeftLayer",
@@ -41,9 +43,9 @@ __all__ = [
     "following_batchnorm",
     "following_batchnorm_node",
     "front_end",
-    "has_running_statistics",
     "install_",
     "isolate_weights_",
+    "isolated",
     "materialize_",
     "module_at",
     "module_or_none",

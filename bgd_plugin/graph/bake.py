@@ -13,7 +13,7 @@ from torch.sparse import SparseSemiStructuredTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bgd_plugin.errors import ConfigError
-from bgd_plugin.graph.tracer import copy_module
+from bgd_plugin.graph.copying import copy_module
 
 __all__ = ["baked"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from bgd_plugin.graph.computed import module_at
-from bgd_plugin.graph.norms import has_running_statistics
+from bgd_plugin.nn import normalizes
 
 __all__ = ["added_to", "following_batchnorm", "following_batchnorm_node"]
 
@@ -37,7 +37,7 @@ def following_batchnorm_node(graph_module: fx.GraphModule, calls: tuple[str, ...
     target = str(users[0].target)
     module = module_at(graph_module, target)
     uses = sum(1 for node in graph_module.graph.nodes if node.op == "call_module" and node.target == target)
-    return users[0] if has_running_statistics(module) and uses == 1 else None
+    return users[0] if normalizes(module) and uses == 1 else None
 
 
 def added_to(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:

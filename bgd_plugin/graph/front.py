@@ -7,6 +7,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from bgd_plugin.errors import ConfigError, TraceError
+from bgd_plugin.graph.copying import require_initialized
 from bgd_plugin.graph.fold import fold_parametrizations_
 from bgd_plugin.graph.tracer import trace
 
@@ -32,7 +33,8 @@ def unwrapped(model: nn.Module | ExportedProgram) -> nn.Module:
     """The network itself: out of an exported program, of `torch.compile`, of `DataParallel`.
 
     Raises:
-        ConfigError: a scripted network, whose code cannot be changed, or something that is no network.
+        ConfigError: a scripted network, whose code cannot be changed, lazy layers that have never run, or something
+            that is no network.
     """
     if isinstance(model, ExportedProgram):
         return model.module()
@@ -48,4 +50,5 @@ def unwrapped(model: nn.Module | ExportedProgram) -> nn.Module:
         return unwrapped(original)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"the network is a {type(model).__name__}: give a torch.nn.Module or an ExportedProgram")
+    require_initialized(model)
     return model

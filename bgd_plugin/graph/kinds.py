@@ -22,6 +22,7 @@ MODULES: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
     nn.Embedding: "embedding",
 }
+_METHODS = ("forward", "_conv_forward", "_output_padding", "__call__", "_call_impl")
 FUNCTIONS: dict[Callable[..., Any], str] = {
     F.conv1d: "conv1d",
     F.conv2d: "conv2d",
@@ -41,8 +42,18 @@ def kind_of(module: nn.Module) -> str | None:
 
 
 def runs_its_parents_forward(module: nn.Module) -> bool:
-    """Whether a subclass of one of our kinds computes as its parent does, so that another module may stand for it."""
-    return any(isinstance(module, base) and type(module).forward is base.forward for base in MODULES)
+    """Whether a module of one of our kinds computes as its kind does, so that another module may stand for it.
+
+    Looked at: the class, for a `forward` or `_conv_forward` of its own or a weight that is a property, and the
+    instance, for a method that was put in the place of the class's.
+    """
+    base = next((base for base in MODULES if isinstance(module, base)), None)
+    if base is None or any(name in vars(module) for name in _METHODS):
+        return False
+    kind = type(module)
+    methods = all(getattr(kind, name, None) is getattr(base, name, None) for name in _METHODS)
+    properties = any(hasattr(kind, name) for name in ("weight", "bias") if not hasattr(base, name))
+    return methods and not properties
 
 
 def family_of(kind: str, shape: Sequence[int], groups: int) -> str:

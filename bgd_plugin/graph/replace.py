@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from bgd_plugin.graph.computed import compute_parameter_, module_at, module_or_none, restore_parameter_
 from bgd_plugin.graph.find import attribute
 from bgd_plugin.graph.layer import FoundLayer
-from bgd_plugin.nn import FloatWeight, PQModule, PQWeight, materialized, quantized, restored_parameter
+from bgd_plugin.nn import FloatWeight, PQModule, PQWeight, materialized, quantized, restored_parameter, take_hooks_
 
 __all__ = [
     "become_",
@@ -22,16 +22,6 @@ __all__ = [
     "release_",
     "swap_",
 ]
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 def module_paths(root: nn.Module, module: nn.Module) -> list[str]:
@@ -57,7 +47,7 @@ def swap_(root: nn.Module, target: str, module: nn.Module) -> None:
         compute_parameter_(owner, name, module)
         return
     old = module_at(root, target)
-    _take_hooks(module, old)
+    take_hooks_(module, old)
     for path in module_paths(root, old):
         owner_path, _, name = path.rpartition(".")
         module_at(root, owner_path)._modules[name] = module
@@ -68,16 +58,11 @@ def become_(old: nn.Module, module: nn.Module) -> nn.Module:
 
     Its hooks stay; all else is taken over from `module`, which must not be used any more.
     """
-    _take_hooks(module, old)
+    take_hooks_(module, old)
     vars(old).clear()
     vars(old).update(vars(module))
     old.__class__ = type(module)
     return old
-
-
-def _take_hooks(module: nn.Module, old: nn.Module) -> None:
-    for hooks in _HOOKS:
-        vars(module)[hooks].update(vars(old)[hooks])
 
 
 def install_(

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from bgd_plugin.errors import TraceError
 from bgd_plugin.graph.computed import module_or_none
-from bgd_plugin.graph.kinds import MODULES
-from bgd_plugin.graph.norms import has_running_statistics
-from bgd_plugin.nn import FloatWeight, FrozenNorm, PQModule
+from bgd_plugin.graph.copying import copy_module, drop_hooks_, set_modes
+from bgd_plugin.graph.kinds import MODULES, runs_its_parents_forward
+from bgd_plugin.nn import FloatWeight, FrozenNorm, PQModule, has_running_statistics
 
-__all__ = ["PQTracer", "copy_module", "is_quantized_elsewhere", "set_modes", "trace"]
+__all__ = ["FROM_DATA", "PQTracer", "is_quantized_elsewhere", "trace"]
 
+FROM_DATA: Any = object()
+"""Stands for the value of an argument that differs from batch to batch, as tensors do."""
 
 _SWAPPABLE = tuple(MODULES)
 
@@ -27,16 +28,47 @@ class PQTracer(fx.Tracer):
 
     Without the first rule a second pass would walk into the decoding of a weight. A subclass of Conv or Linear with a
     forward of its own is walked into, and found by its functional call.
+
+    Args:
+        given: what the network is called with: the value of each argument, or `FROM_DATA`. Values are constants of the
+            graph, and so are the defaults of arguments that are not among them. None: each argument is an input of the
+            graph.
     """
+
+    def __init__(self, given: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self._given = given
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         ours = isinstance(m, (PQModule, FloatWeight, FrozenNorm))
         if ours or has_running_statistics(m) or is_quantized_elsewhere(m):
             return True
-        for base in _SWAPPABLE:
-            if isinstance(m, base):
-                return type(m).forward is base.forward
+        if isinstance(m, _SWAPPABLE):
+            return runs_its_parents_forward(m)
         return super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> Any:
+        """The inputs of the graph; arguments that are constants are none."""
+        parameters = list(inspect.signature(inspect.unwrap(root_fn)).parameters.values())[1:]
+        if self._given is None or not is_module:
+            return super().create_args_for_root(root_fn, is_module, concrete_args)
+        constants: dict[str, Any] = {}
+        proxies: list[Any] = []
+        for parameter in parameters:
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                continue
+            value = self._given.get(parameter.name, parameter.default)
+            if parameter.name in self._given or value is parameter.empty:
+                proxies.append(self.create_proxy("placeholder", parameter.name, (), {}))
+            if value is not FROM_DATA and value is not parameter.empty:
+                constants[parameter.name] = value
+
+        def called(root: nn.Module, *inputs: Any) -> Any:
+            named = {proxy.node.target: value for proxy, value in zip(proxies, inputs, strict=True)} | constants
+            by_place = [named.pop(p.name) for p in parameters if p.kind is p.POSITIONAL_ONLY]
+            return root_fn(root, *by_place, **named)
+
+        return called, [self.root, *proxies]
 
 
 def is_quantized_elsewhere(module: nn.Module) -> bool:
@@ -50,61 +82,72 @@ def is_quantized_elsewhere(module: nn.Module) -> bool:
     return any(b.ndim > 1 and not b.is_floating_point() and b.dtype != torch.bool for b in module.buffers())
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
+def trace(model: nn.Module, given: Mapping[str, Any] | None = None) -> fx.GraphModule:
     """The graph of `model`, over the same modules and parameters.
 
-    A `GraphModule` is passed on as it is. The graph follows the branches of evaluation mode; `model` gets its mode
-    back.
+    A `GraphModule` is passed on as it is. The graph follows the branches of evaluation mode. A copy without hooks is
+    traced: neither `model` nor anything that hooks write to sees the stand-ins that the tracer sends through it. What
+    hooks do to values is not in the graph, but for those of modules that are one node.
+
+    Args:
+        given: as for `PQTracer`. None: as if every argument that has no default were given, from data; where that does
+            not trace, every argument is an input.
 
     Raises:
         TraceError: naming the smallest submodule that cannot be traced, and what to do about it.
     """
     if isinstance(model, fx.GraphModule):
         return model
-    modes = {path: module.training for path, module in model.named_modules()}
-    with _attributes_kept(model):
-        model.eval()
-        result = _traced(model)
-    set_modes(result, modes)
-    return result
-
-
-@contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Give every module its attributes back at the end: a forward that keeps what it computes, as torchvision's
-    `MultiScaleRoIAlign` does, would otherwise keep the stand-ins that the tracer sent through it.
-    """
-    before = [(vars(module), dict(vars(module))) for module in model.modules()]
+    scratch = copy_module(model, share_tensors=True)
+    drop_hooks_(scratch)
+    scratch.eval()
     try:
-        yield
-    finally:
-        for attributes, kept in before:
-            attributes.clear()
-            attributes.update(kept)
-
-
-def set_modes(model: nn.Module, modes: dict[str, bool]) -> None:
-    """Set the training mode of each module by its path; paths that are not in `modes` follow the root."""
-    for path, module in model.named_modules():
-        module.training = modes.get(path, modes[""])
-
-
-def _traced(model: nn.Module) -> fx.GraphModule:
-    tracer = PQTracer()
-    try:
-        graph = tracer.trace(model)
+        graph = _graph_of(scratch, given or {})
     except Exception as error:  # a tracer runs the user's forward: anything may come out of it
-        culprit, cause = _smallest_untraceable(model, "", error)
-        where = f"submodule {culprit!r} ({_type_at(model, culprit)})" if culprit else f"{type(model).__name__} itself"
-        raise TraceError(
-            f"the network does not trace: {where} raises {type(cause).__name__}: {cause}. "
-            "Its forward depends on the values of its inputs, or runs code that torch.fx does not follow. Quantize the "
-            "parts that do trace (bgd_plugin.quantize on a submodule), or pass a GraphModule from a tracer of your own "
-            "in which that part is a leaf"
-        ) from error
-    result = fx.GraphModule(model, graph, type(model).__name__)
+        if given is not None:
+            raise _error(scratch, error) from error
+        try:
+            scratch = copy_module(scratch, share_tensors=True)
+            graph = PQTracer().trace(scratch)
+        except Exception:  # as above
+            raise _error(scratch, error) from error
+    return _over(model, scratch, graph)
+
+
+def _graph_of(scratch: nn.Module, given: Mapping[str, Any]) -> fx.Graph:
+    return PQTracer(given).trace(scratch)
+
+
+def _over(model: nn.Module, scratch: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A graph that was made of a copy, over the modules of the original."""
+    targets = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
+    root = {target: _at(model, target, _at(scratch, target, None)) for target in targets}
+    result = fx.GraphModule(root, graph, type(model).__name__)
+    result.training = model.training
     _keep_owners_(result, model)
+    set_modes(result, {path: module.training for path, module in model.named_modules()})
     return result
+
+
+def _at(root: nn.Module, target: str, otherwise: Any) -> Any:
+    """What stands at a dotted path; constants that tracing has made are at none of the original's."""
+    value: Any = root
+    for atom in target.split("."):
+        value = getattr(value, atom, None)
+        if value is None:
+            return otherwise
+    return value
+
+
+def _error(model: nn.Module, error: Exception) -> TraceError:
+    culprit, cause = _smallest_untraceable(model, "", error)
+    where = f"submodule {culprit!r} ({_type_at(model, culprit)})" if culprit else f"{type(model).__name__} itself"
+    return TraceError(
+        f"the network does not trace: {where} raises {type(cause).__name__}: {cause}. "
+        "Its forward depends on the values of its inputs, or runs code that torch.fx does not follow. Quantize the "
+        "parts that do trace (bgd_plugin.quantize on a submodule), or pass a GraphModule from a tracer of your own "
+        "in which that part is a leaf"
+    )
 
 
 def _keep_owners_(result: fx.GraphModule, model: nn.Module) -> None:
@@ -132,22 +175,7 @@ def _smallest_untraceable(model: nn.Module, prefix: str, error: Exception) -> tu
         if tracer.is_leaf_module(child, path):
             continue
         try:
-            PQTracer().trace(child)
+            PQTracer({}).trace(child)
         except Exception as inner:  # as above: the user's own forward
             return _smallest_untraceable(child, path, inner)
     return prefix, error
-
-
-def copy_module(model: nn.Module, *, share_tensors: bool = False) -> Any:
-    """A copy whose modules can be changed without touching `model`.
-
-    Args:
-        share_tensors: keep the very parameters and buffers, so that the copy costs no memory; never write into them.
-    """
-    # weights that a hook computes at each call (pruning masks, norms) refuse to be copied with their history
-    attributes = (value for module in model.modules() for value in vars(module).values())
-    memo: dict[int, Any] = {id(t): t.detach() for t in attributes if isinstance(t, Tensor) and t.grad_fn is not None}
-    if share_tensors:
-        memo |= {id(t): t for t in (*model.parameters(), *model.buffers())}
-    duplicate: Callable[..., Any] = copy.deepcopy
-    return duplicate(model, memo)

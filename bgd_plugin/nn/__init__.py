@@ -6,7 +6,9 @@ from bgd_plugin.nn.conv_transpose import PQConvTranspose1d, PQConvTranspose2d, P
 from bgd_plugin.nn.convert import materialized, quantized, restored_parameter
 from bgd_plugin.nn.embedding import PQEmbedding
 from bgd_plugin.nn.frozen import FrozenNorm, freeze_norms_
+from bgd_plugin.nn.hooks import take_hooks_
 from bgd_plugin.nn.linear import PQLinear
+from bgd_plugin.nn.norms import has_running_statistics, is_batchnorm, normalizes
 from bgd_plugin.nn.weight import FloatWeight, PQWeight
 
 __all__ = [
@@ -23,8 +25,12 @@ __all__ = [
     "PQModule",
     "PQWeight",
     "freeze_norms_",
+    "has_running_statistics",
+    "is_batchnorm",
     "materialized",
+    "normalizes",
     "quantized",
     "restored_parameter",
     "storable",
+    "take_hooks_",
 ]

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bgd_plugin.nn.hooks import take_hooks_
+from bgd_plugin.nn.norms import is_batchnorm
+
 __all__ = ["FrozenNorm", "freeze_norms_"]
 
 
@@ -42,12 +45,18 @@ class FrozenNorm(nn.Module):
 
 
 def freeze_norms_(model: nn.Module) -> list[str]:
-    """Replace every batch norm with running statistics by a `FrozenNorm`, in place; returns their paths."""
+    """Replace every batch norm with running statistics by a `FrozenNorm`, in place; returns their paths.
+
+    Norms that do more than a batch norm, such as one with an activation of its own, stay as they are; hooks move along.
+    """
     frozen: dict[int, FrozenNorm] = {}
     paths = []
     for path, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None and path:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and is_batchnorm(module) and path:
             owner, _, name = path.rpartition(".")
-            setattr(model.get_submodule(owner), name, frozen.setdefault(id(module), FrozenNorm.of(module)))
+            if id(module) not in frozen:
+                frozen[id(module)] = FrozenNorm.of(module)
+                take_hooks_(frozen[id(module)], module)
+            model.get_submodule(owner)._modules[name] = frozen[id(module)]
             paths.append(path)
     return paths

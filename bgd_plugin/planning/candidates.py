@@ -138,7 +138,7 @@ def weight_sensitivity(weight: Tensor, generator: torch.Generator) -> Sensitivit
 def _weight_curve(weight: Tensor, block_size: int, power: float, generator: torch.Generator) -> RateCurve:
     blocks = to_blocks(weight.detach().float(), block_size).transpose(0, 1)
     scale = 1 / power if power > 0 else 1.0
-    metrics = scale * torch.eye(block_size, device=blocks.device).expand(blocks.shape[0], -1, -1)
+    metrics = scale * torch.eye(block_size, dtype=blocks.dtype, device=blocks.device).expand(blocks.shape[0], -1, -1)
     sample = sampled_positions(blocks, metrics, _SAMPLED_BLOCKS, generator)
     return rate_curve(*sample, fitted_sizes(tuple(weight.shape), block_size), generator=generator)
 

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.files.format import state_bytes
-from bgd_plugin.graph import FoundLayer, LeftLayer, baked, copy_module, find_layers, front_end, unwrapped
+from bgd_plugin.graph import FoundLayer, LeftLayer, baked, copy_module, find_layers, front_end, isolated, unwrapped
 from bgd_plugin.nn import PQModule
 from bgd_plugin.planning.budget import Budget
 from bgd_plugin.planning.candidates import Sensitivity
@@ -33,6 +33,7 @@ __all__ = [
 _Chosen = list[tuple[FoundLayer, PlannedLayer]]
 
 
+@isolated
 def plan(
     model: nn.Module | ExportedProgram, config: BGDConfig | None = None, *, original_bytes: int | None = None
 ) -> Plan:

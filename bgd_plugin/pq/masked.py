@@ -116,7 +116,7 @@ def codeword_uses(codes: Tensor, mask: Tensor | None, codebook_size: int, block_
     flat = codes.reshape(-1).long()
     if mask is None:
         return torch.bincount(flat, minlength=codebook_size).float().unsqueeze(1).expand(-1, block_size)
-    uses = torch.zeros(codebook_size, block_size, device=codes.device)
+    uses = torch.zeros(codebook_size, block_size, dtype=torch.float32, device=codes.device)
     return uses.index_add_(0, flat, mask.reshape(-1, block_size).float())
 
 
@@ -137,7 +137,7 @@ def _least_squares(blocks: Tensor, metrics: Tensor, mask: Tensor, codes: Tensor,
     sums = torch.zeros_like(codebook)
     step = max(1, _SCRATCH // width**2)
     for group, metric in enumerate(metrics.to(blocks)):
-        pairs = torch.zeros(size, width, width, device=blocks.device)
+        pairs = torch.zeros(size, width, width, dtype=torch.float32, device=blocks.device)
         for part in range(0, blocks.shape[1], step):
             rows = slice(part, part + step)
             kept, chosen = mask[group, rows].to(pairs), codes[group, rows]

@@ -112,9 +112,11 @@ def sampled_positions(blocks: Tensor, metrics: Tensor, limit: int, generator: to
     """
     positions, rows = blocks.shape[:2]
     if rows > limit:
-        blocks = blocks[:, torch.randperm(rows, generator=generator)[:limit].sort().values.to(blocks.device)]
+        order = torch.randperm(rows, generator=generator, device=generator.device)
+        blocks = blocks[:, order[:limit].sort().values.to(blocks.device)]
     keep = max(1, limit // blocks.shape[1])
     if positions <= keep:
         return blocks, metrics
-    chosen = torch.randperm(positions, generator=generator)[:keep].sort().values.to(blocks.device)
+    order = torch.randperm(positions, generator=generator, device=generator.device)
+    chosen = order[:keep].sort().values.to(blocks.device)
     return blocks[chosen], metrics[chosen]

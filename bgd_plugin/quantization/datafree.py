@@ -13,7 +13,7 @@ from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.files.format import file_size, stored
 from bgd_plugin.fitting import fit_weight
-from bgd_plugin.graph import baked, copy_module, find_layers, fold_parametrizations_, install_
+from bgd_plugin.graph import baked, copy_module, find_layers, fold_parametrizations_, install_, isolated
 from bgd_plugin.nn import PQModule, quantized
 from bgd_plugin.planning.make import family_leftovers, make_plan, plan_layer
 from bgd_plugin.planning.sizes import paper_bytes
@@ -28,6 +28,7 @@ __all__ = ["quantize_module", "quantize_weights"]
 _NOTE = "quantized without data, each weight by itself: quantize with calibration data is much more accurate"
 
 
+@isolated
 @torch.no_grad()
 def quantize_weights(model: nn.Module, config: BGDConfig | None = None) -> Quantized:
     """Compress a network without data.
@@ -73,6 +74,7 @@ def quantize_weights(model: nn.Module, config: BGDConfig | None = None) -> Quant
     return Quantized(student, report)
 
 
+@isolated
 @torch.no_grad()
 def quantize_module(module: nn.Module, config: BGDConfig | None = None, *, name: str = "the layer") -> PQModule:
     """The product-quantized form of one convolution or linear layer, fitted without data.
@@ -109,7 +111,7 @@ def _fitted(weight: Tensor, planned: PlannedLayer, config: BGDConfig) -> tuple[T
     if not bool(torch.isfinite(weight).all()):
         raise ConfigError(f"layer {planned.name!r} holds NaN or infinite values: repair the network first")
     generator = seeded(config.seed, tuple(weight.shape))
-    gram = torch.eye(planned.block_size, device=weight.device)
+    gram = torch.eye(planned.block_size, dtype=torch.float32, device=weight.device)
     fit = fit_weight(weight, gram, planned, planned.kept(weight), config.em_iterations, generator)
     return fit.codebook, fit.codes
 

@@ -10,7 +10,8 @@ from torch import Tensor, fx
 from bgd_plugin.calibration import Rerun, Walk, logits_of
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.correction import DriftedSkip, Gain, NormCorrection, is_batchnorm
-from bgd_plugin.graph import FoundLayer, added_to, following_batchnorm_node, has_running_statistics
+from bgd_plugin.graph import FoundLayer, added_to, following_batchnorm_node
+from bgd_plugin.nn import normalizes
 from bgd_plugin.planning.types import SkippedLayer
 from bgd_plugin.quantization.job import Job
 from bgd_plugin.quantization.layer import leave_unreached, quantize_layer
@@ -71,7 +72,7 @@ def _along_graph(job: Job, logits: list[Tensor]) -> Outcomes:
 def _by_runs(job: Job, logits: list[Tensor]) -> Outcomes:
     """The same for a network that is not a graph: it is run again for each layer and each batch norm."""
     indices = {found.name: index for index, found in enumerate(job.found)}
-    norms = [path for path, module in job.student.named_modules() if has_running_statistics(module)]
+    norms = [path for path, module in job.student.named_modules() if normalizes(module)]
     weights = {found.name: found.weight for found in job.found}
     walk = Rerun(job.student, job.reference, job.batches, weights, norms, finishes=bool(job.config.distillation))
     corrections = NormCorrection(job.student, job.config.batchnorm, job.log.timed)

@@ -12,7 +12,16 @@ from torch.export import ExportedProgram
 from bgd_plugin import kernels
 from bgd_plugin.calibration import Forward, collect_batches
 from bgd_plugin.config import BGDConfig
-from bgd_plugin.graph import baked, batchnorms_in_parts, copy_module, front_end, isolate_weights_, set_modes, unwrapped
+from bgd_plugin.graph import (
+    baked,
+    batchnorms_in_parts,
+    copy_module,
+    front_end,
+    isolate_weights_,
+    isolated,
+    set_modes,
+    unwrapped,
+)
 from bgd_plugin.planning.make import family_leftovers, require_plannable
 from bgd_plugin.quantization.checks import check_arguments, check_student
 from bgd_plugin.quantization.finish import finish, reported, restore_
@@ -33,6 +42,7 @@ __all__ = ["quantize"]
 @watched()
 @if_asked
 @kernels.disabled()
+@isolated
 def quantize(
     model: nn.Module | ExportedProgram,
     calibration: Iterable[Any],

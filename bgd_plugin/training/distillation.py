@@ -101,7 +101,7 @@ def _next_batches(
     chosen: list[int] = []
     while not chosen or sum(teacher_logits[b].shape[0] for b in chosen) < batch_size:
         if not order:
-            order.extend(torch.randperm(len(teacher_logits), generator=generator).tolist())
+            order.extend(torch.randperm(len(teacher_logits), generator=generator, device=generator.device).tolist())
         chosen.append(order.pop())
         if len(chosen) == len(teacher_logits):
             break

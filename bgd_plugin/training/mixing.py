@@ -32,9 +32,9 @@ def mixed(batch: Batch, number: int) -> Batch:
     """
     count = batch.size
     generator = torch.Generator().manual_seed(number)
-    order = torch.randperm(count, generator=generator)
-    weights = torch.rand(count, generator=generator)
-    below, right, share = torch.rand(3, generator=generator).tolist()
+    order = torch.randperm(count, generator=generator, device=generator.device)
+    weights = torch.rand(count, generator=generator, dtype=torch.float32, device=generator.device)
+    below, right, share = torch.rand(3, generator=generator, dtype=torch.float32, device=generator.device).tolist()
 
     def blended(tensor: Tensor) -> Tensor:
         shape = (count, *(1 for _ in tensor.shape[1:]))

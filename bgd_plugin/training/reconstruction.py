@@ -152,7 +152,7 @@ class _Training:
         parts: dict[str, Part] = {"block": self._block, "optimizer": optimizer, "schedule": schedule}
         for _ in steps.run(config.steps, **parts, generator=generator, order=order):
             if not order:
-                order.extend(torch.randperm(len(self._fitted), generator=generator).tolist())
+                order.extend(torch.randperm(len(self._fitted), generator=generator, device=generator.device).tolist())
             optimizer.zero_grad(set_to_none=True)
             loss = self._loss(self._fitted[order.pop()])
             if not loss.item() < float("inf"):

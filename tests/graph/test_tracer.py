@@ -101,8 +101,9 @@ def test_a_copy_shares_no_module() -> None:
 def test_a_copy_shares_its_tensors_only_where_asked(share: bool) -> None:
     model = randomized(SmallResNet())
     duplicate = copy_module(model, share_tensors=share)
-    tensors = zip((*model.parameters(), *model.buffers()), (*duplicate.parameters(), *duplicate.buffers()), strict=True)
-    assert all((mine is theirs) == share for mine, theirs in tensors)
+    assert all((a is b) == share for a, b in zip(model.parameters(), duplicate.parameters(), strict=True))
+    # a run may write into buffers, into those of a network that shares its parameters, too
+    assert not any(a is b for a, b in zip(model.buffers(), duplicate.buffers(), strict=True))
 
 
 @pytest.mark.parametrize("share", [True, False])

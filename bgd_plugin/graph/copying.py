@@ -1,0 +1,218 @@
+"""Copies of networks: everything that a call could change is the copy's own, functions that close over a module too."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.overrides import TorchFunctionMode
+
+from bgd_plugin.errors import ConfigError
+
+__all__ = ["copy_module", "drop_hooks_", "functions_of", "require_initialized", "set_modes"]
+
+_Memo = dict[int, Any]
+
+
+def copy_module(model: nn.Module, *, share_tensors: bool = False) -> Any:
+    """A copy that can be changed, and run, without touching `model`.
+
+    More than `copy.deepcopy`: tensors with a history are copied without it; functions among the attributes and hooks
+    that close over a module of the network close over the copy's; a `GraphModule` keeps its attributes and hooks.
+
+    Args:
+        share_tensors: keep the very parameters, so that the copy costs no memory; never write into them. Buffers are
+            copied all the same, since running a network may write into them.
+
+    Raises:
+        ConfigError: an attribute that cannot be copied, such as a lock or an open file, or a lazy layer that has never
+            run; it is named.
+    """
+    require_initialized(model)
+    memo: _Memo = {id(p): p for p in model.parameters()} if share_tensors else {}
+    memo |= _without_history(model)
+    try:
+        with _HistoryDropped():
+            result = copy.deepcopy(model, memo)
+    except ConfigError:
+        raise
+    except Exception as error:  # copying runs the code of whatever the network holds
+        raise ConfigError(_why_not(model, error)) from error
+    for theirs in model.modules():
+        mine = memo[id(theirs)]
+        if isinstance(theirs, fx.GraphModule):
+            _give_attributes_(mine, theirs, memo)
+        _rebind_(mine, memo)
+    return result
+
+
+def drop_hooks_(model: nn.Module) -> None:
+    """Take every hook that runs with a forward or backward pass off a network, in place."""
+    for module in model.modules():
+        for table in vars(module):
+            if table.startswith(("_forward_", "_backward_")) and "hooks" in table:
+                vars(module)[table] = OrderedDict()
+
+
+def set_modes(model: nn.Module, modes: Mapping[str, bool]) -> None:
+    """Set the training mode of each module by its path; paths that are not in `modes` follow the root."""
+    for path, module in model.named_modules():
+        module.training = modes.get(path, modes[""])
+
+
+def require_initialized(model: nn.Module) -> None:
+    """Refuse lazy layers that have no weights yet.
+
+    Raises:
+        ConfigError: there are some; they are named.
+    """
+    lazy = [
+        f"{path or 'the network'!r} ({type(module).__name__})"
+        for path, module in model.named_modules()
+        if any(
+            isinstance(t, (UninitializedBuffer, UninitializedParameter))
+            for t in (*module._parameters.values(), *module._buffers.values())
+        )
+    ]
+    if lazy:
+        raise ConfigError(
+            f"lazy layers that have never run, and so have no weights yet: {', '.join(dict.fromkeys(lazy))}; run the "
+            "network once on a batch first"
+        )
+
+
+def _without_history(model: nn.Module) -> _Memo:
+    """Attributes that a hook computes at each call (pruning masks, norms), for a copy: themselves, cut off."""
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    return {id(t): t.detach() for t in attributes if isinstance(t, Tensor) and t.grad_fn is not None}
+
+
+class _HistoryDropped(TorchFunctionMode):
+    """Copies a tensor that has a history as its values; by itself it refuses to be copied."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and args[0].grad_fn is not None:
+            tensor, memo = args
+            memo[id(tensor)] = values = tensor.detach().clone()
+            return values
+        return func(*args, **(kwargs or {}))
+
+
+def _why_not(model: nn.Module, error: Exception) -> str:
+    """Which attribute cannot be copied."""
+    known = {id(part): part for part in (*model.modules(), *model.parameters(), *model.buffers())}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            try:
+                with _HistoryDropped():
+                    copy.deepcopy(value, dict(known))
+            except Exception as cause:  # as above
+                where = f"{path}.{name}".lstrip(".")
+                return (
+                    f"attribute {where!r} of the network, a {_kind(value)}, cannot be copied ({cause}), and the work "
+                    "is done on a copy: remove it first (locks, open files and the like belong outside of a network)"
+                )
+    return f"the network cannot be copied ({type(error).__name__}: {error}), and the work is done on a copy"
+
+
+def _kind(value: Any) -> str:
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
+def _give_attributes_(mine: nn.Module, theirs: nn.Module, memo: _Memo) -> None:
+    """What the copy of a `GraphModule` has lost: attributes of the user's, and hooks."""
+    hooks = {name for name in vars(theirs) if name.endswith("_hooks") or "_hooks_" in name}
+    for name, value in vars(theirs).items():
+        if name not in vars(mine) or (name in hooks and not vars(mine)[name] and value):
+            vars(mine)[name] = copy.deepcopy(value, memo)
+    mine._non_persistent_buffers_set = set(theirs._non_persistent_buffers_set)
+
+
+def functions_of(module: nn.Module) -> list[Any]:
+    """The functions that a module holds: among its attributes, and in its tables of hooks."""
+    values: list[Any] = []
+    for name, value in vars(module).items():
+        if name not in ("_parameters", "_buffers", "_modules"):
+            values += value.values() if isinstance(value, dict) else [value]
+    return [value for value in values if callable(value) and not isinstance(value, (nn.Module, type))]
+
+
+def _rebind_(module: nn.Module, memo: _Memo) -> None:
+    """Let functions among a module's attributes and hooks refer to the copy where they refer to the original."""
+    attributes = vars(module)
+    for name, value in attributes.items():
+        if name in ("_parameters", "_buffers", "_modules"):
+            continue
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                if _is_function(inner):
+                    value[key] = _rebound(inner, memo, {})
+        elif _is_function(value):
+            attributes[name] = _rebound(value, memo, {})
+
+
+def _is_function(value: Any) -> bool:
+    return isinstance(value, (types.FunctionType, types.MethodType, functools.partial))
+
+
+def _rebound(value: Any, memo: _Memo, done: dict[int, Any]) -> Any:
+    """A function, or what one holds, with copies in the place of originals; itself where it refers to none."""
+    if id(value) in done:
+        return done[id(value)]
+    if isinstance(value, types.MethodType):
+        owner = _rebound(value.__self__, memo, done)
+        return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+    if isinstance(value, functools.partial):
+        parts = [_rebound(part, memo, done) for part in (value.func, *value.args)]
+        keywords = {name: _rebound(part, memo, done) for name, part in value.keywords.items()}
+        return functools.partial(parts[0], *parts[1:], **keywords)
+    if isinstance(value, types.FunctionType):
+        return _rebound_function(value, memo, done)
+    if isinstance(value, (tuple, list)) and any(_is_function(part) or id(part) in memo for part in value):
+        return type(value)([_rebound(part, memo, done) for part in value]) if type(value) in (tuple, list) else value
+    return memo.get(id(value), value)
+
+
+def _rebound_function(function: types.FunctionType, memo: _Memo, done: dict[int, Any]) -> types.FunctionType:
+    cells = function.__closure__ or ()
+    fresh = [types.CellType() for _ in cells]
+    result = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(fresh)
+    )
+    done[id(function)] = result
+    changed = False
+    for new, old in zip(fresh, cells, strict=True):
+        content = _content(old)
+        inner = _rebound(content, memo, done)
+        changed = changed or (inner is not content and inner is not result)
+        if content is not _EMPTY:
+            new.cell_contents = inner
+    defaults = _rebound(function.__defaults__, memo, done)
+    keywords = {name: _rebound(part, memo, done) for name, part in (function.__kwdefaults__ or {}).items()}
+    changed = changed or defaults is not function.__defaults__
+    changed = changed or any(part is not (function.__kwdefaults__ or {})[name] for name, part in keywords.items())
+    if not changed:
+        done[id(function)] = function
+        return function
+    functools.update_wrapper(result, function)
+    vars(result).pop("__wrapped__", None)
+    vars(result).update(vars(function))
+    result.__defaults__, result.__kwdefaults__ = defaults, keywords or None
+    return result
+
+
+_EMPTY: Any = object()
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a variable that has no value yet
+        return _EMPTY
