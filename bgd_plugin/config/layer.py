@@ -16,9 +16,12 @@ class LayerConfig:
     """How one layer is quantized.
 
     Args:
-        block_size: weights in a block (d); must divide the weights of a row.
-        codebook_size: codewords in the layer's codebook (k); a power of two from 2 to 65536. Layers with few blocks get
-            the largest power of two strictly below a quarter of their blocks.
+        block_size: weights per block (d); must divide the number of weights in a row.
+        codebook_size: codewords in the layer's codebook (k), a power of two from 2 to 65536. Layers with few blocks get
+            the largest power of two strictly below a quarter of their number of blocks.
+
+    Raises:
+        ConfigError: a value is out of range.
     """
 
     block_size: int
@@ -27,7 +30,7 @@ class LayerConfig:
     def __post_init__(self) -> None:
         check(
             isinstance(self.block_size, int) and self.block_size >= 1,
-            f"block_size={self.block_size!r}: give a whole number of at least 1",
+            f"block_size={self.block_size!r}: give an integer of at least 1",
         )
         k = self.codebook_size
         check(

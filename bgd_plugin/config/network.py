@@ -1,4 +1,4 @@
-"""Settings: frozen, checked where they are made, and versioned as JSON."""
+"""The settings of a run: frozen, validated on creation, and versioned as JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["FAMILIES", "BGDConfig"]
 
 CONFIG_VERSION = 1
 
-# What the paper leaves float in a Mask R-CNN beside its first layer, and what is distilled: torchvision's names.
+# In torchvision's Mask R-CNN: layers that the paper keeps float besides the first, and outputs that it distills.
 _MASK_RCNN_FLOAT = ("rpn.head.cls_logits", "rpn.head.bbox_pred", "roi_heads.mask_predictor.mask_fcn_logits")
 _MASK_RCNN_OUTPUTS = ("backbone", "rpn.head", "roi_heads.box_predictor", "roi_heads.mask_predictor")
 
@@ -27,21 +27,20 @@ Override = tuple[str, "LayerConfig | None"]
 def _check_budget(target_bytes: Any, target_ratio: Any) -> None:
     check(
         target_bytes is None or target_ratio is None,
-        f"target_bytes={target_bytes} and target_ratio={target_ratio}: give one of the two",
+        f"target_bytes={target_bytes} and target_ratio={target_ratio}: give only one of them",
     )
     check(
         target_bytes is None or counts(target_bytes),
-        f"target_bytes={target_bytes!r}: give a whole number of bytes, or None for no budget",
+        f"target_bytes={target_bytes!r}: give an integer number of bytes, or None for no budget",
     )
     is_ratio = isinstance(target_ratio, (int, float)) and 1 < target_ratio < float("inf")
     check(
         target_ratio is None or is_ratio,
-        f"target_ratio={target_ratio!r}: give how many times smaller the file is to be, a number above 1",
+        f"target_ratio={target_ratio!r}: give a compression ratio above 1, such as 20 for a file 20 times smaller",
     )
 
 
-# The kinds of layer that have a setting of their own; `first_layer`, `depthwise_conv` and `embedding` stay
-# float unless set.
+# Kinds of layer with their own setting; `first_layer`, `depthwise_conv` and `embedding` stay float by default.
 FAMILIES = ("conv", "pointwise_conv", "depthwise_conv", "linear", "embedding", "first_layer")
 
 
@@ -50,38 +49,48 @@ class BGDConfig:
     """What to quantize, and how.
 
     Args:
-        method: how codebook and codes are fitted; "full" works with all correlations of a layer's inputs, "em" is
-            the paper's (expectation-maximisation on one pooled Gram matrix).
-        conv, pointwise_conv, depthwise_conv, linear, embedding, first_layer: setting for each kind of layer; None keeps
-            it float. Transposed convolutions go with the pointwise ones: their blocks are runs of input channels. A
-            default block size that does not divide a layer gives way to the largest one below it that does; a block
-            size that you set is taken at its word, and is an error where it does not divide.
-        overrides: pairs of a glob on layer names and a setting (None keeps the layer float); the first match wins,
-        and a glob that matches nothing is an error.
-        rounds: of least squares and coordinate descent in method "full".
-        asymmetric_step: how far method "full" moves its aim from the layer's own weight (0) towards the weight that
-            gives the float network's outputs on the student's inputs (1).
-        refit_depthwise: depthwise convolutions that stay float are fitted anew, in method "full", to give the float
-            network's outputs on the student's inputs.
-        em_iterations: upper bound of the EM iterations of a layer.
-        batchnorm: "matched" moves the statistics of each batch norm so that its output keeps the float network's mean
-        and variance on the calibration data; "reestimate" replaces them by the calibration data's; "keep" leaves them.
-        distillation: per-layer training of the codewords, or None.
-        reconstruction: training of block after block against the float blocks' outputs, or None.
-        finetuning: training of all codewords after the last layer, or None.
-        freeze_norms: batch norms become, at the end, a factor and a summand for each channel: half the bytes, and no
-            statistics that a later training could update.
-        codebook_storage: the type that codebooks are rounded to and stored in; "int8" has one scale for each codebook.
-        weight_storage: the same for the weights of first layers and depthwise convolutions that stay float by these
-            settings (not by an override); "int8" has one scale for each output channel.
-        float_storage: the same for all else that stays float (norms, biases, layers of an override).
-        preserve_zeros: weights that are exactly zero, as pruning leaves them, are exactly zero in the decoded weights;
-            which ones they are takes bits of the file. False: they are weights like the others.
-        target_bytes, target_ratio: a budget, one of the two: the longest file there may be, or how many times smaller
-            than the float network it must be. Block and codebook sizes are then chosen layer by layer, by what each
-            layer's error does to the network's output, for the kinds of layer that have the default setting here; kinds
-            with another setting, and layers of an override, stay as they are set.
-        seed: of every random choice.
+        method: how codebook and codes are fitted. "full" uses all correlations of a layer's inputs; "em" is the paper's
+            method, expectation-maximization on one pooled Gram matrix.
+        conv: setting for convolutions. None keeps them float, as for the other kinds of layer. A default block size
+            that does not divide a layer's row is lowered to the next one that does; a block size that you set is never
+            adjusted, and is an error if it does not divide the row.
+        pointwise_conv: setting for 1×1 convolutions and transposed convolutions.
+        depthwise_conv: setting for depthwise convolutions; float by default.
+        linear: setting for linear layers.
+        embedding: setting for embeddings; float by default.
+        first_layer: setting for the first layer; float by default.
+        overrides: pairs of a glob on layer names and a setting (None keeps the layer float). The first match wins; a
+            glob that matches nothing is an error.
+        rounds: rounds of least squares and coordinate descent in method "full".
+        asymmetric_step: target of method "full", from the layer's own weight (0) to the weight that best reproduces the
+            float network's outputs on the student's inputs (1).
+        refit_depthwise: refit depthwise convolutions that stay float, in method "full", to the float network's outputs
+            on the student's inputs.
+        em_iterations: maximum number of EM iterations per layer.
+        batchnorm: "matched" adjusts the statistics of each batch norm so that its output keeps the float network's mean
+            and variance on the calibration data; "reestimate" replaces them by the calibration data's; "keep" keeps
+            them.
+        distillation: training of each layer's codewords right after its fit, or None.
+        reconstruction: training of block after block to match the float blocks' outputs, or None.
+        finetuning: training of the whole network after the last layer, or None.
+        freeze_norms: replace batch norms at the end by one scale and one shift per channel: half the bytes, but no
+            statistics that later training could update.
+        codebook_storage: "float16" or "int8", the type in which codebooks are stored and to which they are rounded;
+            "int8" has one scale per codebook.
+        weight_storage: "float32", "float16" or "int8", the same for the weights of first layers and depthwise
+            convolutions that stay float by default (not by an override); "int8" has one scale per output channel.
+        float_storage: "float32" or "float16", the same for everything else that stays float (norms, biases, layers
+            kept float by an override).
+        preserve_zeros: keep weights that are exactly zero, such as pruned ones, exactly zero after decoding; their
+            positions take bits in the file. False: treat them like other weights.
+        target_bytes: a budget, the maximum length of the file in bytes. Block and codebook sizes are then chosen layer
+            by layer, by the effect of each layer's error on the network's output, for the kinds of layer that have
+            their default setting; other kinds, and layers of an override, keep their settings.
+        target_ratio: the same budget as a compression ratio, float bytes / file bytes. Give one of the two.
+        seed: seed of all random choices.
+
+    Raises:
+        ConfigError: a value is out of range, or settings contradict each other.
     """
 
     method: Literal["full", "em"] = "full"
@@ -143,13 +152,16 @@ class BGDConfig:
 
         Args:
             regime: "small" has blocks of 9 (3×3) and 4 (1×1), "large" blocks of 18 and 8; linear layers have 4 in both.
-                "mask_rcnn" is "large" for torchvision's `maskrcnn_resnet50_fpn`: the layers stay float that the paper
-                leaves, and finetuning compares features, and the logits of both stages, since a detector has no others.
+                "mask_rcnn" is "large" for torchvision's `maskrcnn_resnet50_fpn`: the layers that the paper keeps float
+                stay float, and finetuning matches features and the logits of both stages.
             codebook_size: codewords for convolutions.
-            fc_codebook_size: codewords for linear layers (the paper: 2048 for ResNet-18, 1024 for ResNet-50, 256 for
+            fc_codebook_size: codewords for linear layers (in the paper 2048 for ResNet-18, 1024 for ResNet-50, 256 for
                 Mask R-CNN).
-            pointwise_block_size: for 1×1 convolutions; the paper's large ResNet-18 has 4.
+            pointwise_block_size: block size of 1×1 convolutions; 4 in the paper's large ResNet-18.
             **fields: any field of `BGDConfig`.
+
+        Raises:
+            ConfigError: an unknown regime or field, or a value out of range.
 
         **Source**: arXiv 1907.05686, sections 4.1 and 4.4, table 1.
         """
@@ -180,42 +192,42 @@ class BGDConfig:
 
     @property
     def has_budget(self) -> bool:
-        """Whether block and codebook sizes are to be chosen."""
+        """Whether block and codebook sizes are chosen by a budget."""
         return self.target_bytes is not None or self.target_ratio is not None
 
     def budget_bytes(self, original_bytes: int) -> int | None:
-        """The longest file that the budget allows; None without a budget.
+        """The maximum file size in bytes; None without a budget.
 
         Args:
-            original_bytes: parameters and buffers of the float network.
+            original_bytes: size of the float network's parameters and buffers.
         """
         if self.target_ratio is not None:
             return int(original_bytes / self.target_ratio)
         return self.target_bytes
 
     def has_default_sizes(self, family: str) -> bool:
-        """Whether the setting of a family is the library's own, so that a budget may choose in its place."""
+        """Whether the setting of a family is the default, so that a budget may choose instead."""
         value: LayerConfig | None = getattr(self, family)
         return value is not None and value == _DEFAULTS.get(family)
 
     def is_default(self, family: str) -> bool:
-        """Whether the block size of a family is the library's default, not one that the user chose."""
+        """Whether the block size of a family is the default rather than the user's choice."""
         default = _DEFAULTS.get(family)
         value: LayerConfig | None = getattr(self, family)
         return value is not None and default is not None and value.block_size == default.block_size
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers, with the version of the layout."""
+        """The settings as plain dicts, lists and numbers, with the version of the layout."""
         return {"version": CONFIG_VERSION} | dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BGDConfig:
-        """The inverse of `to_dict`.
+        """Inverse of `to_dict`.
 
         Raises:
-            ConfigError: an unknown field, a wrong value, or a version newer than this library's.
+            ConfigError: an unknown field, an invalid value, or a version newer than this library supports.
         """
-        check(isinstance(values, Mapping), f"the settings are a {type(values).__name__}: give a mapping")
+        check(isinstance(values, Mapping), f"the settings are of type {type(values).__name__}: give a mapping")
         fields = dict(values)
         version = fields.pop("version", CONFIG_VERSION)
         check(
@@ -239,7 +251,11 @@ class BGDConfig:
 
     @classmethod
     def from_json(cls, text: str) -> BGDConfig:
-        """The inverse of `to_json`."""
+        """Inverse of `to_json`.
+
+        Raises:
+            ConfigError: the text is not JSON; otherwise as `from_dict`.
+        """
         try:
             values = json.loads(text)
         except ValueError as error:
@@ -248,7 +264,7 @@ class BGDConfig:
 
 
 def _nested(kind: type[Any], values: Any, where: str) -> Any:
-    """An instance of `kind` from a mapping; None and finished instances pass."""
+    """An instance of `kind` from a mapping; None and instances are returned unchanged."""
     if values is None or isinstance(values, kind):
         return values
     check(isinstance(values, Mapping), f"{where}: found {values!r}, give the fields of {kind.__name__}")
@@ -259,7 +275,7 @@ def _nested(kind: type[Any], values: Any, where: str) -> Any:
 
 
 def _nested_override(entry: Any) -> Any:
-    """An override whose setting may still be a mapping; what else is wrong with it is found later."""
+    """An override whose setting may still be a mapping; other errors are found later."""
     if isinstance(entry, (tuple, list)) and len(entry) == 2:
         return entry[0], _nested(LayerConfig, entry[1], f"override {entry[0]!r}")
     return entry

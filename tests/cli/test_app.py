@@ -406,7 +406,7 @@ def test_sizes_with_units() -> None:
     assert with_budget(bgd.BGDConfig(target_bytes=9), None, 7.5) == bgd.BGDConfig(target_ratio=7.5)
     for text in ("5 elephants", "MB", "-3MB", "1e6"):
         _fails(["plan", NET, "--target-size", text], f"--target-size '{text}': give a number and a unit")
-    _fails(["plan", NET, "--target-size", "1MB", "--target-ratio", "3"], "give one of the two")
+    _fails(["plan", NET, "--target-size", "1MB", "--target-ratio", "3"], "give only one of them")
     _fails(["plan", NET, "--target-size", "1kB"], "the least possible size is")
 
 

@@ -77,8 +77,8 @@ def test_a_newer_version_asks_for_an_upgrade() -> None:
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
-        (LayerConfig, {"block_size": 0}, "block_size=0: give a whole number of at least 1"),
-        (LayerConfig, {"block_size": 4.5}, "block_size=4.5: give a whole number"),
+        (LayerConfig, {"block_size": 0}, "block_size=0: give an integer of at least 1"),
+        (LayerConfig, {"block_size": 4.5}, "block_size=4.5: give an integer"),
         (
             LayerConfig,
             {"block_size": 4, "codebook_size": 100},
