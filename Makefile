@@ -5,12 +5,14 @@
 #   PYTHON=python3.12        the interpreter to make the environment from
 #   SYSTEM_SITE_PACKAGES=1   the new environment also sees PYTHON's own packages, so a torch that is there is used
 #   VENV=path                an environment of your own instead of .venv (venv, virtualenv or conda)
+#   TEST_WORKERS=4           processes that share the tests; 0: none beside pytest's own
 #   FRAMEWORKS=              test without the frameworks of the adapters; their tests are skipped
 
 PYTHON ?= python3
 VENV ?= .venv
 SYSTEM_SITE_PACKAGES ?=
 FRAMEWORKS ?= frameworks
+TEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -62,7 +64,7 @@ demo: $(STAMP)
 
 ## make test           the tests, in minutes, those of the adapters against the real frameworks
 test: $(STAMP) $(FRAMEWORKS_STAMP)
-	$(TEST_ENVIRONMENT) $(RUN) -m pytest $(PYTEST_ARGS)
+	$(TEST_ENVIRONMENT) OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 ## make test-slow      the slow tests and the measured bounds
 test-slow: $(STAMP) $(FRAMEWORKS_STAMP)

@@ -1,6 +1,6 @@
 """What each process of a test's job runs: quantize with its part of the batches, and write what came out.
 
-`python -m tests.distributed_job`, started by torchrun, or with the same variables in the environment.
+`python -m tests.distributed_job`, started by torchrun, or `started` with the same variables in the environment.
 """
 
 from __future__ import annotations
@@ -82,7 +82,13 @@ def _refused(output: Path, rank: int) -> None:
         (output / f"refused-{rank}").write_text(str(error))
 
 
-def main() -> None:
+def started(environment: dict[str, str], arguments: list[str]) -> None:
+    """One process, forked from one that has imported this module already."""
+    os.environ.update(environment)
+    main(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
     """One process."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--configs", nargs="+", choices=CONFIGS, required=True)
@@ -93,7 +99,7 @@ def main() -> None:
     parser.add_argument("--dies", type=int, help="the process that ends after so many walks over its data")
     parser.add_argument("--walks", type=int, default=0)
     parser.add_argument("--how", choices=["killed", "error"])
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.save_each_step:
         bgd_plugin.support.steps.SAVE_SECONDS, bgd_plugin.support.steps._SHARE = 0.0, float("inf")
     torch.set_num_threads(1)

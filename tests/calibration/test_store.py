@@ -169,12 +169,12 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 blocks = [m for _ in range(3) for m in (nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())]
 model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 8))
-def run(bound):
-    bgd.quantize(model.eval(), Images(64, 2, 64), bgd.BGDConfig(rounds=0), memory_bytes=bound, progress=False)
-run(bound=1)  # what the process takes once and for all
+def run(count, bound):
+    bgd.quantize(model.eval(), Images(count, 2, 64), bgd.BGDConfig(rounds=0), memory_bytes=bound, progress=False)
+run(8, bound=1)  # what the process takes once and for all
 forget_peak()
 before = resident_mib("VmRSS")
-run(bound=None if sys.argv[1] == "none" else int(sys.argv[1]) * 2**20)
+run(64, bound=None if sys.argv[1] == "none" else int(sys.argv[1]) * 2**20)
 print(resident_mib("VmHWM") - before)
 """
 

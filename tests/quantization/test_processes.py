@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,31 +19,59 @@ from torch import Tensor
 
 import bgd_plugin as bgd
 from bgd_plugin.nn import PQModule
-from tests.distributed_job import CONFIGS, batches, network
+from tests.distributed_job import CONFIGS, batches, network, started
+
+# One worker of pytest-xdist runs them, so that the job of all settings runs once.
+pytestmark = pytest.mark.xdist_group("processes")
 
 END_SECONDS = 60  # within which the others must have ended
 
 
-def _environment(**more: str) -> dict[str, str]:
-    paths = os.pathsep.join(p for p in sys.path if p)
-    return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | more
-
-
-def _torchrun(
-    output: Path, configs: list[str], *arguments: str, processes: int = 2
-) -> subprocess.CompletedProcess[str]:
+def _torchrun(output: Path, configs: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
     output.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "tests.distributed_job", "--output", str(output), "--configs", *configs, *arguments]
-    return subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def _forked(output: Path, configs: list[str], *arguments: str, processes: int = 2) -> list[Any]:
+    """The processes of a job, started by hand; their parent has imported torch for all of them."""
+    output.mkdir(exist_ok=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([started.__module__])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
+    wanted = ["--output", str(output), "--configs", *configs, *arguments]
+    job = [
+        context.Process(target=started, args=(common | {"RANK": str(rank)}, wanted), daemon=True)
+        for rank in range(processes)
+    ]
+    for process in job:
+        process.start()
+    return job
+
+
+def _codes(job: list[Any]) -> list[int]:
+    """Exit codes of a job's processes; once one has failed, the others are ended, as torchrun does it."""
+    end = time.monotonic() + 300
+    while any(process.is_alive() for process in job) and time.monotonic() < end:
+        if any(process.exitcode for process in job):
+            break
+        time.sleep(0.02)
+    for process in job:
+        process.kill()
+        process.join()
+    return [process.exitcode for process in job]
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes made of every setting."""
-    output = tmp_path_factory.mktemp("job")
-    run = _torchrun(output, list(CONFIGS), "--prelude")
-    assert not run.returncode, run.stderr
+    output: Path = tmp_path_factory.mktemp("job")
+    assert _codes(_forked(output, list(CONFIGS), "--prelude")) == [0, 0]
     return output
 
 
@@ -92,20 +123,20 @@ def test_under_torchrun_a_killed_process_ends_the_job_and_the_next_one_goes_on(j
     assert time.time() - (tmp_path / "end").stat().st_mtime < END_SECONDS
     assert "rank      : 1 (local_rank: 1)" in run.stderr.partition("Root Cause")[2]
     assert len(list((tmp_path / "run").glob("layer-*.safetensors"))) == 4
-    assert not _torchrun(tmp_path, ["trained"], *checkpoint).returncode
+    assert not any(_codes(_forked(tmp_path, ["trained"], *checkpoint)))
     assert (tmp_path / "trained-1.safetensors").read_bytes() == (job / "trained-1.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_killed_while_it_trains_it_goes_on_at_the_step(processes: int, tmp_path: Path) -> None:
     whole, checkpoint = tmp_path / "whole", tmp_path / "run"
-    assert not _torchrun(whole, ["trained"], processes=processes).returncode
+    assert not any(_codes(_forked(whole, ["trained"], processes=processes)))
     # the data is walked once for calibration, and once for each of three epochs of finetuning
     common = ["--checkpoint", str(checkpoint), "--save-each-step", "--dies=1", "--walks=3", "--how=killed"]
-    assert _torchrun(tmp_path, ["trained"], *common, processes=processes).returncode
+    assert _codes(_forked(tmp_path, ["trained"], *common, processes=processes))[1] == -signal.SIGKILL
     assert (checkpoint / "finetuning.steps.safetensors").exists()
-    run = _torchrun(tmp_path, ["trained"], *common, processes=processes)  # two epochs' walks are left
-    assert not run.returncode, run.stderr
+    # two epochs' walks are left
+    assert not any(_codes(_forked(tmp_path, ["trained"], *common, processes=processes)))
     for rank in range(processes):
         name = f"trained-{rank}.safetensors"
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
@@ -113,24 +144,17 @@ def test_killed_while_it_trains_it_goes_on_at_the_step(processes: int, tmp_path:
 
 @pytest.mark.parametrize(("dies", "walks", "how"), [(1, 0, "killed"), (1, 0, "error"), (0, 1, "killed")])
 def test_without_torchrun_the_others_end_and_name_it(dies: int, walks: int, how: str, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "tests.distributed_job", "--output", str(tmp_path), "--configs", "trained"]
-    command += [f"--dies={dies}", f"--walks={walks}", f"--how={how}"]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(command, env=_environment(RANK=str(rank), **common), stderr=subprocess.DEVNULL)
-        for rank in (0, 1)
-    ]
+    processes = _forked(tmp_path, ["trained"], f"--dies={dies}", f"--walks={walks}", f"--how={how}")
     try:
-        assert processes[dies].wait(200)
-        assert processes[1 - dies].wait(END_SECONDS) == 1
+        processes[dies].join(200)
+        assert processes[dies].exitcode
+        processes[1 - dies].join(END_SECONDS)
+        assert processes[1 - dies].exitcode == 1
         assert time.time() - (tmp_path / "end").stat().st_mtime < END_SECONDS
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.join()
     said = (tmp_path / f"error-{1 - dies}").read_text()
     assert f"process {dies}" in said
     assert how == "killed" or "OSError: the data is gone" in said
