@@ -10,7 +10,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import ConfigError
-from bgd_plugin.planning.make import is_finished
+from bgd_plugin.planning.survey import is_finished
 from bgd_plugin.quantization.quantize import quantize
 from bgd_plugin.report.report import Report
 

@@ -27,6 +27,7 @@ from bgd_plugin.nn import FrozenNorm, PQModule
 __all__ = [
     "FORMAT_VERSION",
     "METADATA_KEY",
+    "State",
     "Stored",
     "file_bytes",
     "file_size",
@@ -35,6 +36,7 @@ __all__ = [
     "scales",
     "state_bytes",
     "stored",
+    "stored_state",
 ]
 
 FORMAT_VERSION = 2
@@ -57,17 +59,45 @@ class Stored:
     header: dict[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What of a network goes into its file.
+
+    Attributes:
+        tensors: the state dict.
+        layers: the product-quantized modules by path; a shared one stands under each of its paths.
+        frozen: paths of the frozen norms.
+    """
+
+    tensors: dict[str, Any]
+    layers: dict[str, PQModule]
+    frozen: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> State:
+        """The state of a network as it is."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        return cls(
+            tensors=dict(model.state_dict()),
+            layers={path: module for path, module in modules.items() if isinstance(module, PQModule)},
+            frozen=tuple(path for path, module in modules.items() if isinstance(module, FrozenNorm)),
+        )
+
+
 def stored(model: nn.Module) -> Stored:
-    """The tensors and the header of a network's file.
+    """The tensors and the header of a network's file; see `stored_state`."""
+    return stored_state(State.of(model))
+
+
+def stored_state(state: State) -> Stored:
+    """The tensors and the header of a file.
 
     Raises:
         CheckpointError: the state holds something that is not a tensor.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    layers = {path: module for path, module in modules.items() if isinstance(module, PQModule)}
-    parts = _Parts(layers)
+    parts = _Parts(state.layers)
     names: dict[tuple[Any, ...], str] = {}
-    for name, value in model.state_dict().items():
+    for name, value in state.tensors.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(
                 f"{name!r} of the network's state is a {type(value).__name__}, not a tensor: cannot be saved"
@@ -80,7 +110,7 @@ def stored(model: nn.Module) -> Stored:
     if parts.scales:
         parts.tensors[SCALES] = torch.cat(list(parts.scales.values()))
     entries = {
-        "frozen": [path for path, module in modules.items() if isinstance(module, FrozenNorm)],
+        "frozen": list(state.frozen),
         "scaled": list(parts.scales),
         "numbers": parts.numbers,
         "aliases": parts.aliases,
@@ -89,7 +119,9 @@ def stored(model: nn.Module) -> Stored:
     }
     header: dict[str, Any] = {
         "format": FORMAT_VERSION,
-        "layers": {path: _layer_header(layer) for path, layer in layers.items() if f"{path}.codes" in parts.tensors},
+        "layers": {
+            path: _layer_header(layer) for path, layer in state.layers.items() if f"{path}.codes" in parts.tensors
+        },
     }
     return Stored(tensors=parts.tensors, header=header | {name: entry for name, entry in entries.items() if entry})
 

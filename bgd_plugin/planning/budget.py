@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bgd_plugin.errors import ConfigError
@@ -18,12 +18,11 @@ from bgd_plugin.planning.candidates import (
     require_reachable,
     weight_sensitivity,
 )
-from bgd_plugin.planning.types import PlannedLayer
+from bgd_plugin.planning.sizes import Sketch
+from bgd_plugin.planning.survey import Chosen, Survey
 from bgd_plugin.support.seeds import seeded
 
 __all__ = ["Budget"]
-
-Layers = list[tuple[FoundLayer, "PlannedLayer"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,20 +30,27 @@ class Budget:
     """A number of bytes, and what it is for.
 
     Attributes:
-        layers: all layers to be quantized, as the settings have them.
-        free: names of those whose sizes are to be chosen.
+        survey: of the network, with the layers as the settings have them.
+        sketch: of the same, for the length of files.
         target_bytes: the longest file.
-        file_size: length of the file with such layers.
-        float_storage: the type in which a layer is stored that stays float.
-        seed: of the quick fits.
     """
 
-    layers: Layers
-    free: Sequence[str]
+    survey: Survey
+    sketch: Sketch
     target_bytes: int
-    file_size: Callable[[Layers], int]
-    float_storage: str
-    seed: int
+
+    @classmethod
+    def of(cls, survey: Survey, sketch: Sketch | None = None) -> Budget | None:
+        """The budget that the settings name; None where they name none."""
+        target = survey.config.budget_bytes(survey.original_bytes)
+        if target is None:
+            return None
+        return cls(survey=survey, sketch=sketch or Sketch(survey), target_bytes=target)
+
+    @property
+    def free(self) -> tuple[FoundLayer, ...]:
+        """The layers whose sizes are to be chosen."""
+        return tuple(found for found, planned in self.survey.chosen if planned.name in self.survey.free)
 
     def require_reachable(self) -> None:
         """Refuse a budget below the least possible file.
@@ -54,60 +60,65 @@ class Budget:
         """
         require_reachable(self._options(), self.target_bytes, self._file_size)
 
-    def spend(self, sensitivities: Mapping[str, Sensitivity] | None) -> tuple[Layers, list[str], tuple[str, ...]]:
+    def spend(self, sensitivities: Mapping[str, Sensitivity] | None) -> Survey:
         """Choose.
 
         Args:
             sensitivities: of the free layers; None: by their weights alone.
 
         Returns:
-            all layers to be quantized, the names of those that are left float, and notes.
+            the survey with the layers as chosen.
 
         Raises:
             ConfigError: the budget is too small for anything, or large enough for everything in float.
         """
+        free = [layer.name for layer in self.free]
         known = {**self._by_weights(sensitivities or {}), **(sensitivities or {})}
-        options = [rated(o, known[name]) for o, name in zip(self._options(), self.free, strict=True)]
+        options = [rated(o, known[name]) for o, name in zip(self._options(), free, strict=True)]
         choice = choose(options, self.target_bytes, self._file_size)
-        pairs = list(zip(choice.options, self.free, strict=True))
-        layers = self._layers([_explained(option, known[name]) for option, name in pairs])
-        if not layers:
+        pairs = list(zip(choice.options, free, strict=True))
+        chosen = self._chosen([_explained(option, known[name]) for option, name in pairs])
+        if not chosen:
             raise ConfigError(
                 f"a budget of {self.target_bytes:,} bytes has room for every layer in float: no layer is left to "
                 "quantize; ask for less"
             )
-        return layers, [name for option, name in pairs if option.layer is None], self._notes(choice, sensitivities)
+        left = [name for option, name in pairs if option.layer is None]
+        return self.survey.budgeted(chosen, left, self._notes(choice, sensitivities))
 
     def _options(self) -> list[list[Option]]:
-        by_name = {p.name: (f, p) for f, p in self.layers}
-        return [options_of(by_name[name][1], self._float_bytes(by_name[name][0])) for name in self.free]
+        return [
+            options_of(planned, self._float_bytes(found))
+            for found, planned in self.survey.chosen
+            if planned.name in self.survey.free
+        ]
 
-    def _layers(self, picked: Sequence[Option]) -> Layers:
+    def _chosen(self, picked: Sequence[Option]) -> Chosen:
         """All layers to be quantized, the free ones as picked."""
-        chosen = dict(zip(self.free, (option.layer for option in picked), strict=True))
-        outcomes = [(f, chosen.get(p.name, p)) for f, p in self.layers]
-        return [(f, p) for f, p in outcomes if p is not None]
+        layers = dict(zip((layer.name for layer in self.free), (option.layer for option in picked), strict=True))
+        outcomes = [(f, layers.get(p.name, p)) for f, p in self.survey.chosen]
+        return tuple((f, p) for f, p in outcomes if p is not None)
 
     def _file_size(self, picked: Sequence[Option]) -> int:
-        return self.file_size(self._layers(picked))
+        return self.sketch.file_size(self._chosen(picked))
 
     def _float_bytes(self, layer: FoundLayer) -> int:
         size = layer.weight.element_size()
-        return layer.weight.numel() * (min(size, 2) if self.float_storage == "float16" else size)
+        return layer.weight.numel() * (min(size, 2) if self.survey.config.float_storage == "float16" else size)
 
     def _by_weights(self, measured: Mapping[str, Sensitivity]) -> dict[str, Sensitivity]:
-        weights = {p.name: f.matrix for f, p in self.layers}
+        seed = self.survey.config.seed
         return {
-            name: weight_sensitivity(weights[name], seeded(self.seed, name, "budget"))
-            for name in self.free
-            if name not in measured
+            layer.name: weight_sensitivity(layer.matrix, seeded(seed, layer.name, "budget"))
+            for layer in self.free
+            if layer.name not in measured
         }
 
     def _notes(self, choice: Choice, sensitivities: Mapping[str, Sensitivity] | None) -> tuple[str, ...]:
         share = choice.file_bytes / self.target_bytes
         spent = f"budget: {choice.file_bytes:,} of {self.target_bytes:,} bytes ({share:.2%})"
         what = f"sizes of {len(self.free)} layers chosen for the least sum of losses, {choice.loss:.3g}"
-        fixed = len(self.layers) - len(self.free)
+        fixed = len(self.survey.chosen) - len(self.free)
         note = f"{spent}; {what}" + (f"; {fixed} more as the settings fix them" if fixed else "")
         if sensitivities is not None:
             return (note,)

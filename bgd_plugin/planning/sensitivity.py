@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from bgd_plugin.calibration import Batch, LayerInputs, Walk, logits_of, sampled_inputs
 from bgd_plugin.config import BGDConfig
-from bgd_plugin.graph import FoundLayer, copy_module, find_layers, following_batchnorm, isolate_weights_
+from bgd_plugin.graph import FoundLayer, following_batchnorm
 from bgd_plugin.planning.candidates import Sensitivity, block_sizes, codebook_sizes, fitted_sizes
 from bgd_plugin.pq.blocks import from_blocks
 from bgd_plugin.pq.feedback import damped, diagonal_blocks, encode_with_feedback, nearest
@@ -49,7 +49,7 @@ _LEAST_SHARE = 1e-6
 
 @torch.no_grad()
 def measure_sensitivities(
-    network: fx.GraphModule, batches: Sequence[Batch], names: Sequence[str], config: BGDConfig, step: Any
+    network: fx.GraphModule, batches: Sequence[Batch], layers: Sequence[FoundLayer], config: BGDConfig, step: Any
 ) -> dict[str, Sensitivity]:
     """The sensitivity of layers, by name.
 
@@ -57,18 +57,20 @@ def measure_sensitivities(
     with random weights), the squared difference of the outputs is measured instead.
 
     Args:
-        network: the traced float network, in evaluation mode; it is left untouched.
+        network: the traced float network, in evaluation mode, in which modules return the weights of `layers`
+            (`isolate_weights_`); while a layer is measured it has another weight, and then its own again.
         batches: the calibration data.
-        names: of the layers.
+        layers: those to be measured; one whose inputs the nodes hide has no sensitivity.
         config: the settings; the method decides in which metric errors are measured.
         step: called after each layer.
 
     Raises:
         CalibrationError: what any walk over the calibration data may meet.
     """
-    found = _measured(network, batches, names, config, step, measure="KL")
+    seen = [layer for layer in layers if not layer.hidden]
+    found = _measured(network, batches, seen, config, step, measure="KL")
     if found and max(s.per_error for s in found.values()) < _LEAST_KL:
-        found = _measured(network, batches, names, config, lambda: None, measure="squared difference")
+        found = _measured(network, batches, seen, config, lambda: None, measure="squared difference")
     least = _LEAST_SHARE * max((s.per_error for s in found.values()), default=0.0) or _NOTHING
     return {name: dataclasses.replace(s, per_error=max(s.per_error, least)) for name, s in found.items()}
 
@@ -76,14 +78,11 @@ def measure_sensitivities(
 def _measured(
     network: fx.GraphModule,
     batches: Sequence[Batch],
-    names: Sequence[str],
+    layers: Sequence[FoundLayer],
     config: BGDConfig,
     step: Any,
     measure: _Measure,
 ) -> dict[str, Sensitivity]:
-    network = copy_module(network, share_tensors=True)
-    layers = [layer for layer in find_layers(network)[0] if layer.name in set(names) and not layer.hidden]
-    isolate_weights_(network, layers)
     few = some_samples(batches, _SAMPLES)
     outputs = [batch.call(network) for batch in few]
     wide, narrow = Walk(network, batches), Walk(network, few)

@@ -2,56 +2,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.encoding.masks import mask_form, pack_mask
-from bgd_plugin.files.format import Stored, file_size, stored
+from bgd_plugin.files.format import State, Stored, file_size, stored_state
 from bgd_plugin.files.rounding import round_floats_, round_weights_
-from bgd_plugin.graph import FoundLayer, copy_module, install_, isolate_weights_
-from bgd_plugin.nn import PQModule, freeze_norms_
+from bgd_plugin.graph import FoundLayer, copy_module, float_module, module_at
+from bgd_plugin.nn import PQModule, freeze_norms_, quantized
+from bgd_plugin.planning.survey import Chosen, Survey
 from bgd_plugin.planning.types import PlannedLayer
 
-__all__ = ["paper_bytes", "sketched", "sketched_file_size"]
+__all__ = ["Sketch", "paper_bytes", "planned_paper_bytes"]
 
 _COUNTER_BYTES = 8  # by which a batch norm's count of batches may grow in the file while the network is finetuned
 
 
-def sketched(graph_module: nn.Module, chosen: Sequence[tuple[FoundLayer, PlannedLayer]]) -> nn.Module:
-    """The compressed network with empty codebooks and codes, for its sizes alone."""
-    sketch: nn.Module = copy_module(graph_module, share_tensors=True)
-    isolate_weights_(sketch, [found for found, _ in chosen])
-    for found, planned in chosen:
-        dtype = torch.int8 if planned.codebook_storage == "int8" else found.weight.dtype
-        codebook = torch.empty(planned.codebook_size, planned.block_size, dtype=dtype, device="meta")
-        codes = torch.empty(planned.rows, planned.blocks_per_row, dtype=torch.int64, device="meta")
-        install_(sketch, found, codebook, codes, planned.kept(found.matrix))
-    return sketch
+class Sketch:
+    """The state of a network as its file will hold it, in which layers can be exchanged for quantized ones.
 
-
-def sketched_file_size(sketch: nn.Module, config: BGDConfig, leftovers: list[str]) -> int:
-    """Length of a sketch's file; what stays float in it is rounded as the settings say.
-
-    With a budget it is the length that the file may come to: the work ahead changes statistics and biases, and then a
-    narrow type may hold them no more.
+    Args:
+        survey: of the float network, which is left untouched.
     """
+
+    def __init__(self, survey: Survey) -> None:
+        self._network = survey.network
+        self._config = survey.config
+        self._paths = {layer.name: dict(paths) for layer, paths in _weight_paths(survey.network, survey.chosen)}
+        base: nn.Module = copy_module(survey.network, share_tensors=True)
+        always_quantized = [
+            f.weight for f, p in survey.chosen if not (survey.config.has_budget and p.name in survey.free)
+        ]
+        _empty_(base, always_quantized)
+        _round_(base, survey.config, survey.leftovers)
+        self._state = State.of(base)
+
+    def file_size(self, chosen: Chosen) -> int:
+        """Length of the file with these layers quantized, and all else float and rounded as the settings say.
+
+        With a budget it is the length that the file may come to: the work ahead changes statistics and biases, and then
+        a narrow type may hold them no more.
+        """
+        state = self._with(chosen)
+        content = stored_state(state)
+        if not self._config.has_budget:
+            return file_size(content)
+        whole = state.tensors
+        is_exact = self._config.float_storage == "float32"
+        changing = {name for name, value in whole.items() if _may_change(name, value) and is_exact}
+        tensors = {n: whole[n].to("meta") if n in changing else tensor for n, tensor in content.tensors.items()}
+        counters = sum(not t.is_floating_point() and t.ndim == 0 for t in whole.values())
+        reserve = _COUNTER_BYTES * counters if self._config.finetuning else 0
+        return file_size(Stored(tensors=tensors, header=content.header)) + reserve
+
+    def _with(self, chosen: Chosen) -> State:
+        """The state with empty codebooks and codes in the place of weights."""
+        places = {
+            name: (path, module)
+            for found, planned in chosen
+            for module in [_empty(self._network, found, planned)]
+            for name, path in self._paths[found.name].items()
+        }
+        tensors: dict[str, Tensor] = {}
+        layers = dict(self._state.layers)
+        for name, value in self._state.tensors.items():
+            if name not in places:
+                tensors[name] = value
+                continue
+            path, module = places[name]
+            layers[path] = module
+            parts = {"codebook": module.codebook.detach(), "codes": module.codes, "mask": module.mask}
+            tensors |= {f"{path}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
+        return State(tensors=tensors, layers=layers, frozen=self._state.frozen)
+
+
+def _weight_paths(network: nn.Module, chosen: Chosen) -> Iterator[tuple[FoundLayer, list[tuple[str, str]]]]:
+    """For each layer, the names of its weight in a state dict, and the path at which a module will hold it."""
+    paths: dict[int, list[str]] = {}
+    for path, module in network.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+    for layer, _ in chosen:
+        names = []
+        for target in (layer.target, *layer.tied):
+            owner_path, _, attribute = target.rpartition(".")
+            owner = module_at(network, owner_path)
+            if attribute in owner._parameters:
+                held = [f"{path}.{attribute}".lstrip(".") for path in paths[id(owner)]]
+                names += list(zip(held, held, strict=True))
+            else:
+                names += [(f"{path}.weight".lstrip("."), path) for path in paths[id(module_at(network, target))]]
+        yield layer, names
+
+
+def _empty(network: nn.Module, found: FoundLayer, planned: PlannedLayer) -> PQModule:
+    """The module that will stand for a layer, with shapes and types alone."""
+    dtype = torch.int8 if planned.codebook_storage == "int8" else found.weight.dtype
+    codebook = torch.empty(planned.codebook_size, planned.block_size, dtype=dtype, device="meta")
+    codes = torch.empty(planned.rows, planned.blocks_per_row, dtype=torch.int64, device="meta")
+    return quantized(float_module(network, found.target), codebook, codes, planned.kept(found.matrix))
+
+
+def _empty_(network: nn.Module, weights: list[nn.Parameter]) -> None:
+    """Take the values from weights that a file never holds in float: they need not be rounded."""
+    empty = {id(weight): nn.Parameter(weight.detach().to("meta"), requires_grad=False) for weight in weights}
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if id(parameter) in empty:
+                module._parameters[name] = empty[id(parameter)]
+
+
+def _round_(network: nn.Module, config: BGDConfig, leftovers: tuple[str, ...]) -> None:
     if config.freeze_norms:
-        freeze_norms_(sketch)
-    round_weights_(sketch, leftovers, config.weight_storage)
+        freeze_norms_(network)
+    round_weights_(network, leftovers, config.weight_storage)
     if config.float_storage == "float16":
-        round_floats_(sketch)
-    if not config.has_budget:
-        return file_size(stored(sketch))
-    content = stored(sketch)
-    whole = sketch.state_dict()
-    changing = {name for name, value in whole.items() if _may_change(name, value) and config.float_storage == "float32"}
-    tensors = {name: whole[name].to("meta") if name in changing else tensor for name, tensor in content.tensors.items()}
-    counters = sum(not t.is_floating_point() and t.ndim == 0 for t in whole.values())
-    reserve = _COUNTER_BYTES * counters if config.finetuning else 0
-    return file_size(Stored(tensors=tensors, header=content.header)) + reserve
+        round_floats_(network)
 
 
 def paper_bytes(model: nn.Module) -> int:
@@ -60,12 +128,24 @@ def paper_bytes(model: nn.Module) -> int:
     `log2(k) / d` bits for each quantized weight, codebooks in half precision, every other parameter in single
     precision; masks, which the paper has none of, in the bits that they take.
     """
+    return -(-_paper_bits(model) // 8)
+
+
+def planned_paper_bytes(survey: Survey) -> int:
+    """The same of the network that the survey's layers will make."""
+    bits = _paper_bits(survey.network) - sum(32 * found.weight.numel() for found in survey.found)
+    for planned in survey.layers:
+        codes = planned.rows * planned.blocks_per_row * planned.code_bits
+        bits += codes + 16 * planned.codebook_size * planned.block_size + 8 * planned.mask_bytes
+    return -(-bits // 8)
+
+
+def _paper_bits(model: nn.Module) -> int:
     layers = list({id(m.codebook): m for m in model.modules() if isinstance(m, PQModule)}.values())  # tied ones once
     codebooks = {id(layer.codebook) for layer in layers}
     bits = sum(layer.codes.numel() * layer.code_bits + 16 * layer.codebook.numel() for layer in layers)
     bits += sum(8 * pack_mask(m.mask, mask_form(m.mask)).numel() for m in layers if m.mask is not None)
-    bits += sum(32 * p.numel() for p in model.parameters() if id(p) not in codebooks)
-    return -(-bits // 8)
+    return bits + sum(32 * p.numel() for p in model.parameters() if id(p) not in codebooks)
 
 
 def _may_change(name: str, value: Tensor) -> bool:

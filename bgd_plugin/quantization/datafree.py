@@ -15,8 +15,10 @@ from bgd_plugin.files.format import file_size, stored
 from bgd_plugin.fitting import fit_weight
 from bgd_plugin.graph import baked, copy_module, find_layers, fold_parametrizations_, install_, isolated
 from bgd_plugin.nn import PQModule, quantized
-from bgd_plugin.planning.make import family_leftovers, make_plan, plan_layer
+from bgd_plugin.planning.budget import Budget
+from bgd_plugin.planning.rules import decided
 from bgd_plugin.planning.sizes import paper_bytes
+from bgd_plugin.planning.survey import surveyed
 from bgd_plugin.planning.types import PlannedLayer, SkippedLayer
 from bgd_plugin.quantization.finish import round_to_storage_
 from bgd_plugin.report.report import LayerReport, Quantized, Report
@@ -52,24 +54,26 @@ def quantize_weights(model: nn.Module, config: BGDConfig | None = None) -> Quant
         model = baked(model)
         student: nn.Module = copy_module(model)
         folded = fold_parametrizations_(student)
-        plan, found = make_plan(student, config, original=model, folded=folded)
-        leftovers = family_leftovers(student, config)
+        survey = surveyed(student, config, original=model, folded=folded)
+        survey.require_some()
+        if (budget := Budget.of(survey)) is not None:
+            survey = budget.spend(None)
         reports = []
-        for layer, planned in zip(found, plan.layers, strict=True):
+        for layer, planned in survey.chosen:
             matrix = layer.matrix.detach()
             modules = install_(student, layer, *_fitted(matrix, planned, config), planned.kept(matrix))
             for module in modules:
                 module.codebook.requires_grad_(layer.weight.requires_grad)
             reports.append(LayerReport.of(planned, relative_error=_weight_error(matrix, modules[0].matrix)))
-        round_to_storage_(student, config, plan, leftovers)
+        round_to_storage_(student, survey)
     report = Report(
         layers=tuple(reports),
-        skipped=plan.skipped,
-        original_bytes=plan.original_bytes,
+        skipped=survey.skipped,
+        original_bytes=survey.original_bytes,
         compressed_bytes=file_size(stored(student)),
         paper_bytes=paper_bytes(student),
         seconds=log.seconds,
-        notes=(*plan.notes, _NOTE),
+        notes=(*survey.notes, _NOTE),
     )
     return Quantized(student, report)
 
@@ -92,7 +96,7 @@ def quantize_module(module: nn.Module, config: BGDConfig | None = None, *, name:
     holder.add_module("layer", module)
     found, left = find_layers(holder)
     reason = left[0].reason if left else f"a {type(module).__name__} has no product-quantized form"
-    outcome = plan_layer(found[0], config) if found else SkippedLayer(name=name, reason=reason)
+    outcome = decided(found[0], config, is_first=False) if found else SkippedLayer(name=name, reason=reason)
     if isinstance(outcome, SkippedLayer):
         raise ConfigError(f"{name} cannot be quantized: {outcome.reason}")
     matrix = found[0].matrix.detach()

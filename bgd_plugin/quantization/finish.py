@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from bgd_plugin.calibration import BatchStore
-from bgd_plugin.config import BGDConfig
 from bgd_plugin.files.format import file_size, stored
 from bgd_plugin.files.rounding import round_floats_, round_weights_
 from bgd_plugin.graph import module_or_none, set_modes
 from bgd_plugin.nn import PQModule, freeze_norms_
 from bgd_plugin.planning.sizes import paper_bytes
-from bgd_plugin.planning.types import Plan, SkippedLayer
+from bgd_plugin.planning.survey import Survey
+from bgd_plugin.planning.types import SkippedLayer
 from bgd_plugin.quantization.job import Job
 from bgd_plugin.report.report import LayerReport, Report
 from bgd_plugin.support.processes import synchronize_
@@ -26,46 +25,49 @@ __all__ = ["finish", "reported", "restore_", "round_to_storage_"]
 _LEAST_HALF = torch.finfo(torch.half).smallest_normal
 
 
-def finish(job: Job) -> None:
-    """Give the student's tensors the values that its file will hold."""
-    round_to_storage_(job.student, job.config, job.plan, job.leftovers)
-    _keep_within_budget_(job)
+def finish(job: Job) -> int:
+    """Give the student's tensors the values that its file will hold; returns the length of that file."""
+    round_to_storage_(job.student, job.survey)
     synchronize_(job.student)
+    size, target = file_size(stored(job.student)), job.config.budget_bytes(job.survey.original_bytes)
+    if target is None or size <= target:
+        return size
+    names = _round_tiny_values_(job.student)
+    if not names:
+        return size
+    job.log.note(f"budget: next to zero, and rounded to half precision to stay within it: {', '.join(names)}")
+    return file_size(stored(job.student))
 
 
-def round_to_storage_(student: nn.Module, config: BGDConfig, plan: Plan, leftovers: Sequence[str]) -> None:
+def round_to_storage_(student: nn.Module, survey: Survey) -> None:
     """Round everything to the type in which it will be stored."""
-    for planned in plan.layers:
+    config = survey.config
+    for planned in survey.layers:
         layer = module_or_none(student, planned.target)
         if isinstance(layer, PQModule):
             layer.round_codebook_(planned.codebook_storage)
     if config.freeze_norms:
         freeze_norms_(student)
-    round_weights_(student, leftovers, config.weight_storage)
+    round_weights_(student, survey.leftovers, config.weight_storage)
     if config.float_storage == "float16":
         round_floats_(student)
 
 
 @torch.no_grad()
-def _keep_within_budget_(job: Job) -> None:
-    """A bias or a mean that the run has moved next to zero is nothing that half precision holds: beyond the budget, it
-    becomes zero.
+def _round_tiny_values_(student: nn.Module) -> list[str]:
+    """A bias or a mean that the run has moved next to zero is nothing that half precision holds: it becomes zero.
+
+    Returns:
+        the names of what was rounded.
     """
-    target = job.config.budget_bytes(job.plan.original_bytes)
-    if target is None or file_size(stored(job.student)) <= target:
-        return
-    names = [name for name, value in job.student.state_dict().items() if value.ndim == 1 and value.is_floating_point()]
     rounded = []
-    for name in names:
-        path, _, attribute = name.rpartition(".")
-        owner = job.student.get_submodule(path)
-        value: Any = getattr(owner, attribute)
+    for name, value in student.state_dict().items():
         half = value.half().to(value)
-        if 0 < float(value.abs().max()) < _LEAST_HALF and not torch.equal(half, value):
+        is_tiny = value.ndim == 1 and value.is_floating_point() and 0 < float(value.abs().max()) < _LEAST_HALF
+        if is_tiny and not torch.equal(half, value):
             value.copy_(half)
             rounded.append(name)
-    if rounded:
-        job.log.note(f"budget: next to zero, and rounded to half precision to stay within it: {', '.join(rounded)}")
+    return rounded
 
 
 def restore_(student: nn.Module, model: nn.Module, modes: dict[str, bool], learnt: Mapping[str, bool]) -> None:
@@ -87,15 +89,20 @@ def restore_(student: nn.Module, model: nn.Module, modes: dict[str, bool], learn
             module.codebook.requires_grad_(is_learnt)
 
 
-def reported(job: Job, outcomes: Sequence[LayerReport | SkippedLayer]) -> Report:
-    """The report on a run that is done; its sizes are those of the student as it is."""
+def reported(job: Job, outcomes: Sequence[LayerReport | SkippedLayer], compressed_bytes: int) -> Report:
+    """The report on a run that is done.
+
+    Args:
+        outcomes: what became of each layer of the survey.
+        compressed_bytes: the length of the student's file.
+    """
     if job.batches.store.bound_bytes is not None:
         job.log.note(_memory_note(job.batches.store))
     return Report(
         layers=tuple(outcome for outcome in outcomes if isinstance(outcome, LayerReport)),
-        skipped=(*job.plan.skipped, *(outcome for outcome in outcomes if isinstance(outcome, SkippedLayer))),
-        original_bytes=job.plan.original_bytes,
-        compressed_bytes=file_size(stored(job.student)),
+        skipped=(*job.survey.skipped, *(outcome for outcome in outcomes if isinstance(outcome, SkippedLayer))),
+        original_bytes=job.survey.original_bytes,
+        compressed_bytes=compressed_bytes,
         paper_bytes=paper_bytes(job.student),
         seconds=job.log.seconds,
         notes=tuple(job.log.notes),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import fx, nn
 from bgd_plugin.calibration import Batches
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.graph import FoundLayer, following_batchnorm
-from bgd_plugin.planning.types import Plan
+from bgd_plugin.planning.survey import Survey
 from bgd_plugin.quantization.resume import Run
 from bgd_plugin.support.log import Log
 from bgd_plugin.support.seeds import seeded
@@ -27,11 +27,9 @@ class Job:
     Attributes:
         student: the network that is compressed, in place.
         reference: the float network in the same form, for comparison.
-        teacher: the network whose logits training follows.
+        teacher: the network whose logits training follows; None where nothing is trained by it.
         config: the settings.
-        plan: what becomes of each layer.
-        found: the layers of `plan.layers`, in the same order.
-        leftovers: names of the weights that stay float because the settings have nothing for their kind of layer.
+        survey: the layers, and what becomes of each.
         norms: of a network that is not a graph, the path of the batch norm that follows a layer, by the layer's target.
         batches: the calibration data.
         run: the progress on disk.
@@ -41,11 +39,9 @@ class Job:
 
     student: nn.Module
     reference: nn.Module
-    teacher: nn.Module
+    teacher: nn.Module | None
     config: BGDConfig
-    plan: Plan
-    found: Sequence[FoundLayer]
-    leftovers: Sequence[str]
+    survey: Survey
     norms: Mapping[str, str] = field(default_factory=dict)
     batches: Batches
     run: Run

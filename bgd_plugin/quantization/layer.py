@@ -38,11 +38,11 @@ def quantize_layer(
     Args:
         job: the run; its student is changed.
         walk: stands at the layer.
-        index: of the layer in the plan.
+        index: of the layer among those to be quantized.
         logits: the teacher's, for each batch, where the layer is distilled.
         skip: whose drift the layer is to make good.
     """
-    found, planned = job.found[index], job.plan.layers[index]
+    found, planned = job.survey.chosen[index]
     job.bar.set_description(planned.name)
     with job.log.timed("statistics"):
         inputs = _inputs(job, walk, found)
@@ -72,9 +72,10 @@ def quantize_layer(
 
 def leave_unreached(job: Job, index: int) -> SkippedLayer:
     """Let a layer stay float that no calibration input reaches."""
-    release_(job.student, job.found[index])
+    found, _ = job.survey.chosen[index]
+    release_(job.student, found)
     job.bar.update(1 + (job.config.distillation.steps if job.config.distillation else 0))
-    return SkippedLayer(name=job.found[index].name, reason="no calibration input reaches it")
+    return SkippedLayer(name=found.name, reason="no calibration input reaches it")
 
 
 def _error_rows(found: FoundLayer) -> int:
@@ -176,7 +177,7 @@ def _distill(
         steps = job.run.steps(stage(index), job.bar.update)
         tokens = [batch.tokens(x) for batch, x in zip(job.batches, logits, strict=True)]
         distill_(walk, layer, logits, job.config.distillation, generator, steps, tokens=tokens)
-        layer.round_codebook_(job.plan.layers[index].codebook_storage)
+        layer.round_codebook_(job.survey.layers[index].codebook_storage)
 
 
 def _unscaled(weight: Tensor, row_scale: Tensor | None) -> Tensor:

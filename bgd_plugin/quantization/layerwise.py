@@ -42,7 +42,7 @@ def _along_graph(job: Job, logits: list[Tensor]) -> Outcomes:
     assert isinstance(job.student, fx.GraphModule) and isinstance(job.reference, fx.GraphModule)
     walk = Walk(job.student, job.batches, job.reference if _needs_reference(job.config) else None)
     first_nodes: dict[str, list[int]] = {}
-    for index, found in enumerate(job.found):
+    for index, found in enumerate(job.survey.found):
         first_nodes.setdefault(_first_node(walk, found), []).append(index)
     norms = NormCorrection(job.student, job.config.batchnorm, job.log.timed)
     outcomes: Outcomes = []
@@ -50,7 +50,7 @@ def _along_graph(job: Job, logits: list[Tensor]) -> Outcomes:
     leftovers = leftover_nodes(job)
     for node in walk.nodes():
         for index in first_nodes.get(node.name, ()):
-            skip = _drifted_skip(job, walk, job.found[index])
+            skip = _drifted_skip(job, walk, job.survey.found[index])
             norms.remember(skip)
             outcomes.append(quantize_layer(job, walk, index, logits, skip))
         if node.name in leftovers:
@@ -71,9 +71,9 @@ def _along_graph(job: Job, logits: list[Tensor]) -> Outcomes:
 
 def _by_runs(job: Job, logits: list[Tensor]) -> Outcomes:
     """The same for a network that is not a graph: it is run again for each layer and each batch norm."""
-    indices = {found.name: index for index, found in enumerate(job.found)}
+    indices = {found.name: index for index, found in enumerate(job.survey.found)}
     norms = [path for path, module in job.student.named_modules() if normalizes(module)]
-    weights = {found.name: found.weight for found in job.found}
+    weights = {found.name: found.weight for found in job.survey.found}
     walk = Rerun(job.student, job.reference, job.batches, weights, norms, finishes=bool(job.config.distillation))
     corrections = NormCorrection(job.student, job.config.batchnorm, job.log.timed)
     outcomes: Outcomes = []
@@ -124,7 +124,7 @@ def _drifted_skip(job: Job, walk: Walk, found: FoundLayer) -> DriftedSkip | None
 @torch.no_grad()
 def _teacher_logits(job: Job) -> list[Tensor]:
     """The teacher's answer to each calibration batch, where distillation needs it."""
-    if not job.config.distillation:
+    if not job.config.distillation or job.teacher is None:
         return []
     with job.log.timed("teacher"):
         return [logits_of(batch.call(job.teacher)) for batch in job.batches]

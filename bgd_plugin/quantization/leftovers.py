@@ -20,9 +20,9 @@ def leftover_nodes(job: Job) -> dict[str, tuple[str, fx.Node]]:
     due: dict[str, tuple[str, fx.Node]] = {}
     assert isinstance(job.student, fx.GraphModule)
     for node in job.student.graph.nodes:
-        if node.op == "call_module" and f"{node.target}.weight" in job.leftovers:
+        if node.op == "call_module" and f"{node.target}.weight" in job.survey.leftovers:
             due[node.name] = f"{node.target}.weight", node
-        elif node.op == "get_attr" and node.target in job.leftovers and len(node.users) == 1:
+        elif node.op == "get_attr" and node.target in job.survey.leftovers and len(node.users) == 1:
             due[node.name] = str(node.target), next(iter(node.users))
     return due
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 from tqdm import tqdm
 
-from bgd_plugin.config import BGDConfig
-from bgd_plugin.planning.types import Plan
+from bgd_plugin.planning.survey import Survey
 from bgd_plugin.support.processes import is_first
 from bgd_plugin.training import reconstruction_steps
 from bgd_plugin.training.finetuning import total_steps
@@ -16,15 +15,16 @@ from bgd_plugin.training.finetuning import total_steps
 __all__ = ["progress_bar"]
 
 
-def progress_bar(student: nn.Module, config: BGDConfig, plan: Plan, batches: int, *, shown: bool) -> Any:
+def progress_bar(survey: Survey, batches: int, *, shown: bool) -> Any:
     """A bar of as many steps as a run takes: one for each layer, and one for each gradient step.
 
     Args:
         batches: in one walk over the calibration data.
         shown: whether it is drawn, by the first process.
     """
-    steps = len(plan.layers) * (1 + (config.distillation.steps if config.distillation else 0))
+    student, config = survey.network, survey.config
+    steps = len(survey.layers) * (1 + (config.distillation.steps if config.distillation else 0))
     if config.reconstruction and isinstance(student, fx.GraphModule):
-        steps += reconstruction_steps(student, [layer.target for layer in plan.layers], config.reconstruction)
+        steps += reconstruction_steps(student, [layer.target for layer in survey.layers], config.reconstruction)
     steps += total_steps(config.finetuning, batches) if config.finetuning else 0
     return tqdm(total=steps, disable=not (shown and is_first()), desc="quantize", unit="step", dynamic_ncols=True)

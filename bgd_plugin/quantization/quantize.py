@@ -22,15 +22,16 @@ from bgd_plugin.graph import (
     set_modes,
     unwrapped,
 )
-from bgd_plugin.planning.make import family_leftovers, require_plannable
+from bgd_plugin.planning.budget import Budget
+from bgd_plugin.planning.survey import surveyed
 from bgd_plugin.quantization.checks import check_arguments, check_student
 from bgd_plugin.quantization.finish import finish, reported, restore_
 from bgd_plugin.quantization.job import Job
 from bgd_plugin.quantization.layerwise import quantize_layers
-from bgd_plugin.quantization.measure import measured_plan
+from bgd_plugin.quantization.measure import spent
 from bgd_plugin.quantization.progress import progress_bar
 from bgd_plugin.quantization.resume import Run
-from bgd_plugin.quantization.train import check_teacher, teacher_on, train
+from bgd_plugin.quantization.train import check_teacher, teacher_for, train
 from bgd_plugin.report.report import Quantized
 from bgd_plugin.support.log import Log
 from bgd_plugin.support.processes import is_first, watched
@@ -94,24 +95,27 @@ def quantize(
     modes = {path: module.training for path, module in student.named_modules()}
     set_modes(student, {"": False})
     check_student(student, config)
-    require_plannable(student, config, original=model, original_bytes=original_bytes)
+    survey = surveyed(student, config, original=model, original_bytes=original_bytes, folded=folded)
+    survey.require_some()
+    budget = Budget.of(survey)
+    if budget is not None:
+        budget.require_reachable()
     device = next(student.parameters()).device
     batches = collect_batches(calibration, model, device=device, forward=forward, memory_bytes=memory_bytes)
     run = Run.open(checkpoint if is_first() else None, model, config, batches, teacher)
     log = Log()
-    plan, found = measured_plan(student, batches, config, log, model, original_bytes, folded, progress=progress)
-    learnt = {layer.target: layer.weight.requires_grad for layer in found}
-    leftovers = family_leftovers(student, config)
-    isolate_weights_(student, found)
-    with progress_bar(student, config, plan, len(batches), shown=progress) as bar, run.says_how_to_go_on():
+    if budget is not None:
+        survey = spent(budget, batches, log, progress=progress)
+    learnt = {layer.target: layer.weight.requires_grad for layer in survey.found}
+    isolate_weights_(student, survey.found)
+    reference = copy_module(student, share_tensors=True)
+    with progress_bar(survey, len(batches), shown=progress) as bar, run.says_how_to_go_on():
         job = Job(
             student=student,
-            reference=copy_module(student, share_tensors=True),
-            teacher=teacher_on(model if teacher is None else unwrapped(teacher), device),
+            reference=reference,
+            teacher=teacher_for(model if teacher is None else unwrapped(teacher), config, device),
             config=config,
-            plan=plan,
-            found=found,
-            leftovers=leftovers,
+            survey=survey,
             norms={} if isinstance(student, fx.GraphModule) else batchnorms_in_parts(student),
             batches=batches,
             run=run,
@@ -122,6 +126,6 @@ def quantize(
             check_teacher(job)
         outcomes = quantize_layers(job)
         train(job, calibration, forward)
-    finish(job)
+    compressed_bytes = finish(job)
     restore_(student, model, modes, learnt)
-    return Quantized(student, reported(job, outcomes))
+    return Quantized(student, reported(job, outcomes, compressed_bytes))

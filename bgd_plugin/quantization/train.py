@@ -9,12 +9,13 @@ import torch
 from torch import fx, nn
 
 from bgd_plugin.calibration import Batch, Forward, iterate_batches, logits_of
+from bgd_plugin.config import BGDConfig
 from bgd_plugin.graph import copy_module, set_modes
 from bgd_plugin.quantization.job import Job
 from bgd_plugin.support.processes import is_first, synchronize_
 from bgd_plugin.training import Epochs, finetune_, kl_to_teacher, reconstruct_
 
-__all__ = ["check_teacher", "teacher_on", "train"]
+__all__ = ["check_teacher", "teacher_for", "train"]
 
 
 def train(job: Job, calibration: Iterable[Any], forward: Forward | None) -> None:
@@ -32,8 +33,13 @@ def train(job: Job, calibration: Iterable[Any], forward: Forward | None) -> None
         _finetune(job, calibration, forward)
 
 
-def teacher_on(model: nn.Module, device: torch.device) -> nn.Module:
-    """A copy in evaluation mode on `device`; the user's network keeps its own mode and device."""
+def teacher_for(model: nn.Module, config: BGDConfig, device: torch.device) -> nn.Module | None:
+    """A copy in evaluation mode on `device`; the user's network keeps its own mode and device.
+
+    None where the settings train nothing by it.
+    """
+    if not (config.distillation or config.finetuning):
+        return None
     parameter = next(model.parameters(), None)
     moves = parameter is not None and parameter.device != device
     copied: nn.Module = copy_module(model, share_tensors=not moves)
@@ -44,7 +50,7 @@ def teacher_on(model: nn.Module, device: torch.device) -> nn.Module:
 @torch.no_grad()
 def check_teacher(job: Job) -> None:
     """Compare a teacher's logits with the network's on one batch, before any work is done."""
-    if not (job.config.distillation or job.config.finetuning):
+    if job.teacher is None:
         job.log.note("the teacher was not used: neither distillation nor finetuning is on")
         return
     batch = job.batches[0]
@@ -71,7 +77,7 @@ def _reconstruct(job: Job) -> None:
 
 
 def _finetune(job: Job, calibration: Iterable[Any], forward: Forward | None) -> None:
-    assert job.config.finetuning
+    assert job.config.finetuning and job.teacher
     device = next(job.student.parameters()).device
     set_epoch = getattr(calibration, "set_epoch", None)
 

@@ -8,6 +8,7 @@ as long as planned.
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 import bgd_plugin as bgd
 from bgd_plugin.calibration import collect_batches
 from bgd_plugin.graph import copy_module, trace
-from bgd_plugin.planning.make import free_layers, make_plan
+from bgd_plugin.planning.budget import Budget
 from bgd_plugin.planning.sensitivity import measure_sensitivities
+from bgd_plugin.planning.survey import surveyed
 from bgd_plugin.support.tables import table
 
 RATIOS = {"lite0": (7, 9, 11, 13, 15), "resnet18": (12, 20, 30, 43, 100), "mobilenet_v3_small": (6, 8, 10, 12, 15)}
@@ -41,17 +43,18 @@ def rows_of(name: str, ratios: Sequence[float], quantize: bool) -> list[list[obj
     batches = collect_batches(images, model, device=torch.device("cpu"), forward=None)
     first = bgd.BGDConfig(target_ratio=ratios[0])
     start = time.process_time()
-    names = [planned.name for _, planned in free_layers(graph, first)]
-    sensitivities = measure_sensitivities(graph, batches, names, first, lambda: None)
+    budget = Budget.of(surveyed(graph, first, original=model))
+    assert budget is not None
+    sensitivities = measure_sensitivities(graph, batches, budget.free, first, lambda: None)
     seconds = time.process_time() - start
     rows: list[list[object]] = []
     for ratio in ratios:
         config = bgd.BGDConfig(target_ratio=ratio)
         start = time.process_time()
-        plan, _ = make_plan(graph, config, original=model, sensitivities=sensitivities)
+        target = config.budget_bytes(budget.survey.original_bytes) or 0
+        survey = replace(budget, target_bytes=target).spend(sensitivities)
+        size = budget.sketch.file_size(survey.chosen)
         choosing = time.process_time() - start
-        target = config.budget_bytes(plan.original_bytes) or 0
-        size = plan.compressed_bytes
         if quantize:
             size = bgd.quantize(model, images, config, progress=False).report.compressed_bytes
         met = "yes" if 0.98 * target <= size <= target else "NO"

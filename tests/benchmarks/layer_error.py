@@ -26,7 +26,7 @@ import bgd_plugin as bgd
 from bgd_plugin.calibration import InputSample, LayerInputs, Walk, collect_batches, sampled_inputs
 from bgd_plugin.fitting import METHODS, LayerContext, output_error
 from bgd_plugin.graph import FoundLayer, copy_module, following_batchnorm, trace
-from bgd_plugin.planning.make import make_plan
+from bgd_plugin.planning.survey import surveyed
 from bgd_plugin.planning.types import PlannedLayer
 from bgd_plugin.support.tables import table
 from tests.benchmarks.peers.subjects import SUBJECTS
@@ -58,12 +58,12 @@ class LayerError:
 def layer_errors(model: nn.Module, fitted: Sequence[Tensor], judged: Sequence[Tensor]) -> Iterator[LayerError]:
     """Fit each layer on the inputs that `fitted` gives it in the float network; judge on those that `judged` gives."""
     network = trace(copy_module(model)).eval()
-    plan, found = make_plan(network, bgd.BGDConfig(), original=model)
+    survey = surveyed(network, bgd.BGDConfig(), original=model)
     walks = [
         Walk(network, collect_batches(images, model, device=torch.device("cpu"), forward=None), network)
         for images in (fitted, judged)
     ]
-    layers = {layer.calls[0]: pair for layer, pair in zip(found, zip(found, plan.layers, strict=True), strict=True)}
+    layers = {pair[0].calls[0]: pair for pair in survey.chosen}
     for node, _ in zip(*(walk.nodes() for walk in walks), strict=True):
         if node.name in layers and layers[node.name][0].weight.numel() >= LEAST_WEIGHTS:
             layer, planned = layers[node.name]

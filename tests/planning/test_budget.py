@@ -19,9 +19,10 @@ from bgd_plugin.calibration import collect_batches
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.files.format import file_bytes, stored
 from bgd_plugin.graph import copy_module, trace
+from bgd_plugin.planning.budget import Budget
 from bgd_plugin.planning.candidates import Option, allocate, block_sizes, choose, codebook_sizes
-from bgd_plugin.planning.make import free_layers, make_plan
 from bgd_plugin.planning.sensitivity import measure_sensitivities
+from bgd_plugin.planning.survey import surveyed
 from tests.networks import em, images, randomized, vectors
 
 
@@ -156,13 +157,14 @@ def test_budgets_are_met_from_below(name: str) -> None:
     graph = trace(copy_module(model))
     batches = collect_batches(_data(name), model, device=torch.device("cpu"), forward=None)
     config = em(target_bytes=1, float_storage="float16")
-    names = [planned.name for _, planned in free_layers(graph, config)]
-    sensitivities = measure_sensitivities(graph, batches, names, config, lambda: None)
+    budget = Budget.of(surveyed(graph, config, original=model))
+    assert budget is not None
+    sensitivities = measure_sensitivities(graph, batches, budget.free, config, lambda: None)
     least, most = _range(model)
     for share in (0.1, 0.3, 0.5, 0.7, 0.9):
         target = int(least + share * (most - least))
-        found, _ = make_plan(graph, replace(config, target_bytes=target), original=model, sensitivities=sensitivities)
-        assert 0.98 * target <= found.compressed_bytes <= target, share
+        spent = replace(budget, target_bytes=target).spend(sensitivities)
+        assert 0.98 * target <= budget.sketch.file_size(spent.chosen) <= target, share
 
 
 @pytest.mark.parametrize("name", NETWORKS)

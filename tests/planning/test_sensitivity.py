@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, LayerConfig
 from bgd_plugin.calibration import Batch, collect_batches
-from bgd_plugin.graph import copy_module, trace
+from bgd_plugin.graph import copy_module, find_layers, isolate_weights_, trace
 from bgd_plugin.planning.candidates import Sensitivity
 from bgd_plugin.planning.sensitivity import measure_sensitivities, output_loss, some_samples
 from bgd_plugin.training import kl_to_teacher
@@ -22,7 +22,9 @@ from tests.networks import FunctionalNet, TwiceNet, em, images, randomized, vect
 def _measured(model: nn.Module, data: list[Tensor], config: BGDConfig, names: list[str]) -> dict[str, Sensitivity]:
     graph = trace(copy_module(model)).eval()
     batches = collect_batches(data, model, device=torch.device("cpu"), forward=None)
-    return measure_sensitivities(graph, batches, names, config, lambda: None)
+    layers = [layer for layer in find_layers(graph)[0] if layer.name in names]
+    isolate_weights_(graph, layers)
+    return measure_sensitivities(graph, batches, layers, config, lambda: None)
 
 
 class _Wide(nn.Module):
@@ -67,7 +69,8 @@ def test_the_network_stays_as_it_is() -> None:
     graph = trace(copy_module(model, share_tensors=True)).eval()
     before = {name: value.clone() for name, value in graph.state_dict().items()}
     batches = collect_batches(images(channels=32), model, device=torch.device("cpu"), forward=None)
-    measure_sensitivities(graph, batches, ["heard", "head"], BGDConfig(), lambda: None)
+    layers = [layer for layer in find_layers(graph)[0] if layer.name in ("heard", "head")]
+    measure_sensitivities(graph, batches, layers, BGDConfig(), lambda: None)
     after = graph.state_dict()
     assert list(before) == list(after)
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -15,7 +15,7 @@ from bgd_plugin.correction import correct_batchnorm_, is_batchnorm
 from bgd_plugin.files.format import Stored, file_size, stored
 from bgd_plugin.files.rounding import round_floats_
 from bgd_plugin.graph import copy_module, isolate_weights_, trace
-from bgd_plugin.planning.make import make_plan
+from bgd_plugin.planning.survey import surveyed
 from tests.benchmarks.peers.subjects import Subject
 
 __all__ = ["Compressed", "PackedWeight", "Quantizer", "compress"]
@@ -54,7 +54,7 @@ def compress(subject: Subject, quantizer: Quantizer) -> Compressed:
     What stays float is rounded to half precision. The file's length is that of a safetensors file with every tensor.
     """
     student = trace(copy_module(subject.model)).eval()
-    _, found = make_plan(student, bgd.BGDConfig(), original=subject.model)
+    found = surveyed(student, bgd.BGDConfig(), original=subject.model).found
     isolate_weights_(student, found)
     batches = collect_batches(subject.calibration, subject.model, device=torch.device("cpu"), forward=None)
     walk = Walk(student, batches, copy_module(student, share_tensors=True))

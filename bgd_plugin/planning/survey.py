@@ -1,0 +1,193 @@
+"""What there is in a network, and what the settings make of each layer: looked at once, and kept in one frozen value.
+
+Plan, sizes, budget, fit and report are made from it; none of them looks for layers again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from bgd_plugin.config import BGDConfig
+from bgd_plugin.errors import ConfigError
+from bgd_plugin.files.format import state_bytes
+from bgd_plugin.graph import FoundLayer, LeftLayer, find_layers
+from bgd_plugin.nn import PQModule
+from bgd_plugin.planning.rules import decided, first_layer, setting_of, with_notes
+from bgd_plugin.planning.types import PlannedLayer, SkippedLayer
+
+__all__ = ["Chosen", "Survey", "is_finished", "surveyed"]
+
+Chosen = tuple[tuple[FoundLayer, PlannedLayer], ...]
+"""The layers to be quantized, and how each one is, in the order in which they run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """The layers of a network under some settings.
+
+    Attributes:
+        network: as the front end gives it.
+        config: the settings.
+        chosen: the layers to be quantized.
+        skipped: what stays float, and why.
+        free: names of the chosen layers whose sizes a budget may choose: those without an override whose kind has the
+            default setting.
+        leftovers: names of the weights that stay float because the settings have nothing for their kind of layer;
+            layers that an override keeps float are not among them.
+        original_bytes: of the network as it came, or of the larger one that a chain of steps started from.
+        notes: how a budget was spent.
+    """
+
+    network: nn.Module
+    config: BGDConfig
+    chosen: Chosen
+    skipped: tuple[SkippedLayer, ...]
+    free: frozenset[str]
+    leftovers: tuple[str, ...]
+    original_bytes: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def found(self) -> tuple[FoundLayer, ...]:
+        """The layers to be quantized, as they were found."""
+        return tuple(layer for layer, _ in self.chosen)
+
+    @property
+    def layers(self) -> tuple[PlannedLayer, ...]:
+        """The layers to be quantized, as they will be."""
+        return tuple(planned for _, planned in self.chosen)
+
+    def require_some(self) -> None:
+        """Refuse a network in which there is nothing to do.
+
+        Raises:
+            ConfigError: no layer is to be quantized; zeros are to be preserved, and there are none.
+        """
+        if not self.chosen:
+            reasons = "; ".join(f"{s.name}: {s.reason}" for s in self.skipped[:5])
+            reasons = reasons or "it has no convolution and no linear layer"
+            raise ConfigError(f"no layer of the network can be quantized: {reasons}")
+        if self.config.preserve_zeros and not any(planned.mask_form for planned in self.layers):
+            raise ConfigError(
+                "preserve_zeros=True, but none of the layers to be quantized has a weight that is zero: prune the "
+                "network first, or leave the setting out"
+            )
+
+    def budgeted(self, chosen: Chosen, left: Sequence[str], notes: tuple[str, ...]) -> Survey:
+        """The same with the sizes that a budget chose.
+
+        Args:
+            chosen: the layers that are quantized.
+            left: names of those for which the budget has room in float.
+            notes: how it was spent.
+        """
+        skipped = [SkippedLayer(name=name, reason="the budget has room for it in float") for name in left]
+        return dataclasses.replace(self, chosen=chosen, skipped=(*self.skipped, *skipped), notes=notes)
+
+
+def surveyed(
+    network: nn.Module,
+    config: BGDConfig,
+    *,
+    original: nn.Module,
+    original_bytes: int | None = None,
+    folded: Mapping[str, str] | None = None,
+) -> Survey:
+    """Look at a network.
+
+    Args:
+        network: as the front end gives it.
+        config: the settings.
+        original: the network as it came.
+        original_bytes: of the network that a chain of steps started from.
+        folded: layers whose weight something computed, and what.
+
+    Raises:
+        ConfigError: a block size that does not divide its layer, a glob that matches nothing, a wrong `original_bytes`.
+    """
+    found, left = find_layers(network)
+    _check_globs(config, found, left)
+    first = first_layer(network, found)
+    outcomes = [(layer, decided(layer, config, is_first=layer is first)) for layer in found]
+    chosen = tuple((f, with_notes(f, p, folded or {})) for f, p in outcomes if isinstance(p, PlannedLayer))
+    skipped = [SkippedLayer(name=layer.name, reason=layer.reason) for layer in left]
+    skipped += [outcome for _, outcome in outcomes if isinstance(outcome, SkippedLayer)]
+    return Survey(
+        network=network,
+        config=config,
+        chosen=chosen,
+        skipped=(*skipped, *_unused(original, network)),
+        free=frozenset(p.name for _, p in chosen if _is_free(p, config)),
+        leftovers=tuple(_leftovers(found, first, config)),
+        original_bytes=_chain_bytes(original, original_bytes),
+    )
+
+
+def is_finished(network: nn.Module, config: BGDConfig) -> bool:
+    """Whether a network has quantized layers, and no other one that the settings would quantize.
+
+    With a budget, a free layer that is still float is one that the budget left so.
+    """
+    if not any(isinstance(module, PQModule) for module in network.modules()):
+        return False
+    found, _ = find_layers(network)
+    first = first_layer(network, found)
+    outcomes = [decided(layer, config, is_first=layer is first) for layer in found]
+    return all(config.has_budget and _is_free(x, config) for x in outcomes if isinstance(x, PlannedLayer))
+
+
+def _is_free(planned: PlannedLayer, config: BGDConfig) -> bool:
+    return not _is_named(planned.name, config) and config.has_default_sizes(planned.family)
+
+
+def _leftovers(found: Sequence[FoundLayer], first: FoundLayer | None, config: BGDConfig) -> list[str]:
+    return [
+        layer.target if layer.functional else f"{layer.target}.weight"
+        for layer in found
+        if not _is_named(layer.name, config)
+        and not layer.tied
+        and setting_of(layer, config, is_first=layer is first)[0] is None
+    ]
+
+
+def _is_named(name: str, config: BGDConfig) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern, _ in config.overrides)
+
+
+def _chain_bytes(model: nn.Module, original_bytes: int | None) -> int:
+    """Bytes of the network that is compressed, or of the larger one that it was made from."""
+    own = state_bytes(model.state_dict())
+    if original_bytes is None:
+        return own
+    if not isinstance(original_bytes, int) or original_bytes < own:
+        raise ConfigError(
+            f"original_bytes={original_bytes!r}: the network given has {own} bytes, so the one that it was pruned from "
+            "had at least as many; give that network's plan(dense).original_bytes"
+        )
+    return original_bytes
+
+
+def _check_globs(config: BGDConfig, found: Sequence[FoundLayer], left: Sequence[LeftLayer]) -> None:
+    names = [layer.name for layer in found] + [layer.name for layer in left]
+    for pattern, _ in config.overrides:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(f"override {pattern!r} matches no layer; the network has {_some(names)}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _unused(original: nn.Module, network: nn.Module) -> list[SkippedLayer]:
+    """Weights of the network that its graph in evaluation mode never uses."""
+    used = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    return [
+        SkippedLayer(name=name, reason="not used in evaluation mode: not part of the compressed network")
+        for name, p in original.named_parameters()
+        if p.ndim > 1 and name not in used
+    ]

@@ -1,0 +1,68 @@
+"""One call looks for layers once, copies the network twice, and computes what a file holds once to tell its length.
+
+`save` computes it again: the network may have changed in between.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+import bgd_plugin as bgd
+from bgd_plugin import BGDConfig
+from bgd_plugin.files import format as file_format
+from bgd_plugin.graph import find as graph_find
+from tests.networks import SmallResNet, images, randomized
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often the library looks for layers, copies a whole network, and computes a file's content."""
+    counts: Counter[str] = Counter()
+    deepcopy = copy.deepcopy
+
+    def copied(value: Any, memo: Any = None) -> Any:
+        counts["copy"] += isinstance(value, nn.Module) and len(list(value.modules())) > 5
+        return deepcopy(value, memo)
+
+    def counting(name: str, function: Any) -> Any:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            counts[name] += 1
+            return function(*arguments, **options)
+
+        return wrapped
+
+    monkeypatch.setattr(copy, "deepcopy", copied)
+    monkeypatch.setattr(graph_find, "_find_in_graph", counting("find", graph_find._find_in_graph))
+    parts: Any = file_format._Parts
+    monkeypatch.setattr(parts, "__init__", counting("content", parts.__init__))
+    return counts
+
+
+CONFIGS = {
+    "default": (BGDConfig(rounds=1), {"find": 1, "copy": 2, "content": 2}),
+    "em": (BGDConfig(method="em", em_iterations=2, batchnorm="keep"), {"find": 1, "copy": 2, "content": 2}),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_network_is_looked_at_once(name: str, counted: Counter[str], tmp_path: Path) -> None:
+    config, most = CONFIGS[name]
+    result = bgd.quantize(randomized(SmallResNet()), images(size=12), config, progress=False)
+    bgd.save(result.model, tmp_path / "net")
+    assert counted == Counter(most)
+
+
+def test_a_budget_needs_one_more_copy_for_the_sizes(counted: Counter[str]) -> None:
+    bgd.quantize(randomized(SmallResNet()), images(size=12), BGDConfig(target_ratio=4, rounds=1), progress=False)
+    assert (counted["find"], counted["copy"]) == (1, 3)
+
+
+def test_plan_looks_once_and_copies_once_for_the_graph_and_once_for_the_sizes(counted: Counter[str]) -> None:
+    bgd.plan(randomized(SmallResNet()))
+    assert counted == Counter({"find": 1, "copy": 2, "content": 1})
