@@ -1,7 +1,7 @@
 """One call looks for layers once, copies the weights once, and computes what a file holds once to tell its length.
 
-Other copies are of modules alone and share the weights: the float network to compare with, one that the tracer runs, and
-with a budget one for the sizes. `save` computes the content again: the network may have changed in between.
+Other copies are of modules alone and share the weights: the float network to compare with, one that the tracer runs,
+and with a budget one for the sizes. `save` computes the content again: the network may have changed in between.
 """
 
 from __future__ import annotations
