@@ -314,8 +314,8 @@ def test_budgets_are_settings_like_others() -> None:
         ({"target_bytes": 5, "target_ratio": 2}, "target_bytes=5 and target_ratio=2: give only one of them"),
         ({"target_bytes": 0}, "target_bytes=0: give an integer number of bytes"),
         ({"target_bytes": 5e6}, "target_bytes=5000000.0: give an integer number of bytes"),
-        ({"target_ratio": 1}, "target_ratio=1: give how many times smaller"),
-        ({"target_ratio": float("nan")}, "target_ratio=nan: give how many times smaller"),
+        ({"target_ratio": 1}, "target_ratio=1: give a compression ratio above 1"),
+        ({"target_ratio": float("nan")}, "target_ratio=nan: give a compression ratio above 1"),
     ],
 )
 def test_mistakes_in_a_budget(fields: dict[str, Any], message: str) -> None:
