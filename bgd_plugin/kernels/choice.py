@@ -22,7 +22,9 @@ __all__ = ["cache_file", "fastest"]
 _ROUNDS = 3
 _log = logging.getLogger(__name__)
 _lock = threading.RLock()
-_chosen: dict[str, str] = {}
+_chosen: dict[tuple[Any, ...], str] = {}
+
+Ways = Mapping[str, Callable[[], Any]]
 
 
 def cache_file() -> Path:
@@ -32,27 +34,30 @@ def cache_file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bgd_plugin" / "kernels.json"
 
 
-def fastest(key: str, ways: Mapping[str, Callable[[], Any]]) -> str:
+def fastest(key: tuple[Any, ...], ways: Callable[[], Ways]) -> str:
     """The name of the fastest way; it is measured once for each key, machine and version of torch.
 
     Args:
         key: all that the time depends on.
-        ways: by name, calls that do the same work.
+        ways: gives the calls to choose from, by name; they do the same work. Only asked for where it has to be measured
+            or looked up in the file.
     """
-    if len(ways) == 1:
-        return next(iter(ways))
-    if key in _chosen:
-        return _chosen[key]
-    with _lock:
-        kept = str(_read().get(key))
-        if kept not in ways:
-            kept = _measure(key, ways)
-            _write(key, kept)
-        _chosen[key] = kept
+    found = _chosen.get(key)
+    if found is None:
+        with _lock:
+            found = _chosen[key] = _kept_or_measured(str(key), ways())
+    return found
+
+
+def _kept_or_measured(key: str, ways: Ways) -> str:
+    kept = str(_read().get(key))
+    if kept not in ways:
+        kept = _measure(key, ways)
+        _write(key, kept)
     return kept
 
 
-def _measure(key: str, ways: Mapping[str, Callable[[], Any]]) -> str:
+def _measure(key: str, ways: Ways) -> str:
     """The way with the shortest of three calls, after one that is not counted; the ways take turns."""
     seconds = dict.fromkeys(ways, float("inf"))
     for number in range(_ROUNDS + 1):

@@ -10,7 +10,7 @@ from torch import Tensor
 from bgd_plugin.kernels.llvm import Loop, compiled, define, pieces, read_codes
 from bgd_plugin.kernels.threads import share_rows
 
-__all__ = ["decode_program", "decode_rows_into"]
+__all__ = ["decode_program", "decode_rows", "decode_rows_into"]
 
 
 @cache
@@ -67,3 +67,10 @@ def decode_rows_into(output: Tensor, codebook: Tensor, codes: Tensor, first: int
         program(source, numbers, target + start * row_bytes, first + start, first + stop, blocks)
 
     share_rows(output.shape[0], blocks, work)
+
+
+def decode_rows(codebook: Tensor, codes: Tensor) -> Tensor:
+    """All rows of the weight, `[rows, columns]`; arguments as for `decode_rows_into`."""
+    output = codebook.new_empty(codes.shape[0], codes.shape[1] * codebook.shape[1])
+    decode_rows_into(output, codebook, codes)
+    return output

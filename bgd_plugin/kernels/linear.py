@@ -9,18 +9,17 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.kernels.choice import fastest
-from bgd_plugin.kernels.decoding import decode_rows_into
 from bgd_plugin.kernels.dot import dot_program
 from bgd_plugin.kernels.table import LANES, TABLE_POSITIONS, table_program
 from bgd_plugin.kernels.threads import share_rows
+from bgd_plugin.kernels.tiles import decoded_tiles
 
-__all__ = ["WAYS", "lookup_linear"]
+__all__ = ["FEW_INPUTS", "WAYS", "lookup_linear"]
 
 _MOST_DOTS = 4
-_MOST_TABLES = 64
+FEW_INPUTS = 64
+"""Inputs up to which reading codes may beat decoding tiles."""
 _LARGEST_TABLE_BLOCK = 32
-_TILE = 1 << 20
-"""Weights decoded at once."""
 
 Way = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -39,32 +38,37 @@ def lookup_linear(x: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | Non
         `[..., rows]`, to rounding what torch gives with the decoded weight.
     """
     rows, columns = codes.shape[0], codes.shape[1] * codebook.shape[1]
-    inputs = x.reshape(-1, columns)
-    if not inputs.numel() or not rows:
-        output = torch.nn.functional.linear(inputs, codebook.new_zeros(rows, columns))
+    inputs = x.reshape(-1, columns).contiguous()
+    codebook = codebook.contiguous()
+    if inputs.numel() and rows:
+        output = WAYS[_choice(inputs, codebook, codes, mask)](inputs, codebook, codes, mask)
     else:
-        arguments = (inputs.contiguous(), codebook.detach().contiguous(), codes, mask)
-        output = WAYS[_choice(*arguments)](*arguments)
+        output = torch.nn.functional.linear(inputs, codebook.new_zeros(rows, columns))
     if bias is not None:
         output = output.add_(bias)
-    return output.reshape(*x.shape[:-1], rows)
+    return output.view(*x.shape[:-1], rows)
 
 
 def _choice(inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None) -> str:
     """The fastest of the ways that can be gone, by batch sizes in powers of two."""
     count = inputs.shape[0]
+    if count > FEW_INPUTS:
+        return "tiles"
+    batch = 1 << (count - 1).bit_length()
+    layer = (*codes.shape, *codebook.shape, codes.itemsize, inputs.dtype, mask is not None)
+    return fastest((*layer, batch, torch.get_num_threads()), partial(_candidates, inputs, codebook, codes, mask))
+
+
+def _candidates(
+    inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None
+) -> dict[str, Callable[[], Tensor]]:
+    """The ways that can be gone."""
     names = ["tiles"]
-    if count <= _MOST_DOTS:
-        names.insert(0, "dot")
-    if mask is None and 1 < count <= _MOST_TABLES and codebook.shape[1] <= _LARGEST_TABLE_BLOCK:
-        names.insert(0, "table")
-    if len(names) == 1:
-        return names[0]
-    (rows, blocks), (codewords, size) = codes.shape, codebook.shape
-    bits, batch = codes.element_size() * 8, 1 << (count - 1).bit_length()
-    key = f"{rows}x{blocks}x{size} k{codewords} {bits}bit {str(inputs.dtype)[6:]}{'' if mask is None else ' masked'}"
-    key += f", {batch} inputs, {torch.get_num_threads()} threads, {'/'.join(names)}"
-    return fastest(key, {name: partial(WAYS[name], inputs, codebook, codes, mask) for name in names})
+    if inputs.shape[0] <= _MOST_DOTS:
+        names.append("dot")
+    if mask is None and inputs.shape[0] > 1 and codebook.shape[1] <= _LARGEST_TABLE_BLOCK:
+        names.append("table")
+    return {name: partial(WAYS[name], inputs, codebook, codes, mask) for name in names}
 
 
 def _by_dots(inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None) -> Tensor:
@@ -108,17 +112,10 @@ def _by_tables(inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | N
 
 
 def _by_tiles(inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None) -> Tensor:
-    """Rows decoded `_TILE` weights at a time, each tile multiplied by torch while it is in the cache."""
-    rows, columns = codes.shape[0], inputs.shape[1]
-    output = inputs.new_empty(inputs.shape[0], rows)
-    step = max(1, _TILE // columns)
-    tile = inputs.new_empty(min(step, rows), columns)
-    for first in range(0, rows, step):
-        part = tile[: min(step, rows - first)]
-        decode_rows_into(part, codebook, codes, first)
-        if mask is not None:
-            part.mul_(mask[first : first + step])
-        torch.mm(inputs, part.t(), out=output[:, first : first + step])
+    """Each tile of the weight multiplied by torch while it is in the cache."""
+    output = inputs.new_empty(inputs.shape[0], codes.shape[0])
+    for first, tile in decoded_tiles(codebook, codes, mask):
+        torch.mm(inputs, tile.t(), out=output[:, first : first + len(tile)])
     return output
 
 

@@ -8,16 +8,57 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bgd_plugin.kernels.decoding import decode_rows
 from bgd_plugin.kernels.linear import lookup_linear
 from bgd_plugin.kernels.llvm import AVAILABLE
 from bgd_plugin.pq.blocks import decode
 from bgd_plugin.pq.masked import masked
 
-__all__ = ["pq_linear", "run_linear"]
+__all__ = ["pq_decode", "pq_linear", "run_decode", "run_linear"]
+
+
+def _decoded(codebook: Tensor, codes: Tensor) -> Tensor:
+    return decode(codebook, codes, (codes.shape[0], codes.shape[1] * codebook.shape[1]))
 
 
 def _weight(codebook: Tensor, codes: Tensor, mask: Tensor | None) -> Tensor:
-    return masked(decode(codebook, codes, (codes.shape[0], codes.shape[1] * codebook.shape[1])), mask)
+    return masked(_decoded(codebook, codes), mask)
+
+
+def _to_codebook(gradient: Tensor, codebook: Tensor, codes: Tensor) -> Tensor:
+    """A codeword's gradient is the sum of those of its blocks."""
+    blocks = gradient.reshape(-1, codebook.shape[1])
+    return torch.zeros_like(codebook).index_add(0, codes.reshape(-1).long(), blocks)
+
+
+@torch.library.custom_op("bgd_plugin::pq_decode", mutates_args=())
+def pq_decode(codebook: Tensor, codes: Tensor) -> Tensor:
+    """The weight `[rows, columns]` that a codebook and codes stand for: by a kernel on a CPU, elsewhere by torch.
+
+    Args:
+        codebook: `[codebook_size, block_size]`.
+        codes: `[rows, blocks_per_row]`.
+    """
+    if codes.is_cpu and codes.is_contiguous() and AVAILABLE:
+        return decode_rows(codebook.contiguous(), codes)
+    return _decoded(codebook, codes)
+
+
+@pq_decode.register_fake
+def _(codebook: Tensor, codes: Tensor) -> Tensor:
+    return codebook.new_empty(codes.shape[0], codes.shape[1] * codebook.shape[1])
+
+
+def _setup_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_of_decode(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    codebook, codes = ctx.saved_tensors
+    return _to_codebook(gradient, codebook, codes), None
+
+
+pq_decode.register_autograd(_backward_of_decode, setup_context=_setup_decode)
 
 
 @torch.library.custom_op("bgd_plugin::pq_linear", mutates_args=())
@@ -43,7 +84,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """The chain rule with the decoded weight; a codeword's gradient is the sum of those of its blocks."""
+    """The chain rule with the decoded weight."""
     x, codebook, codes, mask = ctx.saved_tensors
     need = ctx.needs_input_grad
     to_x = to_codebook = to_bias = None
@@ -51,9 +92,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     if need[0]:
         to_x = gradient @ _weight(codebook, codes, mask)
     if need[1]:
-        to_weight = masked(rows.mT @ x.reshape(-1, x.shape[-1]), mask)
-        blocks = to_weight.reshape(-1, codebook.shape[1])
-        to_codebook = torch.zeros_like(codebook).index_add(0, codes.reshape(-1).long(), blocks)
+        to_codebook = _to_codebook(masked(rows.mT @ x.reshape(-1, x.shape[-1]), mask), codebook, codes)
     if need[4] and ctx.has_bias:
         to_bias = rows.sum(0)
     return to_x, to_codebook, None, None, to_bias
@@ -68,3 +107,11 @@ def run_linear(x: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None, 
         output: Tensor = pq_linear(x, codebook, codes, mask, bias)
         return output
     return lookup_linear(x, codebook, codes, mask, bias)
+
+
+def run_decode(codebook: Tensor, codes: Tensor) -> Tensor:
+    """As `pq_decode`, where no gradient is needed: torch.compile meets the operator, all others call the kernel."""
+    if torch.compiler.is_compiling():
+        output: Tensor = pq_decode(codebook, codes)
+        return output
+    return decode_rows(codebook, codes)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from bgd_plugin.kernels.llvm import AVAILABLE
 
@@ -17,6 +18,7 @@ __all__ = ["disabled", "enabled", "usable"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CODES = (torch.uint8, torch.int16, torch.int32)
+_TENSORS = (Tensor, Parameter)
 _LARGEST_BLOCK = 128
 
 _is_off: ContextVar[bool] = ContextVar("bgd_kernels_off", default=False)
@@ -54,15 +56,15 @@ def usable(x: Tensor, codebook: Tensor, codes: Tensor, *others: Tensor | None) -
         codes: `[rows, blocks_per_row]`.
         others: what else the layer computes with: bias and mask.
     """
-    if type(x) is not Tensor or x.device.type != "cpu" or _is_traced():
-        return False
-    if x.dtype != codebook.dtype or x.dtype not in _DTYPES or codebook.device != x.device or codes.dtype not in _CODES:
+    if type(x) not in _TENSORS or not (x.is_cpu and codebook.is_cpu and codes.is_cpu) or _is_traced():
         return False
     if torch.is_grad_enabled() and _need_gradient(x, codebook, *others):
         return False
-    if codebook.shape[1] > _LARGEST_BLOCK or not codes.is_contiguous() or torch.is_autocast_enabled("cpu"):
+    if x.dtype != codebook.dtype or x.dtype not in _DTYPES or codes.dtype not in _CODES:
         return False
-    return enabled() and (torch.compiler.is_compiling() or not _is_intercepted())
+    if codebook.shape[1] > _LARGEST_BLOCK or not (codes.is_contiguous() and codebook.is_contiguous()):
+        return False
+    return enabled() and not torch.is_autocast_enabled("cpu") and not _is_intercepted()
 
 
 def _need_gradient(*tensors: Tensor | None) -> bool:
@@ -77,5 +79,10 @@ def _is_traced() -> bool:
 
 
 def _is_intercepted() -> bool:
-    """Whether something stands between an operator and its kernel: a dispatch mode or a transform of torch.func."""
-    return bool(torch._C._len_torch_dispatch_stack()) or torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether something stands between an operator and its kernel: a dispatch mode or a transform of torch.func.
+
+    The compiler does, too, but it knows our operators.
+    """
+    return not torch.compiler.is_compiling() and bool(
+        torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
+    )

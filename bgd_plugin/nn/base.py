@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from bgd_plugin.encoding.codes import code_dtype
 from bgd_plugin.encoding.eight_bit import round_to_eight_bits
 from bgd_plugin.errors import ConfigError
+from bgd_plugin.kernels.operators import run_decode
+from bgd_plugin.kernels.switch import usable
 from bgd_plugin.pq.blocks import decode
 from bgd_plugin.pq.masked import codeword_uses, masked
 
@@ -108,6 +110,8 @@ class PQModule(nn.Module):
     @property
     def matrix(self) -> Tensor:
         """The shape in which the weight is cut into blocks, rows first; differs only for transposed convolutions."""
+        if usable(self.codebook, self.codebook, self.codes):
+            return masked(run_decode(self.codebook, self.codes).reshape(self.matrix_shape), self.mask)
         return masked(decode(self.codebook, self.codes, self.matrix_shape), self.mask)
 
     @property

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from bgd_plugin.kernels.linear import FEW_INPUTS, lookup_linear
+from bgd_plugin.kernels.switch import usable
+from bgd_plugin.kernels.tiles import convolve_by_tiles
 from bgd_plugin.nn.base import PQModule
 
 __all__ = ["PQConv", "PQConv1d", "PQConv2d", "PQConv3d"]
@@ -33,9 +38,31 @@ class PQConv(PQModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `[batch, in_channels, *spatial]` to `[batch, out_channels, *spatial]`, like the float convolution."""
+        if not torch.compiler.is_compiling() and usable(input, self.codebook, self.codes, self.bias):
+            return self._forward_by_kernels(input)
+        return self._convolved(input, self.weight, self.bias)
+
+    def _convolved(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Run the float convolution's own code with a given weight, or with some output channels of it."""
         convolve: Any = self.float_type._conv_forward
-        output: Tensor = convolve(self, input, self.weight, self.bias)
+        output: Tensor = convolve(self, input, weight, bias)
         return output
+
+    def _forward_by_kernels(self, input: Tensor) -> Tensor:
+        """Inference on a CPU: a 1×1 convolution at few positions is a linear layer; others decode tiles."""
+        if self.groups > 1:
+            return self._convolved(input, self.weight, self.bias)
+        if self._is_pointwise() and input.numel() <= FEW_INPUTS * self.in_channels:
+            channels = -1 - len(self.kernel_size)
+            rows = input.movedim(channels, -1)
+            return lookup_linear(rows, self.codebook, self.codes, self.mask, self.bias).movedim(-1, channels)
+        convolve = partial(self._convolved, input)
+        return convolve_by_tiles(self.codebook, self.codes, self.mask, self.bias, self.weight_shape, convolve)
+
+    def _is_pointwise(self) -> bool:
+        """Whether each output position depends on the input at that position alone."""
+        ones = all(size == 1 for size in (*self.kernel_size, *self.stride))
+        return ones and not any(self._reversed_padding_repeated_twice)
 
     def to_float(self) -> _Conv:
         """The float module of the same geometry, on the meta device."""
