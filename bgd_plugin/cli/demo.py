@@ -221,7 +221,7 @@ def _page(report: Report, summary: dict[str, Any], found: dict[str, Any], folder
         '<p class="note">This is a demonstration, not a measurement: the layers were fitted on '
         f"{summary['calibration_crops']} random crops and mirror images of the same photos, because no others come "
         f"with a package. No label was used. {n} photos are too few to resolve differences of a few points.</p>",
-        *layer_sections(report),
+        *layer_sections(report.layers, report.skipped, report.notes, report.seconds),
     ]
     return page("bgd_plugin: the demo", body, _STYLE)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.calibration import PooledGram, pooled_gram
-from bgd_plugin.fitting.method import FittedLayer, LayerContext, Method
+from bgd_plugin.fitting.method import FittedLayer, LayerContext, Method, unused_codewords
 from bgd_plugin.nn import storable
 from bgd_plugin.planning.types import PlannedLayer
 from bgd_plugin.pq.blocks import to_blocks
@@ -50,7 +50,8 @@ def fit_weight(
         kept = to_blocks(mask, layer.block_size)
         fit = fit_em_masked(blocks, gram, kept, layer.codebook_size, iterations, generator=generator)
     codebook = storable(fit.codebook, layer.codebook_storage)
-    return FittedLayer(codebook=codebook.to(weight.dtype), codes=fit.codes)
+    warnings = unused_codewords(fit.codes, layer.codebook_size)
+    return FittedLayer(codebook=codebook.to(weight.dtype), codes=fit.codes, warnings=warnings)
 
 
 EM = Method(collect=_collect, solve=_solve)

@@ -95,7 +95,7 @@ def _solve(context: LayerContext, statistics: _Statistics | PooledGram, generato
     if isinstance(statistics, PooledGram):
         pooled = em.EM.solve(context, statistics, generator)
         note = f"{context.weight[0].numel()} columns: too wide for a full Gram, fitted to the pooled Gram of its blocks"
-        return FittedLayer(codebook=pooled.codebook, codes=pooled.codes, note=note)
+        return dataclasses.replace(pooled, warnings=(note, *pooled.warnings))
     weight = context.weight.detach().float().flatten(1)
     takes_mean = context.has_batchnorm or context.has_bias
     damping = min(1.0, _DAMPING * (1 + weight.shape[1] / statistics.rows))
@@ -118,7 +118,9 @@ def _solve(context: LayerContext, statistics: _Statistics | PooledGram, generato
         decoded = masked(torch.nn.functional.embedding(fit.codes, codebook).reshape(weight.shape), context.mask)
         shift = matching_bias(decoded, aim.mean, aim.output_mean)
     codebook = codebook.to(context.weight.dtype)
-    return FittedLayer(codebook=codebook, codes=fit.codes, row_scale=aim.row_scale, bias_shift=shift)
+    return FittedLayer(
+        codebook=codebook, codes=fit.codes, row_scale=aim.row_scale, bias_shift=shift, warnings=fit.notes
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

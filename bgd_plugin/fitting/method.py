@@ -15,7 +15,7 @@ from bgd_plugin.config import BGDConfig
 from bgd_plugin.planning.types import PlannedLayer
 from bgd_plugin.support.processes import total
 
-__all__ = ["FittedLayer", "LayerContext", "Method", "Skip", "output_error", "shift_gain"]
+__all__ = ["FittedLayer", "LayerContext", "Method", "Skip", "output_error", "shift_gain", "unused_codewords"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +68,14 @@ class FittedLayer:
         row_scale: `[rows]`, the factor on each row of the weight before it was quantized; the batch norm that follows
             undoes it. None: no scaling.
         bias_shift: `[rows]`, to be added to the layer's bias. None: no shift.
-        note: warnings about the fit.
+        warnings: what the fit found out, such as codewords that are not used.
     """
 
     codebook: Tensor
     codes: Tensor
     row_scale: Tensor | None = None
     bias_shift: Tensor | None = None
-    note: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,17 @@ class Method:
 
     collect: Callable[[LayerContext, torch.Generator], Any]
     solve: Callable[[LayerContext, Any, torch.Generator], FittedLayer]
+
+
+def unused_codewords(codes: Tensor, codebook_size: int) -> tuple[str, ...]:
+    """A warning where codewords stand for no block of the layer.
+
+    Args:
+        codes: `[rows, blocks_per_row]`.
+        codebook_size: number of codewords.
+    """
+    unused = codebook_size - int(torch.bincount(codes.flatten().long(), minlength=codebook_size).count_nonzero())
+    return (f"{unused} of {codebook_size} codewords are not used",) if unused else ()
 
 
 @torch.no_grad()

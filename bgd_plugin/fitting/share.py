@@ -36,4 +36,4 @@ def fitted_once(work: Callable[[], FittedLayer | None]) -> FittedLayer | None:
     if text == _NOTHING:
         return None
     values: dict[str, Any] = {**tensors, **json.loads(text)}
-    return FittedLayer(**values)
+    return FittedLayer(**(values | {"warnings": tuple(values["warnings"])}))

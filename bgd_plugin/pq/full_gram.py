@@ -111,7 +111,7 @@ def fit_full(
         history=tuple(level * unit**2 * loss for loss in trail.history),
         heldout=tuple(unit**2 * loss for loss in trail.heldout),
         chosen=trail.chosen,
-        notes=_notes(codes, codebook_size, grams),
+        notes=(*trail.notes(), *_notes(codes, codebook_size, grams)),
     )
 
 
@@ -140,6 +140,14 @@ class _Trail:
         losses = self._losses()
         if self.chosen < 0 or losses[-1] < losses[self.chosen]:
             self.chosen, self.best = len(losses) - 1, (codebook, codes)
+
+    def notes(self) -> tuple[str, ...]:
+        """What was taken back: the points are error feedback, then the codebook and the codes of each round."""
+        if self._heldout_gram is None or self.chosen == len(self.heldout) - 1:
+            return ()
+        number, is_codes = (self.chosen + 1) // 2, self.chosen % 2 == 0
+        kept = f"round {number}'s {'codes' if is_codes else 'codebook'}" if number else "error feedback"
+        return (f"kept the result of {kept}: later steps raised the error on held-out inputs",)
 
     def is_done(self) -> bool:
         """Whether the last round gained almost nothing, or lost, on the deciding data."""
@@ -247,7 +255,8 @@ def _notes(codes: Tensor, codebook_size: int, grams: Tensor) -> tuple[str, ...]:
     used = int(torch.bincount(codes.flatten(), minlength=codebook_size).count_nonzero())
     if used < codebook_size:
         notes.append(f"{codebook_size - used} of {codebook_size} codewords are not used")
-    silent = int((grams.diagonal(dim1=1, dim2=2) <= 0).sum())
-    if silent:
-        notes.append(f"{silent} of {grams.shape[0] * grams.shape[1]} input columns are always zero")
+    power = grams.diagonal(dim1=1, dim2=2)
+    silent = int((power <= torch.finfo(torch.float32).eps * power.mean()).sum())
+    if silent:  # of a Gram around the mean: constant
+        notes.append(f"{silent} of {power.numel()} input columns are constant")
     return tuple(notes)

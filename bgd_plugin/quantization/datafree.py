@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.files.format import file_size, stored
-from bgd_plugin.fitting import fit_weight
+from bgd_plugin.fitting import FittedLayer, fit_weight
 from bgd_plugin.graph import baked, copy_module, find_layers, fold_parametrizations_, install_, isolated
 from bgd_plugin.nn import PQModule, quantized
 from bgd_plugin.planning.budget import Budget
@@ -21,7 +21,8 @@ from bgd_plugin.planning.sizes import paper_bytes
 from bgd_plugin.planning.survey import surveyed
 from bgd_plugin.planning.types import PlannedLayer, SkippedLayer
 from bgd_plugin.quantization.finish import round_to_storage_
-from bgd_plugin.report.report import LayerReport, Quantized, Report
+from bgd_plugin.report.layer import LayerReport
+from bgd_plugin.report.report import Quantized, Report
 from bgd_plugin.support.log import Log
 from bgd_plugin.support.seeds import seeded
 
@@ -61,10 +62,13 @@ def quantize_weights(model: nn.Module, config: BGDConfig | None = None) -> Quant
         reports = []
         for layer, planned in survey.chosen:
             matrix = layer.matrix.detach()
-            modules = install_(student, layer, *_fitted(matrix, planned, config), planned.kept(matrix))
+            fit = _fitted(matrix, planned, config)
+            modules = install_(student, layer, fit.codebook, fit.codes, planned.kept(matrix))
             for module in modules:
                 module.codebook.requires_grad_(layer.weight.requires_grad)
-            reports.append(LayerReport.of(planned, relative_error=_weight_error(matrix, modules[0].matrix)))
+            reports.append(
+                LayerReport.of(planned, relative_error=_weight_error(matrix, modules[0].matrix), warnings=fit.warnings)
+            )
         round_to_storage_(student, survey)
     report = Report(
         layers=tuple(reports),
@@ -100,14 +104,15 @@ def quantize_module(module: nn.Module, config: BGDConfig | None = None, *, name:
     if isinstance(outcome, SkippedLayer):
         raise ConfigError(f"{name} cannot be quantized: {outcome.reason}")
     matrix = found[0].matrix.detach()
-    result = quantized(module, *_fitted(matrix, outcome, config), outcome.kept(matrix))
+    fit = _fitted(matrix, outcome, config)
+    result = quantized(module, fit.codebook, fit.codes, outcome.kept(matrix))
     result.round_codebook_(outcome.codebook_storage)
     result.codebook.requires_grad_(found[0].weight.requires_grad)
     return result
 
 
-def _fitted(weight: Tensor, planned: PlannedLayer, config: BGDConfig) -> tuple[Tensor, Tensor]:
-    """Codebook and codes of one weight `[rows, ...]`; the same whichever other layers there are."""
+def _fitted(weight: Tensor, planned: PlannedLayer, config: BGDConfig) -> FittedLayer:
+    """The fit of one weight `[rows, ...]`; the same whichever other layers there are."""
     if weight.is_meta:
         raise ConfigError(
             f"layer {planned.name!r} is on the meta device, without values: it can be planned, not quantized"
@@ -116,8 +121,7 @@ def _fitted(weight: Tensor, planned: PlannedLayer, config: BGDConfig) -> tuple[T
         raise ConfigError(f"layer {planned.name!r} holds NaN or infinite values: repair the network first")
     generator = seeded(config.seed, tuple(weight.shape))
     gram = torch.eye(planned.block_size, dtype=torch.float32, device=weight.device)
-    fit = fit_weight(weight, gram, planned, planned.kept(weight), config.em_iterations, generator)
-    return fit.codebook, fit.codes
+    return fit_weight(weight, gram, planned, planned.kept(weight), config.em_iterations, generator)
 
 
 def _weight_error(weight: Tensor, decoded: Tensor) -> float:

@@ -16,7 +16,8 @@ from bgd_plugin.planning.sizes import paper_bytes
 from bgd_plugin.planning.survey import Survey
 from bgd_plugin.planning.types import SkippedLayer
 from bgd_plugin.quantization.job import Job
-from bgd_plugin.report.report import LayerReport, Report
+from bgd_plugin.report.layer import LayerReport
+from bgd_plugin.report.report import Report
 from bgd_plugin.support.processes import synchronize_
 from bgd_plugin.support.tables import mib
 

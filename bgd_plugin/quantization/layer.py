@@ -20,7 +20,7 @@ from bgd_plugin.planning.types import PlannedLayer, SkippedLayer
 from bgd_plugin.pq.blocks import Geometry
 from bgd_plugin.quantization.job import Job
 from bgd_plugin.quantization.resume import stage
-from bgd_plugin.report.report import LayerReport
+from bgd_plugin.report.layer import LayerReport
 from bgd_plugin.training import distill_
 
 __all__ = ["leave_unreached", "quantize_layer"]
@@ -66,7 +66,7 @@ def quantize_layer(
         planned,
         relative_error=output_error(found.matrix, decoded, sample),
         bias_gain=shift_gain(fit.bias_shift, decoded, sample) if is_shifted and fit.bias_shift is not None else None,
-        note=fit.note,
+        warnings=fit.warnings,
     )
 
 

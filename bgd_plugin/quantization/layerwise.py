@@ -16,7 +16,7 @@ from bgd_plugin.planning.types import SkippedLayer
 from bgd_plugin.quantization.job import Job
 from bgd_plugin.quantization.layer import leave_unreached, quantize_layer
 from bgd_plugin.quantization.leftovers import leftover_nodes, treat_leftover
-from bgd_plugin.report.report import LayerReport
+from bgd_plugin.report.layer import LayerReport
 
 __all__ = ["quantize_layers"]
 

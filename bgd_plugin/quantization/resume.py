@@ -107,7 +107,7 @@ class Run:
         self._forget_steps(index)  # it may have been killed between the two
         try:
             with safetensors.safe_open(str(file), framework="pt") as content:
-                note = (content.metadata() or {}).get("note", "")
+                warnings = json.loads((content.metadata() or {}).get("warnings", "[]"))
                 tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (no mapping)
             found = list(tensors["codebook"].shape), list(tensors["codes"].shape)
             wanted = [layer.codebook_size, layer.block_size], [layer.rows, layer.blocks_per_row]
@@ -118,7 +118,7 @@ class Run:
                 codes=tensors["codes"],
                 row_scale=tensors.get("row_scale"),
                 bias_shift=tensors.get("bias_shift"),
-                note=note,
+                warnings=tuple(map(str, warnings)),
             )
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(f"{file} is damaged ({error}): delete it, the layer will be fitted again") from error
@@ -129,7 +129,7 @@ class Run:
         if file is not None:
             values = {f.name: getattr(fit, f.name) for f in dataclasses.fields(fit)}
             tensors = {k: v.detach().cpu().contiguous() for k, v in values.items() if isinstance(v, Tensor)}
-            write_atomically(file, safetensors.torch.save(tensors, metadata={"note": fit.note}))
+            write_atomically(file, safetensors.torch.save(tensors, metadata={"warnings": json.dumps(fit.warnings)}))
             self._forget_steps(index)
 
     def _forget_steps(self, index: int) -> None:

@@ -6,17 +6,15 @@ All text from outside (layer names, reasons) is escaped where it enters a page.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from bgd_plugin.planning.types import SkippedLayer
+from bgd_plugin.report.layer import LayerReport
 from bgd_plugin.support.tables import mib
 
-if TYPE_CHECKING:  # the report imports this module, which needs only the report's fields
-    from bgd_plugin.report.report import LayerReport, Report
-
-__all__ = ["bars", "cards", "details", "layer_sections", "page", "table", "write_report"]
+__all__ = ["bars", "cards", "details", "layer_sections", "page", "table", "write_page"]
 
 _FLOAT_BYTES = 4
 
@@ -51,21 +49,27 @@ code { font-size: .9em; } pre { overflow-x: auto; margin: 0; }
 """
 
 
-def write_report(report: Report, path: str | os.PathLike[str]) -> None:
-    """Write a report as one page: sizes, bytes and error per layer, and the layers left float with reasons."""
-    title = f"{mib(report.original_bytes)} → {mib(report.compressed_bytes)}"
-    shown = [
-        (mib(report.original_bytes), "float network"),
-        (mib(report.compressed_bytes), "compressed file"),
-        (f"{report.ratio:.1f}×", "smaller"),
-        (mib(report.paper_bytes), "by the paper's accounting"),
-        (str(len(report.layers)), f"layers quantized, {len(report.skipped)} left float"),
-    ]
+def write_page(
+    path: str | os.PathLike[str],
+    sizes: Sequence[tuple[str, str]],
+    layers: Sequence[LayerReport],
+    skipped: Sequence[SkippedLayer],
+    notes: Sequence[str],
+    seconds: Mapping[str, float],
+) -> None:
+    """Write a report as one page: sizes, bytes and error of each layer, and what was left float and why.
+
+    Args:
+        path: of the file.
+        sizes: figures to be shown large, each with a line below; the first two are float and compressed size.
+        layers, skipped, notes, seconds: as of `Report`.
+    """
+    title = f"{sizes[0][0]} → {sizes[1][0]}"
     body = [
         f"<h1>Compressed network: {escape(title)}</h1>",
         '<p class="lead">Product quantization of the weights, layer by layer.</p>',
-        cards(shown),
-        *layer_sections(report),
+        cards(sizes),
+        *layer_sections(layers, skipped, notes, seconds),
     ]
     Path(path).write_text(page(f"Compressed network: {title}", body), encoding="utf-8")
 
@@ -90,9 +94,10 @@ def cards(values: Sequence[tuple[str, str]]) -> str:
     )
 
 
-def layer_sections(report: Report) -> list[str]:
+def layer_sections(
+    layers: Sequence[LayerReport], skipped: Sequence[SkippedLayer], notes: Sequence[str], seconds: Mapping[str, float]
+) -> list[str]:
     """The sections about layers: chart, table, layers left float, notes and times."""
-    layers = report.layers
     sections = [
         "<h2>Bytes and error, layer by layer</h2>",
         '<p class="note">Left: size of the layer in float (pale) and compressed (solid). Right: the relative error '
@@ -101,12 +106,12 @@ def layer_sections(report: Report) -> list[str]:
         f'<div class="box">{bars(layers)}</div>',
         details("Figures of each layer", _layer_table(layers)),
     ]
-    if report.skipped:
-        rows = [[s.name, s.reason] for s in report.skipped]
+    if skipped:
+        rows = [[s.name, s.reason] for s in skipped]
         sections.append(details(f"Left float: {len(rows)} layers", table(["layer", "reason"], rows, wrap=1)))
-    lines = [*report.notes]
-    if report.seconds:
-        lines.append("Seconds: " + ", ".join(f"{step} {seconds:.1f}" for step, seconds in report.seconds.items()))
+    lines = [*notes]
+    if seconds:
+        lines.append("Seconds: " + ", ".join(f"{step} {spent:.1f}" for step, spent in seconds.items()))
     sections += ["<h2>Notes</h2>"] * bool(lines) + [f'<p class="note">{escape(line)}</p>' for line in lines]
     return sections
 

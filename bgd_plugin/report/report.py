@@ -10,53 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from bgd_plugin.planning.types import PlannedLayer, SkippedLayer
+from bgd_plugin.planning.types import SkippedLayer
+from bgd_plugin.report.html import write_page
+from bgd_plugin.report.layer import LayerReport
 from bgd_plugin.support.tables import mib, table
 
-__all__ = ["LayerReport", "Quantized", "Report"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerReport:
-    """A quantized layer.
-
-    Attributes:
-        bits_per_weight: packed codes and codebook, shared out over the weights.
-        compressed_bytes: packed codes and codebook.
-        relative_error: ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on a sample of the layer's calibration inputs.
-        bias_gain: what correcting the bias takes off the squared error of the layer's outputs, in units of their
-            variance; None where no bias was corrected.
-        note: what differs from the setting, and why.
-    """
-
-    name: str
-    kind: str
-    block_size: int
-    codebook_size: int
-    weights: int
-    bits_per_weight: float
-    compressed_bytes: int
-    relative_error: float
-    bias_gain: float | None = None
-    note: str = ""
-
-    @classmethod
-    def of(
-        cls, planned: PlannedLayer, *, relative_error: float, bias_gain: float | None = None, note: str = ""
-    ) -> LayerReport:
-        """A planned layer that is done."""
-        return cls(
-            name=planned.name,
-            kind=planned.kind,
-            block_size=planned.block_size,
-            codebook_size=planned.codebook_size,
-            weights=planned.weights,
-            bits_per_weight=planned.bits_per_weight,
-            compressed_bytes=planned.compressed_bytes,
-            relative_error=relative_error,
-            bias_gain=bias_gain,
-            note="; ".join(filter(None, (planned.note, note))),
-        )
+__all__ = ["Quantized", "Report"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +54,14 @@ class Report:
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write a page that shows bytes and error of each layer; it needs no other file and no network."""
-        from bgd_plugin.report.html import write_report
-
-        write_report(self, path)
+        sizes = [
+            (mib(self.original_bytes), "float network"),
+            (mib(self.compressed_bytes), "compressed file"),
+            (f"{self.ratio:.1f}×", "smaller"),
+            (mib(self.paper_bytes), "by the paper's accounting"),
+            (str(len(self.layers)), f"layers quantized, {len(self.skipped)} left float"),
+        ]
+        write_page(path, sizes, self.layers, self.skipped, self.notes, self.seconds)
 
     def __str__(self) -> str:
         header = ["layer", "kind", "block", "codebook", "bits/weight", "size", "error", "note"]

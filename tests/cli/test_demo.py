@@ -14,7 +14,8 @@ import torch
 
 import bgd_plugin as bgd
 from bgd_plugin.cli import demo
-from bgd_plugin.report.report import LayerReport, Report
+from bgd_plugin.report.layer import LayerReport
+from bgd_plugin.report.report import Report
 
 needs_photos = pytest.mark.skipif(
     importlib.util.find_spec("foolbox") is None or importlib.util.find_spec("PIL") is None,

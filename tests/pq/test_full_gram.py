@@ -113,7 +113,7 @@ def test_dead_inputs_and_dead_rows() -> None:
     gram[:, :, 3:9] = 0
     fit = _fit(weight, gram)
     assert bool(torch.isfinite(fit.codebook).all())
-    assert fit.notes == ("6 of 16 input columns are always zero",)
+    assert fit.notes == ("6 of 16 input columns are constant",)
     silent = _fit(weight, torch.zeros_like(gram))
     assert bool(torch.isfinite(silent.codebook).all())
     assert silent.objective == 0

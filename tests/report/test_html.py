@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from bgd_plugin.planning.types import SkippedLayer
-from bgd_plugin.report.report import LayerReport, Report
+from bgd_plugin.report.layer import LayerReport
+from bgd_plugin.report.report import Report
 
 _VOID = {"meta", "rect", "img", "br"}
 
