@@ -27,7 +27,14 @@ from tests.mutants.coverage_of import Tests, measured
 from tests.mutants.sites import Mutant, sampled
 
 FOLDERS = ("fitting", "quantization", "planning", "correction", "calibration")
-TESTS = (*(f"tests/{folder}" for folder in FOLDERS), "tests/regression", "tests/test_smoke.py")
+# Not those that start processes, nor those that measure memory: seconds each, and hardly a line of their own.
+_SLOW = ("processes", "memory", "kills", "full_disk", "numerics")
+TESTS = (
+    *(f"tests/{folder}" for folder in FOLDERS),
+    "tests/test_smoke.py",
+    *(f"--ignore=tests/quantization/test_{name}.py" for name in _SLOW),
+    "--deselect=tests/calibration/test_store.py::test_the_measured_peak_stays_within_the_bound",
+)
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "mutants"
 
@@ -39,12 +46,14 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20, help="mutants of each folder; 0: every one")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--seconds", type=float, default=30, help="of tests for each mutant, the nearest ones first")
+    parser.add_argument("--operators", default="", help="only those whose name begins so: wires, core")
+    parser.add_argument("--keep", action="store_true", help="the measured coverage, although files have changed since")
     parser.add_argument("--tests", nargs="*", default=TESTS, help="files and folders of tests to choose from")
     options = parser.parse_args()
     torch.set_num_threads(1)
     known = tomllib.loads((Path(__file__).parent / "equivalent.toml").read_text())["mutant"]
-    mutants = sampled(ROOT, options.folders, options.count, options.seed)
-    tests = _in_a_fork_of_its_own(options.tests)
+    mutants = sampled(ROOT, options.folders, options.count, options.seed, options.operators)
+    tests = _in_a_fork_of_its_own(options.tests, is_kept=options.keep)
     copy = _copied()
     outcomes: Counter[tuple[str, str]] = Counter()
     start = time.monotonic()
@@ -58,21 +67,21 @@ def main() -> None:
     _report(options.folders, outcomes)
 
 
-def _in_a_fork_of_its_own(tests: Sequence[str]) -> Tests:
+def _in_a_fork_of_its_own(tests: Sequence[str], *, is_kept: bool) -> Tests:
     """Measure there, so that this process never imports what is to be mutated."""
     kept = BUILD / "tests.json"
     child = os.fork()
     if not child:
         os.chdir(ROOT)
         try:
-            measured(ROOT, FOLDERS, list(tests), kept)
+            measured(ROOT, FOLDERS, list(tests), kept, is_kept=is_kept)
         except SystemExit as failed:
             print(failed)
             os._exit(1)
         os._exit(0)
     if os.waitpid(child, 0)[1]:
         raise SystemExit(1)
-    return measured(ROOT, FOLDERS, list(tests), kept)
+    return measured(ROOT, FOLDERS, list(tests), kept, is_kept=True)
 
 
 def _copied() -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ class Tests:
 
     Attributes:
         lines: names of the tests that run a line, by "path:line".
-        seconds: CPU time of each test.
+        seconds: time of each test.
     """
 
     lines: dict[str, list[str]]
@@ -68,7 +67,7 @@ def _mentioning(source: str, line: int) -> Iterator[int]:
 
 
 class _Contexts:
-    """A plugin of pytest: each test is a context of the coverage, and its CPU time is taken."""
+    """A plugin of pytest: each test is a context of the coverage, and its time is taken."""
 
     def __init__(self, cover: coverage.Coverage) -> None:
         self._cover = cover
@@ -76,25 +75,28 @@ class _Contexts:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:
-        name, start = item.nodeid.split("[")[0], _cpu_seconds()
+        name, start = item.nodeid.split("[")[0], time.monotonic()
         self._cover.switch_context(name)
         result = yield
-        self.seconds[name] += _cpu_seconds() - start
+        self.seconds[name] += time.monotonic() - start
         return result
 
 
-def _cpu_seconds() -> float:
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+def measured(root: Path, folders: Sequence[str], tests: Sequence[str], kept: Path, *, is_kept: bool) -> Tests:
+    """The tests of the given folders of the sources.
 
-
-def measured(root: Path, folders: Sequence[str], tests: Sequence[str], kept: Path) -> Tests:
-    """The tests of the given folders of the sources; from the file where nothing has changed since."""
+    Args:
+        root: of the repository.
+        folders: of the sources.
+        tests: arguments of pytest, files and folders among them.
+        kept: the file with what an earlier call has measured, which is taken where nothing has changed since.
+        is_kept: take it in any case.
+    """
     files = sorted(f for top in ("bgd_plugin", "tests") for f in (root / top).rglob("*.py"))
     state = hashlib.sha256(b"".join(f.read_bytes() for f in files) + repr((folders, tests)).encode()).hexdigest()
     if kept.exists():
         found = json.loads(kept.read_text())
-        if found.pop("state") == state:
+        if found.pop("state") == state or is_kept:
             return Tests(**found)
     cover = coverage.Coverage(
         data_file=None, source=[str(root / "bgd_plugin" / folder) for folder in folders], config_file=False

@@ -41,15 +41,24 @@ class Mutant:
     source: str
 
 
-def sampled(root: Path, folders: Sequence[str], count: int, seed: int) -> list[Mutant]:
-    """About `count` mutants of each folder, each at another place; 0: all there are."""
+def sampled(root: Path, folders: Sequence[str], count: int, seed: int, operators: str = "") -> list[Mutant]:
+    """About `count` mutants of each folder, each at another place; 0: all there are.
+
+    Args:
+        root: of the repository.
+        folders: of the sources.
+        count: of each folder.
+        seed: of the sample.
+        operators: the beginning of their names.
+    """
     chosen = []
     for folder in folders:
         places: dict[tuple[str, int, int], list[tuple[str, str, int]]] = defaultdict(list)
         for file in sorted((root / "bgd_plugin" / folder).glob("*.py")):
             path = str(file.relative_to(root))
-            for start, end, kind, index in _sites(file.read_text()):
-                places[path, start, end].append((path, kind, index))
+            for line, column, kind, index in _sites(file.read_text()):
+                if kind.startswith(operators):
+                    places[path, line, column].append((path, kind, index))
         generator = random.Random(f"{seed} {folder}")
         order = sorted(places)
         generator.shuffle(order)

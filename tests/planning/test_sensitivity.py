@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, LayerConfig
 from bgd_plugin.calibration import Batch, collect_batches
 from bgd_plugin.graph import copy_module, find_layers, isolate_weights_, trace
+from bgd_plugin.planning import sensitivity
 from bgd_plugin.planning.candidates import Sensitivity
 from bgd_plugin.planning.sensitivity import measure_sensitivities, output_loss, some_samples
 from bgd_plugin.training import kl_to_teacher
@@ -192,3 +194,92 @@ def test_the_cost_is_that_of_the_network_in_which_it_is_measured() -> None:
     said = _measured(model, data, BGDConfig(), ["heard"])["heard"]
     expected = float(kl_to_teacher(rough.float(), exact.float()))
     assert float(said.reason.split("it costs ")[1].split(" ")[0]) == pytest.approx(expected, rel=0.06)
+
+
+# --- what an error counts, literally
+
+
+@pytest.fixture
+def curves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor, tuple[int, ...]]]:
+    """Blocks, metrics and codebook sizes of every error curve."""
+    real, seen = sensitivity.rate_curve, list[tuple[Tensor, Tensor, tuple[int, ...]]]()
+
+    def watched(blocks: Tensor, metrics: Tensor, sizes: Any, **kwargs: Any) -> Any:
+        seen.append((blocks.clone(), metrics.clone(), tuple(sizes)))
+        return real(blocks, metrics, sizes, **kwargs)
+
+    monkeypatch.setattr(sensitivity, "rate_curve", watched)
+    return seen
+
+
+def _literal_metric(h: Tensor, block_size: int, *, feedback: bool) -> list[Tensor]:
+    """For each block position: (H⁻¹ of the columns from there on, its first block)⁻¹; or the mean of H's blocks."""
+    places = range(0, len(h), block_size)
+    if feedback:
+        return [torch.inverse(torch.inverse(h[i:, i:])[:block_size, :block_size]) for i in places]
+    mean = torch.stack([h[i : i + block_size, i : i + block_size] for i in places]).mean(0)
+    return [mean for _ in places]
+
+
+@pytest.mark.parametrize("method", ["full", "em"])
+@pytest.mark.parametrize("rows", [40, 800])
+@pytest.mark.parametrize("kind", ["norm", "bias", "plain"])
+def test_errors_count_what_the_fit_will_leave_of_them(
+    curves: list[tuple[Tensor, Tensor, tuple[int, ...]]], method: Any, rows: int, kind: str
+) -> None:
+    """Rows scaled for a norm, means taken out where something takes them, feedback where rows are many enough."""
+    layers = [nn.Linear(12, 32), nn.Sigmoid(), nn.Linear(32, 48, bias=kind == "bias")]
+    model = randomized(nn.Sequential(*layers, nn.BatchNorm1d(48) if kind == "norm" else nn.Tanh(), nn.Linear(48, 8)))
+    data = vectors(4, batch=rows // 4)
+    _measured(model, data, BGDConfig(method=method, batchnorm="matched"), ["2"])
+    with torch.no_grad():
+        x = torch.cat([model[1](model[0](batch)) for batch in data]).double()
+    full = method == "full"
+    x = x - x.mean(0) if kind == "norm" or (full and kind == "bias") else x
+    h = x.T @ x / len(x)
+    weight = model[2].weight.detach().double()
+    power = ((weight @ h) * weight).sum(1)
+    scale = power.rsqrt() if full and kind == "norm" else power.mean().rsqrt().expand(48)
+    h = h + min(1.0, 0.2 * (1 + 32 / len(x))) * h.diag().mean() * torch.eye(32, dtype=h.dtype)
+    assert [blocks.shape[2] for blocks, _, _ in curves] == [1, 2, 4, 8, 16]
+    for blocks, metrics, _ in curves:
+        d = blocks.shape[2]
+        expected = (weight * scale[:, None]).reshape(48, -1, d).transpose(0, 1)
+        torch.testing.assert_close(blocks.double(), expected, rtol=1e-3, atol=1e-6)
+        literal = torch.stack(_literal_metric(h, d, feedback=full and len(x) >= 64))
+        torch.testing.assert_close(metrics.double(), literal, rtol=2e-3, atol=1e-6)
+
+
+def test_the_loss_of_the_measured_size_is_the_measured_cost() -> None:
+    """Every other size is rated by how its error compares with that one's."""
+    found = _measured(randomized(_Wide()), images(4, batch=8, channels=32), BGDConfig(), ["heard", "quiet"])
+    for one in found.values():
+        block, codebook, cost = re.findall(r"alone at (\d+)×(\d+) it costs (\S+) ", one.reason)[0]
+        assert one.loss(int(block), int(codebook)) == pytest.approx(float(cost), rel=0.2)
+
+
+def test_each_layer_draws_its_own_numbers_and_another_seed_others() -> None:
+    model, data = randomized(_Wide()), images(2, batch=4, channels=32)
+    both = _measured(model, data, BGDConfig(), ["heard", "head"])
+    assert both["head"] == _measured(model, data, BGDConfig(), ["head"])["head"]
+    assert both["head"] != _measured(model, data, BGDConfig(seed=1), ["head"])["head"]
+
+
+def test_the_step_is_called_once_for_each_layer() -> None:
+    model, counted = randomized(_Wide()), list[int]()
+    batches = collect_batches(images(2, channels=32), model, device=torch.device("cpu"), forward=None)
+    graph = trace(copy_module(model)).eval()
+    layers = [layer for layer in find_layers(graph)[0] if layer.name in ("heard", "head")]
+    measure_sensitivities(graph, batches, layers, BGDConfig(), lambda: counted.append(1))
+    assert len(counted) == 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((64, 64), "4×"), ((64, 32, 3, 3), "9×"), ((64, 32, 1, 1), "4×"), ((64, 32, 5, 5), "25×")]
+)
+def test_a_layer_is_measured_at_the_size_of_its_kind(shape: tuple[int, ...], expected: str) -> None:
+    layer = nn.Linear(64, 64) if len(shape) == 2 else nn.Conv2d(shape[1], shape[0], shape[2:])
+    model = nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(8)).eval()
+    data = vectors(2, features=64) if len(shape) == 2 else images(2, size=6, channels=32)
+    model(data[0])
+    assert f"alone at {expected}" in _measured(model, data, BGDConfig(), ["0"])["0"].reason

@@ -1,0 +1,146 @@
+"""What there is to choose from, what it costs, and what is worth choosing."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from bgd_plugin.errors import ConfigError
+from bgd_plugin.planning.candidates import (
+    Option,
+    Sensitivity,
+    block_sizes,
+    choose,
+    codebook_sizes,
+    fitted_sizes,
+    options_of,
+    rated,
+    weight_sensitivity,
+)
+from bgd_plugin.planning.types import PlannedLayer
+from bgd_plugin.pq.blocks import to_blocks
+from bgd_plugin.pq.rate import RateCurve
+
+
+def _planned(shape: tuple[int, ...], **fields: Any) -> PlannedLayer:
+    common = {"name": "a", "target": "a", "kind": "linear", "family": "linear", "calls": ("a",), "note": "clamped"}
+    return PlannedLayer(**(common | {"weight_shape": shape, "block_size": 4, "codebook_size": 256} | fields))
+
+
+def test_all_sizes_of_a_layer_are_options_and_so_is_float() -> None:
+    options = options_of(_planned((64, 64), codebook_storage="int8", mask_bytes=7), float_bytes=8192)
+    sizes = {(o.layer.block_size, o.layer.codebook_size) if o.layer else None for o in options}
+    assert sizes == {(d, k) for d in block_sizes((64, 64)) for k in codebook_sizes((64, 64), d)} | {None}
+    assert [o.size_bytes for o in options] == sorted(o.size_bytes for o in options)
+    for option in options:
+        layer = option.layer
+        if layer is None:
+            assert option.size_bytes == 8192
+        else:
+            bits = 64 * (64 // layer.block_size) * layer.codebook_size.bit_length() - 64 * (64 // layer.block_size)
+            assert option.size_bytes == -(-bits // 8) + layer.codebook_size * layer.block_size + 4 + 7
+            assert layer.note == ""
+
+
+def test_only_options_that_lose_less_than_all_smaller_ones_are_kept() -> None:
+    curves = tuple(RateCurve(block_size=d, points=((16, 1.0 / d), (256, 0.1 / d))) for d in block_sizes((64, 64)))
+    sensitivity = Sensitivity(curves=curves, per_error=3.0, reason="made up")
+    options = options_of(_planned((64, 64)), float_bytes=3000)
+    kept = rated(options, sensitivity)
+    losses = {o.size_bytes: o.loss for o in kept}
+    assert [o.size_bytes for o in kept] == sorted(losses) and list(losses.values()) == sorted(losses.values())[::-1]
+    assert len(set(losses.values())) == len(kept) > 3
+    for option in options:  # nothing is left out that is worth its bytes
+        loss = sensitivity.loss(option.layer.block_size, option.layer.codebook_size) if option.layer else 0.0
+        assert any(o.size_bytes <= option.size_bytes and o.loss <= loss for o in kept)
+    assert kept[-1].layer is None and kept[-1].loss == 0.0  # beyond float nothing is worth anything
+    assert kept[0].loss == pytest.approx(3.0 / 8)  # 16 codewords of 8 weights are the smallest of all
+
+
+def test_a_sensitivity_is_the_same_after_json() -> None:
+    one = Sensitivity(curves=(RateCurve(block_size=4, points=((16, 0.5), (256, 0.1))),), per_error=2.0, reason="r")
+    other = Sensitivity.from_dict(json.loads(json.dumps(one.to_dict())))
+    assert other == one
+    assert other.loss(4, 64) == pytest.approx(2.0 * (0.5 * 0.1) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block", "expected"),
+    [
+        ((64, 64), 4, (16, 128)),  # few blocks: the largest as well
+        ((512, 512), 4, (16, 256)),  # very many blocks: not the largest
+        ((256, 256), 4, (16, 256, 2048)),
+        ((8, 16), 4, (4,)),
+        ((64, 64), 1, (16, 256)),
+    ],
+)
+def test_quick_fits_are_done_where_they_are_worth_their_time(
+    shape: tuple[int, ...], block: int, expected: tuple[int, ...]
+) -> None:
+    assert fitted_sizes(shape, block) == expected
+
+
+def test_no_codebook_takes_more_than_eight_bits_for_a_weight() -> None:
+    assert codebook_sizes((512, 512), 1)[-1] == 256
+    assert codebook_sizes((512, 512), 2)[-1] == 4096
+
+
+def test_without_data_the_loss_is_the_weights_relative_error() -> None:
+    """The error of the nearest of 64 codewords, whatever the weight's scale."""
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    losses = [
+        weight_sensitivity(factor * weight, torch.Generator().manual_seed(0)).loss(4, 16) for factor in (1.0, 100.0)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    blocks = to_blocks(weight, 4).flatten(0, 1)
+    codebook = blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))[:16]]
+    for _ in range(20):
+        codes = torch.cdist(blocks, codebook).argmin(1)
+        codebook = torch.stack([blocks[codes == k].mean(0) for k in range(16)])
+    literal = float((blocks - codebook[codes]).square().sum() / blocks.square().sum())
+    assert losses[0] == pytest.approx(literal, rel=0.05)
+    assert "own error" in weight_sensitivity(weight, torch.Generator()).reason
+    assert weight_sensitivity(torch.zeros(64, 64), torch.Generator()).loss(4, 16) == 0.0
+
+
+def test_on_the_meta_device_the_law_alone_rates_sizes() -> None:
+    found = weight_sensitivity(torch.empty(64, 64, device="meta"), torch.Generator())
+    assert found.loss(4, 16) == pytest.approx(16 ** (-2 / 4))
+    assert found.loss(2, 16) == pytest.approx(1 / 16)
+
+
+def _options(*pairs: tuple[int, float]) -> list[Option]:
+    return [Option(layer=None, size_bytes=size, loss=loss) for size, loss in pairs]
+
+
+def test_what_cannot_be_reached_says_what_the_budget_cannot_choose() -> None:
+    layers = [_options((100, 1.0), (200, 0.5)), _options((50, 1.0))]
+    with pytest.raises(ConfigError) as error:
+        choose(layers, 640, lambda picked: 500 + sum(o.size_bytes for o in picked))
+    found = [int(number.replace(",", "")) for number in re.findall(r"([\d,]+)(?= bytes|\sare)", str(error.value))]
+    assert found == [640, 650, 500]
+
+
+def test_bytes_beside_the_layers_that_depend_on_the_choice_are_measured_again() -> None:
+    """A header that grows with the choice, by more than the first guess allows for."""
+    layers = [_options(*((100 * i, 1 / i) for i in range(1, 40))) for _ in range(6)]
+
+    def size(picked: Any) -> int:
+        total = sum(o.size_bytes for o in picked)
+        return 1000 + total + total // 3
+
+    choice = choose(layers, 12_000, size)
+    assert 12_000 - 134 * 4 <= choice.file_bytes <= 12_000
+    assert choice.file_bytes == size(choice.options)
+    assert choice.loss == pytest.approx(sum(o.loss for o in choice.options))
+
+
+def test_where_only_the_smallest_options_fit_they_are_taken() -> None:
+    layers = [_options((100, 1.0), (200, 0.5)) for _ in range(3)]
+    choice = choose(layers, 320, lambda picked: 20 + sum(o.size_bytes for o in picked))
+    assert [o.size_bytes for o in choice.options] == [100, 100, 100]
+    assert (choice.file_bytes, choice.loss) == (320, 3.0)
