@@ -1,4 +1,4 @@
-"""Calibration: the network's live values on the user's data, node by node, and what the fit needs to know of them."""
+"""Calibration: the network's live values on the user's data, node by node, and the statistics that the fit needs."""
 
 from bgd_plugin.calibration.batches import (
     Batch,

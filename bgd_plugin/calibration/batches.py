@@ -1,4 +1,4 @@
-"""The user's calibration data as plain call arguments, and the logits out of whatever a network returns."""
+"""Turn the user's calibration data into call arguments, and a network's output into logits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LOGITS = ("logits", "out")
 
 @dataclass(frozen=True)
 class Batch:
-    """The arguments of one call of the network."""
+    """The arguments of one call to the network."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -31,7 +31,7 @@ class Batch:
         """The value of each input node of a graph.
 
         Raises:
-            CalibrationError: an input that the graph does not have, or a needed one that is missing.
+            CalibrationError: the graph has no such input, or a required input is missing.
         """
         nodes = [node for node in graph.nodes if node.op == "placeholder"]
         names = {str(node.target): node for node in nodes}
@@ -50,15 +50,15 @@ class Batch:
         return values
 
     def call(self, model: nn.Module) -> Any:
-        """What `model` answers; it gets copies of the tensors, since it may work on its input in place."""
+        """The output of `model`, called with copies of the tensors, because it may modify its inputs in place."""
         args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (self.args, self.kwargs))
         return model(*args, **kwargs)
 
     def tokens(self, logits: Tensor) -> Tensor | None:
-        """Which tokens count, `[batch, tokens]`: what the batch's `attention_mask` says, for logits of each token.
+        """Which tokens count, bool `[batch, tokens]`: the batch's `attention_mask`, if there are logits per token.
 
         Args:
-            logits: `[batch, tokens, classes]`; for logits of any other form, and without a mask of this size, None.
+            logits: `[batch, tokens, classes]`; None is returned for logits of another shape, or without such a mask.
         """
         mask = self.kwargs.get("attention_mask")
         if not isinstance(mask, Tensor) or logits.ndim != 3 or mask.shape != logits.shape[:2] or not bool(mask.any()):
@@ -67,20 +67,20 @@ class Batch:
 
     @property
     def size(self) -> int:
-        """Samples in the batch: the first dimension of its first tensor."""
+        """Number of samples in the batch: the first dimension of its first tensor."""
         tensors = [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor) and t.ndim]
         return tensors[0].shape[0] if tensors else 1
 
 
 class Batches(Sequence[Batch]):
-    """The calibration data, held in a store, where the values that networks make of it stand beside it."""
+    """The calibration data, held in a store next to the networks' values for each batch."""
 
     def __init__(self, store: BatchStore) -> None:
         self.store = store
 
     @classmethod
     def of(cls, batches: Iterable[Batch], memory_bytes: int | None = None) -> Batches:
-        """The same batches where they are held already, else in a new store with a bound."""
+        """Batches in a new store with a bound; batches that are already in a store are returned unchanged."""
         if isinstance(batches, Batches):
             return batches
         result = cls(BatchStore(memory_bytes))
@@ -108,16 +108,16 @@ def collect_batches(
     forward: Forward | None,
     memory_bytes: int | None = None,
 ) -> Batches:
-    """All batches of the calibration data, on `device`; `memory_bytes` bounds what of them is held in memory.
+    """All batches of the calibration data, on `device`; `memory_bytes` limits how much of them is held in memory.
 
     Raises:
-        CalibrationError: no batch at all, or a batch of a form that is not understood.
+        CalibrationError: there is no batch, or a batch has an unsupported form.
     """
     batches = Batches.of(iterate_batches(calibration, model, device=device, forward=forward), memory_bytes)
     if not batches:
         raise CalibrationError(
             "the calibration data is empty: give an iterable of batches, such as a DataLoader "
-            "(an iterator that was walked before is empty too)"
+            "(an iterator that is already used up is empty too)"
         )
     return batches
 
@@ -125,7 +125,7 @@ def collect_batches(
 def iterate_batches(
     calibration: Iterable[Any], model: nn.Module, *, device: torch.device, forward: Forward | None
 ) -> Iterator[Batch]:
-    """The batches of one walk over the calibration data."""
+    """The batches of one pass over the calibration data."""
     if isinstance(calibration, (Tensor, str, Mapping)) or not isinstance(calibration, Iterable):
         raise CalibrationError(
             f"calibration is a {type(calibration).__name__}: give an iterable of batches, for one batch [batch]"
@@ -133,28 +133,28 @@ def iterate_batches(
     for index, item in enumerate(calibration):
         batch = _captured(model, item, forward) if forward else _batch(item, index)
         if not batch.size:
-            raise CalibrationError(f"calibration batch {index} holds no sample")
+            raise CalibrationError(f"calibration batch {index} contains no samples")
         yield _on(batch, device)
 
 
 def require_rewalkable(calibration: Iterable[Any], purpose: str) -> None:
-    """Refuse an iterator where the data is walked more than once.
+    """Reject an iterator if the data is needed more than once.
 
     Raises:
-        CalibrationError: `calibration` is its own iterator.
+        CalibrationError: `calibration` is an iterator.
     """
     if isinstance(calibration, Iterator):
         raise CalibrationError(
-            f"the calibration data is a {type(calibration).__name__}, which can be walked only once, and {purpose} "
-            "walks it again: give a DataLoader or a list of batches"
+            f"the calibration data is a {type(calibration).__name__}, which can be iterated over only once, but "
+            f"{purpose} needs it again: give a DataLoader or a list of batches"
         )
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in a network's output: a tensor, a mapping's or object's `logits` or `out`, a sequence's first tensor.
+    """The logits in a network's output: a tensor, a field or item `logits` or `out`, or a sequence's first tensor.
 
     Raises:
-        CalibrationError: nothing of the kind is there.
+        CalibrationError: the output contains none of these.
     """
     if isinstance(output, Tensor):
         return output
@@ -167,7 +167,7 @@ def logits_of(output: Any) -> Tensor:
     raise CalibrationError(
         f"the network returns a {type(output).__name__} without logits: distillation and finetuning need a tensor, "
         f"a first tensor, or a field named {' or '.join(_LOGITS)}; "
-        "set distillation=None and finetuning=None to go without"
+        "set distillation=None and finetuning=None to skip them"
     )
 
 
@@ -182,18 +182,18 @@ def _batch(item: Any, index: int) -> Batch:
         return Batch((list(item[0]),))
     raise CalibrationError(
         f"calibration batch {index} is a {type(item).__name__}: give a tensor, a sequence whose first item is the "
-        "input tensor (or a list of tensors, as detectors take it), or a mapping of keyword arguments; anything else "
-        "goes through forward=callable(model, batch)"
+        "input tensor (or a list of tensors, for detectors), or a mapping of keyword arguments; for anything else pass "
+        "forward=callable(model, batch)"
     )
 
 
 def _are_tensors(value: Any) -> bool:
-    """Whether something is a list of tensors, as detectors take their images."""
+    """Whether a value is a list of tensors, the form in which detectors take images."""
     return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(x, Tensor) for x in value)
 
 
 class _Called(BaseException):
-    """Carries the arguments of a call out of the user's `forward`; not an Exception, so that nothing swallows it."""
+    """Carries the call's arguments out of the user's `forward`; not an Exception, so that no handler swallows it."""
 
 
 class _Recorder(nn.Module):
@@ -212,7 +212,11 @@ class _Recorder(nn.Module):
 
 
 def _captured(model: nn.Module, item: Any, forward: Forward) -> Batch:
-    """The arguments with which the user's `forward` calls the network."""
+    """The arguments with which the user's `forward` calls the network.
+
+    Raises:
+        CalibrationError: `forward` did not call the network.
+    """
     try:
         forward(_Recorder(model), item)
     except _Called as call:

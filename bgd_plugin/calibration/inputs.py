@@ -1,4 +1,4 @@
-"""What the fit needs to know of a layer's inputs, streamed over the batches."""
+"""A layer's inputs, streamed over the batches, and their statistics for the fit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _CHUNK_ELEMENTS = 2_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class PooledGram:
-    """Second moments of a layer's inputs, all block positions pooled.
+    """Second moments of a layer's inputs, pooled over all block positions.
 
     Attributes:
         gram: `[block_size, block_size]`, the mean of x xᵀ over all blocks of all inputs.
@@ -54,12 +54,12 @@ class InputSample:
 
 @dataclass(frozen=True, kw_only=True)
 class PairedRows:
-    """Rows at the same places in two networks.
+    """Rows of unfolded inputs at the same positions in both networks.
 
     Attributes:
         student, reference: unfolded inputs, both `[groups, positions, columns]`.
-        drift: what the layer's outputs are to make good there besides, `[positions, rows]`; None: nothing.
-        index: number of the piece among all `pieces`, those of other processes included.
+        drift: additional target for the layer's outputs there, `[positions, rows]`; None: none.
+        index: number of this piece among all `pieces`, including those of other processes.
     """
 
     student: Tensor
@@ -191,22 +191,21 @@ class CollectedInputs(LayerInputs):
 def paired_pieces(
     inputs: LayerInputs, rows: int, generator: torch.Generator, drift: Callable[[int], Tensor] | None = None
 ) -> Iterator[PairedRows]:
-    """About `rows` rows of unfolded inputs in `len(inputs)` pieces, at the same places in student and float network.
+    """About `rows` rows of unfolded inputs in `len(inputs)` pieces, at the same positions in student and float network.
 
-    Where several processes share the data, `rows` are those of all, and the piece after a process's own is the next
-    process's. Pieces are in the order of the samples, so that the last ones are of images that the first ones have not
-    seen.
+    If several processes share the data, `rows` is the total over all of them, and pieces alternate between processes.
+    Pieces are in the order of the samples, so the last ones contain images that are not in the first ones.
 
     Args:
-        drift: gives for each batch a tensor of the shape of the layer's output, sampled at the same places; only for
+        drift: for each batch a tensor of the shape of the layer's output, sampled at the same positions; only for
             layers with one call.
 
     Raises:
-        CalibrationError: naming the layer whose inputs are not finite.
+        CalibrationError: the layer's inputs are not finite.
     """
     pieces = int(total(len(inputs)))
     share = max(1, -(-rows // pieces))
-    # each piece draws by its number, so that the rows are the same however many processes share the pieces
+    # each piece's draws depend on its number only, so the rows do not depend on the number of processes
     seed = int(torch.randint(1 << 62, (), generator=generator, device=generator.device))
 
     def drawn(value: Tensor, geometry: Geometry, index: int) -> Tensor:
@@ -224,10 +223,10 @@ def paired_pieces(
 
 @torch.no_grad()
 def pooled_gram(inputs: LayerInputs, block_size: int) -> PooledGram:
-    """Σ x̃ᵀx̃ / n over every block of every input; nothing larger than a chunk of unfolded inputs is ever held.
+    """Σ x̃ᵀx̃ / n over every block of every input, computed from chunks of unfolded inputs.
 
     Raises:
-        CalibrationError: naming the layer whose inputs are not finite.
+        CalibrationError: the layer's inputs are not finite, or no input reached it.
 
     **Source**: arXiv 1907.05686, section 3.2, the activations x̃; here only through their Gram matrix.
     """
@@ -252,18 +251,18 @@ def sampled_inputs(inputs: LayerInputs, rows: int, generator: torch.Generator) -
     """About `rows` rows of unfolded inputs, spread over all batches and calls.
 
     Raises:
-        CalibrationError: naming the layer whose inputs are not finite.
+        CalibrationError: the layer's inputs are not finite.
     """
     share = max(1, -(-rows // len(inputs)))
     samples = []
     for value, geometry in inputs:
-        require_finite(value, inputs.name)  # the whole input: what is not sampled counts, too
+        require_finite(value, inputs.name)  # the whole input, not only the sampled rows
         samples.append(sample_inputs(value, geometry, share, generator).float())
     return InputSample(rows=torch.cat(samples, dim=1))
 
 
 def _pieces(value: Tensor, geometry: Geometry) -> Iterator[Tensor]:
-    """Runs of samples whose unfolded inputs stay small."""
+    """Slices of samples whose unfolded inputs fit in a chunk."""
     if not geometry.kernel_size or value.ndim == len(geometry.kernel_size) + 1:
         yield value
         return
@@ -275,13 +274,13 @@ def _pieces(value: Tensor, geometry: Geometry) -> Iterator[Tensor]:
 
 
 def require_finite(statistic: Tensor, name: str) -> None:
-    """Check what was gathered of a layer's inputs.
+    """Check that a statistic of a layer's inputs is finite.
 
     Raises:
-        CalibrationError: it is not finite; the layer is named.
+        CalibrationError: it is not finite; the message names the layer.
     """
     if not bool(torch.isfinite(statistic).all()):
         raise CalibrationError(
-            f"layer {name!r}: its inputs on the calibration data hold NaN or infinite values, or overflow; "
+            f"layer {name!r}: its inputs on the calibration data contain NaN or infinite values, or overflow; "
             "check the data and the layers before it"
         )

@@ -1,4 +1,4 @@
-"""Memory in a file without a name: nothing is left of it, however the process ends."""
+"""Memory in an unnamed temporary file, which disappears however the process ends."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ __all__ = ["Extent", "SpillFile"]
 
 
 class Extent:
-    """A run of bytes of the file; its place is free again once nothing refers to it, mapped memory included."""
+    """A range of bytes in the file; it is reused once nothing refers to it, mapped memory included."""
 
     def __init__(self, start: int, size: int) -> None:
         self.start, self.size = start, size
 
 
 class _Mapping(mmap.mmap):
-    """Mapped memory that keeps its extent."""
+    """Mapped memory that keeps its extent alive."""
 
     extent: Extent
 
 
 class SpillFile:
-    """A temporary file that holds pieces of memory; it is made at the first write.
+    """A temporary file that holds pieces of memory, created at the first write.
 
     Args:
-        folder: where; None is the system's folder for temporary files.
+        folder: where to create it; None for the system's folder for temporary files.
     """
 
     def __init__(self, folder: str | None = None) -> None:
         self._folder = folder
         self._file: IO[bytes] | None = None
-        self._free: list[tuple[int, int]] = []  # start and size, in order of the starts, no two adjacent
+        self._free: list[tuple[int, int]] = []  # (start, size), sorted, no two adjacent
         self._end = 0
         self._used = 0
         self.peak_bytes = 0
@@ -61,26 +61,26 @@ class SpillFile:
             self._file.truncate(self._end)  # mappings end within the file
         except OSError as error:
             raise CalibrationError(
-                "calibration values beyond the bound on memory cannot be written to "
-                f"{self._folder or tempfile.gettempdir()} ({error.strerror or error}): free some space there, point "
-                "TMPDIR to a folder with more, give less calibration data, or raise the bound"
+                "calibration values beyond memory_bytes cannot be written to "
+                f"{self._folder or tempfile.gettempdir()} ({error.strerror or error}): free space there, point "
+                "TMPDIR to another folder, give less calibration data, or raise memory_bytes"
             ) from error
         return extent
 
     def read(self, extent: Extent) -> torch.UntypedStorage:
-        """A copy of what an extent holds, in memory."""
+        """A copy of an extent's content, in memory."""
         copied: torch.UntypedStorage = self.map(extent).clone()  # type: ignore[no-untyped-call]
         return copied
 
     def map(self, extent: Extent) -> torch.UntypedStorage:
-        """An extent as memory; what is written to it stands in the file."""
+        """An extent mapped as memory; writes go to the file."""
         assert self._file is not None
         mapping = _Mapping(self._file.fileno(), extent.size, offset=extent.start)
         mapping.extent = extent
         return torch.frombuffer(mapping, dtype=torch.uint8).untyped_storage()
 
     def _take(self, size: int) -> Extent:
-        """The first free place that is large enough, else the end."""
+        """The first free range that is large enough, or the end of the file."""
         space = _whole_pages(size)
         for index, (start, length) in enumerate(self._free):
             if length >= space:

@@ -1,9 +1,8 @@
-"""What calibration holds for each batch, within a bound: beyond it, batches lie in a file.
+"""Values held per calibration batch, within a memory bound; beyond it, batches are moved to a file.
 
-The values of a batch are a tree of tensors that may share memory, and that a network may write to in place. So what
-moves between memory and file is never a tensor but the memory under it: views stay views, and two names of one
-tensor stay two names. A batch on file is mapped, not read: only the pages that a node touches come into memory, and
-what is written in place lands in the file.
+The values of a batch are a tree of tensors that may share memory, and that a network may modify in place. So the
+storage under a tensor is moved between memory and file, not the tensor: views stay views, and aliases stay aliases. A
+batch on file is mapped, not read: only the pages that a node touches are loaded, and in-place writes go to the file.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ __all__ = ["BatchStore", "Shelf", "memory_of"]
 
 @dataclass(frozen=True, eq=False)
 class _OnFile:
-    """A tensor whose memory lies in the file."""
+    """A tensor whose storage is in the file."""
 
     extent: Extent
     device: torch.device
@@ -37,9 +36,9 @@ class _OnFile:
 
 @dataclass
 class _Item:
-    """A batch: its content, with tensors or with what stands for them on file, and its bytes in either case.
+    """A batch: its content, with tensors or with placeholders for tensors on file, and its size in bytes.
 
-    `mapped` holds the file's memory that tensors of the content use, by address.
+    `mapped` holds the mapped file memory that tensors of the content use, by address.
     """
 
     content: dict[str, Any]
@@ -49,15 +48,15 @@ class _Item:
 
 
 class BatchStore:
-    """The content of each batch, a mapping that whoever opens the batch may change.
+    """The content of each batch: a mapping that the code that opens the batch may change.
 
-    One batch is open at a time; opening another closes it. Half of the bound is for closed batches in memory, the
-    other half for what is done with the open one. A batch that does not fit is spilled as it closes: the batches are
-    walked in turn, so that it is the one which is needed last. It comes back as soon as there is room again.
+    One batch is open at a time; opening another one closes it. Half of the bound is for closed batches in memory, the
+    other half for work on the open one. A batch that does not fit is spilled when it closes: batches are visited in
+    turn, so it is the one needed last. It returns to memory as soon as there is room.
 
     Args:
-        bound_bytes: None holds everything in memory.
-        folder: for the file; None is the system's folder for temporary files.
+        bound_bytes: limit in bytes; None holds everything in memory.
+        folder: folder of the file; None for the system's folder for temporary files.
     """
 
     def __init__(self, bound_bytes: int | None = None, folder: str | None = None) -> None:
@@ -71,25 +70,25 @@ class BatchStore:
 
     @property
     def spilled_bytes(self) -> int:
-        """The most that the file has held."""
+        """The maximum size of the file so far, in bytes."""
         return self._file.peak_bytes
 
     def __len__(self) -> int:
         return len(self._items)
 
     def leave_out(self, modules: Sequence[nn.Module]) -> None:
-        """Neither count nor spill the networks' own tensors, which values may share."""
+        """Exempt the networks' own tensors, which values may share, from counting and spilling."""
         tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
         self._shared = {memory_of(t).data_ptr() for t in tensors}
 
     def append(self, content: dict[str, Any]) -> None:
-        """One more batch, which is then the open one."""
+        """Add a batch, and open it."""
         self._close()
         self._items.append(_Item(content))
         self._open = self._items[-1]
 
     def open(self, index: int) -> dict[str, Any]:
-        """The content of a batch, until another is opened."""
+        """Open a batch: its content, valid until another batch is opened."""
         item = self._items[index]
         if item is not self._open:
             self._close()
@@ -115,7 +114,7 @@ class BatchStore:
         return self.bound_bytes is None or 2 * (self._resident_bytes + item.bytes) <= self.bound_bytes
 
     def _memories(self, content: dict[str, Any]) -> dict[int, torch.UntypedStorage]:
-        """The memory under the content's tensors, each once, by address."""
+        """The storages of the content's tensors, each once, by address."""
         tensors = [t for t in pytree.tree_leaves(content) if _can_move(t)]
         memories = {memory_of(t).data_ptr(): memory_of(t) for t in tensors}
         return {address: memory for address, memory in memories.items() if address not in self._shared and address}
@@ -141,7 +140,7 @@ class BatchStore:
         item.is_spilled = True
 
     def _load(self, item: _Item) -> None:
-        """Into memory where there is room, else mapped."""
+        """Load into memory if there is room; otherwise map."""
         is_mapped = not self._fits(item)
         memories: dict[int, torch.UntypedStorage] = {}
         moved: dict[int, Tensor] = {}
@@ -160,7 +159,7 @@ class BatchStore:
                 moved[id(ref)] = empty.set_(memories[key], ref.offset, ref.shape, ref.stride)
             return moved[id(ref)]
 
-        # the old content stays until all is moved: what marks a tensor as the same is its identity
+        # keep the old content until everything is moved: tensors are recognized by their identity
         item.content = pytree.tree_map(back, item.content)
         item.is_spilled = False
 
@@ -182,19 +181,19 @@ class Shelf(Sequence[Any]):
 
 
 def memory_of(tensor: Tensor) -> torch.UntypedStorage:
-    """The memory under a tensor."""
+    """The storage of a tensor."""
     return tensor.untyped_storage()
 
 
 def _give_back_memory() -> None:
-    """Return freed memory to the system, which the C library (glibc) else keeps for later, in pieces between others."""
+    """Return freed memory to the system, which the C library (glibc) would otherwise keep in fragments."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
 
 def _can_move(value: Any) -> bool:
-    """Whether something is a tensor that is described by its memory, offset and strides alone."""
+    """Whether a value is a tensor fully described by storage, offset and strides."""
     return (
         type(value) is Tensor and value.layout == torch.strided and not value.requires_grad and not value.is_quantized
     )

@@ -1,11 +1,11 @@
 """One walk over a graph with all calibration batches at once.
 
-Computing the inputs of layer after layer from the images on would cost a forward pass for each layer. A graph is in
-order: keep the live values of all batches, advance node by node, and free what no later node reads. The whole
+Recomputing each layer's inputs from the images would cost one forward pass per layer. A graph is in topological order:
+keep the live values of all batches, advance node by node, and free values that no later node reads. The whole
 calibration then costs one forward pass.
 
-Two networks can walk side by side: the *student*, whose layers are replaced on the way, and the *reference*, which
-stays float. Until their first difference they share their values.
+Two networks can be walked side by side: the *student*, whose layers are replaced during the walk, and the *reference*,
+which stays float. Up to their first difference they share their values.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _IN_PLACE_OPERATORS = frozenset(
 
 
 class Walk:
-    """Live values of the student, and of the reference where one is given, by node name and batch.
+    """Live values of the student, and of the reference if one is given, by node name and batch.
 
     Args:
-        student: the graph that is walked; its modules may be replaced between two nodes.
+        student: the graph to walk; its modules may be replaced between two nodes.
         batches: the calibration data.
         reference: the same graph with float modules that never change.
 
     Attributes:
-        seconds: spent on computing the nodes' values.
+        seconds: time spent computing the nodes' values.
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class Walk:
 
     @property
     def place(self) -> str:
-        """Where the walk stands, for errors."""
+        """The current node, for error messages."""
         return str(self.order[self.position].target)
 
     def nodes(self) -> Iterator[fx.Node]:
-        """The nodes that compute something, each before it runs; it runs when the loop asks for the next one."""
+        """Yield each node that computes something, before it runs; it runs when the next one is requested."""
         for position, node in enumerate(self.order):
             self.position = position
             if node.op in ("call_module", "call_function", "call_method", "get_attr"):
@@ -88,36 +88,36 @@ class Walk:
                 self.seconds += time.perf_counter() - start
 
     def mark_changed(self, target: str) -> None:
-        """The student's module or parameter at `target`, or what the node of that name runs, is not the reference's."""
+        """Record that the student differs from the reference at `target`, or at the node of that name."""
         self._changed.add(target)
 
     def differs(self, node: fx.Node) -> bool:
-        """Whether student and reference have different values at a node that has run."""
+        """Whether student and reference values differ at a node that has run."""
         return node.name in self._differs
 
     def differs_at(self, node: fx.Node) -> bool:
-        """Whether they will have, also at a node that has not run yet."""
+        """Whether their values will differ, also at a node that has not run yet."""
         if node in self.order[: self.position]:
             return self.differs(node)
         is_changed = node.op in ("call_module", "get_attr") and str(node.target) in self._changed
         return is_changed or any(map(self.differs_at, node.all_input_nodes))
 
     def pairs(self, node: fx.Node) -> Iterator[tuple[Any, Any]]:
-        """Student and reference values of a node that is live, batch by batch."""
+        """Student and reference values of a live node, batch by batch."""
         for mine, theirs in zip(self.student_values, self.reference_values, strict=True):
             yield mine[node.name], theirs[node.name]
 
     def drift(self, node: fx.Node, batch: int) -> Tensor:
-        """What the student has lost at a node that has run: the reference's value less the student's."""
+        """The student's error at a node that has run: the reference's value minus the student's."""
         difference: Tensor = self.reference_value(node, batch) - self.student_value(node, batch)
         return difference
 
     def student_value(self, node: fx.Node, batch: int) -> Any:
-        """The student's value at `node`: the live one, or one computed ahead with the modules as they are now."""
+        """The student's value at `node`: the live value, or one computed ahead with the current modules."""
         return self._value(self.student, node, self.student_values[batch], batch)
 
     def reference_value(self, node: fx.Node, batch: int) -> Any:
-        """The reference's value at `node`, in the same way."""
+        """The reference's value at `node`: the live value, or one computed ahead."""
         assert self.reference is not None
         return self._value(self.reference, node, self.reference_values[batch], batch)
 
@@ -132,7 +132,7 @@ class Walk:
         raise AssertionError(f"{node.name} is not live and does not come later")
 
     def run_ahead(self, node: fx.Node, batch: int, context: AbstractContextManager[Any], *, of_reference: bool) -> None:
-        """Run the graph up to a node, on copies of the live values, the node itself within a context."""
+        """Run the graph up to a node on copies of the live values, and the node itself inside a context."""
         network = self.reference if of_reference else self.student
         values = (self.reference_values if of_reference else self.student_values)[batch]
         assert network is not None
@@ -144,7 +144,7 @@ class Walk:
                 return
 
     def finish(self, batch: int) -> Any:
-        """The student's output for one batch, from the live values on. Gradients flow."""
+        """The student's output for one batch, computed from the live values. Gradients are kept."""
         values = dict(self.student_values[batch])
         for node in self.order[self.position :]:
             if node.op == "output":
@@ -165,7 +165,7 @@ class Walk:
             if self.reference is not None:
                 if differs:
                     run_node(self.reference, node, theirs, protected=(given, mine))
-                    # what was written in place has become two values, too
+                    # a value written in place is now two values as well
                     self._differs.update(name for name in mine if mine[name] is not theirs.get(name))
                 else:
                     theirs.update({name: value for name, value in mine.items() if name not in self._differs})
@@ -177,7 +177,7 @@ class Walk:
 def run_node(
     graph_module: fx.GraphModule, node: fx.Node, values: Values, *, protected: tuple[Values, ...] = ()
 ) -> None:
-    """Compute a node's value into `values`; the memory of values that are also in `protected` is not written to.
+    """Compute a node's value into `values`, without writing to memory of values that are also in `protected`.
 
     Raises:
         CalibrationError: the network raises at this node.
@@ -213,7 +213,7 @@ def _call(graph_module: fx.GraphModule, node: fx.Node, module: nn.Module | None,
 
 
 def _plain(arguments: Any) -> Any:
-    """Fx keeps arguments in immutable lists and dicts; plain ones are what functions expect, and some write into."""
+    """Convert fx's immutable lists and dicts to plain ones, which functions expect and may write to."""
     if isinstance(arguments, list):
         return [_plain(argument) for argument in arguments]
     if isinstance(arguments, dict):
@@ -222,7 +222,7 @@ def _plain(arguments: Any) -> Any:
 
 
 def _own_memory_(values: Values, inputs: list[str], protected: tuple[Values, ...]) -> None:
-    """Give `inputs` memory of their own where they share it with protected values; their views move along."""
+    """Copy the storage of `inputs` that they share with protected values, keeping views of it intact."""
     taken = {memory_of(t).data_ptr() for t in pytree.tree_leaves(protected) if isinstance(t, Tensor)}
     read = [t for t in pytree.tree_leaves([values[name] for name in inputs]) if isinstance(t, Tensor)]
     shared = {memory_of(t).data_ptr(): memory_of(t) for t in read if memory_of(t).data_ptr() in taken}
@@ -243,7 +243,7 @@ def _writes_in_place(node: fx.Node, module: nn.Module | None) -> bool:
         name = str(node.target)
         return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
     schema = getattr(node.target, "_schema", None)
-    if schema is not None:  # an operator of torch's, as exported graphs have them
+    if schema is not None:  # a torch operator, as in exported graphs
         return bool(schema.is_mutable)
     name = getattr(node.target, "__name__", "")
     in_place_argument = bool(node.kwargs.get("inplace")) or any(a is True for a in node.args)
@@ -251,7 +251,7 @@ def _writes_in_place(node: fx.Node, module: nn.Module | None) -> bool:
 
 
 def _last_uses(order: list[fx.Node]) -> dict[str, list[str]]:
-    """For each node, the names of the values that no later node reads."""
+    """For each node, the names of the values that no later node needs."""
     last: dict[str, str] = {}
     for node in order:
         last[node.name] = node.name

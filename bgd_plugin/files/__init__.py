@@ -1,1 +1,1 @@
-"""The file: how tensors are rounded and stored, `save`, `load`, and what a file holds."""
+"""The file: rounding, storage format, `save`, `load`, and inspection."""

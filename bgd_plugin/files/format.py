@@ -1,9 +1,9 @@
-"""How a network lies in a file: which tensors, in which types, under which header. Sizes are those of real files.
+"""The file format: which tensors a file has, in which types, and its header. Sizes are exact, computed from the format.
 
-A file is a safetensors file. Codes are packed to `log2(codebook_size)` bits, masks as `pq.masks` says; every other
-tensor is stored in the narrowest form that holds its values *exactly*, so reading it back loses nothing: half
-precision, or whole numbers of 8 bits where codebooks or weights lie on such a grid, whose scales are all in one tensor.
-Tensors that are one and the same are stored once, and single whole numbers stand in the header.
+A file is a safetensors file. Codes are packed to `log2(codebook_size)` bits, and masks as in `encoding.masks`. Every
+other tensor is stored in the narrowest type that represents its values *exactly*, so reading it back loses nothing:
+half precision, or 8-bit integers for codebooks and weights on an 8-bit grid, whose scales are all in one tensor. Shared
+tensors are stored once, and scalar integers are in the header.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ _INTEGERS = (torch.uint8, torch.int16, torch.int32)
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """What goes into a file.
+    """The content of a file.
 
     Attributes:
-        tensors: by name, as they are stored; tensors on the meta device stand for themselves where only sizes matter.
+        tensors: by name, in their stored form; on the meta device if only sizes are needed.
         header: plain JSON values.
     """
 
@@ -61,11 +61,11 @@ class Stored:
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """What of a network goes into its file.
+    """The part of a network that goes into its file.
 
     Attributes:
         tensors: the state dict.
-        layers: the product-quantized modules by path; a shared one stands under each of its paths.
+        layers: the product-quantized modules by path; a shared module appears under each of its paths.
         frozen: paths of the frozen norms.
     """
 
@@ -75,7 +75,7 @@ class State:
 
     @classmethod
     def of(cls, model: nn.Module) -> State:
-        """The state of a network as it is."""
+        """The current state of a network."""
         modules = dict(model.named_modules(remove_duplicate=False))
         return cls(
             tensors=dict(model.state_dict()),
@@ -93,14 +93,14 @@ def stored_state(state: State) -> Stored:
     """The tensors and the header of a file.
 
     Raises:
-        CheckpointError: the state holds something that is not a tensor.
+        CheckpointError: the state contains something other than tensors.
     """
     parts = _Parts(state.layers)
     names: dict[tuple[Any, ...], str] = {}
     for name, value in state.tensors.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(
-                f"{name!r} of the network's state is a {type(value).__name__}, not a tensor: cannot be saved"
+                f"{name!r} in the network's state is a {type(value).__name__}, not a tensor, and cannot be saved"
             )
         first = names.setdefault(_identity(name, value), name)
         if first != name:
@@ -127,7 +127,7 @@ def stored_state(state: State) -> Stored:
 
 
 class _Parts:
-    """A network's state, tensor by tensor in the form in which it is stored."""
+    """Collects a network's state, tensor by tensor, in its stored form."""
 
     def __init__(self, layers: Mapping[str, PQModule]) -> None:
         self._layers = layers
@@ -163,21 +163,21 @@ class _Parts:
 
 
 def restored(content: Stored) -> dict[str, Tensor]:
-    """The tensors of a file in ordinary types: the inverse of the 8-bit form, and of numbers in the header.
+    """The tensors of a file with 8-bit values and scalars from the header restored.
 
-    Codes stay packed, half precision stays half: what they become depends on the network.
+    Codes stay packed and half precision stays half precision: their final types depend on the network.
 
     Raises:
-        ValueError: scales or numbers do not fit the tensors.
+        ValueError: scales or scalars do not fit the tensors.
     """
     tensors, header = dict(content.tensors), content.header
     factors, names = tensors.pop(SCALES, torch.empty(0, dtype=torch.float32)), header.get("scaled", [])
     if factors.dtype != torch.float32 or factors.ndim != 1 or not bool(torch.isfinite(factors).all()):
-        raise ValueError("the scales are not finite numbers in a row")
+        raise ValueError("the scales are not a one-dimensional tensor of finite numbers")
     for name in names:
         value = tensors.get(name) if isinstance(name, str) else None
         if value is None or value.dtype != torch.int8 or not value.numel():
-            raise ValueError(f"{name!r} is said to have 8 bits, and has not")
+            raise ValueError(f"{name!r} is listed as 8-bit, but is not int8")
         rows = _grid_rows(content, name)
         if rows > len(factors):
             raise ValueError("there are too few scales")
@@ -187,16 +187,16 @@ def restored(content: Stored) -> dict[str, Tensor]:
         raise ValueError(f"there are {len(factors)} scales too many")
     for name, number in header.get("numbers", {}).items():
         if not isinstance(number, int) or abs(number) >= 2**63 or name in tensors:
-            raise ValueError(f"{name!r} is not a number of its own")
+            raise ValueError(f"{name!r} is both a tensor and a scalar in the header")
         tensors[name] = torch.tensor(number, dtype=torch.int64)
     return tensors
 
 
 def scales(content: Stored) -> dict[str, Tensor]:
-    """The scales of each tensor in 8 bits, float32 `[rows]`: one of a codebook, one for each row of a weight.
+    """The scales of each 8-bit tensor, float32 `[rows]`: one per codebook, one per row of a weight.
 
     Args:
-        content: what `stored` gave.
+        content: the result of `stored`.
     """
     names = content.header.get("scaled", [])
     parts = torch.split(content.tensors.get(SCALES, torch.empty(0)), [_grid_rows(content, name) for name in names])
@@ -204,13 +204,13 @@ def scales(content: Stored) -> dict[str, Tensor]:
 
 
 def _grid_rows(content: Stored, name: str) -> int:
-    """How many 8-bit grids a tensor has."""
+    """The number of 8-bit grids (scales) of a tensor."""
     path, _, attribute = name.rpartition(".")
     return 1 if attribute == "codebook" and path in content.header.get("layers", {}) else len(content.tensors[name])
 
 
 def file_bytes(content: Stored) -> bytes:
-    """The file, byte for byte."""
+    """The bytes of the file."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in content.tensors.items()}
     metadata = {METADATA_KEY: json.dumps(content.header, separators=(",", ":"))}
     result: bytes = safetensors.torch.save(tensors, metadata)
@@ -218,7 +218,7 @@ def file_bytes(content: Stored) -> bytes:
 
 
 def file_size(content: Stored) -> int:
-    """Length of the file in bytes, also for tensors on the meta device."""
+    """Length of the file in bytes; tensors may be on the meta device."""
     zeros = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in content.tensors.items()}
     return len(file_bytes(Stored(tensors=zeros, header=content.header)))
 
@@ -234,7 +234,7 @@ def _layer_header(layer: PQModule) -> list[Any]:
 
 
 def _identity(name: str, value: Tensor) -> tuple[Any, ...]:
-    """Equal for two names of one tensor."""
+    """A key that is equal for two names of the same tensor."""
     if value.numel() == 0 or value.is_meta:
         return (id(value.untyped_storage()._cdata), name) if value.numel() == 0 else (value.untyped_storage()._cdata,)
     return (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
@@ -248,7 +248,7 @@ def _packed(layer: PQModule) -> Tensor:
 
 
 def narrowest(value: Tensor, *, is_codebook: bool) -> Tensor:
-    """The value in the narrowest type that holds it exactly; on the meta device, codebooks count as half precision."""
+    """The value in the narrowest exact type; on the meta device codebooks count as half precision."""
     if value.is_meta:
         return value.half() if is_codebook and value.dtype in (torch.float32, torch.float64) else value
     if value.dtype in (torch.float32, torch.float64):

@@ -1,4 +1,4 @@
-"""What is in a compressed file, without the network: layers, and the bytes of each part."""
+"""Inspect a compressed file without the network: layers, and the bytes of each part."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ __all__ = ["inspected", "inspection_text"]
 
 
 def inspected(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A file's layers and bytes, as plain values.
+    """A file's layers and byte counts, as plain values.
 
-    `parts_bytes` adds up to `file_bytes`; its `float` is what was not quantized, its `header` names, shapes and types.
+    `parts_bytes` sums to `file_bytes`; its `float` is everything that is not quantized, its `header` names, shapes and
+    types.
 
     Raises:
-        CheckpointError: as `bgd_plugin.load`, for all that can be seen without the network.
+        CheckpointError: as `bgd_plugin.load`, as far as can be checked without the network.
     """
     tensors, header = read_file(path)
     try:
@@ -56,7 +57,7 @@ def inspected(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def inspection_text(content: dict[str, Any]) -> str:
-    """The same, to be read."""
+    """The result of `inspected` as readable text."""
     rows = [
         [x["name"], x["kind"], "×".join(map(str, x["weight_shape"])), x["block_size"], x["codebook_size"]]
         + [f"{x['bits_per_weight']:.2f}", mib(x["codes_bytes"]), mib(x["codebook_bytes"])]
@@ -85,7 +86,7 @@ def _layer(name: str, entry: Any, tensors: dict[str, Tensor], mask: str | None) 
         case [str(kind), int(block_size), int(codebook_size), [*shape]] if all(type(side) is int for side in shape):
             pass
         case _:
-            raise ValueError(f"the entry of {name!r} is not kind, block size, codebook size and shape")
+            raise ValueError(f"the entry of {name!r} does not consist of kind, block size, codebook size and shape")
     if not all(0 < side < 2**63 for side in (block_size, codebook_size, *shape)):
         raise ValueError(f"the sizes of {name!r} are out of range")
     codes, codebook = tensors[f"{name}.codes"], tensors[f"{name}.codebook"]

@@ -1,4 +1,4 @@
-"""Save and load compressed networks: one safetensors file, no pickle, checked against the network it is loaded into."""
+"""Save and load compressed networks: one safetensors file, no pickle, checked against the network on loading."""
 
 from __future__ import annotations
 
@@ -47,23 +47,29 @@ _HEADER_ENTRIES = (
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
-    """Write a compressed network to one safetensors file, and return the file's length in bytes.
+    """Write a compressed network to one safetensors file.
 
-    A network in `DataParallel`, `DistributedDataParallel` or `torch.compile` is saved as what it wraps.
+    The file is written atomically: if anything fails, an existing file is unchanged.
 
-    The file is written beside `path` and then renamed, so an existing file stays whole if anything fails.
+    Args:
+        model: a network with product-quantized layers; `DataParallel`, `DistributedDataParallel` and `torch.compile`
+            wrappers are removed.
+        path: the file to write; its folder must exist.
+
+    Returns:
+        the file's length in bytes.
 
     Raises:
-        CheckpointError: the network has no product-quantized layer, or holds state that is not tensors; or the file
-            cannot be written.
+        CheckpointError: the network has no product-quantized layer, its state contains something other than tensors,
+            or the file cannot be written.
     """
     model = unwrapped(model)
     if not any(isinstance(module, PQModule) for module in model.modules()):
         raise CheckpointError(
-            "the network has no product-quantized layer: save what bgd_plugin.quantize returns as .model"
+            "the network has no product-quantized layer: save the .model that bgd_plugin.quantize returns"
         )
     if not Path(path).parent.is_dir():
-        raise CheckpointError(f"{path}: there is no folder {Path(path).parent}")
+        raise CheckpointError(f"{path}: the folder {Path(path).parent} does not exist: create it first")
     content = file_bytes(stored(model))
     write_atomically(Path(path), content)
     return len(content)
@@ -71,23 +77,25 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
 
 @isolated
 def load(path: str | os.PathLike[str], *, like: nn.Module | ExportedProgram) -> nn.Module:
-    """Read a compressed network from a file that `save` wrote.
+    """Read a compressed network from a file written by `save`. No code from the file is run.
 
     Args:
         path: the file.
         like: a network of the same architecture; its weights are not used, and it may be on the meta device.
 
     Returns:
-        the compressed network, on the device of `like` (the CPU if that is meta), with the mode of `like`.
+        the compressed network, on the device of `like` (the CPU if that is meta), in the training or evaluation mode of
+        `like`.
 
     Raises:
-        CheckpointError: the file is damaged, foreign or newer, or does not fit `like`; every mismatch is named.
+        CheckpointError: the file is damaged, of another format, written by a newer version, or does not fit `like`; the
+            message names every mismatch.
     """
     tensors, header = read_file(path)
     try:
         tensors = restored(Stored(tensors=tensors, header=header))
     except ValueError as error:
-        raise CheckpointError(f"{path}: it is damaged: {error}") from error
+        raise CheckpointError(f"{path} is damaged: {error}") from error
     network, _ = front_end(copy_module(baked(unwrapped(like)), share_tensors=True))
     found = {target: layer for layer in find_layers(network)[0] for target in (layer.target, *layer.tied)}
     problems: list[str] = []
@@ -118,21 +126,27 @@ def materialize(model: nn.Module) -> nn.Module:
 def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The raw tensors and the header of a file.
 
+    Args:
+        path: a file written by `save`.
+
+    Returns:
+        tensors by name, as stored, and the header as plain JSON values.
+
     Raises:
-        CheckpointError: the file is not there, damaged, foreign, or newer than this library.
+        CheckpointError: the file is missing, damaged, of another format, or written by a newer version.
     """
     if not Path(path).is_file():
-        raise CheckpointError(f"{path}: there is no such file")
+        raise CheckpointError(f"{path}: file not found")
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             text = (file.metadata() or {}).get(METADATA_KEY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: not a whole safetensors file ({error}): it is truncated, damaged or foreign"
+            f"{path}: not a whole safetensors file ({error}): it is truncated, damaged or of another format"
         ) from error
     if text is None:
-        raise CheckpointError(f"{path}: a safetensors file, but not one that bgd_plugin.save wrote")
+        raise CheckpointError(f"{path}: a safetensors file, but not written by bgd_plugin.save")
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -142,23 +156,23 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
 
 
 def _check_header(header: Any, path: Any) -> None:
-    """Form and version; what the entries say is checked against the network."""
+    """Check structure and version; the entries are checked later, against the network."""
     version = header.get("format") if isinstance(header, dict) else None
     if not isinstance(version, int):
-        raise CheckpointError(f"{path}: its header has no format version: it is damaged")
+        raise CheckpointError(f"{path}: the header is damaged: it has no format version")
     if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: written in format {version}, this library reads up to {FORMAT_VERSION}: upgrade bgd-plugin"
+            f"{path}: written in format {version}, but this version reads up to {FORMAT_VERSION}: upgrade bgd-plugin"
         )
     for name, kind in _HEADER_ENTRIES:
         if not isinstance(header.get(name, kind()), kind):
-            raise CheckpointError(f"{path}: {name!r} in its header is damaged")
+            raise CheckpointError(f"{path}: {name!r} in the header is damaged")
 
 
 def _checked_layers(
     header: dict[str, Any], tensors: dict[str, Tensor], found: dict[str, FoundLayer], problems: list[str]
 ) -> dict[str, tuple[int, int]]:
-    """Block and codebook size of each layer in the file; what does not fit the network goes to `problems`."""
+    """Block and codebook size of each layer in the file; mismatches are appended to `problems`."""
     layers: dict[str, tuple[int, int]] = {}
     for target, entry in header.get("layers", {}).items():
         if target not in found:
@@ -188,7 +202,7 @@ def _checked_layers(
 def _install_empty_(
     network: nn.Module, layer: FoundLayer, block_size: int, codebook_size: int, *, masked: bool
 ) -> None:
-    """Put the modules in place that the file's codebook and codes go into; they hold shapes and types only."""
+    """Insert the modules that receive the file's codebooks and codes; they have shapes and types only."""
     codebook = torch.empty(codebook_size, block_size, dtype=layer.weight.dtype, device="meta")
     shape = (layer.rows, layer.columns // block_size)
     codes = torch.empty(shape, dtype=code_dtype(codebook_size), device="meta")
@@ -198,7 +212,7 @@ def _install_empty_(
 
 
 def _freeze_norms(paths: list[Any], network: nn.Module, problems: list[str]) -> None:
-    """Put empty frozen norms where the file has them; what does not fit goes to `problems`."""
+    """Insert empty frozen norms where the file has them; mismatches are appended to `problems`."""
     modules = dict(network.named_modules(remove_duplicate=False))
     frozen: dict[int, FrozenNorm] = {}
     for path in paths:
@@ -219,7 +233,7 @@ def _freeze_norms(paths: list[Any], network: nn.Module, problems: list[str]) -> 
 def _checked_state(
     header: dict[str, Any], tensors: dict[str, Tensor], network: nn.Module, problems: list[str]
 ) -> dict[str, Tensor]:
-    """The network's whole state, from the file's tensors; what does not fit goes to `problems`."""
+    """The network's whole state from the file's tensors; mismatches are appended to `problems`."""
     expected = network.state_dict()
     aliases: dict[str, Any] = header.get("aliases", {})
     modules = {p: m for p, m in network.named_modules(remove_duplicate=False) if isinstance(m, PQModule)}
@@ -229,7 +243,7 @@ def _checked_state(
         source = aliases.get(name, name)
         value = tensors.get(source) if isinstance(source, str) else None
         if value is None:
-            problems.append(f"{name!r} is missing in the file")
+            problems.append(f"{name!r} is missing from the file")
             continue
         if source in state:
             state[name] = state[source]
@@ -249,7 +263,7 @@ def _checked_state(
 
 
 def _ties(network: nn.Module) -> list[list[str]]:
-    """Names of parameters that are one and the same."""
+    """Groups of names that refer to the same parameter."""
     names: dict[int, list[str]] = {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -257,7 +271,7 @@ def _ties(network: nn.Module) -> list[list[str]]:
 
 
 def _tie_(network: nn.Module, ties: list[list[str]]) -> None:
-    """Make parameters one again: loading gives each name a parameter of its own."""
+    """Tie parameters again: loading gives each name its own parameter."""
     for names in ties:
         owners = [(module_at(network, name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
         owner, attribute = owners[0]
@@ -289,7 +303,7 @@ def _unpacked_mask(name: str, packed: Tensor, form: Any, wanted: Tensor, problem
 
 
 def _widened(name: str, value: Tensor, wanted: Tensor, original: Any, problems: list[str]) -> Tensor | None:
-    """The stored tensor in the network's type: the same one, or a wider one that it was narrowed from without loss."""
+    """The stored tensor in the network's dtype: the same, or a wider one from which it was narrowed without loss."""
     expected = str(wanted.dtype).removeprefix("torch.")
     narrowed = {
         "float32": (torch.float16,),
@@ -303,7 +317,7 @@ def _widened(name: str, value: Tensor, wanted: Tensor, original: Any, problems: 
         problems.append(f"{name!r}: {found} in the file, {expected} {list(wanted.shape)} in the network")
         return None
     if value.is_floating_point() and name.endswith(".codebook") and not bool(torch.isfinite(value).all()):
-        problems.append(f"{name!r}: the codebook holds NaN or infinite values")
+        problems.append(f"{name!r}: the codebook contains NaN or infinite values")
         return None
     return value.to(wanted.dtype)
 
@@ -316,9 +330,9 @@ def _raise_if(problems: list[str], path: Any) -> None:
 
 
 def _require_no_meta(network: nn.Module) -> None:
-    """Buffers that are not part of a state dict have no values if `like` had none."""
+    """Fail if non-persistent buffers have no values, because `like` is on the meta device."""
     names = [name for name, t in (*network.named_parameters(), *network.named_buffers()) if t.is_meta]
     if names:
         raise BGDError(
-            f"{', '.join(names)}: not part of a saved state, and `like` is on the meta device: build it on the CPU"
+            f"{', '.join(names)}: not saved in files, and `like` is on the meta device: build `like` on the CPU"
         )

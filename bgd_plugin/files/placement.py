@@ -1,7 +1,7 @@
-"""Quantized layers inside a network of the user's own class: take them over from a graph, or make room for them.
+"""Quantized layers in a network of the user's own class: transplant them from a graph, or insert empty ones.
 
-A framework that goes by the class of a model (to generate, to save, to restore) needs that class back: where `quantize`
-returns a graph, its layers move into a copy of the user's network, under the same names.
+Frameworks that depend on a model's class (to generate, save or restore) need that class back: the layers of a quantized
+graph are moved into a copy of the user's network, under the same names.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from bgd_plugin.nn import FrozenNorm, PQModule, is_batchnorm
 __all__ = ["Placement", "make_room_", "placement_in", "placement_of", "transplant_", "transplanted"]
 
 Placement = dict[str, tuple[int, ...]]
-"""Block size and codebook size of each quantized module, by its path, and 1 where a mask preserves its zeros.
+"""From a module's path to its block size, its codebook size, and a 1 if a mask preserves its zeros.
 
-Nothing for a path where a batch norm is frozen.
+The tuple is empty for a frozen batch norm.
 """
 
 
 def placement_of(model: nn.Module) -> Placement:
-    """Which modules of a network are quantized, and how; a module that hangs at several paths counts once."""
+    """The placement of a network's quantized modules and frozen norms; a shared module is listed once."""
     layers = {path: module for path, module in model.named_modules() if isinstance(module, PQModule)}
     frozen: Placement = {path: () for path, module in model.named_modules() if isinstance(module, FrozenNorm)}
     return frozen | {p: (m.block_size, m.codebook_size, *(() if m.mask is None else (1,))) for p, m in layers.items()}
 
 
 def placement_in(state: Mapping[str, Any]) -> Placement:
-    """The same of a state dict."""
+    """The placement of the quantized modules in a state dict."""
     layers: Placement = {}
     for name in state:
         path, _, attribute = name.rpartition(".")
@@ -54,11 +54,14 @@ def placement_in(state: Mapping[str, Any]) -> Placement:
 
 
 def transplanted(model: nn.Module, compressed: nn.Module) -> nn.Module:
-    """A copy of `model`, of its own class, with the quantized layers and all other state of `compressed`.
+    """A copy of `model`, of the same class, with the quantized layers and all other state of `compressed`.
 
     Args:
-        model: the float network; it is left untouched.
-        compressed: what `quantize` made of it; its tensors are shared with the result.
+        model: the float network; not changed.
+        compressed: the result of `quantize` for it; its tensors are shared with the copy.
+
+    Raises:
+        ConfigError: the model has pruning masks.
     """
     result: nn.Module = copy_module(baked(model))
     transplant_(result, compressed)
@@ -66,10 +69,14 @@ def transplanted(model: nn.Module, compressed: nn.Module) -> nn.Module:
 
 
 def transplant_(model: nn.Module, compressed: nn.Module) -> None:
-    """Put the quantized layers and all other state of `compressed` into `model`, under the same names, in place.
+    """Move the quantized layers and all other state of `compressed` into `model`, under the same names, in place.
+
+    Args:
+        model: the float network.
+        compressed: the result of `quantize` for it; its tensors are shared with `model`.
 
     Raises:
-        ConfigError: the model has pruning masks, which compute its weights at each call.
+        ConfigError: the model has pruning masks, which recompute its weights at each call.
     """
     if baked(model) is not model:
         raise ConfigError("the network has pruning masks: make them permanent first (torch.nn.utils.prune.remove)")
@@ -86,17 +93,17 @@ def transplant_(model: nn.Module, compressed: nn.Module) -> None:
 
 
 def make_room_(model: nn.Module, placement: Mapping[str, Sequence[int]]) -> None:
-    """Replace float layers by quantized ones without values, for a state dict to be loaded into; in place.
+    """Replace float layers by empty quantized ones, in place, so that a state dict can be loaded.
 
     The new tensors are on the device of the layer's weight.
 
     Args:
         model: the float network.
-        placement: block size and codebook size for each path.
+        placement: block size and codebook size per path.
 
     Raises:
-        CheckpointError: a path with no convolution or linear layer, or a block size that does not divide its layer;
-            every mismatch is named.
+        CheckpointError: a path has no convolution or linear layer, or a block size does not divide its layer's row; the
+            message names every mismatch.
     """
     fold_parametrizations_(model)
     found = {target: layer for layer in find_layers(model)[0] for target in (layer.target, *layer.tied)}

@@ -1,4 +1,4 @@
-"""Rounding to storage: what stays float takes the type in which its file will hold it."""
+"""Rounding to storage types: everything that stays float is rounded to the type in which it will be stored."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from bgd_plugin.nn import PQModule, has_running_statistics, storable
 
 __all__ = ["eight_bit_rows", "round_floats_", "round_weights_"]
 
-_NORM_BUFFERS = ("running_mean", "running_var", "weight", "bias")  # the last two in norms that are frozen
+_NORM_BUFFERS = ("running_mean", "running_var", "weight", "bias")  # the last two belong to frozen norms
 
 
 @torch.no_grad()
 def round_floats_(model: nn.Module) -> None:
-    """Round parameters and norm statistics to half precision, in which they then take half the bytes.
+    """Round parameters and norm statistics in place to half precision, which halves their bytes.
 
-    Left as they are: codebooks, weights that lie on an 8-bit grid, and tensors whose values half precision cannot hold.
-    Other buffers, such as the frequencies of a position encoding, are no result of training that a small error does no
-    harm to: they stay exact.
-    New tensors take the place of the old ones, which others may share; what is shared within `model` stays so. On the
-    meta device only the type changes.
+    Unchanged: codebooks, weights on an 8-bit grid, tensors with values out of the range of half precision, and other
+    buffers, such as the frequencies of a position encoding, which must stay exact.
+    Tensors are replaced, not written to, because other networks may share them; ties within `model` are kept. On the
+    meta device only the dtype changes.
     """
     rounded: dict[int, Any] = {}
     for module in model.modules():
@@ -42,13 +41,13 @@ def round_floats_(model: nn.Module) -> None:
 
 @torch.no_grad()
 def round_weights_(model: nn.Module, names: Iterable[str], storage: str) -> None:
-    """Round the named weights to the type in which they are stored; each row, an output channel, on a grid of its own.
+    """Round the named weights in place to their storage type; with "int8" each row (output channel) has its own scale.
 
-    New parameters take the place of the old ones, as in `round_floats_`.
+    Parameters are replaced, as in `round_floats_`.
 
     Args:
-        names: of parameters `[rows, ...]`.
-        storage: "int8", "float16" or "float32", which changes nothing.
+        names: names of parameters `[rows, ...]`.
+        storage: "int8", "float16", or "float32" for no rounding.
     """
     for name in names if storage != "float32" else ():
         path, _, attribute = name.rpartition(".")
@@ -77,9 +76,9 @@ def _half(value: Tensor) -> Tensor:
 
 
 def eight_bit_rows(value: Tensor, *, is_codebook: bool) -> tuple[Tensor, Tensor] | None:
-    """Codebooks and weights in 8 bits with their scales, where they lie on such a grid; int8 on the meta device does.
+    """The 8-bit form, with scales, of a codebook or weight on an 8-bit grid; on the meta device, any int8 tensor.
 
-    A codebook has one scale, a weight one for each output channel.
+    A codebook has one scale, a weight one per output channel.
     """
     if value.numel() == 0 or not (is_codebook or value.ndim > 1):
         return None

@@ -63,17 +63,17 @@ def test_no_batch_at_all() -> None:
 def test_an_iterator_that_was_walked_before() -> None:
     iterator = iter([X])
     next(iterator)
-    with pytest.raises(CalibrationError, match="an iterator that was walked before is empty too"):
+    with pytest.raises(CalibrationError, match="an iterator that is already used up is empty too"):
         _collect(iterator)
 
 
 def test_a_batch_without_samples() -> None:
-    with pytest.raises(CalibrationError, match="calibration batch 1 holds no sample"):
+    with pytest.raises(CalibrationError, match="calibration batch 1 contains no samples"):
         _collect([X, X[:0]])
 
 
 def test_an_iterator_is_refused_where_the_data_is_walked_twice() -> None:
-    with pytest.raises(CalibrationError, match="a list_iterator, which can be walked only once, and finetuning walks"):
+    with pytest.raises(CalibrationError, match="a list_iterator, which can be iterated over only once, but finetuning"):
         require_rewalkable(iter([X]), "finetuning")
     require_rewalkable([X], "finetuning")
 

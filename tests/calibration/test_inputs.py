@@ -88,7 +88,7 @@ def test_chunks_give_what_one_piece_gives(monkeypatch: pytest.MonkeyPatch) -> No
 def test_inputs_that_are_not_finite_name_the_layer(bad: float) -> None:
     data = vectors(2)
     data[1][3, 5] = bad
-    expected = r"layer '0': its inputs on the calibration data hold NaN or infinite values"
+    expected = r"layer '0': its inputs on the calibration data contain NaN or infinite values"
     with pytest.raises(CalibrationError, match=expected):
         pooled_gram(_inputs(nn.Sequential(nn.Linear(12, 4)), data, "0"), 4)
 

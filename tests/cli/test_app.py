@@ -331,7 +331,7 @@ def test_mistakes_in_options(tmp_path: Path, flat: Path, file: Path) -> None:
     _fails([*quantize, "--device", "toaster"], "--device")
     _fails([*quantize, "--report", str(tmp_path / "no" / "a.html")], "does not exist: create it first")
     _fails(["inspect", str(tmp_path / "bad.json")], "not a whole safetensors file")
-    _fails(["inspect", str(tmp_path / "none")], "there is no such file")
+    _fails(["inspect", str(tmp_path / "none")], "file not found")
     assert not (tmp_path / "a").exists()
 
 

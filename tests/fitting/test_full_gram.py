@@ -176,7 +176,7 @@ def test_one_bad_value_among_very_many_is_found() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)).eval()
     data = torch.randn(20000, 8)
     data[17777, 3] = float("nan")
-    with pytest.raises(bgd.errors.CalibrationError, match="layer '0': its inputs on the calibration data hold NaN"):
+    with pytest.raises(bgd.errors.CalibrationError, match="layer '0': its inputs on the calibration data contain NaN"):
         bgd.quantize(model, [data], _config("full", first_layer=_SETTING), progress=False)
 
 

@@ -63,7 +63,7 @@ def test_empty_calibration() -> None:
 
 
 def test_one_shot_calibration_where_it_is_walked_twice() -> None:
-    expected = "can be walked only once, and finetuning walks it again: give a DataLoader or a list of batches"
+    expected = "can be iterated over only once, but finetuning needs it again: give a DataLoader or a list of batches"
     with pytest.raises(CalibrationError, match=expected):
         _quantize(PlainNet(), (x for x in vectors()), em(finetuning=FinetuningConfig(steps=1)))
 
@@ -103,7 +103,7 @@ def test_a_weight_that_is_not_finite_is_named(bad: float) -> None:
 def test_calibration_data_that_is_not_finite_names_the_layer_it_reaches(bad: float) -> None:
     data = vectors()
     data[1][0, 0] = bad
-    expected = r"layer '2': its inputs on the calibration data hold NaN or infinite values.*check the data"
+    expected = r"layer '2': its inputs on the calibration data contain NaN or infinite values.*check the data"
     with pytest.raises(CalibrationError, match=expected):
         _quantize(nn.Sequential(nn.Linear(12, 32), nn.Identity(), nn.Linear(32, 32)), data)
 
@@ -111,7 +111,7 @@ def test_calibration_data_that_is_not_finite_names_the_layer_it_reaches(bad: flo
 def test_activations_that_overflow_name_the_layer() -> None:
     model = PlainNet()
     model[0].weight.data.fill_(3e38)
-    with pytest.raises(CalibrationError, match="layer '2': its inputs on the calibration data hold NaN or infinite"):
+    with pytest.raises(CalibrationError, match="layer '2': its inputs on the calibration data contain NaN or infinite"):
         _quantize(model, vectors())
 
 

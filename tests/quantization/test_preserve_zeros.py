@@ -216,7 +216,7 @@ def _flatten(tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (_pop, "'conv1.mask' is missing in the file"),
+        (_pop, "'conv1.mask' is missing from the file"),
         (
             _shorten,
             r"'conv1.mask': the mask is damaged \(288 codes of 3 bits need uint8 \(108,\), found torch.uint8 \(107,\)",
@@ -226,7 +226,7 @@ def _flatten(tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
         (_misname, r"'conv1.mask': the mask is damaged \(.*is not a mask form\)"),
         (_forget, "'conv1.mask' is in the file; the network has no such state"),
         (_invent, "mask of 'stem' is in the file; it has no such quantized layer"),
-        (_flatten, "'masks' in its header is damaged"),
+        (_flatten, "'masks' in the header is damaged"),
     ],
 )
 def test_an_edited_mask_is_refused(file: Path, tmp_path: Path, edit: Any, message: str) -> None:

@@ -81,7 +81,7 @@ def test_moments_that_overflow_name_the_layer() -> None:
     model = PlainNet().eval()
     model[2].weight.data *= 1e20
     with pytest.raises(
-        bgd.errors.CalibrationError, match=r"layer '4': its inputs .* hold NaN or infinite values, or overflow"
+        bgd.errors.CalibrationError, match=r"layer '4': its inputs .* contain NaN or infinite values, or overflow"
     ):
         _quantize(model, vectors())
 
