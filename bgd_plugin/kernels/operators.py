@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from bgd_plugin.pq.blocks import decode
 from bgd_plugin.pq.masked import masked
 
 __all__ = ["pq_decode", "pq_linear", "run_decode", "run_linear"]
+
+_HAS_TRITON = find_spec("triton") is not None
 
 
 def _decoded(codebook: Tensor, codes: Tensor) -> Tensor:
@@ -63,10 +66,14 @@ pq_decode.register_autograd(_backward_of_decode, setup_context=_setup_decode)
 
 @torch.library.custom_op("bgd_plugin::pq_linear", mutates_args=())
 def pq_linear(x: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
-    """`x @ weight.T + bias`: by a kernel on a CPU where it can be compiled, elsewhere with the decoded weight.
+    """`x @ weight.T + bias`: by a kernel on a CPU or a CUDA device where there is one, else with the decoded weight.
 
     Arguments and result are those of `bgd_plugin.kernels.linear.lookup_linear`.
     """
+    if x.is_cuda and _HAS_TRITON:
+        from bgd_plugin.kernels.triton_linear import triton_linear
+
+        return triton_linear(x, codebook, codes, mask, bias)
     if x.device.type == "cpu" and x.dtype != torch.float64 and codes.is_contiguous() and AVAILABLE:
         return lookup_linear(x, codebook, codes, mask, bias)
     return functional.linear(x, _weight(codebook, codes, mask), bias)
