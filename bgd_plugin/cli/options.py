@@ -75,12 +75,16 @@ def _override(text: str) -> tuple[str, LayerConfig | None]:
     if pattern and value == "float":
         return pattern, None
     try:
-        sizes = [int(part) for part in value.split(",")]
+        sizes = [int(part) if part else None for part in value.split(",")]
     except ValueError:
         sizes = []
-    if not pattern or len(sizes) not in (1, 2):
-        raise ConfigError(f"--override {text!r}: give GLOB=block,codebook or GLOB=float, such as 'layer4.*=18,256'")
-    return pattern, LayerConfig(block_size=sizes[0], codebook_size=sizes[1] if len(sizes) == 2 else 256)
+    if not pattern or len(sizes) not in (1, 2) or sizes == [None]:
+        raise ConfigError(
+            f"--override {text!r}: give GLOB=block,codebook or GLOB=float, such as 'layer4.*=18,256'; "
+            "one of the two sizes may be left out: 'fc=,16'"
+        )
+    codebook_size = sizes[1] if len(sizes) == 2 else None
+    return pattern, LayerConfig(block_size=sizes[0], codebook_size=256 if codebook_size is None else codebook_size)
 
 
 _SIZE_UNITS = {"": 1, "B": 1} | {f"{m}B": 1000**i for i, m in enumerate("kMG", 1)}

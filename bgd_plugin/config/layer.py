@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from bgd_plugin.config.checks import check
 
-__all__ = ["MAX_CODEBOOK_SIZE", "LayerConfig"]
+__all__ = ["BLOCK_SIZES", "MAX_CODEBOOK_SIZE", "LayerConfig"]
 
 MAX_CODEBOOK_SIZE = 65536
+BLOCK_SIZES = {"conv": 9, "pointwise_conv": 4, "depthwise_conv": 9, "linear": 4, "embedding": 4}
+"""The default block size of each kind of layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +18,8 @@ class LayerConfig:
     """How one layer is quantized.
 
     Args:
-        block_size: weights per block (d); must divide the number of weights in a row.
+        block_size: weights per block (d); must divide the number of weights in a row. None: that of the layer's kind,
+            lowered to the next size that divides the row.
         codebook_size: codewords in the layer's codebook (k), a power of two from 2 to 65536. Layers with few blocks get
             the largest power of two strictly below a quarter of their number of blocks.
 
@@ -24,13 +27,13 @@ class LayerConfig:
         ConfigError: a value is out of range.
     """
 
-    block_size: int
+    block_size: int | None = None
     codebook_size: int = 256
 
     def __post_init__(self) -> None:
         check(
-            isinstance(self.block_size, int) and self.block_size >= 1,
-            f"block_size={self.block_size!r}: give an integer of at least 1",
+            self.block_size is None or (isinstance(self.block_size, int) and self.block_size >= 1),
+            f"block_size={self.block_size!r}: give an integer of at least 1, or None for that of the layer's kind",
         )
         k = self.codebook_size
         check(

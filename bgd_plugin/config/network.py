@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bgd_plugin.config.checks import check, check_choice, counts
-from bgd_plugin.config.layer import LayerConfig
+from bgd_plugin.config.layer import BLOCK_SIZES, LayerConfig
+from bgd_plugin.config.parsing import Override, checked_overrides, nested, nested_overrides
 from bgd_plugin.config.training import DistillationConfig, FinetuningConfig, ReconstructionConfig
 from bgd_plugin.errors import ConfigError
 
@@ -20,8 +21,6 @@ CONFIG_VERSION = 1
 # In torchvision's Mask R-CNN: layers that the paper keeps float besides the first, and outputs that it distills.
 _MASK_RCNN_FLOAT = ("rpn.head.cls_logits", "rpn.head.bbox_pred", "roi_heads.mask_predictor.mask_fcn_logits")
 _MASK_RCNN_OUTPUTS = ("backbone", "rpn.head", "roi_heads.box_predictor", "roi_heads.mask_predictor")
-
-Override = tuple[str, "LayerConfig | None"]
 
 
 def _check_budget(target_bytes: Any, target_ratio: Any) -> None:
@@ -136,7 +135,9 @@ class BGDConfig:
                 value is None or isinstance(value, LayerConfig),
                 f"{family}={value!r}: give a LayerConfig, or None to keep these layers float",
             )
-        object.__setattr__(self, "overrides", _checked_overrides(self.overrides))
+            if value is not None and value.block_size is None and family in _DEFAULTS:
+                object.__setattr__(self, family, dataclasses.replace(value, block_size=BLOCK_SIZES[family]))
+        object.__setattr__(self, "overrides", checked_overrides(self.overrides))
 
     @classmethod
     def paper(
@@ -210,6 +211,16 @@ class BGDConfig:
         value: LayerConfig | None = getattr(self, family)
         return value is not None and value == _DEFAULTS.get(family)
 
+    def block_size(self, setting: LayerConfig, kind: str) -> int:
+        """The block size of a setting: its own, or that of a kind of layer where it names none.
+
+        Args:
+            setting: of a layer.
+            kind: which of `FAMILIES` the layer belongs to.
+        """
+        own: LayerConfig | None = getattr(self, kind)
+        return setting.block_size or (own and own.block_size) or BLOCK_SIZES[kind]
+
     def is_default(self, family: str) -> bool:
         """Whether the block size of a family is the default rather than the user's choice."""
         default = _DEFAULTS.get(family)
@@ -222,7 +233,7 @@ class BGDConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BGDConfig:
-        """Inverse of `to_dict`.
+        """Inverse of `to_dict`; what `values` leave out takes its default, also within the setting of a layer.
 
         Raises:
             ConfigError: an unknown field, an invalid value, or a version newer than this library supports.
@@ -236,13 +247,13 @@ class BGDConfig:
         )
         for family in FAMILIES:
             if family in fields:
-                fields[family] = _nested(LayerConfig, fields[family], family)
+                fields[family] = nested(LayerConfig, fields[family], family)
         for name, kind in _STAGES.items():
             if name in fields:
-                fields[name] = _nested(kind, fields[name], name)
+                fields[name] = nested(kind, fields[name], name)
         if "overrides" in fields:
-            fields["overrides"] = tuple(_nested_override(entry) for entry in fields["overrides"])
-        result: BGDConfig = _nested(cls, fields, "BGDConfig")
+            fields["overrides"] = nested_overrides(fields["overrides"])
+        result: BGDConfig = nested(cls, fields, "BGDConfig")
         return result
 
     def to_json(self) -> str:
@@ -261,40 +272,6 @@ class BGDConfig:
         except ValueError as error:
             raise ConfigError(f"the settings are not JSON ({error})") from error
         return cls.from_dict(values)
-
-
-def _nested(kind: type[Any], values: Any, where: str) -> Any:
-    """An instance of `kind` from a mapping; None and instances are returned unchanged."""
-    if values is None or isinstance(values, kind):
-        return values
-    check(isinstance(values, Mapping), f"{where}: found {values!r}, give the fields of {kind.__name__}")
-    known = {f.name for f in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - known)
-    check(not unknown, f"{where}: unknown {', '.join(unknown)}; {kind.__name__} has {', '.join(sorted(known))}")
-    return kind(**values)
-
-
-def _nested_override(entry: Any) -> Any:
-    """An override whose setting may still be a mapping; other errors are found later."""
-    if isinstance(entry, (tuple, list)) and len(entry) == 2:
-        return entry[0], _nested(LayerConfig, entry[1], f"override {entry[0]!r}")
-    return entry
-
-
-def _checked_overrides(overrides: Any) -> tuple[Override, ...]:
-    checked = []
-    for entry in overrides:
-        check(
-            isinstance(entry, (tuple, list)) and len(entry) == 2 and isinstance(entry[0], str),
-            f"overrides: found {entry!r}, give pairs of a glob and a LayerConfig or None",
-        )
-        pattern, layer = entry
-        check(
-            layer is None or isinstance(layer, LayerConfig),
-            f"override {pattern!r}: found {layer!r}, give a LayerConfig, or None to keep the layers float",
-        )
-        checked.append((pattern, layer))
-    return tuple(checked)
 
 
 _STAGES: dict[str, type[Any]] = {

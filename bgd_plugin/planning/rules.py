@@ -30,17 +30,10 @@ def decided(layer: FoundLayer, config: BGDConfig, *, is_first: bool) -> PlannedL
     if setting is None:
         return SkippedLayer(name=layer.name, reason=reason)
     rows, columns = layer.rows, layer.columns
-    block_size, notes = setting.block_size, []
-    if columns % block_size:
-        divisors = [d for d in range(1, columns + 1) if columns % d == 0]
-        if not adapts:
-            near = sorted(sorted(divisors, key=lambda d: abs(d - block_size))[:2])
-            raise ConfigError(
-                f"layer {layer.name!r}: {columns} weights per row do not divide into blocks of {block_size}; "
-                f"use {' or '.join(map(str, near))}, or exclude the layer with an override ({layer.name!r}, None)"
-            )
-        block_size = max(d for d in divisors if d <= setting.block_size)
-        notes.append(f"block {setting.block_size} → {block_size}: {columns} weights per row")
+    wanted, notes = config.block_size(setting, layer.family), []
+    block_size = _dividing(layer, wanted, adapts=adapts or setting.block_size is None)
+    if block_size != wanted:
+        notes.append(f"block {wanted} → {block_size}: {columns} weights per row")
         if block_size == 1 and columns > 1:
             return SkippedLayer(name=layer.name, reason=f"{columns} weights per row do not divide into blocks")
     blocks = rows * columns // block_size
@@ -65,6 +58,21 @@ def decided(layer: FoundLayer, config: BGDConfig, *, is_first: bool) -> PlannedL
         mask_bytes=mask_bytes,
         codebook_storage=_codebook_storage(layer.weight, config, form),
         note="; ".join(notes),
+    )
+
+
+def _dividing(layer: FoundLayer, block_size: int, *, adapts: bool) -> int:
+    """The block size, or where it may give way the next smaller one that divides the layer's rows."""
+    columns = layer.columns
+    if columns % block_size == 0:
+        return block_size
+    divisors = [d for d in range(1, columns + 1) if columns % d == 0]
+    if adapts:
+        return max(d for d in divisors if d <= block_size)
+    near = sorted(sorted(divisors, key=lambda d: abs(d - block_size))[:2])
+    raise ConfigError(
+        f"layer {layer.name!r}: {columns} weights per row do not divide into blocks of {block_size}; "
+        f"use {' or '.join(map(str, near))}, or exclude the layer with an override ({layer.name!r}, None)"
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bgd_plugin import BGDConfig, BGDError, DistillationConfig, FinetuningConfig, LayerConfig
+from bgd_plugin import BGDConfig, BGDError, DistillationConfig, FinetuningConfig, LayerConfig, ReconstructionConfig
 from bgd_plugin.errors import ConfigError
 
 LAYERS = st.builds(
@@ -138,3 +138,25 @@ def test_the_papers_keywords() -> None:
 def test_another_regime_is_an_error() -> None:
     with pytest.raises(ConfigError, match="regime='tiny': give 'small', 'large' or 'mask_rcnn'"):
         BGDConfig.paper("tiny")  # type: ignore[arg-type]
+
+
+def test_what_a_layers_setting_leaves_out_is_the_default_of_its_kind() -> None:
+    config = BGDConfig.from_dict({"linear": {"codebook_size": 16}, "conv": {"block_size": 3}, "pointwise_conv": {}})
+    assert config.linear == LayerConfig(block_size=4, codebook_size=16)
+    assert config.conv == LayerConfig(block_size=3, codebook_size=256)
+    assert config.pointwise_conv == BGDConfig().pointwise_conv
+    assert BGDConfig(linear=LayerConfig(codebook_size=16)).linear == config.linear
+    assert BGDConfig.from_json(config.to_json()) == config
+
+
+def test_overrides_in_part_as_pairs_and_by_glob() -> None:
+    pairs = BGDConfig.from_dict({"overrides": [["fc", {"codebook_size": 16}], ["stem", None]]})
+    assert pairs.overrides == (("fc", LayerConfig(codebook_size=16)), ("stem", None))
+    assert BGDConfig.from_dict({"overrides": {"fc": {"codebook_size": 16}, "stem": None}}) == pairs
+    assert BGDConfig.from_json(pairs.to_json()) == pairs
+
+
+def test_training_in_part() -> None:
+    config = BGDConfig.from_dict({"finetuning": {"steps": 3}, "distillation": {"steps": 2}, "reconstruction": {}})
+    assert (config.finetuning, config.distillation) == (FinetuningConfig(steps=3), DistillationConfig(steps=2))
+    assert config.reconstruction == ReconstructionConfig()

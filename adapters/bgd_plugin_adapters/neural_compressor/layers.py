@@ -88,9 +88,8 @@ def _layer(layer: PlannedLayer, config: BGDConfig, base: bgd.BGDConfig) -> Layer
     if kind is None and config.block_size is None:
         raise ConfigError(f"layer {layer.name!r}: {layer.family} has no setting: give its config a block_size")
     columns = layer.weights // layer.rows
-    block_size = config.block_size or max(
-        d for d in range(1, columns + 1) if columns % d == 0 and kind and d <= kind.block_size
-    )
+    most = base.block_size(kind, layer.family) if kind else 0
+    block_size = config.block_size or max(d for d in range(1, columns + 1) if columns % d == 0 and d <= most)
     if config.codebook_size:
         return LayerConfig(block_size=block_size, codebook_size=config.codebook_size)
     return replace(kind, block_size=block_size) if kind else LayerConfig(block_size=block_size)
