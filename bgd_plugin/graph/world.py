@@ -28,6 +28,14 @@ R = TypeVar("R")
 _DEPTH = 6  # containers within containers that are looked into
 _LIBRARIES = frozenset(("torch", "builtins", "numpy", "bgd_plugin"))
 _CONTAINERS = (dict, list, set, collections.deque)
+_PLAIN: tuple[Any, ...] = (collections.OrderedDict, *_CONTAINERS)
+_ADD: dict[Any, Callable[[Any, Any], object]] = {
+    collections.OrderedDict: lambda held, pair: collections.OrderedDict.__setitem__(held, *pair),
+    dict: lambda held, pair: dict.__setitem__(held, *pair),
+    list: list.append,
+    set: set.add,
+    collections.deque: collections.deque.append,
+}
 _SIMPLE = (int, float, complex, str, bytes, bool, type(None))
 
 
@@ -139,16 +147,17 @@ class _Noted:
         return [value for value in vars(kind).values() if isinstance(value, (*_CONTAINERS, Tensor))]
 
     def _note_container(self, container: Any) -> Iterable[Any]:
-        content = container.copy()
+        base = next(kind for kind in _PLAIN if isinstance(container, kind))
+        content = list(_held(container))
 
         def put_back() -> None:
-            if _flat(container) != _flat(content):
-                container.clear()
-                is_list = isinstance(container, (list, collections.deque))
-                container.extend(content) if is_list else container.update(content)
+            if _flat(_held(container)) != _flat(content):
+                base.clear(container)
+                for item in content:
+                    _ADD[base](container, item)
 
         self._undo.append(put_back)
-        return list(content.values() if isinstance(content, dict) else content)
+        return [value for _, value in content] if issubclass(base, dict) else content
 
     def _note_tensor(self, tensor: Tensor) -> None:
         if tensor.is_meta or tensor.is_inference():
@@ -163,10 +172,18 @@ class _Noted:
         self._undo.append(put_back)
 
 
-def _flat(container: Any) -> list[int]:
-    """The identities of what is in a container, in order; of a dict, of its keys and values."""
-    parts = [part for item in container.items() for part in item] if isinstance(container, dict) else container
-    return [id(part) for part in parts]
+def _held(container: Any) -> Iterable[Any]:
+    """What is in a container, of a dict its pairs; past methods of its own, which may make things anew at each look."""
+    if isinstance(container, dict):
+        return dict.items(container)
+    base = next(kind for kind in _PLAIN if isinstance(container, kind))
+    items: Iterable[Any] = base.__iter__(container)
+    return items
+
+
+def _flat(items: Iterable[Any]) -> list[int]:
+    """The identities of what is in a container, in order; of pairs, of both."""
+    return [id(part) for item in items for part in (item if isinstance(item, tuple) else (item,))]
 
 
 def _is_users_object(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -125,3 +125,23 @@ def test_the_callers_modes_change_neither_the_result_nor_themselves(mode: str) -
         torch.set_default_dtype(before)
     assert all(torch.equal(value, wanted[name]) for name, value in found.state_dict().items())
     found(data[0]).sum().backward()  # it can be trained
+
+
+class _Factory(OrderedDict[str, Any]):
+    """A table of classes that gives a new object at each look, as transformers' activations are."""
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key)()
+
+
+TABLE = _Factory(relu=nn.ReLU, gelu=nn.GELU)
+
+
+class _Looking(PlainNet):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(TABLE["relu"](input))
+
+
+def test_a_table_that_makes_its_values_anew_is_left_as_it_is() -> None:
+    bgd.quantize(_Looking().eval(), vectors(), em(), progress=False)
+    assert dict(dict.items(TABLE)) == {"relu": nn.ReLU, "gelu": nn.GELU}
