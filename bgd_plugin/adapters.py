@@ -6,6 +6,9 @@ distribution that declares it. So the core knows no framework, and third-party a
 
 from __future__ import annotations
 
+import functools
+import logging
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -13,9 +16,13 @@ from typing import Any
 
 from bgd_plugin.errors import BGDError
 
-__all__ = ["Adapter", "Requirement", "adapter_names", "adapters", "load_adapter"]
+__all__ = ["Adapter", "Requirement", "adapter_names", "adapters", "load_adapter", "notify_hosts"]
 
 _GROUP = "bgd_plugin.adapters"
+_HOSTS = "bgd_plugin.hosts"
+
+_logger = logging.getLogger(__name__)
+_waiting: set[str] = set()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +124,28 @@ def load_adapter(name: str) -> Any:
         why = "; ".join([f"{type(error).__name__}: {error}", *missing])
         raise BGDError(f"adapter {name!r} cannot be imported ({why}): {install}") from error
     return module
+
+
+def notify_hosts() -> None:
+    """Tell frameworks that are imported that there are quantized layers in this process.
+
+    A host is an entry point named after a module of a framework: once that is imported, what the entry point names is
+    called. So a framework's own saving can know of quantized layers, whichever entrance they came through.
+    """
+    for name, point in _hosts().items():
+        if name in _waiting and name in sys.modules:
+            _waiting.discard(name)
+            try:
+                point.load()()
+            except Exception as error:  # importing a framework's part runs its code: anything may come out of it
+                _logger.warning("%s: its models may save quantized layers that they cannot load (%s)", name, error)
+
+
+@functools.cache
+def _hosts() -> dict[str, metadata.EntryPoint]:
+    points = {point.name: point for point in metadata.entry_points(group=_HOSTS)}
+    _waiting.update(points)
+    return points
 
 
 def _points() -> dict[str, metadata.EntryPoint]:

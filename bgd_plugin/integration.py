@@ -5,9 +5,9 @@ from bgd_plugin.encoding.codes import code_dtype, pack, unpack
 from bgd_plugin.errors import CalibrationError, CheckpointError, ConfigError, TraceError
 from bgd_plugin.files.network import read_file
 from bgd_plugin.files.placement import make_room_, placement_in, placement_of, transplant_, transplanted
-from bgd_plugin.graph import PQTracer, become_, copy_module, set_modes
+from bgd_plugin.graph import PQTracer, become_, copy_module, materialize_, set_modes
 from bgd_plugin.graph.computed import compute_parameter_, restore_parameter_
-from bgd_plugin.nn import PQModule, PQWeight
+from bgd_plugin.nn import PQLinear, PQModule, PQWeight
 from bgd_plugin.planning.make import layers_in
 from bgd_plugin.quantization.datafree import quantize_module
 from bgd_plugin.results import LayerReport, Plan, PlannedLayer, Quantized, Report, SkippedLayer
@@ -19,6 +19,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "LayerReport",
+    "PQLinear",
     "PQModule",
     "PQTracer",
     "PQWeight",
@@ -34,6 +35,7 @@ __all__ = [
     "copy_module",
     "layers_in",
     "make_room_",
+    "materialize_",
     "mib",
     "pack",
     "placement_in",

@@ -122,7 +122,7 @@ def make_room_(model: nn.Module, placement: Mapping[str, Sequence[int]]) -> None
         codebook = torch.zeros(codebook_size, block_size, dtype=weight.dtype, device=weight.device)
         shape = (layer.rows, layer.columns // block_size)
         codes = torch.zeros(shape, dtype=code_dtype(codebook_size), device=weight.device)
-        mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device) if masked else None
+        mask = torch.ones(layer.matrix.shape, dtype=torch.bool, device=weight.device) if masked else None
         for module in install_(model, layer, codebook, codes, mask):
             module.codebook.requires_grad_(weight.requires_grad)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -115,11 +115,11 @@ def _isolate(graph_module: fx.GraphModule, layer: FoundLayer, first_call: fx.Nod
         graph.erase_node(node)
 
 
-def materialize_(network: nn.Module) -> nn.Module:
-    """Replace every product-quantized module by an ordinary one with the decoded weight, in place."""
+def materialize_(network: nn.Module, paths: Collection[str] | None = None) -> nn.Module:
+    """Replace every product-quantized module, or those at `paths`, by ordinary ones with decoded weights, in place."""
     weights: dict[int, nn.Parameter] = {}  # tied layers share one
     for path, module in list(network.named_modules()):
-        if not isinstance(module, PQModule):
+        if not isinstance(module, PQModule) or (paths is not None and path not in paths):
             continue
         weight = weights.setdefault(id(module.codebook), restored_parameter(module))
         if isinstance(module, PQWeight):

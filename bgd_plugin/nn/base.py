@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bgd_plugin.adapters import notify_hosts
 from bgd_plugin.encoding.codes import code_dtype
 from bgd_plugin.encoding.eight_bit import round_to_eight_bits
 from bgd_plugin.errors import ConfigError
@@ -52,10 +53,15 @@ class PQModule(nn.Module):
 
     def __init__(self, codebook: Tensor, codes: Tensor, weight_shape: Sequence[int]) -> None:
         super().__init__()
+        notify_hosts()
         self.weight_shape = self.matrix_shape = torch.Size(weight_shape)
         self.codebook = nn.Parameter(codebook, requires_grad=codebook.is_floating_point())
         self.register_buffer("codes", codes.to(code_dtype(codebook.shape[0])))
         self.register_buffer("mask", None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        notify_hosts()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in `nn.Module`, but rejects a `weight`: this layer can no longer be pruned or reparametrized."""

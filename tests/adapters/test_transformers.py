@@ -421,9 +421,23 @@ def test_what_is_no_transformers_model_is_refused() -> None:
         adapter.quantize_pretrained(nn.Linear(8, 8), None)
 
 
-def test_parts_on_disk_are_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="leaves parts on disk"):
-        AutoModelForImageClassification.from_pretrained(folder, device_map={"": "disk"})
+@pytest.mark.parametrize("buffers", [False, True])
+def test_parts_on_disk_compute_the_same_and_are_not_saved(buffers: bool, folder: Path) -> None:
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    places = {"vit.embeddings": "cpu", "vit.layers": "disk", "vit.layernorm": "cpu", "classifier": "disk"}
+    parts = AutoModelForImageClassification.from_pretrained(
+        folder, device_map=places, offload_folder=folder / "disk", offload_buffers=buffers
+    )
+    assert parts.get_submodule("vit.layers.0.mlp.fc1").codebook.is_meta
+    assert same_logits(parts, model)
+    with pytest.raises(ConfigError, match="is offloaded to disk: load the model without"):
+        parts.save_pretrained(folder / "again")
+
+
+@pytest.mark.parametrize("places", ["auto", {"": "cpu"}])
+def test_device_maps(places: Any, folder: Path) -> None:
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert same_logits(AutoModelForImageClassification.from_pretrained(folder, device_map=places), model)
 
 
 def test_another_type_of_numbers_when_loading(folder: Path) -> None:

@@ -18,7 +18,14 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike[str], **option
     """`model.save_pretrained`, and a section of the model card (`README.md`) that says how to load the folder.
 
     A card that is there keeps its text; only the section is written anew.
+
+    Raises:
+        ConfigError: `push_to_hub=True`, which would upload the folder before the section is in it.
     """
+    if options.get("push_to_hub"):
+        raise ConfigError(
+            "push_to_hub=True uploads before the model card is written: use huggingface_hub.upload_folder"
+        )
     section = model_card_section(model)
     model.save_pretrained(save_directory, **options)
     card = Path(save_directory) / "README.md"

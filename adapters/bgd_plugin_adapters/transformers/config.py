@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bgd_plugin import BGDConfig, integration
 from bgd_plugin.integration import ConfigError
 
-__all__ = ["QUANT_METHOD", "BGDQuantizationConfig"]
+__all__ = ["QUANT_METHOD", "BGDQuantizationConfig", "parts_of"]
 
 QUANT_METHOD = "bgd"
 # A folder of transformers has no 8-bit floats with scales: such values would take four bytes each in it.
@@ -35,6 +36,9 @@ class BGDQuantizationConfig(QuantizationConfigMixin):
             An entry that matches no layer is an error.
         config: settings that are there already, instead of keywords.
         layers: block and codebook size of each quantized layer; written when a model is quantized.
+        shapes: of the weight of each quantized layer; written when a model is saved.
+        tied: quantized layers that share their tensors with another one, under whose name they are stored; written
+            when a model is saved.
         checksum: of all codes and codebooks; written when a model is saved.
         original_bytes: of the float model; written when a model is quantized.
         **fields: of `BGDConfig`, also as plain values.
@@ -46,6 +50,8 @@ class BGDQuantizationConfig(QuantizationConfigMixin):
         *,
         config: BGDConfig | None = None,
         layers: Mapping[str, Sequence[int]] | None = None,
+        shapes: Mapping[str, Sequence[int]] | None = None,
+        tied: Mapping[str, str] | None = None,
         checksum: str | None = None,
         original_bytes: int | None = None,
         **fields: Any,
@@ -60,6 +66,8 @@ class BGDQuantizationConfig(QuantizationConfigMixin):
         self.config = config or BGDConfig.from_dict(_STORAGE | fields)
         self.modules_to_not_convert = list(modules_to_not_convert) if modules_to_not_convert is not None else None
         self.layers: dict[str, Sequence[int]] | None = dict(layers) if layers is not None else None
+        self.shapes: dict[str, Sequence[int]] = dict(shapes or {})
+        self.tied: dict[str, str] = dict(tied or {})
         self.checksum = checksum
         self.original_bytes = original_bytes
 
@@ -70,6 +78,8 @@ class BGDQuantizationConfig(QuantizationConfigMixin):
             "load_with": _LOAD_WITH,
             "modules_to_not_convert": self.modules_to_not_convert,
             "layers": {path: list(sizes) for path, sizes in self.layers.items()} if self.layers else None,
+            "shapes": {path: list(shape) for path, shape in self.shapes.items()},
+            "tied": dict(self.tied),
             "checksum": self.checksum,
             "original_bytes": self.original_bytes,
         }
@@ -91,6 +101,15 @@ class BGDQuantizationConfig(QuantizationConfigMixin):
         kept = [name for name in names if not should_convert_module(name, self.modules_to_not_convert)]
         overrides = tuple((glob.escape(name), None) for name in kept)
         return dataclasses.replace(self.config, overrides=(*overrides, *self.config.overrides))
+
+
+def parts_of(config: Any) -> Iterator[Any]:
+    """The configs inside a model's config: of its towers, or its encoder and decoder."""
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig):
+            yield part
+            yield from parts_of(part)
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,6 @@ adapter gets transformers' error about sizes that do not match, and not a model 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,45 +14,21 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from bgd_plugin.integration import CheckpointError, PQModule, PQWeight, code_dtype, pack, unpack
+from bgd_plugin.integration import CheckpointError, ConfigError, PQModule, PQWeight, code_dtype, pack, unpack
+from bgd_plugin_adapters.transformers.ties import shared
 
 __all__ = [
-    "PackedLayer",
     "checked_files",
     "checksum",
     "code_name",
-    "mask_room",
-    "packed_room",
+    "packed_lengths",
     "packed_state",
     "unpacked_codes",
     "unpacked_mask",
 ]
 
-
 # What a quantized layer has in a file, besides its bias.
 _PARTS = ("codes", "weight", "codebook", "mask")
-
-
-class PackedLayer(nn.Module):
-    """Stands where a quantized layer will stand, while transformers loads its tensors."""
-
-    def __init__(self, layer: PQModule) -> None:
-        super().__init__()
-        self.register_buffer(code_name("", layer).lstrip("."), packed_room(layer))
-        self.register_buffer("mask", None if layer.mask is None else mask_room(layer))
-        self.codebook = layer.codebook
-        self.register_parameter("bias", getattr(layer, "bias", None))
-
-
-def packed_room(layer: PQModule) -> Tensor:
-    """As many bytes as the packed codes of a layer take."""
-    length = -(-layer.codes.numel() * layer.code_bits // 8)
-    return torch.empty(length, dtype=torch.uint8, device=layer.codes.device)
-
-
-def mask_room(layer: PQModule) -> Tensor:
-    """As many bytes as a layer's mask takes, a bit for each weight."""
-    return torch.empty(-(-math.prod(layer.weight_shape) // 8), dtype=torch.uint8, device=layer.codes.device)
 
 
 def code_name(path: str, layer: PQModule) -> str:
@@ -61,21 +36,62 @@ def code_name(path: str, layer: PQModule) -> str:
     return f"{path}.codes" if isinstance(layer, PQWeight) else f"{path}.weight"
 
 
-def packed_state(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state dict with packed codes, and floats in half precision where that loses nothing."""
+def packed_state(model: nn.Module, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A state dict with packed codes, and floats in half precision where that loses nothing.
+
+    Tensors that share memory stay one tensor, and a layer that is tied to an earlier one is left out.
+
+    Args:
+        model: its quantized layers say which tensors are codes.
+        given: the state dict, if it is not the model's own; it may hold a part of the model.
+
+    Raises:
+        ConfigError: a state dict that lacks a part of a layer, or holds codes of another shape; tensors without values.
+    """
     layers = {p: m for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, PQModule)}
-    state: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
-        path, _, attribute = name.rpartition(".")
-        if path in layers and attribute == "codes":
-            layer = layers[path]
-            state[code_name(path, layer)] = pack(layer.codes.reshape(-1), layer.code_bits)
-        elif path in layers and attribute == "mask":
-            state[name] = pack(value.to(torch.uint8), 1)
+    state = dict(model.state_dict() if given is None else given)
+    ties = shared(model)
+    halves: dict[tuple[Any, ...], Tensor] = {}
+    result: dict[str, Any] = {}
+    for name, value in state.items():
+        path, _, part = name.rpartition(".")
+        if isinstance(value, Tensor) and value.is_meta:
+            raise ConfigError(f"{name!r} is offloaded to disk: load the model without 'disk' in device_map to save it")
+        if path in layers and part == "codes":
+            _require_whole(path, layers[path], value, state)
+        source = ties.get(path)
+        if source is not None and part in _PARTS and f"{source}.{part}" in state:
+            continue
+        if path in layers and part == "codes":
+            result[code_name(path, layers[path])] = pack(value.reshape(-1), layers[path].code_bits)
+        elif path in layers and part == "mask":
+            result[name] = pack(value.to(torch.uint8), 1)
+        elif isinstance(value, Tensor):
+            result[name] = _halved(value, halves)
         else:
-            half = value.half() if value.dtype in (torch.float32, torch.float64) else value
-            state[name] = half if torch.equal(half.to(value.dtype), value) else value
-    return state
+            result[name] = value
+    return result
+
+
+def _require_whole(path: str, layer: PQModule, codes: Tensor, state: Mapping[str, Any]) -> None:
+    if f"{path}.codebook" not in state or codes.shape != layer.codes.shape:
+        raise ConfigError(
+            f"layer {path!r}: the state dict has codes {list(codes.shape)}, the layer {list(layer.codes.shape)} and a "
+            "codebook: give all of a layer or nothing"
+        )
+
+
+def _halved(value: Tensor, halves: dict[tuple[Any, ...], Tensor]) -> Tensor:
+    """In half precision if that loses nothing; tensors of the same memory give the same tensor."""
+    if hasattr(value, "full_tensor"):  # sharded over processes
+        value = value.full_tensor()
+    if value.dtype not in (torch.float32, torch.float64):
+        return value
+    key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+    if key not in halves or not value.numel():
+        half = value.half()
+        halves[key] = half if torch.equal(half.to(value.dtype), value) else value
+    return halves[key]
 
 
 def unpacked_codes(path: str, layer: PQModule, packed: Tensor) -> Tensor:
@@ -84,16 +100,28 @@ def unpacked_codes(path: str, layer: PQModule, packed: Tensor) -> Tensor:
     Raises:
         CheckpointError: a code that is out of range.
     """
-    count = math.prod(layer.weight_shape) // layer.block_size
-    codes = unpack(packed, layer.code_bits, count)
+    codes = unpack(packed, layer.code_bits, layer.codes.numel())
     if codes.numel() and int(codes.max()) >= layer.codebook_size:
         raise CheckpointError(f"layer {path!r}: code {int(codes.max())} is out of range: the file is damaged")
-    return codes.reshape(layer.weight_shape[0], -1).to(code_dtype(layer.codebook_size))
+    return codes.reshape(layer.codes.shape).to(code_dtype(layer.codebook_size))
 
 
 def unpacked_mask(layer: PQModule, packed: Tensor) -> Tensor:
-    """The mask of a layer, bool of its weight's shape."""
-    return unpack(packed, 1, math.prod(layer.weight_shape)).bool().reshape(layer.weight_shape)
+    """The mask of a layer; a bool for each weight."""
+    assert layer.mask is not None
+    return unpack(packed, 1, layer.mask.numel()).bool().reshape(layer.mask.shape)
+
+
+def packed_lengths(files: Iterable[str]) -> dict[str, int]:
+    """How many bytes each row of bytes in the files has, by name."""
+    lengths: dict[str, int] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as content:
+            for name in content.keys():  # noqa: SIM118 (no mapping)
+                part = content.get_slice(name)
+                if part.get_dtype() == "U8" and len(part.get_shape()) == 1:
+                    lengths[name] = part.get_shape()[0]
+    return lengths
 
 
 def checksum(layers: Iterable[str], state: Mapping[str, Any]) -> str:
@@ -111,6 +139,11 @@ def checksum(layers: Iterable[str], state: Mapping[str, Any]) -> str:
 def checked_files(files: Iterable[str], layers: Mapping[str, Any], expected: str | None) -> None:
     """Compare what `config.json` says of the quantized layers with what the files hold.
 
+    Args:
+        files: of the folder.
+        layers: those that have tensors of their own.
+        expected: the checksum in `config.json`.
+
     Raises:
         CheckpointError: a layer of either that the other lacks, or codes and codebooks that were changed.
     """
@@ -118,8 +151,9 @@ def checked_files(files: Iterable[str], layers: Mapping[str, Any], expected: str
     for file in files:
         with safe_open(file, framework="pt") as content:
             names |= dict.fromkeys(content.keys(), file)
+    packed = packed_lengths(set(names.values()))
     stems = {name.removesuffix(".codebook") for name in names if name.endswith(".codebook")}
-    inside = {path for path in stems if f"{path}.weight" in names or f"{path}.codes" in names}
+    inside = {path for path in stems if f"{path}.weight" in packed or f"{path}.codes" in packed}
     layers = {path: sizes for path, sizes in layers.items() if sizes}  # not the frozen norms
     problems = [f"{path!r} is missing in the files" for path in sorted(set(layers) - inside)]
     problems += [f"{path!r} is in the files, but not in config.json" for path in sorted(inside - set(layers))]

@@ -1,0 +1,43 @@
+"""Weights that code reads by name, `in_proj_weight` for one, while transformers loads a model.
+
+In a quantized model such a name is a property that decodes the weight. For transformers a name is of a module or of a
+tensor, so while a folder is loaded it is that of the module.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from bgd_plugin.integration import PQWeight, compute_parameter_, restore_parameter_
+
+__all__ = ["compute_weights_", "loose_weights_"]
+
+
+def loose_weights_(model: nn.Module) -> None:
+    """Make every computed weight a plain module, which the initialization of new layers passes over."""
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, PQWeight):
+            holder, name = _holder(model, path)
+            restore_parameter_(holder, name, nn.Parameter(module.codebook.new_empty(0)))
+            del holder._parameters[name]
+            holder._modules[name] = module
+            marked: Any = module
+            marked._is_hf_initialized = True
+
+
+def compute_weights_(model: nn.Module) -> None:
+    """Undo `loose_weights_`."""
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        holder, name = _holder(model, path)
+        if isinstance(module, PQWeight) and not hasattr(type(holder), name):  # no property yet
+            del holder._modules[name]
+            holder.register_parameter(name, nn.Parameter(module.codebook.new_empty(0)))
+            compute_parameter_(holder, name, module)
+
+
+def _holder(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds what stands at a path, and the name in it."""
+    owner, _, name = path.rpartition(".")
+    return model.get_submodule(owner), name
