@@ -226,8 +226,10 @@ class _Block(nn.Module):
         return x + self.norm(self.branch(x))
 
 
-@pytest.mark.parametrize("batchnorm", ["matched", "reestimate"])
-def test_the_last_layer_of_a_block_aims_at_what_the_skip_has_lost(fits: list[dict[str, Any]], batchnorm: Any) -> None:
+@pytest.mark.parametrize(("batchnorm", "step"), [("matched", 0.5), ("matched", 0.0), ("reestimate", 0.5)])
+def test_the_last_layer_of_a_block_aims_at_what_the_skip_has_lost(
+    fits: list[dict[str, Any]], batchnorm: Any, step: float
+) -> None:
     """Drift · gain / (gain² + 0.01 mean gain²), gain = γ / √(σ² + eps) of the float norm, on top of the outputs."""
     model, data = randomized(_Block()), images(5, size=6, batch=4)
     model.norm.weight.data[3] = 1e-3  # next to no gain
@@ -299,3 +301,75 @@ def test_each_layer_draws_its_own_random_numbers(fits: list[dict[str, Any]]) -> 
     assert torch.equal(both[1], alone[0])
     assert not torch.equal(both[0], both[1])
     assert not torch.equal(both[0], other[0]) and not torch.equal(both[1], other[1])
+
+
+@pytest.mark.parametrize("batches", [1, 2, 3, 7])
+def test_the_last_fifth_of_the_rows_is_held_out_wherever_a_batch_ends(fits: list[dict[str, Any]], batches: int) -> None:
+    model, data = nn.Sequential(nn.Linear(12, 16)).eval(), vectors(batches, batch=20)
+    bgd.quantize(model, data, _config(), progress=False)
+    x = torch.cat(data).double()
+    cut = 4 * len(x) // 5
+    for name, rows in (("gram", x[:cut]), ("heldout_gram", x[cut:])):
+        rows = rows - rows.mean(0)
+        _close(fits[0][name], (rows.T @ rows / len(rows))[None])
+
+
+def test_rows_of_zeros_are_scaled_like_the_mean_row(fits: list[dict[str, Any]]) -> None:
+    """A dead channel's deviation is no measure of anything."""
+    model = randomized(NETWORKS["norm"]())
+    model[2].weight.data[5] = 0
+    config = _config(overrides=(("0", None),), batchnorm="keep")
+    result = bgd.quantize(model, images(5, size=6, batch=4), config, progress=False).model
+    literal = _literal(result, model, "2", images(5, size=6, batch=4))
+    deviation = 1 / literal.scale()
+    deviation[5] = 0
+    deviation[5] = deviation.mean()
+    norm: Any = result.get_submodule("3")
+    expected = (model[3].running_var.double() + norm.eps) / deviation.square()
+    _close(norm.running_var + norm.eps, expected)
+
+
+class _Attention(nn.Module):
+    """Three layers on one and the same input, in a network that does not trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 16)
+        self.q, self.k, self.v = nn.Linear(16, 24), nn.Linear(16, 32, bias=False), nn.Linear(16, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sigmoid(self.first(x))
+        if bool(x.sum() < 0):
+            return x
+        return self.q(x) * self.v(x) + self.k(x)[:, :24]
+
+
+def test_layers_that_share_their_input_are_fitted_as_if_each_had_it_alone(fits: list[dict[str, Any]]) -> None:
+    model, data = _Attention().eval(), vectors(5, batch=20)
+    result = bgd.quantize(model, data, _config(), progress=False)
+    names = [layer.name for layer in result.report.layers]
+    assert set(names) >= {"q", "k", "v"}
+    for name in ("q", "k", "v"):
+        literal, fit = _literal(result.model, model, name, data), fits[names.index(name)]
+        assert float((literal.x - _rows(_values(model, name, data), model.q)).abs().max()) > 1e-3
+        _close(fit["weight"], literal.target())
+        for found, expected in zip((fit["gram"], fit["heldout_gram"]), literal.grams(name != "k"), strict=True):
+            _close(found, expected)
+
+
+class _Enough(Exception):
+    """What was wanted has been seen."""
+
+
+@pytest.mark.parametrize(("columns", "expected"), [(64, 32768), (4096, 32768), (5000, 40000), (8192, 65536)])
+def test_rows_are_sampled_by_the_number_of_columns(
+    monkeypatch: pytest.MonkeyPatch, columns: int, expected: int
+) -> None:
+    def asked(inputs: Any, rows: int, *_: Any, **__: Any) -> Any:
+        assert rows == expected
+        raise _Enough
+
+    monkeypatch.setattr(full_gram, "paired_pieces", asked)
+    model = nn.Sequential(nn.Linear(columns, 8)).eval()
+    with pytest.raises(_Enough):
+        bgd.quantize(model, [torch.randn(2, columns)], _config(), progress=False)
