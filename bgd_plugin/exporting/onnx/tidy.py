@@ -26,7 +26,12 @@ def simplify_(model: Any) -> None:
     for node in model.graph:
         if node.op_type in ("Conv", "ConvTranspose") and len(node.inputs) > 2 and _is_zero(node.inputs[2]):
             node.resize_inputs(2)
-    optimizer.fold_constants(model, input_size_limit=_SMALL, output_size_limit=_SMALL, onnx_shape_inference=False)
+    optimizer.fold_constants(
+        model,
+        input_size_limit=_SMALL,
+        output_size_limit=_SMALL,
+        should_fold=lambda node: None if _is_small(node) else False,
+    )
     for one in (
         common.IdentityEliminationPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
@@ -59,6 +64,12 @@ def strip_(model: Any) -> None:
     for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
         value.metadata_props.clear()
         value.doc_string = None
+
+
+def _is_small(node: Any) -> bool:
+    """Whether a node reads no large tensor of the network: some operators would be computed whatever their size."""
+    tensors = (value.const_value for value in node.inputs if value is not None and value.is_initializer())
+    return all(tensor is None or tensor.size <= _SMALL for tensor in tensors)
 
 
 def _is_zero(value: Any) -> bool:
