@@ -39,7 +39,7 @@ def export(
 
     Args:
         model: what `bgd_plugin.quantize` returned as `.model`, or what `bgd_plugin.load` gave.
-        path: the file; its suffix says what to export to: `.onnx`.
+        path: the file; its suffix says what to export to: `.onnx`, `.pt2`.
         example_inputs: of one call: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
         dynamic: False: the exported network takes the shapes of the example inputs. True: any batch size, the first
             dimension of each tensor. Anything else is `dynamic_shapes` of `torch.export.export`.
@@ -66,7 +66,7 @@ def export(
     with _beside(place) as temporary:
         # the largest batch: torch.export takes a dimension of 1 for one that stays
         notes = target.write(network, temporary, cases[-1], shapes)
-        runs = [target.run(temporary, case.tensors) for case in cases]
+        runs = [target.run(temporary, case) for case in cases]
         differences = [largest_difference(run.outputs, wanted) for run, wanted in zip(runs, expected, strict=True)]
         result = Exported(
             path=place,

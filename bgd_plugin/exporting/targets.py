@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from bgd_plugin.errors import BGDError, ConfigError
+from bgd_plugin.exporting import pt2
 from bgd_plugin.exporting.examples import Examples
 from bgd_plugin.exporting.onnx import run as onnx_run
 from bgd_plugin.exporting.onnx import write as onnx_write
@@ -44,7 +45,7 @@ class Target:
     extra: str
     modules: tuple[str, ...]
     write: Callable[[nn.Module, Path, Examples, Any], tuple[str, ...]]
-    run: Callable[[Path, Sequence[Tensor]], Run]
+    run: Callable[[Path, Examples], Run]
 
 
 TARGETS = {
@@ -55,6 +56,7 @@ TARGETS = {
         write=onnx_write.write,
         run=onnx_run.run,
     ),
+    ".pt2": Target(name="torch.export", extra="", modules=(), write=pt2.write, run=pt2.run),
 }
 """By suffix."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.errors import BGDError
+from bgd_plugin.exporting.examples import Examples
 from bgd_plugin.exporting.result import Run
 
 __all__ = ["run"]
@@ -18,7 +18,7 @@ __all__ = ["run"]
 _ERRORS_ONLY = 3
 
 
-def run(path: Path, inputs: Sequence[Tensor]) -> Run:
+def run(path: Path, examples: Examples) -> Run:
     """Load a file as onnxruntime does by default, and answer the inputs.
 
     Raises:
@@ -33,7 +33,7 @@ def run(path: Path, inputs: Sequence[Tensor]) -> Run:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         names = [one.name for one in session.get_inputs()]
-        outputs = session.run(None, dict(zip(names, (_array(value) for value in inputs), strict=True)))
+        outputs = session.run(None, dict(zip(names, (_array(value) for value in examples.tensors), strict=True)))
     except Exception as error:  # a runtime's own errors, of many types
         raise BGDError(f"onnxruntime {onnxruntime.__version__} cannot run the exported network: {error}") from error
     profile = Path(session.end_profiling())

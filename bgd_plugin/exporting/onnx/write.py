@@ -6,9 +6,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from bgd_plugin.errors import BGDError
+from bgd_plugin.exporting.capture import captured, reason
 from bgd_plugin.exporting.examples import Examples
 from bgd_plugin.exporting.onnx.narrow import narrow_
 from bgd_plugin.exporting.onnx.tidy import simplify_, strip_
@@ -45,30 +47,11 @@ def write(model: nn.Module, path: Path, examples: Examples, dynamic: Any) -> tup
 
 
 def _exported(model: nn.Module, examples: Examples, dynamic: Any) -> Any:
-    import torch
-
+    program = captured(model, examples, dynamic)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporter, about itself
-            return torch.onnx.export(
-                model,
-                examples.args,
-                kwargs=examples.kwargs,
-                dynamo=True,
-                optimize=False,  # would decode small layers
-                verbose=False,
-                dynamic_shapes=dynamic,
-            )
-    except Exception as error:  # a tracer runs the user's forward: anything may come out of it
-        raise BGDError(
-            f"torch.onnx.export does not take the network: {reason(error)}. What torch.export cannot capture has no "
-            "form in ONNX: export the part of the network that it can capture, or change its forward"
-        ) from error
-
-
-def reason(error: BaseException) -> str:
-    """The innermost cause of an exporter's error, on one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:500]}"
+            # optimize=True would decode small layers
+            return torch.onnx.export(program, dynamo=True, optimize=False, verbose=False)
+    except Exception as error:  # of many types
+        raise BGDError(f"torch.onnx.export does not take the network: {reason(error)}") from error
