@@ -19,6 +19,7 @@ from bgd_plugin.exporting.result import Exported
 from bgd_plugin.exporting.targets import target_of
 from bgd_plugin.files.format import file_size, stored
 from bgd_plugin.graph import copy_module, set_modes
+from bgd_plugin.graph.computed import set_apart_
 from bgd_plugin.nn import PQModule
 
 __all__ = ["export"]
@@ -71,7 +72,7 @@ def export(
         result = Exported(
             path=place,
             size_bytes=temporary.stat().st_size,
-            file_bytes=file_size(stored(network)),
+            file_bytes=file_size(stored(model)),
             largest_difference=max(differences),
             is_folded=runs[0].is_folded,
             runtime=runs[0].runtime,
@@ -101,6 +102,7 @@ def _ready(model: nn.Module) -> nn.Module:
     is_elsewhere = any(tensor.device.type != "cpu" for tensor in tensors)
     network: nn.Module = copy_module(model, share_tensors=not is_elsewhere)
     set_modes(network, {"": False})  # not eval(): the graphs that torch.export makes refuse it
+    set_apart_(network)
     return network.cpu() if is_elsewhere else network
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["compute_parameter_", "module_at", "module_or_none", "restore_parameter_"]
+__all__ = ["compute_parameter_", "module_at", "module_or_none", "restore_parameter_", "set_apart_"]
 
 
 def module_at(root: nn.Module, path: str) -> nn.Module:
@@ -50,6 +50,23 @@ def restore_parameter_(owner: nn.Module, name: str, parameter: nn.Parameter) -> 
     owner.__class__ = _class(_float_class(owner), names) if names else _float_class(owner)
     del owner._modules[name]
     owner.register_parameter(name, parameter)
+
+
+def set_apart_(root: nn.Module) -> None:
+    """Hang each computing module beside its parameter, as `NAME_computed`, in place.
+
+    A network cannot be loaded or saved then, but torch's functional calls, and `torch.export` with them, find every
+    module under its name by `getattr`, where a computed parameter would be in the way.
+    """
+    for owner in list(root.modules()):
+        names = _computed(owner)
+        if not names:
+            continue
+        for name in names:
+            owner._modules[f"{name}_computed"] = owner._modules.pop(name)
+        base = _float_class(owner)
+        readers = {name: property(_reader(f"{name}_computed")) for name in names}
+        owner.__class__ = type(base.__name__, (base,), {**readers, "__module__": base.__module__})
 
 
 def _computed(owner: nn.Module) -> tuple[str, ...]:

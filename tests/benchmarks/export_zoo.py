@@ -45,7 +45,13 @@ _TEXT: dict[str, dict[str, Any]] = {
     "DistilBert": {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128},
     "Electra": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
     "Roberta": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
-    "GPT2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "use_cache": False},
+    "GPTNeoX": {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "use_cache": False,
+    },
     "Llama": {
         "hidden_size": 64,
         "num_hidden_layers": 2,
