@@ -1,5 +1,6 @@
 """Calibration: the network's live values on the user's data, node by node, and the statistics that the fit needs."""
 
+from bgd_plugin.calibration.aside import first_samples, take_aside_
 from bgd_plugin.calibration.batches import (
     Batch,
     Batches,
@@ -42,6 +43,7 @@ __all__ = [
     "Walk",
     "Watch",
     "collect_batches",
+    "first_samples",
     "iterate_batches",
     "logits_of",
     "paired_pieces",
@@ -49,4 +51,5 @@ __all__ = [
     "require_finite",
     "require_rewalkable",
     "sampled_inputs",
+    "take_aside_",
 ]

@@ -99,6 +99,14 @@ class Batches(Sequence[Batch]):
         """One batch after another."""
         return (self[index] for index in range(len(self)))
 
+    def replace(self, index: int, batch: Batch) -> None:
+        """Put another batch in the place of one."""
+        self.store.open(index)["batch"] = (batch.args, batch.kwargs)
+
+    def remove(self, indices: Sequence[int]) -> None:
+        """Drop batches."""
+        self.store.remove(indices)
+
 
 def collect_batches(
     calibration: Iterable[Any],

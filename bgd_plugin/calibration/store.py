@@ -98,6 +98,13 @@ class BatchStore:
             self._open = item
         return item.content
 
+    def remove(self, indices: Sequence[int]) -> None:
+        """Drop batches and what is held for them."""
+        self._close()
+        gone = set(indices)
+        self._resident_bytes -= sum(self._items[i].bytes for i in gone if not self._items[i].is_spilled)
+        self._items = [item for index, item in enumerate(self._items) if index not in gone]
+
     def _close(self) -> None:
         item, self._open = self._open, None
         if item is None or self.bound_bytes is None:

@@ -86,6 +86,8 @@ class BGDConfig:
             by layer, by the effect of each layer's error on the network's output, for the kinds of layer that have
             their default setting; other kinds, and layers of an override, keep their settings.
         target_ratio: the same budget as a compression ratio, float bytes / file bytes. Give one of the two.
+        kept_aside: share of the calibration samples that no step of the fit sees: they judge the compressed network's
+            answers at the end. At most 64 samples are kept aside, and none of fewer than 16.
         seed: seed of all random choices.
 
     Raises:
@@ -115,6 +117,7 @@ class BGDConfig:
     preserve_zeros: bool = False
     target_bytes: int | None = None
     target_ratio: float | None = None
+    kept_aside: float = 0.125
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -129,6 +132,9 @@ class BGDConfig:
         check(isinstance(self.preserve_zeros, bool), f"preserve_zeros={self.preserve_zeros!r}: give True or False")
         check(counts(self.em_iterations), f"em_iterations={self.em_iterations}: give at least 1")
         _check_budget(self.target_bytes, self.target_ratio)
+        aside = self.kept_aside
+        is_share = isinstance(aside, (int, float)) and 0 <= aside <= 0.5
+        check(is_share, f"kept_aside={aside!r}: give a share of the samples, from 0 to 0.5")
         for family in FAMILIES:
             value = getattr(self, family)
             check(
@@ -176,6 +182,7 @@ class BGDConfig:
             "pointwise_conv": LayerConfig(block_size=pointwise, codebook_size=codebook_size),
             "linear": LayerConfig(block_size=4, codebook_size=fc_codebook_size),
             "batchnorm": "keep",
+            "kept_aside": 0.0,
             "codebook_storage": "float16",
             "weight_storage": "float32",
             "float_storage": "float32",

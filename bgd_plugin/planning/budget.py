@@ -41,24 +41,22 @@ class Budget:
 
     @classmethod
     def of(cls, survey: Survey, sketch: Sketch | None = None) -> Budget | None:
-        """The budget that the settings name; None where they name none."""
+        """The budget that the settings name; None where they name none.
+
+        Raises:
+            ConfigError: it is below the least possible file, whose length the message gives.
+        """
         target = survey.config.budget_bytes(survey.original_bytes)
         if target is None:
             return None
-        return cls(survey=survey, sketch=sketch or Sketch(survey), target_bytes=target)
+        budget = cls(survey=survey, sketch=sketch or Sketch(survey), target_bytes=target)
+        require_reachable(budget._options(), target, budget._file_size)
+        return budget
 
     @property
     def free(self) -> tuple[FoundLayer, ...]:
         """The layers whose sizes are to be chosen."""
         return tuple(found for found, planned in self.survey.chosen if planned.name in self.survey.free)
-
-    def require_reachable(self) -> None:
-        """Refuse a budget below the least possible file.
-
-        Raises:
-            ConfigError: saying how long that is.
-        """
-        require_reachable(self._options(), self.target_bytes, self._file_size)
 
     def spend(self, sensitivities: Mapping[str, Sensitivity] | None) -> Survey:
         """Choose.

@@ -9,28 +9,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
-from bgd_plugin.calibration import Batch, LayerInputs, Walk, logits_of, sampled_inputs
+from bgd_plugin.calibration import Batch, LayerInputs, Walk, first_samples, sampled_inputs
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.graph import FoundLayer, following_batchnorm
+from bgd_plugin.planning.answers import Measure, output_loss
 from bgd_plugin.planning.candidates import Sensitivity, block_sizes, codebook_sizes, fitted_sizes
 from bgd_plugin.pq.blocks import from_blocks
 from bgd_plugin.pq.feedback import damped, diagonal_blocks, encode_with_feedback, nearest
 from bgd_plugin.pq.full_gram import positions_as_groups
 from bgd_plugin.pq.rate import quick_fit, rate_curve, sampled_positions
 from bgd_plugin.support.seeds import seeded
-from bgd_plugin.training import kl_to_teacher
 
-__all__ = ["measure_sensitivities", "output_loss", "some_samples"]
+__all__ = ["measure_sensitivities"]
 
 _ROWS = 4096  # of a layer's inputs
 _SAMPLES = 32  # that run to the network's end once for each layer
@@ -39,7 +39,6 @@ _DAMPING = 0.2
 _MAX_COLUMNS = 8192
 _REFERENCE_CODEBOOK = 256
 _TINY = 1e-12
-_Measure = Literal["KL", "squared difference"]
 _LEAST_KL = 1e-6
 """A divergence this small is what rounding has left."""
 _NOTHING = 1e-30
@@ -81,9 +80,9 @@ def _measured(
     layers: Sequence[FoundLayer],
     config: BGDConfig,
     step: Any,
-    measure: _Measure,
+    measure: Measure,
 ) -> dict[str, Sensitivity]:
-    few = some_samples(batches, _SAMPLES)
+    few = first_samples(batches, _SAMPLES)
     outputs = [batch.call(network) for batch in few]
     wide, narrow = Walk(network, batches), Walk(network, few)
     waiting = {_first_node(wide, layer): layer for layer in layers}
@@ -96,45 +95,6 @@ def _measured(
             found[layer.name] = _sensitivity(narrow, facts, outputs, generator, measure)
             step()
     return found
-
-
-def some_samples(batches: Sequence[Batch], count: int) -> list[Batch]:
-    """The first `count` samples; a batch that cannot be cut is taken whole."""
-    taken: list[Batch] = []
-    for batch in batches:
-        rest = count - sum(b.size for b in taken)
-        if rest <= 0:
-            break
-        leaves = [t for t in pytree.tree_leaves((batch.args, batch.kwargs)) if isinstance(t, Tensor)]
-        if batch.size > rest and all(t.ndim and t.shape[0] == batch.size for t in leaves):
-            args, kwargs = pytree.tree_map_only(Tensor, lambda t: t[:rest], (batch.args, batch.kwargs))  # noqa: B023
-            batch = Batch(args, kwargs)
-        taken.append(batch)
-    return taken
-
-
-def output_loss(output: Any, exact: Any, measure: _Measure = "KL") -> tuple[float, str]:
-    """How far an output is from the float network's, and by which measure.
-
-    Logits, `[samples, classes]` or a field of that name, by their KL divergence if that is wanted; anything else by the
-    squared difference over the squares of the exact one.
-    """
-    if measure == "KL" and _has_logits(exact):
-        loss = float(kl_to_teacher(logits_of(output), logits_of(exact)))
-        return (max(0.0, loss) if math.isfinite(loss) else math.inf), "KL"
-    pairs = zip(pytree.tree_leaves(output), pytree.tree_leaves(exact), strict=True)
-    floats = [(a.double(), b.double()) for a, b in pairs if isinstance(b, Tensor) and b.is_floating_point()]
-    lost = sum(float((a - b).square().sum()) for a, b in floats)
-    kept = sum(float(b.square().sum()) for _, b in floats)
-    loss = lost / kept if kept > 0 else 0.0
-    return (loss if math.isfinite(loss) else math.inf), "relative squared difference of outputs"
-
-
-def _has_logits(output: Any) -> bool:
-    if isinstance(output, Tensor):
-        return output.ndim == 2 and output.shape[1] > 1
-    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    return isinstance(named, Tensor) and named.ndim > 1
 
 
 @dataclass(kw_only=True)
@@ -221,7 +181,7 @@ def _sensitivity(
     facts: _Facts,
     outputs: Sequence[Any],
     generator: torch.Generator,
-    measure: _Measure,
+    measure: Measure,
 ) -> Sensitivity:
     """Error curves for each block size, and the loss that the reference's error brings."""
     shape = tuple(facts.layer.weight.shape)
@@ -260,7 +220,7 @@ def _roughly_quantized(scaled: Tensor, facts: _Facts, codebook: Tensor) -> Tenso
 
 
 def _loss_alone(
-    walk: Walk, facts: _Facts, rough: Tensor, outputs: Sequence[Any], measure: _Measure
+    walk: Walk, facts: _Facts, rough: Tensor, outputs: Sequence[Any], measure: Measure
 ) -> tuple[float, str]:
     """The loss of the network's output when this layer alone has its rough weight; means are corrected as in a run."""
     total, samples, measured = 0.0, 0, ""

@@ -12,6 +12,7 @@ from bgd_plugin.files.format import file_size, stored
 from bgd_plugin.files.rounding import round_floats_, round_weights_
 from bgd_plugin.graph import module_or_none, set_modes
 from bgd_plugin.nn import PQModule, freeze_norms_
+from bgd_plugin.planning.answers import Answers
 from bgd_plugin.planning.sizes import paper_bytes
 from bgd_plugin.planning.survey import Survey
 from bgd_plugin.planning.types import SkippedLayer
@@ -90,12 +91,15 @@ def restore_(student: nn.Module, model: nn.Module, modes: dict[str, bool], learn
             module.codebook.requires_grad_(is_learnt)
 
 
-def reported(job: Job, outcomes: Sequence[LayerReport | SkippedLayer], compressed_bytes: int) -> Report:
+def reported(
+    job: Job, outcomes: Sequence[LayerReport | SkippedLayer], compressed_bytes: int, answers: Answers
+) -> Report:
     """The report on a run that is done.
 
     Args:
         outcomes: what became of each layer of the survey.
         compressed_bytes: the length of the student's file.
+        answers: the student's beside the float network's.
     """
     if job.batches.store.bound_bytes is not None:
         job.log.note(_memory_note(job.batches.store))
@@ -105,6 +109,7 @@ def reported(job: Job, outcomes: Sequence[LayerReport | SkippedLayer], compresse
         original_bytes=job.survey.original_bytes,
         compressed_bytes=compressed_bytes,
         paper_bytes=paper_bytes(job.student),
+        answers=answers,
         seconds=job.log.seconds,
         notes=tuple(job.log.notes),
     )

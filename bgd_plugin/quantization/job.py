@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from bgd_plugin.calibration import Batches
+from bgd_plugin.calibration import Batch, Batches
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.graph import FoundLayer, following_batchnorm
 from bgd_plugin.planning.survey import Survey
@@ -31,7 +31,8 @@ class Job:
         config: the settings.
         survey: the layers, and what becomes of each.
         norms: of a network that is not a graph, the path of the batch norm that follows a layer, by the layer's target.
-        batches: the calibration data.
+        batches: the calibration data that the fit sees.
+        aside: calibration data that it does not see; none where there are too few samples.
         run: the progress on disk.
         bar: the progress on the screen.
         log: takes the seconds and the notes of the steps.
@@ -44,6 +45,7 @@ class Job:
     survey: Survey
     norms: Mapping[str, str] = field(default_factory=dict)
     batches: Batches
+    aside: Sequence[Batch]
     run: Run
     bar: Any
     log: Log

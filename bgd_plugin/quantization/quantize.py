@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from bgd_plugin import kernels
-from bgd_plugin.calibration import Forward, collect_batches
+from bgd_plugin.calibration import Forward, collect_batches, take_aside_
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.graph import (
     baked,
@@ -27,6 +27,7 @@ from bgd_plugin.planning.survey import surveyed
 from bgd_plugin.quantization.checks import check_arguments, check_student
 from bgd_plugin.quantization.finish import finish, reported, restore_
 from bgd_plugin.quantization.job import Job
+from bgd_plugin.quantization.judge import judged
 from bgd_plugin.quantization.layerwise import quantize_layers
 from bgd_plugin.quantization.measure import spent
 from bgd_plugin.quantization.progress import progress_bar
@@ -98,11 +99,10 @@ def quantize(
     survey = surveyed(student, config, original=model, original_bytes=original_bytes, folded=folded)
     survey.require_some()
     budget = Budget.of(survey)
-    if budget is not None:
-        budget.require_reachable()
     device = next(student.parameters()).device
     batches = collect_batches(calibration, model, device=device, forward=forward, memory_bytes=memory_bytes)
     run = Run.open(checkpoint if is_first() else None, model, config, batches, teacher)
+    aside = take_aside_(batches, config.kept_aside)
     log = Log()
     if budget is not None:
         survey = spent(budget, batches, log, progress=progress)
@@ -118,6 +118,7 @@ def quantize(
             survey=survey,
             norms={} if isinstance(student, fx.GraphModule) else batchnorms_in_parts(student),
             batches=batches,
+            aside=aside,
             run=run,
             bar=bar,
             log=log,
@@ -126,6 +127,6 @@ def quantize(
             check_teacher(job)
         outcomes = quantize_layers(job)
         train(job, calibration, forward)
-    compressed_bytes = finish(job)
+    compressed_bytes, answers = finish(job), judged(job)
     restore_(student, model, modes, learnt)
-    return Quantized(student, reported(job, outcomes, compressed_bytes))
+    return Quantized(student, reported(job, outcomes, compressed_bytes, answers))

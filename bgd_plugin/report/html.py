@@ -158,7 +158,7 @@ def _layer_table(layers: Sequence[LayerReport]) -> str:
     header = ["layer", "kind", "weights", "block", "codebook", "bits/weight", "size", "error", "note"]
     rows = [
         [x.name, x.kind, f"{x.weights:,}", x.block_size, x.codebook_size, f"{x.bits_per_weight:.2f}"]
-        + [mib(x.compressed_bytes), f"{x.relative_error:.3%}", x.note]
+        + [mib(x.compressed_bytes), f"{x.relative_error:.3%}", "; ".join(filter(None, (x.note, x.advice)))]
         for x in layers
     ]
     return table(header, rows, numbers=range(2, 8), wrap=8)

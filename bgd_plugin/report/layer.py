@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bgd_plugin.planning.types import PlannedLayer
+from bgd_plugin.support.tables import mib
 
 __all__ = ["LayerReport"]
+
+_LARGE_ERROR = 0.3
+_SMALL_SAVING = 0.75
+"""A layer that takes more than this share of its bytes in half precision saves next to nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +26,7 @@ class LayerReport:
         bias_gain: what correcting the bias takes off the squared error of the layer's outputs, in units of their
             variance; None where no bias was corrected.
         note: what differs from the setting, and why; and what the fit found out, such as codewords that are not used.
+        advice: what to do about a layer that lost much or saves next to nothing; empty otherwise.
     """
 
     name: str
@@ -33,6 +39,7 @@ class LayerReport:
     relative_error: float
     bias_gain: float | None = None
     note: str = ""
+    advice: str = ""
 
     @classmethod
     def of(
@@ -55,4 +62,22 @@ class LayerReport:
             relative_error=relative_error,
             bias_gain=bias_gain,
             note="; ".join(filter(None, (planned.note, *warnings))),
+            advice="; ".join(_advice(planned, relative_error)),
+        )
+
+
+def _advice(planned: PlannedLayer, relative_error: float) -> Iterator[str]:
+    """What to do about a layer that lost much, or that saves next to nothing."""
+    name = planned.name
+    if relative_error > _LARGE_ERROR:
+        yield (
+            f"output error above {_LARGE_ERROR:.0%}: give it smaller blocks or more codewords, or keep it float with "
+            f"the override ({name!r}, None)"
+        )
+    half_precision = 2 * planned.weights
+    if planned.compressed_bytes > _SMALL_SAVING * half_precision:
+        saved = max(0, half_precision - planned.compressed_bytes)
+        yield (
+            f"saves only {mib(saved)} of {mib(half_precision)} in half precision: keep it float with the override "
+            f"({name!r}, None)"
         )

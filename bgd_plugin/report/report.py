@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from bgd_plugin.planning.answers import Answers
 from bgd_plugin.planning.types import SkippedLayer
 from bgd_plugin.report.html import write_page
 from bgd_plugin.report.layer import LayerReport
@@ -27,6 +28,7 @@ class Report:
         original_bytes: all parameters and buffers of the float network, or of the one that a chain started from.
         compressed_bytes: length of the file that `save` writes.
         paper_bytes: size by the paper's own accounting.
+        answers: how the compressed network, as it will be saved, answers beside the float network; None without data.
         seconds: wall-clock seconds of each step of the work.
         notes: what happened beyond the layers, such as a step that had nothing to do.
     """
@@ -36,6 +38,7 @@ class Report:
     original_bytes: int
     compressed_bytes: int
     paper_bytes: int
+    answers: Answers | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -61,6 +64,10 @@ class Report:
             (mib(self.paper_bytes), "by the paper's accounting"),
             (str(len(self.layers)), f"layers quantized, {len(self.skipped)} left float"),
         ]
+        if self.answers is not None:
+            sizes.append((f"{self.answers.divergence:.3g}", f"{self.answers.measure} from the float network"))
+            if self.answers.agreement is not None:
+                sizes.append((f"{self.answers.agreement:.1%}", "most likely class as in the float network"))
         write_page(path, sizes, self.layers, self.skipped, self.notes, self.seconds)
 
     def __str__(self) -> str:
@@ -73,7 +80,7 @@ class Report:
         lines = [table(header, rows)]
         if self.skipped:
             lines += ["", table(["left float", "reason"], [[s.name, s.reason] for s in self.skipped])]
-        lines += ["", *self.notes]
+        lines += ["", *self.notes, *([str(self.answers)] if self.answers else [])]
         lines.append(
             f"{len(self.layers)} layers quantized, {len(self.skipped)} left float: "
             f"{mib(self.original_bytes)} → {mib(self.compressed_bytes)} ({self.ratio:.1f}×); "

@@ -156,7 +156,7 @@ def test_budgets_are_met_from_below(name: str) -> None:
     model = randomized(NETWORKS[name]())
     graph = trace(copy_module(model))
     batches = collect_batches(_data(name), model, device=torch.device("cpu"), forward=None)
-    config = em(target_bytes=1, float_storage="float16")
+    config = em(target_bytes=2**20, float_storage="float16")
     budget = Budget.of(surveyed(graph, config, original=model))
     assert budget is not None
     sensitivities = measure_sensitivities(graph, batches, budget.free, config, lambda: None)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, LayerConfig
-from bgd_plugin.calibration import Batch, collect_batches
+from bgd_plugin.calibration import Batch, collect_batches, first_samples
 from bgd_plugin.graph import copy_module, find_layers, isolate_weights_, trace
 from bgd_plugin.planning import sensitivity
+from bgd_plugin.planning.answers import output_loss
 from bgd_plugin.planning.candidates import Sensitivity
-from bgd_plugin.planning.sensitivity import measure_sensitivities, output_loss, some_samples
+from bgd_plugin.planning.sensitivity import measure_sensitivities
 from bgd_plugin.training import kl_to_teacher
 from tests.networks import FunctionalNet, TwiceNet, em, images, randomized, vectors
 
@@ -119,10 +120,10 @@ def test_a_layer_that_does_nothing_takes_what_is_left() -> None:
 
 def test_a_cluster_of_samples_is_cut_where_it_can_be() -> None:
     batches = [Batch((torch.zeros(20, 3),)), Batch((torch.zeros(20, 3),), {"mask": torch.ones(20)}), Batch((), {})]
-    assert [b.size for b in some_samples(batches, 32)] == [20, 12]
-    assert some_samples(batches, 32)[1].kwargs["mask"].shape == (12,)
+    assert [b.size for b in first_samples(batches, 32)] == [20, 12]
+    assert first_samples(batches, 32)[1].kwargs["mask"].shape == (12,)
     odd = [Batch((torch.zeros(20, 3), torch.ones(7)))]
-    assert [b.size for b in some_samples(odd, 8)] == [20]
+    assert [b.size for b in first_samples(odd, 8)] == [20]
 
 
 def test_logits_are_compared_by_kl_and_all_else_by_squares() -> None:

@@ -159,11 +159,21 @@ def test_fewer_distinct_blocks_than_codewords_are_kept_exactly() -> None:
 @pytest.mark.parametrize(("batchnorm", "runs"), [("keep", 1), ("matched", 2), ("reestimate", 1)])
 def test_every_module_runs_once_per_batch_and_network(batchnorm: Any, runs: int) -> None:
     """However many layers there are: in the student, and for the correction also in the float network."""
-    model, data, calls = randomized(SmallResNet()), images(3), Counter[str]()
-    for name in ("stem", "bn1", "bn2", "bn3"):
-        model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.update([name]))
-    _quantize(model, data, em(batchnorm=batchnorm))
-    assert calls == {"stem": 3, "bn1": 3, "bn2": 3 * runs, "bn3": 3 * runs}
+    data, calls = images(3), Counter[str]()
+
+    def count(module: nn.Module, *_: Any) -> None:
+        channels = getattr(module, "num_features", None)
+        calls.update(
+            [f"norm of {channels}"] if channels else ["stem"] if getattr(module, "in_channels", 0) == 3 else []
+        )
+
+    hook = nn.modules.module.register_module_forward_hook(count)
+    try:
+        _quantize(randomized(SmallResNet()), data, em(batchnorm=batchnorm))
+    finally:
+        hook.remove()
+    answers = 2 * len(data)  # both networks answer once more at the end
+    assert calls == {"stem": 3 + answers, "norm of 8": 3 + answers, "norm of 16": 2 * (3 * runs + answers)}
 
 
 def test_a_float_layer_never_runs_on_the_students_side() -> None:

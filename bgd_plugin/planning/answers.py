@@ -1,0 +1,151 @@
+"""How well a compressed network still answers: its divergence from the float network, and its agreement with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from bgd_plugin.calibration import Batch, logits_of
+from bgd_plugin.support.processes import total
+from bgd_plugin.training import kl_to_teacher
+
+__all__ = ["Answers", "Measure", "compare_answers", "has_logits", "output_loss"]
+
+Measure = Literal["KL", "squared difference"]
+_CALLED = {"KL": "KL divergence", "squared difference": "relative squared error"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """How a compressed network's answers compare with the float network's.
+
+    Attributes:
+        samples: on which they were compared.
+        measure: "KL divergence" of the logits in nats, averaged over samples (and tokens or pixels); for an output
+            without logits "relative squared error", ‖y − ŷ‖² / ‖y‖² over all floating point outputs.
+        divergence: in that measure; 0 means the same answers.
+        agreement: share of samples (tokens, pixels) with the same most likely class; None without logits.
+        kept_aside: whether neither the fit nor any training has seen these samples.
+    """
+
+    samples: int
+    measure: str
+    divergence: float
+    agreement: float | None
+    kept_aside: bool
+
+    def __str__(self) -> str:
+        seen = "kept aside" if self.kept_aside else "that the fit has seen"
+        agreement = "" if self.agreement is None else f", same class for {self.agreement:.1%}"
+        samples = f"{self.samples} sample{'' if self.samples == 1 else 's'} {seen}"
+        return f"answers: {self.measure} {self.divergence:.3g} from the float network{agreement} ({samples})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclass
+class _Sums:
+    """What is added up over batches."""
+
+    samples: float = 0.0
+    divergence: float = 0.0
+    lost: float = 0.0
+    kept: float = 0.0
+    agreeing: float = 0.0
+    answers: float = 0.0
+
+    def shared(self) -> _Sums:
+        """The sums of all processes."""
+        return _Sums(**{f.name: total(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+
+@torch.no_grad()
+def compare_answers(
+    compressed: Callable[[Batch], Any], reference: Callable[[Batch], Any], batches: Sequence[Batch], *, kept_aside: bool
+) -> Answers:
+    """Compare two networks' outputs, batch by batch, so that no more than one batch's outputs are held.
+
+    Args:
+        compressed, reference: what each network answers to a batch, both in evaluation mode.
+        batches: at least one.
+        kept_aside: whether these samples were kept out of the fit.
+    """
+    sums = _Sums()
+    is_logits = True
+    for batch in batches:
+        exact, found = reference(batch), compressed(batch)
+        is_logits = is_logits and has_logits(exact)
+        lost, kept = _squares(found, exact)
+        sums.samples += batch.size
+        sums.lost += lost
+        sums.kept += kept
+        if is_logits:
+            _add_logits(sums, batch, logits_of(found), logits_of(exact))
+    sums = sums.shared()
+    if is_logits:
+        divergence = sums.divergence / max(1, sums.samples)
+        return Answers(
+            samples=round(sums.samples),
+            measure=_CALLED["KL"],
+            divergence=max(0.0, divergence) if math.isfinite(divergence) else math.inf,
+            agreement=sums.agreeing / max(1.0, sums.answers),
+            kept_aside=kept_aside,
+        )
+    return Answers(
+        samples=round(sums.samples),
+        measure=_CALLED["squared difference"],
+        divergence=_relative(sums.lost, sums.kept),
+        agreement=None,
+        kept_aside=kept_aside,
+    )
+
+
+def output_loss(output: Any, exact: Any, measure: Measure = "KL") -> tuple[float, str]:
+    """How far an output is from the float network's, and by which measure.
+
+    Logits, `[samples, classes]` or a field of that name, by their KL divergence if that is wanted; anything else by the
+    squared difference over the squares of the exact one.
+    """
+    if measure == "KL" and has_logits(exact):
+        loss = float(kl_to_teacher(logits_of(output), logits_of(exact)))
+        return (max(0.0, loss) if math.isfinite(loss) else math.inf), "KL"
+    return _relative(*_squares(output, exact)), "relative squared difference of outputs"
+
+
+def has_logits(output: Any) -> bool:
+    """Whether an output is, or names, scores of classes."""
+    if isinstance(output, Tensor):
+        return output.ndim == 2 and output.shape[1] > 1
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return isinstance(named, Tensor) and named.ndim > 1
+
+
+def _add_logits(sums: _Sums, batch: Batch, found: Tensor, exact: Tensor) -> None:
+    tokens = batch.tokens(exact)
+    sums.divergence += batch.size * float(kl_to_teacher(found, exact, tokens))
+    dim = 1 if exact.ndim in (2, 4) else -1
+    same = (found.argmax(dim) == exact.argmax(dim)).float()
+    same = same if tokens is None else same[tokens]
+    sums.agreeing += float(same.sum())
+    sums.answers += same.numel()
+
+
+def _squares(output: Any, exact: Any) -> tuple[float, float]:
+    """‖y − ŷ‖² and ‖y‖² over all floating point tensors of two outputs."""
+    pairs = zip(pytree.tree_leaves(output), pytree.tree_leaves(exact), strict=True)
+    floats = [(a.double(), b.double()) for a, b in pairs if isinstance(b, Tensor) and b.is_floating_point()]
+    return sum(float((a - b).square().sum()) for a, b in floats), sum(float(b.square().sum()) for _, b in floats)
+
+
+def _relative(lost: float, kept: float) -> float:
+    loss = lost / kept if kept > 0 else 0.0
+    return loss if math.isfinite(loss) else math.inf

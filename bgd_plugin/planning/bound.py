@@ -1,0 +1,66 @@
+"""Sizes for a bound on the loss: the fewest bytes whose expected loss stays within it, and the curve of all bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bgd_plugin.planning.candidates import Option, allocate
+
+__all__ = ["fewest_bytes", "loss_by_bytes"]
+
+_FINE = 5e-4
+"""Relative step of bytes at which the search ends."""
+
+
+def fewest_bytes(layers: Sequence[Sequence[Option]], bound: float) -> list[int]:
+    """The index of each layer's option, so that the sum of losses is at most `bound` with the fewest bytes.
+
+    The knapsack gives the least loss for a number of bytes, which falls as the bytes grow: so the bytes are bisected.
+
+    Args:
+        layers: each layer's options, bytes ascending, losses falling; the last one (float) loses nothing.
+        bound: of the sum of losses.
+
+    Returns:
+        one index for each layer; where even the largest options lose more than `bound`, those.
+    """
+    low = sum(options[0].size_bytes for options in layers)
+    high = sum(options[-1].size_bytes for options in layers)
+    picks = [0] * len(layers)
+    if _loss(layers, picks) <= bound:
+        return picks
+    picks = [len(options) - 1 for options in layers]
+    while high - low > max(1, _FINE * high):
+        middle = round((low * high) ** 0.5) if high > 2 * low > 0 else (low + high) // 2
+        middle = min(max(middle, low + 1), high - 1)
+        found = allocate(layers, middle)
+        if _loss(layers, found) <= bound:
+            picks, high = found, min(middle, _bytes(layers, found))
+        else:
+            low = middle
+    return picks
+
+
+def loss_by_bytes(layers: Sequence[Sequence[Option]], points: int) -> list[tuple[int, float]]:
+    """Pairs of bytes and the least sum of losses for them, bytes ascending by equal factors.
+
+    Args:
+        layers: as in `fewest_bytes`.
+        points: pairs, at most; equal ones are given once.
+    """
+    low = sum(options[0].size_bytes for options in layers)
+    high = sum(options[-1].size_bytes for options in layers)
+    curve: dict[int, float] = {}
+    for point in range(points):
+        shared = round(low * (high / max(1, low)) ** (point / max(1, points - 1)))
+        picks = allocate(layers, shared)
+        curve[_bytes(layers, picks)] = _loss(layers, picks)
+    return sorted(curve.items())
+
+
+def _loss(layers: Sequence[Sequence[Option]], picks: Sequence[int]) -> float:
+    return sum(options[i].loss for options, i in zip(layers, picks, strict=True))
+
+
+def _bytes(layers: Sequence[Sequence[Option]], picks: Sequence[int]) -> int:
+    return sum(options[i].size_bytes for options, i in zip(layers, picks, strict=True))

@@ -1,0 +1,31 @@
+"""The last check of a run: how well the compressed network answers, on samples that the fit has not seen."""
+
+from __future__ import annotations
+
+from bgd_plugin.calibration import first_samples
+from bgd_plugin.planning.answers import Answers, compare_answers
+from bgd_plugin.quantization.job import Job
+from bgd_plugin.support.processes import largest
+
+__all__ = ["judged"]
+
+_JUDGED = 64
+"""Samples on which the answers are compared where none were kept aside."""
+
+
+def judged(job: Job) -> Answers:
+    """How the student answers beside the float network.
+
+    Args:
+        job: the run, whose student holds what will be saved, in evaluation mode. Finetuning walks all of the
+            calibration data, so that after it no sample counts as kept aside.
+    """
+    has_aside = -largest(-len(job.aside)) > 0  # in every process
+    batches = job.aside if has_aside else first_samples(job.batches, _JUDGED)
+    with job.log.timed("answers"):
+        return compare_answers(
+            lambda batch: batch.call(job.student),
+            lambda batch: batch.call(job.reference),
+            batches,
+            kept_aside=has_aside and not job.config.finetuning,
+        )

@@ -1,0 +1,48 @@
+"""The fewest bytes within a bound, against trying everything."""
+
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bgd_plugin.planning.bound import fewest_bytes, loss_by_bytes
+from bgd_plugin.planning.candidates import Option
+
+
+def _layer(sizes: list[int], losses: list[float]) -> list[Option]:
+    pairs = zip(sorted(set(sizes)), sorted(losses, reverse=True), strict=False)
+    options = [Option(layer=None, size_bytes=size, loss=loss) for size, loss in pairs]
+    return [*options, Option(layer=None, size_bytes=options[-1].size_bytes + 7, loss=0.0)]
+
+
+LAYER = st.builds(
+    _layer,
+    st.lists(st.integers(1, 200), min_size=1, max_size=4),
+    st.lists(st.floats(0.01, 1.0), min_size=4, max_size=4, unique=True),
+)
+
+
+def _totals(layers: list[list[Option]], picks: tuple[int, ...]) -> tuple[int, float]:
+    chosen = [options[i] for options, i in zip(layers, picks, strict=True)]
+    return sum(o.size_bytes for o in chosen), sum(o.loss for o in chosen)
+
+
+@given(st.lists(LAYER, min_size=1, max_size=4), st.floats(0.0, 3.0))
+def test_nothing_smaller_keeps_the_bound(layers: list[list[Option]], bound: float) -> None:
+    picks = tuple(fewest_bytes(layers, bound))
+    size, loss = _totals(layers, picks)
+    assert loss <= bound
+    every = [_totals(layers, p) for p in itertools.product(*(range(len(options)) for options in layers))]
+    assert size == min(s for s, found in every if found <= bound)
+
+
+@given(st.lists(LAYER, min_size=1, max_size=4))
+def test_the_curve_falls_from_the_smallest_file_to_no_loss(layers: list[list[Option]]) -> None:
+    curve = loss_by_bytes(layers, 6)
+    sizes, losses = zip(*curve, strict=True)
+    assert list(sizes) == sorted(set(sizes))
+    assert list(losses) == sorted(losses, reverse=True)
+    assert sizes[0] == sum(options[0].size_bytes for options in layers)
+    assert losses[-1] == 0.0
