@@ -252,3 +252,60 @@ def test_a_norm_whose_variance_is_next_to_zero_bounds_the_scale_of_the_rows() ->
     with torch.no_grad():
         exact, found = (torch.cat([net(x) for x in data]) for net in (model, result))
     assert float((found - exact).norm() / exact.norm()) < 0.5
+
+
+def _seen(network: nn.Module, path: str, data: list[Tensor], *, output: bool = False) -> Tensor:
+    """Inputs or outputs of a module as `[channels, positions]`."""
+    seen: list[Tensor] = []
+    hook = network.get_submodule(path).register_forward_hook(
+        lambda _, args, out: seen.append((out if output else args[0]).detach().clone())
+    )
+    for batch in data:
+        network(batch)
+    hook.remove()
+    return torch.cat(seen).double().transpose(0, 1).flatten(1)
+
+
+def test_the_norm_that_ends_a_block_is_corrected_to_what_the_skip_has_lost_as_well() -> None:
+    """Least squares from the norm's input to the float network's, plus the drift that its layer was fitted to."""
+    model, data = randomized(_Skipped()), images(4, batch=8)
+    small = bgd.LayerConfig(block_size=1, codebook_size=4)
+    config = bgd.BGDConfig(first_layer=small, float_storage="float32", overrides=(("branch", small),))
+    result = bgd.quantize(model, data, config, progress=False).model
+    z, y = (_seen(net, "branch", data, output=True) for net in (result, model))
+    drift = torch.tanh(_seen(model, "skip", data, output=True)) - torch.tanh(_seen(result, "skip", data, output=True))
+    sigma = (model.norm.running_var.double() + model.norm.eps).sqrt()
+    gain = model.norm.weight.detach().double() / sigma
+    t = y + drift * (gain / (gain.square() + 0.01 * gain.square().mean()))[:, None]
+    zc, tc = z - z.mean(1, keepdim=True), t - t.mean(1, keepdim=True)
+    slope = (zc * tc).sum(1) / zc.square().sum(1)
+    norm: Any = result.get_submodule("norm")
+    torch.testing.assert_close(norm.running_var.double() + norm.eps, (sigma / slope).square(), rtol=1e-3, atol=1e-6)
+    plain = sigma * (z.var(1, correction=0) / y.var(1, correction=0)).sqrt()  # what a norm elsewhere would have
+    assert float((plain / (sigma / slope) - 1).abs().max()) > 0.02
+
+
+@pytest.mark.parametrize("mode", ["matched", "reestimate"])
+def test_norms_that_quantization_does_not_reach_stay(mode: Any) -> None:
+    """Also where other norms of the network are corrected, and where there is no graph."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.before = nn.Linear(12, 16), nn.BatchNorm1d(16)
+            self.layer, self.after = nn.Linear(16, 32), nn.BatchNorm1d(32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.after(self.layer(torch.tanh(self.before(self.stem(x)))))
+
+    class NoGraph(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if bool((x == x).all()) else -x)
+
+    for kind in (Two, NoGraph):
+        model = randomized(kind())
+        result = bgd.quantize(model, vectors(), em(batchnorm=mode), progress=False)
+        norms = [net.get_submodule(name) for name in ("before", "after") for net in (model, result.model)]
+        assert torch.equal(norms[0].running_mean, norms[1].running_mean)
+        assert not torch.equal(norms[2].running_mean, norms[3].running_mean)
+        assert any(f"batch norm ({mode}): 1 corrected" in note for note in result.report.notes)

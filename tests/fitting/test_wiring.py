@@ -373,3 +373,53 @@ def test_rows_are_sampled_by_the_number_of_columns(
     model = nn.Sequential(nn.Linear(columns, 8)).eval()
     with pytest.raises(_Enough):
         bgd.quantize(model, [torch.randn(2, columns)], _config(), progress=False)
+
+
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+def test_a_layer_is_fitted_to_what_corrections_before_it_have_left(fits: list[dict[str, Any]], storage: Any) -> None:
+    """A corrected norm, a refitted and rounded depthwise layer: all done before the next layer's turn."""
+    model = randomized(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 1),
+            nn.BatchNorm2d(8),
+            nn.Sigmoid(),
+            nn.Conv2d(8, 8, 3, groups=8),
+            nn.BatchNorm2d(8),
+            nn.Sigmoid(),
+            nn.Conv2d(8, 16, 1),
+        )
+    )
+    data = images(5, size=6, batch=4)
+    config = _config(overrides=(("0", LayerConfig(block_size=1, codebook_size=4)),), weight_storage=storage)
+    result = bgd.quantize(model, data, config, progress=False).model
+    for path in ("1", "3", "4"):
+        mine, theirs = (net.get_submodule(path).state_dict() for net in (result, model))
+        assert any(not torch.equal(mine[name], theirs[name]) for name in theirs), path
+    _close(fits[1]["weight"], _literal(result, model, "6", data).target())
+
+
+class _Branching(nn.Module):
+    """A convolution and its norm in a part that traces, the whole does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 1)
+        self.part = nn.Sequential(nn.Conv2d(8, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.Sigmoid())
+        self.last = nn.Conv2d(12, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sigmoid(self.first(x))
+        return x if bool(x.sum() < 0) else self.last(self.part(x))
+
+
+def test_without_a_graph_norms_take_scales_and_are_corrected_before_the_next_layer(fits: list[dict[str, Any]]) -> None:
+    model, data = randomized(_Branching()), images(5, size=6, batch=4)
+    first = LayerConfig(block_size=1, codebook_size=4)
+    result = bgd.quantize(model, data, _config(overrides=(("first", first),)), progress=False)
+    names = [layer.name for layer in result.report.layers]
+    inner, outer = (_literal(result.model, model, name, data) for name in ("part.0", "last"))
+    _close(fits[names.index("part.0")]["weight"], inner.target() * inner.scale()[:, None])
+    _close(fits[names.index("last")]["weight"], outer.target())
+    mean = [_values(net, "part.1", data, output=True).mean((0, 2, 3)) for net in (result.model, model)]
+    torch.testing.assert_close(*mean, rtol=1e-3, atol=1e-4)
+    assert any("batch norm (matched): 1 corrected" in note for note in result.report.notes)
