@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from bgd_plugin.calibration import logits_of
+from bgd_plugin.cli.options import Interpolation
 from bgd_plugin.errors import BGDError, CalibrationError, ConfigError
 from bgd_plugin.support.processes import processes, rank
 
@@ -27,6 +28,7 @@ __all__ = [
     "answers",
     "labelled",
     "list_images",
+    "preprocessing",
 ]
 
 Transform = Callable[[Any], Tensor]
@@ -267,3 +269,22 @@ def accuracy(found: Sequence[Answer]) -> dict[str, float]:
     """Top-1 and top-5 accuracy, from 0 to 1."""
     top1 = sum(a.label == a.classes[0] for a in found) / len(found)
     return {"top1": top1, "top5": sum(a.label in a.classes for a in found) / len(found)}
+
+
+def preprocessing(size: int, resize: int, mean: str, std: str, interpolation: Interpolation) -> Preprocessing:
+    """The preprocessing of images; `mean` and `std` are three comma-separated numbers each."""
+    return Preprocessing(
+        size=size,
+        resize=resize,
+        mean=_three_numbers("--mean", mean),
+        std=_three_numbers("--std", std),
+        interpolation=interpolation.value,
+    )
+
+
+def _three_numbers(option: str, text: str) -> tuple[float, float, float]:
+    try:
+        one, two, three = (float(part) for part in text.replace(",", " ").split())
+    except ValueError as error:
+        raise ConfigError(f"{option} {text!r}: give three numbers, such as 0.485,0.456,0.406") from error
+    return one, two, three

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from torch import Tensor, nn
 
 from bgd_plugin.errors import BGDError, CheckpointError, ConfigError
 
-__all__ = ["NamedModel", "named_model"]
+__all__ = ["NamedModel", "named_model", "network_on"]
 
 _FORMS = "torchvision:NAME, timm:NAME, transformers:PATH or package.module:callable"
 # Keys under which training scripts save the state dict.
@@ -197,3 +198,28 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         if content and all(k.startswith(prefix) for k in content):
             content = {k.removeprefix(prefix): v for k, v in content.items()}
     return dict(content)
+
+
+def network_on(name: str, weights: str | None, device: str, *, weights_matter: bool = True) -> NamedModel:
+    """The network of that name, on a device; says so if its weights are random.
+
+    Args:
+        weights_matter: whether random weights are worth a message.
+
+    Raises:
+        ConfigError: a device that is not there.
+    """
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {device!r}: give cpu, cuda or cuda:N") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {device}: torch found no GPU: leave the option out")
+    found = named_model(name, weights)
+    if weights_matter and not found.has_weights:
+        typer.echo(
+            f"bgd-plugin: {name} has random weights: give --weights FILE or --weights DEFAULT for trained ones",
+            err=True,
+        )
+    found.model.to(place)
+    return found

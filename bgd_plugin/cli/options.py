@@ -1,4 +1,4 @@
-"""Turn command-line options into settings, for compression and for image preprocessing."""
+"""Turn command-line options into settings."""
 
 from __future__ import annotations
 
@@ -6,18 +6,13 @@ import re
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bgd_plugin.config import BGDConfig, DistillationConfig, FinetuningConfig, LayerConfig, ReconstructionConfig
 from bgd_plugin.errors import ConfigError
 
-if TYPE_CHECKING:  # slow to import; only needed by commands that read images
-    from bgd_plugin.cli.images import Preprocessing
-
 __all__ = [
     "Interpolation",
     "Regime",
-    "preprocessing",
     "settings_from",
     "with_budget",
     "with_distillation",
@@ -142,24 +137,3 @@ def with_finetuning(
         return replace(settings, finetuning=old)
     steps = (epochs or old.epochs or 9) * steps_per_epoch
     return replace(settings, finetuning=replace(old, epochs=None, steps=steps))
-
-
-def preprocessing(size: int, resize: int, mean: str, std: str, interpolation: Interpolation) -> Preprocessing:
-    """The preprocessing of images; `mean` and `std` are three comma-separated numbers each."""
-    from bgd_plugin.cli.images import Preprocessing
-
-    return Preprocessing(
-        size=size,
-        resize=resize,
-        mean=_three_numbers("--mean", mean),
-        std=_three_numbers("--std", std),
-        interpolation=interpolation.value,
-    )
-
-
-def _three_numbers(option: str, text: str) -> tuple[float, float, float]:
-    try:
-        one, two, three = (float(part) for part in text.replace(",", " ").split())
-    except ValueError as error:
-        raise ConfigError(f"{option} {text!r}: give three numbers, such as 0.485,0.456,0.406") from error
-    return one, two, three

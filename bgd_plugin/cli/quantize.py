@@ -1,0 +1,160 @@
+"""The command `bgd-plugin quantize`: a network and a folder of images become a compressed file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bgd_plugin.cli.arguments import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    BatchSize,
+    ConfigFile,
+    Device,
+    FcCodebook,
+    FreezeNorms,
+    Mean,
+    ModelName,
+    Overrides,
+    PointwiseBlock,
+    RegimeOption,
+    Resampling,
+    Resize,
+    Size,
+    Std,
+    TargetRatio,
+    TargetSize,
+    Weights,
+    Workers,
+)
+from bgd_plugin.cli.options import (
+    Interpolation,
+    Regime,
+    settings_from,
+    with_budget,
+    with_distillation,
+    with_finetuning,
+    with_reconstruction,
+)
+from bgd_plugin.cli.stopping import says_how_to_go_on
+from bgd_plugin.errors import ConfigError
+
+__all__ = ["quantize"]
+
+
+def quantize(
+    model: ModelName,
+    calibration: Annotated[
+        Path, typer.Option(help="folder of images, flat or one subfolder per class; labels are ignored")
+    ],
+    output: Annotated[Path, typer.Option(help="the file to write")] = Path("net.safetensors"),
+    weights: Weights = None,
+    regime: RegimeOption = Regime.default,
+    config: ConfigFile = None,
+    override: Overrides = None,
+    fc_codebook_size: FcCodebook = None,
+    pointwise_block_size: PointwiseBlock = None,
+    target_size: TargetSize = None,
+    target_ratio: TargetRatio = None,
+    freeze_norms: FreezeNorms = False,
+    distill_steps: Annotated[int | None, typer.Option(min=1, help="gradient steps for each layer's codewords")] = None,
+    reconstruct_steps: Annotated[int | None, typer.Option(min=1, help="gradient steps for each block")] = None,
+    distillation: Annotated[bool, typer.Option(help="run the distillation of the settings, or skip it")] = True,
+    finetune_epochs: Annotated[int | None, typer.Option(min=1, help="passes over all images of the folder")] = None,
+    finetune_mixing: Annotated[
+        bool, typer.Option("--finetune-mixing", help="blend images with one another, for small folders")
+    ] = False,
+    finetuning: Annotated[bool, typer.Option(help="run the finetuning of the settings, or skip it")] = True,
+    images: Annotated[int, typer.Option(min=1, help="number of calibration images, chosen at random")] = 1024,
+    batch_size: BatchSize = 64,
+    size: Size = 224,
+    resize: Resize = 256,
+    mean: Mean = IMAGENET_MEAN,
+    std: Std = IMAGENET_STD,
+    interpolation: Resampling = Interpolation.bilinear,
+    memory: Annotated[
+        float | None,
+        typer.Option(min=1, help="MiB of calibration images and values kept in memory; the rest goes to disk"),
+    ] = None,
+    reproducible: Annotated[
+        bool,
+        typer.Option("--reproducible", help="compute on one thread: the file does not depend on the number of threads"),
+    ] = False,
+    workers: Workers = 0,
+    device: Device = "cpu",
+    teacher: Annotated[str | None, typer.Option(help="MODEL whose outputs training matches [default: MODEL]")] = None,
+    teacher_weights: Annotated[str | None, typer.Option(help="as --weights")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="folder that saves progress, to resume a stopped run")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="resume the run in --checkpoint; an error if there is none")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="write an HTML page with the size and error of each layer")
+    ] = None,
+    json_file: Annotated[
+        str | None, typer.Option("--json", help="write the report as JSON to this file; - for the terminal")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="random seed [default: the seed of the settings, 0]")] = None,
+) -> None:
+    """Compress a network, calibrated on a folder of images."""
+    from bgd_plugin import quantize as quantize_model
+    from bgd_plugin import save
+    from bgd_plugin.cli.images import CalibrationImages, preprocessing
+    from bgd_plugin.cli.models import network_on
+    from bgd_plugin.support.processes import is_first, process_group
+
+    if resume:
+        _require_run(checkpoint)
+    settings = settings_from(regime, config, override, fc_codebook_size, pointwise_block_size)
+    settings = with_budget(settings, target_size, target_ratio, freeze_norms)
+    _require_folders(output, report, None if json_file == "-" else json_file)
+    settings = settings if seed is None else replace(settings, seed=seed)
+    with process_group(device) as place:
+        network = network_on(model, weights, place)
+        guide = network_on(teacher, teacher_weights, place).model if teacher else None
+        transform = network.transform or preprocessing(size, resize, mean, std, interpolation)
+        data = CalibrationImages(
+            calibration, transform, images=images, batch_size=batch_size, seed=settings.seed, workers=workers
+        )
+        settings = with_distillation(settings, distill_steps, distillation)
+        settings = with_reconstruction(settings, reconstruct_steps)
+        settings = with_finetuning(settings, finetune_epochs, finetuning, data.steps_per_epoch, finetune_mixing)
+        with says_how_to_go_on(checkpoint):
+            result = quantize_model(
+                network.model,
+                data,
+                settings,
+                teacher=guide,
+                checkpoint=checkpoint,
+                memory_bytes=None if memory is None else int(memory * 2**20),
+                reproducible=reproducible,
+            )
+        if not is_first():
+            return
+    save(result.model, output)
+    if report:
+        result.report.to_html(report)
+    if json_file and json_file != "-":
+        Path(json_file).write_text(result.report.to_json(), encoding="utf-8")
+    typer.echo(result.report.to_json() if json_file == "-" else str(result.report))
+    typer.echo(f"written: {output}", err=True)
+
+
+def _require_folders(*paths: Path | str | None) -> None:
+    """Fail before the work starts if an output could not be written."""
+    for path in paths:
+        if path is not None and not Path(path).parent.is_dir():
+            raise ConfigError(f"{path}: the folder {Path(path).parent} does not exist: create it first")
+
+
+def _require_run(checkpoint: Path | None) -> None:
+    """Fail if `--resume` was given and there is no run to resume."""
+    from bgd_plugin.quantization.resume import holds_run
+
+    if checkpoint is None:
+        raise ConfigError("--resume: give --checkpoint FOLDER, the folder of the run to resume")
+    if not holds_run(checkpoint):
+        raise ConfigError(f"--resume: {checkpoint} contains no run: leave --resume out to start one there")
