@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from bgd_plugin.calibration.walk import Walk
-from bgd_plugin.calibration.watch import Watch, weight_key
+from bgd_plugin.calibration.watch import Watch
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import call_geometry, call_input
 from bgd_plugin.pq.blocks import Geometry, input_blocks, sample_inputs
@@ -132,9 +132,11 @@ class LayerInputs:
         """
         for batch in range(self._walk.batch_count):
             for node in self._calls:
-                theirs = self._read(node, batch, of_reference=True)
-                for (mine, geometry), (other, _) in zip(self._read(node, batch), theirs, strict=True):
-                    yield mine, other, geometry
+                mine, theirs = self._read(node, batch), self._read(node, batch, of_reference=True)
+                if [_shape(x) for x, _ in mine] != [_shape(x) for x, _ in theirs]:
+                    theirs = mine  # it sent its samples to other experts
+                for (own, geometry), (other, _) in zip(mine, theirs, strict=True):
+                    yield own, other, geometry
 
     def _read(self, node: fx.Node, batch: int, *, of_reference: bool = False) -> list[tuple[Tensor, Geometry]]:
         """What a node computes on with the layer's weight, and how."""
@@ -147,7 +149,7 @@ class LayerInputs:
             if geometry is not None:
                 calls.append((x.detach().clone(), geometry))
 
-        watch = Watch({weight_key(self._hidden): self.name}, on_call)
+        watch = Watch({self.name: self._hidden}, on_call)
         with torch.no_grad():
             self._walk.run_ahead(node, batch, watch, of_reference=of_reference)
         return calls
@@ -259,6 +261,10 @@ def sampled_inputs(inputs: LayerInputs, rows: int, generator: torch.Generator) -
         require_finite(value, inputs.name)  # the whole input, not only the sampled rows
         samples.append(sample_inputs(value, geometry, share, generator).float())
     return InputSample(rows=torch.cat(samples, dim=1))
+
+
+def _shape(value: Any) -> Any:
+    return value.shape if isinstance(value, Tensor) else None
 
 
 def _pieces(value: Tensor, geometry: Geometry) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ from bgd_plugin.calibration.interception import intercepted, run_module
 from bgd_plugin.calibration.pieces import Kept, kept, revived
 from bgd_plugin.calibration.recording import Print, Recording, fingerprint, input_identity
 from bgd_plugin.calibration.replay import Replayer
-from bgd_plugin.calibration.watch import Stop, Watch, weight_key
+from bgd_plugin.calibration.watch import Stop, Watch
 from bgd_plugin.pq.blocks import Geometry
 
 __all__ = ["PartialRun"]
@@ -58,7 +58,7 @@ class PartialRun:
         self.stored: set[str] = set()
         self._network, self._batch, self._recording = network, batch, recording
         self._norms = set(names) - set(weights)
-        self._weights = {weight_key(weight): name for name, weight in weights.items()}
+        self._weights = weights
         self._outputs, self._finished, self._blanks = outputs, finished, blanks
         self._left = sum(recording.counts[name] for name in names)
         self._replayer = Replayer(recording.decisions)

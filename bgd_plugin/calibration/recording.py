@@ -16,7 +16,7 @@ from bgd_plugin.calibration.batches import Batch
 from bgd_plugin.calibration.dataflow import Dataflow, is_plain, tensors_in
 from bgd_plugin.calibration.interception import intercepted, run_module
 from bgd_plugin.calibration.replay import Recorder
-from bgd_plugin.calibration.watch import Watch, weight_key
+from bgd_plugin.calibration.watch import Watch
 from bgd_plugin.pq.blocks import Geometry
 
 __all__ = ["ANSWER", "Print", "Recording", "fingerprint", "input_identity", "recorded", "same_print"]
@@ -73,7 +73,7 @@ def recorded(network: nn.Module, batch: Batch, weights: Mapping[str, Tensor], no
         norms: paths of the batch norms.
     """
     observer = _Observer(norms)
-    watch = Watch({weight_key(w): name for name, w in weights.items()}, observer.on_layer, observer)
+    watch = Watch(weights, observer.on_layer, observer)
     paths = [path for path, module in network.named_modules() if path and _can_be_watched(module)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(intercepted(network, paths, observer.on_module))

@@ -6,7 +6,10 @@ weight, however its code is written.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ from bgd_plugin.calibration.replay import Decisions
 from bgd_plugin.graph import pointwise
 from bgd_plugin.pq.blocks import Geometry
 
-__all__ = ["Stop", "Watch", "weight_key"]
+__all__ = ["Stop", "Watch"]
 
 _aten: Any = torch.ops.aten
 _CONVOLUTIONS = (_aten.convolution.default,)
@@ -30,6 +33,8 @@ _PRODUCTS = {
     _aten.baddbmm.default: (1, 2),
 }
 
+_GROUPED = ("grouped_mm", "grouped_mm_fallback")
+
 OnCall = Callable[[str, Tensor, Geometry | None], None]
 
 
@@ -37,9 +42,14 @@ class Stop(BaseException):
     """Ends a run that has shown what was wanted; not an Exception, so that the network's own code lets it pass."""
 
 
-def weight_key(weight: Tensor) -> int:
-    """What a weight has in common with every view on it."""
-    return int(weight.untyped_storage().data_ptr())
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where a weight lies in its memory, and how many numbers one of its matrices has."""
+
+    name: str
+    start: int
+    end: int
+    matrix: int
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -48,15 +58,20 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     An embedding, which looks rows up, has no geometry.
 
     Args:
-        weights: names of the watched weights, by `weight_key`.
+        weights: the watched weights by name; a view on one is recognised, too.
         decisions: records or replays what the network decides on the way.
     """
 
-    def __init__(self, weights: Mapping[int, str], on_call: OnCall, decisions: Decisions | None = None) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], on_call: OnCall, decisions: Decisions | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._weights = weights
+        self._places: dict[int, list[_Place]] = {}
+        for name, weight in weights.items():
+            start, matrix = int(weight.storage_offset()), math.prod(weight.shape[-2:])
+            place = _Place(name=name, start=start, end=start + weight.numel(), matrix=matrix)
+            self._places.setdefault(_memory(weight), []).append(place)
         self._on_call = on_call
         self._decisions = decisions
+        self._gathered: dict[int, tuple[str, Tensor, Tensor]] = {}
 
     def __enter__(self) -> Watch:
         """Begin; attention that runs as a single operator would hide its layers, so torch must take it apart."""
@@ -76,24 +91,70 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._see_convolution(*args)
         elif operator in _PRODUCTS:
             self._see_product(*(args[place] for place in _PRODUCTS[operator]))
-        elif operator is _aten.embedding.default and (name := self._name(args[0])) is not None:
-            self._on_call(name, args[1], None)
-        if self._decisions is not None:
-            return self._decisions.compute(operator, args, kwargs or {})
-        return operator(*args, **(kwargs or {}))
+        elif operator is _aten.embedding.default and (place := self._place(args[0])) is not None:
+            self._on_call(place.name, args[1], None)
+        elif operator._schema.name.endswith(_GROUPED):
+            self._see_grouped_product(*args[:3])
+        elif operator is _aten.mkldnn_rnn_layer.default:
+            self._see_recurrence(args[0], args[1])
+        result = self._computed(operator, args, kwargs or {})
+        if operator is _aten.mkldnn_rnn_layer.default:
+            self._see_states(result[0], args[2], args[5], reverse=args[7])
+        elif operator is _aten.index.Tensor and len(args[1]) == 1 and (place := self._place(args[0])) is not None:
+            self._gathered[_memory(result)] = (place.name, args[1][0], result)
+        return result
 
-    def _name(self, weight: Tensor) -> str | None:
-        return self._weights.get(weight_key(weight)) if weight.numel() else None
+    def _computed(self, operator: Any, args: Any, kwargs: Any) -> Any:
+        if self._decisions is None:
+            return operator(*args, **kwargs)
+        return self._decisions.compute(operator, args, kwargs)
+
+    def _place(self, weight: Tensor) -> _Place | None:
+        found = self._places.get(_memory(weight), ()) if weight.numel() else ()
+        offset = int(weight.storage_offset()) if found else 0
+        return next((place for place in found if place.start <= offset < place.end), None)
 
     def _see_convolution(self, x: Tensor, weight: Tensor, bias: Any, *arguments: Any) -> None:
-        name = self._name(weight)
-        if name is not None:
+        place = self._place(weight)
+        if place is not None:
             stride, padding, dilation, is_transposed, _, groups = arguments
             kernel = tuple(weight.shape[2:])
             plain = Geometry.of(kernel, stride, padding, dilation, groups)
-            self._on_call(name, x, pointwise(len(kernel), groups) if is_transposed else plain)
+            self._on_call(place.name, x, pointwise(len(kernel), groups) if is_transposed else plain)
 
     def _see_product(self, x: Tensor, weight: Tensor) -> None:
-        name = self._name(weight)
-        if name is not None:
-            self._on_call(name, x, Geometry.linear())
+        place = self._place(weight)
+        if place is not None:
+            member = (int(weight.storage_offset()) - place.start) // place.matrix
+            self._on_call(place.name, x, Geometry.linear(member))
+        elif _memory(weight) in self._gathered and x.ndim == 3:
+            name, members, _ = self._gathered[_memory(weight)]
+            for member in sorted(set(members.tolist())):
+                self._on_call(name, x[members == member].flatten(0, 1), Geometry.linear(member))
+
+    def _see_grouped_product(self, x: Tensor, weight: Tensor, ends: Tensor) -> None:
+        """Rows of x, sorted by the matrix that they meet, and where each matrix's rows end."""
+        place = self._place(weight)
+        if place is not None and x.ndim == 2 and weight.ndim == 3:
+            bounds = [0, *ends.tolist()]
+            for member, (start, end) in enumerate(itertools.pairwise(bounds)):
+                if end > start:
+                    self._on_call(place.name, x[start:end], Geometry.linear(member))
+
+    def _see_recurrence(self, x: Tensor, weight: Tensor) -> None:
+        """A whole layer of an LSTM in one operator: its inputs `[time, batch, features]`."""
+        place = self._place(weight)
+        if place is not None:
+            self._on_call(place.name, x, Geometry.linear())
+
+    def _see_states(self, states: Tensor, weight: Tensor, first: Tensor, *, reverse: bool) -> None:
+        """Its states `[time, batch, features]`, each the input of the step after it, beginning with the first."""
+        place = self._place(weight)
+        if place is not None:
+            first = first.reshape(1, *states.shape[1:])
+            given = (states[1:], first) if reverse else (first, states[:-1])
+            self._on_call(place.name, torch.cat(given), Geometry.linear())
+
+
+def _memory(weight: Tensor) -> int:
+    return int(weight.untyped_storage().data_ptr())

@@ -42,6 +42,8 @@ def compute_parameter_(owner: nn.Module, name: str, module: nn.Module) -> None:
         del owner._parameters[name]
         owner.__class__ = _class(_float_class(owner), (*names, name))
     owner._modules[name] = module
+    if isinstance(owner, nn.RNNBase):
+        vars(owner).pop("_flat_weights", None)
 
 
 def restore_parameter_(owner: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -50,6 +52,8 @@ def restore_parameter_(owner: nn.Module, name: str, parameter: nn.Parameter) -> 
     owner.__class__ = _class(_float_class(owner), names) if names else _float_class(owner)
     del owner._modules[name]
     owner.register_parameter(name, parameter)
+    if isinstance(owner, nn.RNNBase) and not names:
+        vars(owner)["_flat_weights"] = _flat_weights(owner)
 
 
 def set_apart_(root: nn.Module) -> None:
@@ -81,12 +85,18 @@ def _float_class(owner: nn.Module) -> type[nn.Module]:
 
 def _class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     content: dict[str, Any] = {name: property(_reader(name)) for name in names}
+    if issubclass(base, nn.RNNBase):  # torch keeps a list of their weights, which would go on being the float ones
+        content["_flat_weights"] = property(_flat_weights, lambda owner, weights: None)
     content |= {"_computed_parameters": names, "_float_class": base, "__reduce_ex__": _reduce}
     return type(base.__name__, (base,), content | {"__module__": base.__module__, "__doc__": base.__doc__})
 
 
 def _reader(name: str) -> Callable[[nn.Module], Any]:
     return lambda owner: owner._modules[name]()  # type: ignore[misc]
+
+
+def _flat_weights(owner: Any) -> list[Any]:
+    return [getattr(owner, name, None) for name in owner._flat_weights_names]
 
 
 def _reduce(owner: nn.Module, protocol: Any) -> Any:

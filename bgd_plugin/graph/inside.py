@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from bgd_plugin.graph.bare import bare_layers, bias_of
 from bgd_plugin.graph.computed import module_at
 from bgd_plugin.graph.kinds import FUNCTIONS, family_of, kind_of, runs_its_parents_forward
 from bgd_plugin.graph.layer import FoundLayer, LeftLayer
@@ -14,8 +15,6 @@ from bgd_plugin.graph.tracer import is_quantized_elsewhere
 from bgd_plugin.nn import FloatWeight, PQModule
 
 __all__ = ["bias_of", "find_inside", "unfit"]
-
-_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def find_inside(
@@ -43,15 +42,23 @@ def find_inside(
 
 
 def _other_owners(root: nn.Module) -> dict[int, str]:
-    """Parameters of modules that stay as they are, such as an embedding with a forward of its own and a tied head."""
+    """Parameters of modules that stay as they are, such as an embedding with a forward of its own and a tied head.
+
+    And those that several modules read by name: each would need a weight of its own.
+    """
     owners: dict[int, str] = {}
+    holders: dict[int, bool] = {}  # whether the module that holds a weight reads it by name
     for name, module in root.named_modules():
+        if isinstance(module, FloatWeight):
+            continue
         kind = kind_of(module)
-        can_be_quantized = kind is not None and isinstance(_layer(module, name, kind, ()), FoundLayer)
-        if not can_be_quantized and not isinstance(module, (FloatWeight, nn.MultiheadAttention)):
-            owners |= {
-                id(p): f"{name!r}, {type(module).__name__}" for p in module._parameters.values() if p is not None
-            }
+        outcomes = [_layer(module, name, kind, ())] if kind else bare_layers(module, name, (), set())
+        weights = {id(layer.weight) for layer in outcomes if isinstance(layer, FoundLayer)}
+        for key in (id(parameter) for parameter in module._parameters.values() if parameter is not None):
+            if key not in weights or (key in holders and (holders[key] or kind is None)):
+                owners[key] = f"{name!r}, {type(module).__name__}"
+            else:
+                holders[key] = kind is None
     return owners
 
 
@@ -70,7 +77,7 @@ def _outcomes(root: nn.Module, path: str, calls: tuple[str, ...]) -> Iterator[Fo
         elif kind_of(module):
             yield _layer(module, name, str(kind_of(module)), calls)
         else:
-            yield from _bare_parameters(module, name, calls, seen)
+            yield from bare_layers(module, name, calls, seen)
 
 
 def _layer(module: nn.Module, name: str, kind: str, calls: tuple[str, ...]) -> FoundLayer | LeftLayer:
@@ -107,38 +114,3 @@ def unfit(module: Any, kind: str, *, functional: bool) -> str:
     if kind == "embedding" and (module.max_norm is not None or module.sparse or module.scale_grad_by_freq):
         return "an embedding with max_norm, sparse or scale_grad_by_freq writes to its weight or needs it whole"
     return ""
-
-
-def bias_of(module: nn.Module, path: str, name: str = "bias") -> str | None:
-    """The path of a module's bias, if it has one."""
-    return None if module._parameters.get(name) is None else f"{path}.{name}".lstrip(".")
-
-
-def _bare_parameters(
-    module: nn.Module, name: str, calls: tuple[str, ...], seen: set[int]
-) -> Iterator[FoundLayer | LeftLayer]:
-    """What a module of no known kind holds itself."""
-    is_attention = isinstance(module, nn.MultiheadAttention)
-    others = []
-    for attribute, parameter in module._parameters.items():
-        if parameter is None or parameter.ndim < 2 or id(parameter) in seen:
-            continue
-        seen.add(id(parameter))
-        path = f"{name}.{attribute}" if name else attribute
-        if is_attention and attribute in _ATTENTION and parameter.is_floating_point():
-            yield FoundLayer(
-                name=path,
-                target=path,
-                kind="linear",
-                family="linear",
-                weight=parameter,
-                calls=calls,
-                functional=True,
-                hidden=True,
-                bias=bias_of(module, name, "in_proj_bias") if attribute == "in_proj_weight" else None,
-            )
-        else:
-            others.append(attribute)
-    if others:
-        label = name or ", ".join(others)
-        yield LeftLayer(name=label, reason=f"{type(module).__name__} has no product-quantized form here")

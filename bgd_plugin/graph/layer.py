@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from bgd_plugin.pq.blocks import transposed_matrix
+from bgd_plugin.pq.blocks import AS_IT_IS, Layout, transposed_matrix
 
 __all__ = ["FoundLayer", "LeftLayer"]
 
@@ -29,6 +29,8 @@ class FoundLayer:
         hidden: whether its inputs show only while the nodes of `calls`, or the network, run.
         bias: path of the parameter that the layer adds, if it adds one.
         tied: targets of other layers that compute with the same weight.
+        layout: how the weight stands for a matrix, where code reads it as a tensor.
+        members: matrices that the weight holds, each with inputs of its own.
     """
 
     name: str
@@ -42,12 +44,15 @@ class FoundLayer:
     hidden: bool = False
     bias: str | None = None
     tied: tuple[str, ...] = ()
+    layout: Layout = AS_IT_IS
+    members: int = 1
 
     @property
     def matrix(self) -> Tensor:
-        """The weight as it is cut into blocks, rows first: itself, but for transposed convolutions."""
-        transposed = self.kind.startswith("conv_transpose")
-        return transposed_matrix(self.weight.detach(), self.groups) if transposed else self.weight
+        """The weight as it is cut into blocks, rows first."""
+        if self.kind.startswith("conv_transpose"):
+            return transposed_matrix(self.weight.detach(), self.groups)
+        return self.weight if self.layout == AS_IT_IS else self.layout.matrix(self.weight.detach())
 
     @property
     def rows(self) -> int:

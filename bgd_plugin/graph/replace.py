@@ -11,6 +11,7 @@ from bgd_plugin.graph.computed import compute_parameter_, module_at, module_or_n
 from bgd_plugin.graph.find import attribute
 from bgd_plugin.graph.layer import FoundLayer
 from bgd_plugin.nn import FloatWeight, PQModule, PQWeight, materialized, quantized, restored_parameter, take_hooks_
+from bgd_plugin.pq.blocks import AS_IT_IS, Layout
 
 __all__ = [
     "become_",
@@ -29,11 +30,11 @@ def module_paths(root: nn.Module, module: nn.Module) -> list[str]:
     return [path for path, child in root.named_modules(remove_duplicate=False) if child is module]
 
 
-def float_module(root: nn.Module, target: str) -> nn.Module:
+def float_module(root: nn.Module, target: str, layout: Layout = AS_IT_IS) -> nn.Module:
     """The module that stands at a layer's target, or one that returns the parameter there."""
     owner_path, _, name = target.rpartition(".")
     parameter = module_at(root, owner_path)._parameters.get(name)
-    return module_at(root, target) if parameter is None else FloatWeight(parameter)
+    return module_at(root, target) if parameter is None else FloatWeight(parameter, layout)
 
 
 def swap_(root: nn.Module, target: str, module: nn.Module) -> None:
@@ -71,7 +72,7 @@ def install_(
     """Put a layer's product-quantized modules in place: its own, and one with the same tensors for each tied layer."""
     modules: list[PQModule] = []
     for target in (layer.target, *layer.tied):
-        module = quantized(float_module(network, target), codebook, codes, mask)
+        module = quantized(float_module(network, target, layer.layout), codebook, codes, mask)
         if modules:
             module.codebook, module.codes = modules[0].codebook, modules[0].codes
         modules.append(module)
@@ -107,7 +108,7 @@ def _isolate(graph_module: fx.GraphModule, layer: FoundLayer, first_call: fx.Nod
     parent, _, name = layer.target.rpartition(".")
     holder = module_at(graph_module, parent)
     del holder._parameters[name]
-    holder._modules[name] = FloatWeight(layer.weight).train(holder.training)
+    holder._modules[name] = FloatWeight(layer.weight, layer.layout).train(holder.training)
     with graph.inserting_before(first_call):
         value = graph.call_module(layer.target)
     for node in readers:

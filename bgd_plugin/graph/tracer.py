@@ -10,9 +10,11 @@ import torch
 from torch import fx, nn
 
 from bgd_plugin.errors import TraceError
+from bgd_plugin.graph.bare import bare_layers
 from bgd_plugin.graph.computed import module_or_none
 from bgd_plugin.graph.copying import copy_module, drop_hooks_, set_modes
 from bgd_plugin.graph.kinds import MODULES, runs_its_parents_forward
+from bgd_plugin.graph.layer import FoundLayer
 from bgd_plugin.nn import FloatWeight, FrozenNorm, PQModule, has_running_statistics
 
 __all__ = ["FROM_DATA", "PQTracer", "is_quantized_elsewhere", "trace"]
@@ -45,7 +47,7 @@ class PQTracer(fx.Tracer):
             return True
         if isinstance(m, _SWAPPABLE):
             return runs_its_parents_forward(m)
-        return super().is_leaf_module(m, module_qualified_name)
+        return super().is_leaf_module(m, module_qualified_name) or _reads_layers_by_name(m)
 
     def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> Any:
         """The inputs of the graph; arguments that are constants are none."""
@@ -69,6 +71,12 @@ class PQTracer(fx.Tracer):
             return root_fn(root, *by_place, **named)
 
         return called, [self.root, *proxies]
+
+
+def _reads_layers_by_name(module: nn.Module) -> bool:
+    """Whether a module without parts holds the weights of layers itself, as a mixture's experts; seen from outside."""
+    is_alone = not any(True for _ in module.children())
+    return is_alone and any(isinstance(layer, FoundLayer) for layer in bare_layers(module, "", (), set()))
 
 
 def is_quantized_elsewhere(module: nn.Module) -> bool:

@@ -6,9 +6,11 @@ module that *returns* the weight leaves the call and all its arguments unchanged
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from bgd_plugin.nn.base import PQModule
+from bgd_plugin.pq.blocks import AS_IT_IS, Layout
 
 __all__ = ["FloatWeight", "PQWeight"]
 
@@ -16,9 +18,10 @@ __all__ = ["FloatWeight", "PQWeight"]
 class FloatWeight(nn.Module):
     """Returns a float weight; placeholder for a later `PQWeight`."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, weight: nn.Parameter, layout: Layout = AS_IT_IS) -> None:
         super().__init__()
         self.weight = weight
+        self.layout = layout
 
     def forward(self) -> Tensor:
         """The weight."""
@@ -30,6 +33,14 @@ class PQWeight(PQModule):
 
     def __init__(self, codebook: Tensor, codes: Tensor, like: FloatWeight) -> None:
         super().__init__(codebook, codes, like.weight.shape)
+        self.layout = like.layout
+        matrix = self.layout.matrix(torch.empty(self.weight_shape, device="meta"))
+        self.matrix_shape = matrix.shape
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weight `[*weight_shape]`."""
+        return self.layout.weight(self.matrix, self.weight_shape)
 
     def forward(self) -> Tensor:
         """The decoded weight `[*weight_shape]`."""

@@ -102,7 +102,7 @@ def _empty(network: nn.Module, found: FoundLayer, planned: PlannedLayer) -> PQMo
     dtype = torch.int8 if planned.codebook_storage == "int8" else found.weight.dtype
     codebook = torch.empty(planned.codebook_size, planned.block_size, dtype=dtype, device="meta")
     codes = torch.empty(planned.rows, planned.blocks_per_row, dtype=torch.int64, device="meta")
-    return quantized(float_module(network, found.target), codebook, codes, planned.kept(found.matrix))
+    return quantized(float_module(network, found.target, found.layout), codebook, codes, planned.kept(found.matrix))
 
 
 def _empty_(network: nn.Module, weights: list[nn.Parameter]) -> None:

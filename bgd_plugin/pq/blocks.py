@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 __all__ = [
+    "AS_IT_IS",
     "Geometry",
+    "Layout",
     "decode",
     "from_blocks",
     "from_transposed_matrix",
@@ -39,6 +41,34 @@ def to_blocks(weight: Tensor, block_size: int) -> Tensor:
     if block_size < 1 or per_row % block_size:
         raise ValueError(f"{per_row} weights per row do not divide into blocks of {block_size}")
     return weight.reshape(rows, per_row // block_size, block_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a weight that code reads as a tensor stands for a matrix `[rows, columns]` whose rows are cut into blocks.
+
+    Attributes:
+        transposed: its last two dimensions are `[columns, rows]`, as in transformers' `Conv1D`.
+        columns: of a matrix into which its dimensions are folded: several matrices one below the other, such as the
+            experts' of a mixture; 0 where the weight is the matrix.
+    """
+
+    transposed: bool = False
+    columns: int = 0
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The matrix of a weight; a view where that is possible."""
+        turned = weight.mT if self.transposed else weight
+        return turned.reshape(-1, self.columns) if self.columns else turned
+
+    def weight(self, matrix: Tensor, shape: Sequence[int]) -> Tensor:
+        """The weight of the given shape again; undoes `matrix`."""
+        turned = [*shape[:-2], shape[-1], shape[-2]] if self.transposed else [*shape]
+        return matrix.reshape(turned).mT if self.transposed else matrix.reshape(turned)
+
+
+AS_IT_IS = Layout()
+"""The weight is the matrix."""
 
 
 def transposed_matrix(weight: Tensor, groups: int) -> Tensor:
@@ -91,6 +121,8 @@ class Geometry:
     """Padding (before, after) of each spatial dimension, in positions."""
     dilation: tuple[int, ...]
     groups: int
+    member: int = 0
+    """Which of the matrices of a layer that holds several of them, such as a mixture's experts."""
     padding_mode: str = "zeros"
     """`zeros`, `reflect`, `replicate` or `circular`."""
 
@@ -100,9 +132,9 @@ class Geometry:
             raise ValueError(f"padding mode {self.padding_mode!r} is not zeros, reflect, replicate or circular")
 
     @classmethod
-    def linear(cls) -> Geometry:
+    def linear(cls, member: int = 0) -> Geometry:
         """The geometry of a linear layer."""
-        return cls(kernel_size=(), stride=(), padding=(), dilation=(), groups=1)
+        return cls(kernel_size=(), stride=(), padding=(), dilation=(), groups=1, member=member)
 
     def pointwise(self) -> Geometry:
         """The 1×1 geometry that visits the layer's *output* positions in the order of `unfold_inputs`."""
