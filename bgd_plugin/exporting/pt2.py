@@ -16,6 +16,7 @@ from bgd_plugin.errors import BGDError
 from bgd_plugin.exporting.capture import captured
 from bgd_plugin.exporting.examples import Examples, tensors_in
 from bgd_plugin.exporting.result import Run
+from bgd_plugin.graph import copy_module
 from bgd_plugin.nn import PQModule
 
 __all__ = ["run", "write"]
@@ -33,12 +34,17 @@ def write(model: nn.Module, path: Path, examples: Examples, dynamic: Any) -> tup
     Raises:
         BGDError: torch.export cannot capture the network.
     """
+    model = copy_module(model, share_tensors=True)
+    layers = [module for module in model.modules() if isinstance(module, PQModule)]
+    for layer in layers:
+        if layer.codes.element_size() > 2 and layer.code_bits < 16:
+            layer.codes = layer.codes.to(torch.int16)
     program = captured(model, examples, dynamic)
     program._example_inputs = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about itself
         torch.export.save(program, path)
-    wide = [m for m in model.modules() if isinstance(m, PQModule) and m.code_bits < 8 * m.codes.element_size()]
+    wide = [layer for layer in layers if layer.code_bits < 8 * layer.codes.element_size()]
     saved = sum(m.codes.numel() * (8 * m.codes.element_size() - m.code_bits) for m in wide) // 8
     note = f"codes of {len(wide)} layers take whole bytes here, {saved:,} bytes more than packed: .onnx packs them"
     return (note,) if saved else ()
