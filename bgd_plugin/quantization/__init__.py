@@ -1,1 +1,1 @@
-"""The one transform: a float network in, a compressed one out, layer after layer."""
+"""The transform: from a float network to a compressed one, layer by layer."""

@@ -1,4 +1,4 @@
-"""What `quantize` refuses before it begins."""
+"""Checks that `quantize` makes before it starts."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["check_arguments", "check_student"]
 
 
 def check_arguments(model: nn.Module, calibration: Iterable[Any], config: BGDConfig, memory_bytes: int | None) -> None:
-    """Refuse a network, data or bound that no run can work with.
+    """Reject a network, data or memory bound that no run can work with.
 
     Raises:
-        ConfigError: weights without values or that are not finite; processes that differ; a bound below one byte.
-        CalibrationError: data that can be walked once only, where it is walked again.
+        ConfigError: weights on the meta device or not finite; processes that differ; a memory bound below one byte.
+        CalibrationError: an iterator, where the data is needed more than once.
     """
     _require_values(model)
     _require_one_job(model, config)
@@ -33,7 +33,7 @@ def check_arguments(model: nn.Module, calibration: Iterable[Any], config: BGDCon
 
 
 def check_student(student: nn.Module, config: BGDConfig) -> None:
-    """Refuse what only a graph allows, for a network that does not trace.
+    """Reject settings that need a graph, for a network that does not trace.
 
     Raises:
         ConfigError: several processes, or reconstruction.
@@ -41,35 +41,33 @@ def check_student(student: nn.Module, config: BGDConfig) -> None:
     if isinstance(student, fx.GraphModule):
         return
     if processes() > 1:
-        raise ConfigError("this network does not trace, so its processes may come to different layers: use one process")
+        raise ConfigError("this network does not trace, so processes may run different layers: use one process")
     if config.reconstruction:
-        raise ConfigError(
-            "reconstruction works block by block along a graph, and this network does not trace: leave it out"
-        )
+        raise ConfigError("reconstruction needs a graph, and this network does not trace: set reconstruction=None")
 
 
 def _require_values(model: nn.Module) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise ConfigError(
-                f"{name!r} is on the meta device, without values: such a network can be planned, not quantized"
+                f"{name!r} is on the meta device and has no values: such a network can be planned, but not quantized"
             )
         is_learnt = isinstance(tensor, nn.Parameter) or name.endswith(("running_mean", "running_var"))
         if is_learnt and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ConfigError(f"{name!r} of the network holds NaN or infinite values: repair the network first")
+            raise ConfigError(f"{name!r} of the network contains NaN or infinite values: repair the network first")
 
 
 def _require_one_job(model: nn.Module, config: BGDConfig) -> None:
-    """Of several processes, all must have the same network and settings.
+    """Check that all processes have the same network and settings.
 
     Raises:
-        ConfigError: they have not.
+        ConfigError: they differ.
     """
     if processes() > 1:
         content = digest([*model.state_dict().values(), config.to_json()])
         number = int(content[:12], 16)
         if -largest(-number) != largest(number):
             raise ConfigError(
-                "the processes of this job have different networks or settings: load the same weights in each (the "
-                "same seed, where they are random); only the calibration data is each process's own"
+                "the processes of this job have different networks or settings: load the same weights in each (with "
+                "the same seed if they are random); only the calibration data may differ"
             )

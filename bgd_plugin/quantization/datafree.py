@@ -1,7 +1,7 @@
-"""Quantization without data: each weight by itself, by k-means of its blocks.
+"""Quantization without data: k-means on the blocks of each weight.
 
-Much less accurate than `quantize`, which knows what each layer computes on. It is for the entrances of frameworks that
-have no data to give, and a start for training.
+Much less accurate than `quantize`, which uses each layer's inputs. For frameworks whose interface has no calibration
+data, and as a start for training.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bgd_plugin.support.seeds import seeded
 
 __all__ = ["quantize_module", "quantize_weights"]
 
-_NOTE = "quantized without data, each weight by itself: quantize with calibration data is much more accurate"
+_NOTE = "quantized without data, each weight by itself; calibration data would make it much more accurate"
 
 
 @isolated
@@ -37,19 +37,19 @@ def quantize_weights(model: nn.Module, config: BGDConfig | None = None) -> Quant
     """Compress a network without data.
 
     Args:
-        model: the float network; it is left untouched.
-        config: what to quantize; how a layer is fitted (`method`, `rounds`, `batchnorm`) does not apply.
+        model: the float network; never changed.
+        config: what to quantize; settings of the fit (`method`, `rounds`, `batchnorm`) do not apply.
 
     Returns:
         the compressed network, of the class of `model`, and a report whose relative errors are those of the weights.
 
     Raises:
-        ConfigError: as `quantize`; and distillation or finetuning, which need data.
+        ConfigError: as `quantize`; or the settings ask for distillation or finetuning, which need data.
     """
     config = config or BGDConfig()
     wanted = [name for name in ("distillation", "reconstruction", "finetuning") if getattr(config, name) is not None]
     if wanted:
-        raise ConfigError(f"without data there is no {' and no '.join(wanted)}: give calibration data, or None for it")
+        raise ConfigError(f"{' and '.join(wanted)}: training needs data: use quantize, or set None")
     log = Log()
     with log.timed("fit"):
         model = baked(model)
@@ -88,12 +88,16 @@ def quantize_module(module: nn.Module, config: BGDConfig | None = None, *, name:
     """The product-quantized form of one convolution or linear layer, fitted without data.
 
     Args:
-        module: the layer; it is left untouched, and its bias is shared with the result.
-        config: the setting of the layer's kind applies, and `codebook_storage`.
-        name: for messages.
+        module: the layer; never changed, but its bias is shared with the result.
+        config: the setting for the layer's kind and `codebook_storage` apply.
+        name: the layer's name in messages.
+
+    Returns:
+        the product-quantized module, on the layer's device.
 
     Raises:
-        ConfigError: the module is quantized already, is no convolution or linear layer, or the settings leave it float.
+        ConfigError: the module is already quantized, is not a convolution or linear layer, or stays float under these
+            settings.
     """
     config = config or BGDConfig()
     holder = nn.Module()
@@ -112,13 +116,13 @@ def quantize_module(module: nn.Module, config: BGDConfig | None = None, *, name:
 
 
 def _fitted(weight: Tensor, planned: PlannedLayer, config: BGDConfig) -> FittedLayer:
-    """The fit of one weight `[rows, ...]`; the same whichever other layers there are."""
+    """Fit one weight `[rows, ...]`; the result does not depend on other layers."""
     if weight.is_meta:
         raise ConfigError(
-            f"layer {planned.name!r} is on the meta device, without values: it can be planned, not quantized"
+            f"layer {planned.name!r} is on the meta device and has no values: it can be planned, but not quantized"
         )
     if not bool(torch.isfinite(weight).all()):
-        raise ConfigError(f"layer {planned.name!r} holds NaN or infinite values: repair the network first")
+        raise ConfigError(f"layer {planned.name!r} contains NaN or infinite values: repair the network first")
     generator = seeded(config.seed, tuple(weight.shape))
     gram = torch.eye(planned.block_size, dtype=torch.float32, device=weight.device)
     return fit_weight(weight, gram, planned, planned.kept(weight), config.em_iterations, generator)

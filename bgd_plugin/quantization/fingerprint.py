@@ -1,4 +1,4 @@
-"""What a run was made of, as short fingerprints: enough to say in what another run differs."""
+"""Fingerprints of a run's inputs, enough to say how another run differs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHOWN = 3
 
 
 def described(model: nn.Module, config: BGDConfig, batches: Sequence[Batch], teacher: nn.Module) -> dict[str, Any]:
-    """Everything that the result depends on, as JSON: part, name, then a fingerprint or the value."""
+    """Everything the result depends on, as JSON: part, name, then a fingerprint or the value."""
     network = _digests(model)
     description = {
         "version": {"bgd-plugin": __version__, "torch": str(torch.__version__)},
@@ -35,7 +35,7 @@ def described(model: nn.Module, config: BGDConfig, batches: Sequence[Batch], tea
 
 
 def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
-    """Each part that differs, with what differs in it: "config (seed was 0, is 1)"."""
+    """Describe each part that differs, such as "config (seed was 0, is 1)"."""
     for part, entries in wanted.items():
         before = found.get(part)
         if before == entries:
@@ -68,7 +68,7 @@ def _digests(module: nn.Module) -> dict[str, str]:
 
 
 def digest(values: Iterable[Any]) -> str:
-    """A fingerprint of tensors, and of how they print for anything else."""
+    """A fingerprint of tensors; other values are represented by their printed form."""
     hashed = hashlib.sha256()
     for value in values:
         if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""The last steps: round to what will be stored, keep within the budget, give back modes and flags, report."""
+"""The last steps: round to storage types, keep within the budget, restore modes and gradient flags, report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LEAST_HALF = torch.finfo(torch.half).smallest_normal
 
 
 def finish(job: Job) -> int:
-    """Give the student's tensors the values that its file will hold; returns the length of that file."""
+    """Round the student's tensors to the values that its file will have; returns the file's length in bytes."""
     round_to_storage_(job.student, job.survey)
     synchronize_(job.student)
     size, target = file_size(stored(job.student)), job.config.budget_bytes(job.survey.original_bytes)
@@ -37,12 +37,12 @@ def finish(job: Job) -> int:
     names = _round_tiny_values_(job.student)
     if not names:
         return size
-    job.log.note(f"budget: next to zero, and rounded to half precision to stay within it: {', '.join(names)}")
+    job.log.note(f"budget: tiny values rounded to half precision to stay within it: {', '.join(names)}")
     return file_size(stored(job.student))
 
 
 def round_to_storage_(student: nn.Module, survey: Survey) -> None:
-    """Round everything to the type in which it will be stored."""
+    """Round everything to its storage type."""
     config = survey.config
     for planned in survey.layers:
         layer = module_or_none(student, planned.target)
@@ -57,10 +57,10 @@ def round_to_storage_(student: nn.Module, survey: Survey) -> None:
 
 @torch.no_grad()
 def _round_tiny_values_(student: nn.Module) -> list[str]:
-    """A bias or a mean that the run has moved next to zero is nothing that half precision holds: it becomes zero.
+    """Round biases and means that became too small for half precision to zero, where they would enlarge the file.
 
     Returns:
-        the names of what was rounded.
+        the names of the rounded tensors.
     """
     rounded = []
     for name, value in student.state_dict().items():
@@ -73,13 +73,13 @@ def _round_tiny_values_(student: nn.Module) -> list[str]:
 
 
 def restore_(student: nn.Module, model: nn.Module, modes: dict[str, bool], learnt: Mapping[str, bool]) -> None:
-    """Give the student the training modes and the gradient flags of the user's network.
+    """Set the student's training modes and gradient flags to those of the user's network.
 
     Args:
         student: the compressed network; changed in place.
-        model: the network as it came.
+        model: the user's network.
         modes: the training mode by path.
-        learnt: whether a layer's weight had gradients, by target.
+        learnt: whether a layer's weight required gradients, by target.
     """
     set_modes(student, modes)
     flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
@@ -94,12 +94,12 @@ def restore_(student: nn.Module, model: nn.Module, modes: dict[str, bool], learn
 def reported(
     job: Job, outcomes: Sequence[LayerReport | SkippedLayer], compressed_bytes: int, answers: Answers
 ) -> Report:
-    """The report on a run that is done.
+    """The report of a finished run.
 
     Args:
-        outcomes: what became of each layer of the survey.
+        outcomes: the outcome for each layer of the survey.
         compressed_bytes: the length of the student's file.
-        answers: the student's beside the float network's.
+        answers: the comparison of the student's outputs with the float network's.
     """
     if job.batches.store.bound_bytes is not None:
         job.log.note(_memory_note(job.batches.store))
@@ -119,4 +119,4 @@ def _memory_note(store: BatchStore) -> str:
     peak, bound, spilled = mib(store.peak_bytes), mib(store.bound_bytes or 0), mib(store.spilled_bytes)
     note = f"calibration values: at most {peak} of {bound} in memory, {spilled} in a file"
     above = store.peak_bytes > (store.bound_bytes or 0)
-    return f"{note}; a batch needs more than half of the bound: give smaller batches" if above else note
+    return f"{note}; a batch needs more than half of memory_bytes: give smaller batches" if above else note

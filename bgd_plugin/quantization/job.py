@@ -1,4 +1,4 @@
-"""What the steps of one call of `quantize` share: their inputs, and the log they write to."""
+"""Inputs and log shared by the steps of one `quantize` call."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class Job:
     """The inputs of the steps of one call.
 
     Attributes:
-        student: the network that is compressed, in place.
+        student: the network that is compressed in place.
         reference: the float network in the same form, for comparison.
-        teacher: the network whose logits training follows; None where nothing is trained by it.
+        teacher: the network whose logits training matches; None if no training uses it.
         config: the settings.
-        survey: the layers, and what becomes of each.
-        norms: of a network that is not a graph, the path of the batch norm that follows a layer, by the layer's target.
-        batches: the calibration data that the fit sees.
-        aside: calibration data that it does not see; none where there are too few samples.
-        run: the progress on disk.
-        bar: the progress on the screen.
-        log: takes the seconds and the notes of the steps.
+        survey: the layers, and how each is quantized.
+        norms: for a network without a graph, the path of the batch norm that follows a layer, by the layer's target.
+        batches: the calibration data that the fit uses.
+        aside: held-out calibration data; None if there are too few samples.
+        run: progress on disk.
+        bar: the progress bar.
+        log: collects the seconds and notes of the steps.
     """
 
     student: nn.Module
@@ -51,7 +51,7 @@ class Job:
     log: Log
 
     def batchnorm_after(self, found: FoundLayer) -> str | None:
-        """Path of the batch norm that alone reads a layer's output."""
+        """Path of the batch norm that is the only reader of a layer's output."""
         if found.kind.startswith("conv_transpose"):  # a row is not an output channel
             return None
         if isinstance(self.student, fx.GraphModule):
@@ -59,5 +59,5 @@ class Job:
         return None if found.tied else self.norms.get(found.target)
 
     def generator(self, *purpose: str) -> torch.Generator:
-        """Random numbers of a layer, the same whichever layers were done before."""
+        """The random generator of a layer, independent of the layers done before."""
         return seeded(self.config.seed, *purpose)

@@ -1,4 +1,4 @@
-"""One layer of the network, when its turn has come: fit it, put it in its place, distill it, say what it came to."""
+"""Quantize one layer: fit it, insert it into the student, distill it, and record the outcome."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from bgd_plugin.training import distill_
 
 __all__ = ["leave_unreached", "quantize_layer"]
 
-# The rows on which a layer's error is told: so many, but no more numbers than this.
+# Rows sampled to measure a layer's error, capped by element count.
 _ERROR_ROWS, _ERROR_NUMBERS = 4096, 4_000_000
-_EMBEDDING_ROWS = 5  # one of them judges the fit of the others
+_EMBEDDING_ROWS = 5  # one of them is held out
 
 
 def quantize_layer(
     job: Job, walk: Walk | Rerun, index: int, logits: list[Tensor], skip: DriftedSkip | None
 ) -> LayerReport | SkippedLayer:
-    """Fit one layer, put it in its place, distill it.
+    """Fit one layer, insert it into the student, and distill it.
 
     Args:
         job: the run; its student is changed.
-        walk: stands at the layer.
-        index: of the layer among those to be quantized.
-        logits: the teacher's, for each batch, where the layer is distilled.
-        skip: whose drift the layer is to make good.
+        walk: positioned at the layer.
+        index: the layer's index among those to be quantized.
+        logits: the teacher's logits per batch, if the layer is distilled.
+        skip: the skip connection whose drift the layer compensates for.
     """
     found, planned = job.survey.chosen[index]
     job.bar.set_description(planned.name)
@@ -71,7 +71,7 @@ def quantize_layer(
 
 
 def leave_unreached(job: Job, index: int) -> SkippedLayer:
-    """Let a layer stay float that no calibration input reaches."""
+    """Leave a layer float because no calibration input reaches it."""
     found, _ = job.survey.chosen[index]
     release_(job.student, found)
     job.bar.update(1 + (job.config.distillation.steps if job.config.distillation else 0))
@@ -84,7 +84,7 @@ def _error_rows(found: FoundLayer) -> int:
 
 def _inputs(job: Job, walk: Walk | Rerun, found: FoundLayer) -> LayerInputs:
     if found.kind == "embedding":
-        # its outputs are its weights: as if each column were an input of its own, a few times
+        # an embedding's outputs are its weights: as if each column were a separate input, a few times
         rows = torch.eye(found.columns, dtype=torch.float32, device=found.weight.device).repeat(_EMBEDDING_ROWS, 1)
         calls = [[(rows, Geometry.linear())]]
         return CollectedInputs(found.name, calls, calls)
@@ -139,7 +139,7 @@ def _skip_for_fit(job: Job, walk: Walk | Rerun, skip: DriftedSkip | None) -> Ski
 
 
 def _installed(job: Job, walk: Walk | Rerun, found: FoundLayer, planned: PlannedLayer, fit: FittedLayer) -> PQModule:
-    """The layer's product-quantized module, in its place; what the fit leaves to its neighbours is done, too."""
+    """Insert the layer's product-quantized module, and apply the fit's changes to neighbouring modules."""
     codebook, codes = fit.codebook.to(found.weight), fit.codes.to(found.weight.device)
     layer, *_ = install_(job.student, found, codebook, codes, planned.kept(found.matrix))
     _apply_shifts(job, found, fit)
@@ -151,7 +151,7 @@ def _installed(job: Job, walk: Walk | Rerun, found: FoundLayer, planned: Planned
 
 @torch.no_grad()
 def _apply_shifts(job: Job, found: FoundLayer, fit: FittedLayer) -> None:
-    """Give the layer's neighbours what the fit left to them: a factor on each row, and a shift of the bias."""
+    """Apply the fit's row scale to the following batch norm, and its shift to the bias."""
     norm = job.batchnorm_after(found)
     if fit.row_scale is not None and norm is not None:
         absorb_row_scale_(module_at(job.student, norm), fit.row_scale)

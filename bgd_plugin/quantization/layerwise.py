@@ -1,4 +1,4 @@
-"""Layer after layer, in the order in which they run: each is fitted to what the finished layers before it give."""
+"""Quantize layer by layer, in execution order: each layer is fitted to the outputs of the finished layers before it."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ Outcomes = list[LayerReport | SkippedLayer]
 
 
 def quantize_layers(job: Job) -> Outcomes:
-    """What becomes of each layer of the plan, in the order in which they run; the student is changed."""
+    """Quantize all layers of the plan in execution order; returns their outcomes, and changes the student."""
     job.student.requires_grad_(False)
     logits = _teacher_logits(job)
     outcomes = (_along_graph if isinstance(job.student, fx.GraphModule) else _by_runs)(job, logits)
     gains = [x.bias_gain for x in outcomes if isinstance(x, LayerReport) and x.bias_gain is not None]
     if gains:
         job.log.note(
-            f"bias (matched): {len(gains)} shifted, which takes {statistics.median(gains):.2%} of their outputs' "
-            "variance off the error (median)"
+            f"bias (matched): {len(gains)} corrected; median output error down by {statistics.median(gains):.2%} of "
+            "the variance"
         )
     return outcomes
 
@@ -62,15 +62,14 @@ def _along_graph(job: Job, logits: list[Tensor]) -> Outcomes:
     job.log.add_seconds("forward", walk.seconds)
     if refits:
         job.log.note(
-            f"{len(refits)} depthwise convolutions, which stay float, were fitted anew to the inputs they now get, "
-            f"{Gain.said(refits)}"
+            f"{len(refits)} depthwise convolutions refitted to the quantized network's inputs, {Gain.said(refits)}"
         )
     job.log.note(*norms.notes())
     return outcomes
 
 
 def _by_runs(job: Job, logits: list[Tensor]) -> Outcomes:
-    """The same for a network that is not a graph: it is run again for each layer and each batch norm."""
+    """Quantize a network without a graph, by partial runs of the network itself."""
     indices = {found.name: index for index, found in enumerate(job.survey.found)}
     norms = [path for path, module in job.student.named_modules() if normalizes(module)]
     weights = {found.name: found.weight for found in job.survey.found}
@@ -85,11 +84,11 @@ def _by_runs(job: Job, logits: list[Tensor]) -> Outcomes:
     outcomes += [leave_unreached(job, index) for name, index in indices.items() if name not in walk.order]
     if walk.strayed:
         names = ", ".join(sorted(walk.strayed))
-        job.log.note(f"fitted to their own inputs alone, since the float network takes another way: {names}")
+        job.log.note(f"fitted without float inputs, because the float network took another branch: {names}")
     if walk.is_whole:
         job.log.note(
-            "the network was run as a whole for each layer: its modules hand on more than what they return, so that "
-            "what they returned could not stand for their run"
+            "the whole network was run for each layer: its modules pass on more than they return, so their outputs "
+            "could not be reused"
         )
     job.log.add_seconds("forward", walk.seconds)
     job.log.note(*corrections.notes())
@@ -101,7 +100,7 @@ def _needs_reference(config: BGDConfig) -> bool:
 
 
 def _first_node(walk: Walk, layer: FoundLayer) -> str:
-    """The node before which a layer is fitted: its first call, or the node that reads its weight for that call."""
+    """The node before which a layer is fitted: its first call, or the node that reads the weight for it."""
     for node in walk.order:
         if (node.op == "call_module" and node.target in (layer.target, *layer.tied)) or node.name == layer.calls[0]:
             return node.name
@@ -109,7 +108,7 @@ def _first_node(walk: Walk, layer: FoundLayer) -> str:
 
 
 def _drifted_skip(job: Job, walk: Walk, found: FoundLayer) -> DriftedSkip | None:
-    """The skip whose drift a layer is to make good: it ends a residual branch, and the other side has run already."""
+    """The skip connection whose drift a layer compensates for: it ends a residual branch, and the skip has run."""
     config = job.config
     if config.method != "full" or not config.asymmetric_step or config.batchnorm != "matched":
         return None
@@ -123,7 +122,7 @@ def _drifted_skip(job: Job, walk: Walk, found: FoundLayer) -> DriftedSkip | None
 
 @torch.no_grad()
 def _teacher_logits(job: Job) -> list[Tensor]:
-    """The teacher's answer to each calibration batch, where distillation needs it."""
+    """The teacher's logits for each calibration batch, if distillation needs them."""
     if not job.config.distillation or job.teacher is None:
         return []
     with job.log.timed("teacher"):

@@ -1,4 +1,4 @@
-"""Layers that stay float because the settings have nothing for their kind, at the node where the walk meets them."""
+"""Layers that stay float because their kind has no setting: refit and round them when the walk reaches them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["leftover_nodes", "treat_leftover"]
 
 
 def leftover_nodes(job: Job) -> dict[str, tuple[str, fx.Node]]:
-    """For each node at which a layer that stays float is due: the name of its weight, and the call that uses it."""
+    """For each node at which such a layer is handled: the name of its weight, and the call that uses it."""
     due: dict[str, tuple[str, fx.Node]] = {}
     assert isinstance(job.student, fx.GraphModule)
     for node in job.student.graph.nodes:
@@ -28,10 +28,10 @@ def leftover_nodes(job: Job) -> dict[str, tuple[str, fx.Node]]:
 
 
 def treat_leftover(job: Job, walk: Walk, weight_name: str, call: fx.Node) -> Gain | None:
-    """Refit a depthwise layer to the inputs it now gets; round any layer as it will be stored.
+    """Refit a depthwise layer to the student's inputs; round any layer to its storage type.
 
     Returns:
-        what the refit gained; None where there was none.
+        the gain of the refit; None if there was none.
     """
     gain = None
     config = job.config

@@ -1,4 +1,4 @@
-"""Spend a budget in a run: measure what each layer's error does to the output, then choose the sizes."""
+"""Spend a budget in a run: measure the effect of each layer's error on the output, then choose the sizes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["spent"]
 
 
 def spent(budget: Budget, batches: Sequence[Batch], log: Log, *, progress: bool) -> Survey:
-    """The survey with the sizes that a budget chooses by what was measured on `batches`."""
+    """The survey with the sizes that the budget chooses from measurements on `batches`."""
     with log.timed("budget"):
         survey = budget.spend(_sensitivities(budget, batches, progress))
     log.note(*survey.notes)
@@ -29,9 +29,9 @@ def spent(budget: Budget, batches: Sequence[Batch], log: Log, *, progress: bool)
 
 
 def _sensitivities(budget: Budget, batches: Sequence[Batch], progress: bool) -> dict[str, Sensitivity] | None:
-    """What each layer whose size the budget chooses does to the output: the first process measures it, on its data.
+    """The sensitivity of each layer whose size the budget chooses, measured by the first process on its data.
 
-    None where that cannot be measured.
+    None if it cannot be measured.
     """
     network = budget.survey.network
     if not isinstance(network, fx.GraphModule):

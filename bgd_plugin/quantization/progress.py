@@ -16,11 +16,11 @@ __all__ = ["progress_bar"]
 
 
 def progress_bar(survey: Survey, batches: int, *, shown: bool) -> Any:
-    """A bar of as many steps as a run takes: one for each layer, and one for each gradient step.
+    """A progress bar with one step per layer and one per gradient step.
 
     Args:
-        batches: in one walk over the calibration data.
-        shown: whether it is drawn, by the first process.
+        batches: number of batches in one pass over the calibration data.
+        shown: whether the bar is drawn; only the first process draws it.
     """
     student, config = survey.network, survey.config
     steps = len(survey.layers) * (1 + (config.distillation.steps if config.distillation else 0))

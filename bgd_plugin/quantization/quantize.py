@@ -58,30 +58,30 @@ def quantize(
     progress: bool = True,
     original_bytes: int | None = None,
 ) -> Quantized:
-    """Compress a network by product quantization of its weights, keeping what its layers compute on real inputs.
+    """Compress a network by product quantization that preserves each layer's outputs on real inputs.
 
-    Inside an initialised process group of `torch.distributed`, every process calls this with the same network and
+    Inside an initialized process group of `torch.distributed`, every process calls this with the same network and
     settings and its own part of the calibration data, and every process gets the same result.
 
     Args:
         model: the float network; it is left untouched. What `torch.export` gives goes in, too, and what comes out can
             be exported again.
-        calibration: batches of unlabelled inputs. A batch is a tensor, a sequence whose first item is the input, or a
-            mapping of keyword arguments. Finetuning walks it several times; a method `set_epoch(number)`, if it has
-            one, is called before each of these walks, with 1, 2, 3 and so on.
+        calibration: batches of inputs, without labels. A batch is a tensor, a sequence whose first item is the input,
+            or a mapping of keyword arguments. Finetuning iterates over it several times; if it has a method
+            `set_epoch(number)`, this is called before each of these passes with 1, 2, 3 and so on.
         config: what to quantize and how; `BGDConfig()` if not given.
-        teacher: network whose logits distillation and finetuning follow; the float model if not given.
+        teacher: network whose logits distillation and finetuning match; the float network if not given.
         forward: `callable(model, batch)` for batches of any other form.
-        checkpoint: folder for the progress: each finished layer, and training every half minute. A call with the same
-            arguments goes on from there, and ends in the same bytes as one that was never stopped. Of several processes
-            only the first one reads and writes it.
-        memory_bytes: bound on what is held in memory of the calibration data and of the values that networks make of
-            it; the rest lies in a temporary file. The result is the same. None: no bound.
-        reproducible: compute on one thread, with torch's deterministic algorithms: the same bytes whatever the number
-            of threads. Otherwise they are the same for the same number of threads.
+        checkpoint: folder in which progress is saved: each finished layer, and training every half minute. A call with
+            the same arguments resumes there, and produces the same bytes as an uninterrupted one. With several
+            processes only the first one reads and writes it.
+        memory_bytes: limit for calibration data and the networks' values on it in memory; the rest is kept in a
+            temporary file. The result is the same. None: no limit.
+        reproducible: compute on one thread with torch's deterministic algorithms, so that the file does not depend on
+            the number of threads. Without it, the file is the same for the same number of threads.
         progress: show a progress bar.
-        original_bytes: where this is the last step of a chain, the bytes of the network the chain started from, such as
-            `plan(dense).original_bytes`: the report's ratio is then that of the whole chain.
+        original_bytes: if earlier steps such as pruning made the network smaller, the bytes of the network before them,
+            such as `plan(dense).original_bytes`; the report's ratio is then that of all steps.
 
     Returns:
         the compressed network, and a report.

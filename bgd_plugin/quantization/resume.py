@@ -1,4 +1,4 @@
-"""A run's progress on disk, so that a run that was stopped goes on where it was and ends in the same bytes."""
+"""A run's progress on disk: a stopped run resumes where it was, and produces the same bytes."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _DESCRIPTION = "run.json"
 
 
 class Run:
-    """The progress of one `quantize` call, in a folder; without a folder nothing is kept.
+    """The progress of one `quantize` call, saved in a folder; without a folder nothing is saved.
 
-    Of several processes, the first one has the folder; all make their runs together.
+    With several processes, the first one has the folder; all create their runs together.
 
-    A layer's file holds its codebook and codes as they were when the layer was done. A stage of training keeps a file
-    of its own while it goes on.
+    A layer's file contains its codebook and codes at the time it was finished. A training stage has its own file while
+    it runs.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -50,11 +50,11 @@ class Run:
         batches: Sequence[Batch],
         teacher: nn.Module | None = None,
     ) -> Run:
-        """Begin a run, or go on with the one in `folder`.
+        """Start a run, or resume the one in `folder`.
 
         Raises:
-            CheckpointError: the folder holds a run of another version, another network, other settings, other
-                calibration data or another teacher; every difference is named. Or it cannot be made.
+            CheckpointError: the folder contains a run with another version, network, settings, calibration data or
+                teacher (the message names every difference), or it cannot be created.
         """
         if folder is None:
             return cls(None)
@@ -63,7 +63,7 @@ class Run:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(
-                f"checkpoint folder {path} cannot be made ({error.strerror}): give another"
+                f"checkpoint folder {path} cannot be created ({error.strerror}): give another folder"
             ) from error
         remove_leftovers(path)
         wanted = described(model, config, batches, teacher or model)
@@ -75,28 +75,28 @@ class Run:
         return cls(path)
 
     def steps(self, name: str, on_steps: Callable[[int], object], *, is_shared: bool = True) -> Steps:
-        """The gradient steps of the stage with that name.
+        """The gradient steps of the stage with this name.
 
         Args:
-            is_shared: of several processes, all take them together; else only the first one takes them.
+            is_shared: whether all processes take the steps together; otherwise only the first one does.
         """
         return Steps(self._steps_file(name), on_steps, is_shared=is_shared and self._is_kept)
 
     @contextmanager
     def says_how_to_go_on(self) -> Iterator[None]:
-        """Add to a Ctrl-C that comes inside what is kept of the run, and how it goes on."""
+        """Add a note to a Ctrl-C inside this context: what is saved, and how to resume."""
         try:
             yield
         except KeyboardInterrupt as stop:
             stop.add_note(
-                f"the same call goes on from what {self.folder} holds"
+                f"progress is saved in {self.folder}; the same call resumes there"
                 if self.folder
-                else 'nothing was kept; with checkpoint="FOLDER" the same call would go on from there'
+                else 'no progress saved; pass checkpoint="FOLDER" to be able to resume'
             )
             raise
 
     def finished(self, index: int, layer: PlannedLayer) -> FittedLayer | None:
-        """Codebook and codes of a layer that an earlier call finished.
+        """Codebook and codes of a layer finished by an earlier call.
 
         Raises:
             CheckpointError: the layer's file is damaged.
@@ -104,7 +104,7 @@ class Run:
         file = self._file(index)
         if file is None or not file.exists():
             return None
-        self._forget_steps(index)  # it may have been killed between the two
+        self._forget_steps(index)  # a run killed between saving the layer and this leaves them behind
         try:
             with safetensors.safe_open(str(file), framework="pt") as content:
                 warnings = json.loads((content.metadata() or {}).get("warnings", "[]"))
@@ -121,10 +121,10 @@ class Run:
                 warnings=tuple(map(str, warnings)),
             )
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
-            raise CheckpointError(f"{file} is damaged ({error}): delete it, the layer will be fitted again") from error
+            raise CheckpointError(f"{file} is damaged ({error}): delete it to fit the layer again") from error
 
     def store(self, index: int, fit: FittedLayer) -> None:
-        """Keep a finished layer."""
+        """Save a finished layer."""
         file = self._file(index)
         if file is not None:
             values = {f.name: getattr(fit, f.name) for f in dataclasses.fields(fit)}
@@ -145,12 +145,12 @@ class Run:
 
 
 def stage(index: int) -> str:
-    """The name of a layer's stage of training."""
+    """The name of a layer's training stage."""
     return f"layer-{index:04d}"
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run was begun in the folder."""
+    """Whether the folder contains a run."""
     return (folder / _DESCRIPTION).is_file()
 
 
@@ -158,9 +158,9 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
     except ValueError as error:
-        raise CheckpointError(f"{file} is damaged ({error}): begin again in an empty folder") from error
+        raise CheckpointError(f"{file} is damaged ({error}): start again in an empty folder") from error
     if not isinstance(found, dict):
-        raise CheckpointError(f"{file} is damaged: begin again in an empty folder")
+        raise CheckpointError(f"{file} is damaged: start again in an empty folder")
     return found
 
 
@@ -168,6 +168,5 @@ def _require_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -
     differences = list(differing(found, wanted))
     if differences:
         raise CheckpointError(
-            f"{folder} holds a run with another {', another '.join(differences)}: give the same as then, or an empty "
-            "folder"
+            f"{folder} contains a run with another {', another '.join(differences)}: give the same, or an empty folder"
         )

@@ -1,4 +1,4 @@
-"""Training of the whole network after its last layer: reconstruction block by block, then finetuning."""
+"""Train the network after its last layer is fitted: block-wise reconstruction, then finetuning."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["check_teacher", "teacher_for", "train"]
 
 
 def train(job: Job, calibration: Iterable[Any], forward: Forward | None) -> None:
-    """Reconstruct and finetune, as far as the settings ask for it; the student is changed.
+    """Reconstruct and finetune according to the settings; the student is changed.
 
     Args:
-        job: the run, whose layers are all quantized.
-        calibration, forward: as of `quantize`; finetuning walks the data again.
+        job: the run, with all layers quantized.
+        calibration, forward: as in `quantize`; finetuning iterates over the data again.
     """
     if job.config.reconstruction:
-        if is_first():  # of several processes, on its part of the data
+        if is_first():  # with several processes, on the first one's part of the data
             _reconstruct(job)
         synchronize_(job.student)
     if job.config.finetuning:
@@ -34,9 +34,9 @@ def train(job: Job, calibration: Iterable[Any], forward: Forward | None) -> None
 
 
 def teacher_for(model: nn.Module, config: BGDConfig, device: torch.device) -> nn.Module | None:
-    """A copy in evaluation mode on `device`; the user's network keeps its own mode and device.
+    """A copy in evaluation mode on `device`; the user's network keeps its mode and device.
 
-    None where the settings train nothing by it.
+    None if no training uses it.
     """
     if not (config.distillation or config.finetuning):
         return None
@@ -49,9 +49,9 @@ def teacher_for(model: nn.Module, config: BGDConfig, device: torch.device) -> nn
 
 @torch.no_grad()
 def check_teacher(job: Job) -> None:
-    """Compare a teacher's logits with the network's on one batch, before any work is done."""
+    """Check on one batch, before the work starts, that a teacher's logits have the network's shape."""
     if job.teacher is None:
-        job.log.note("the teacher was not used: neither distillation nor finetuning is on")
+        job.log.note("the teacher was not used: distillation and finetuning are off")
         return
     batch = job.batches[0]
     kl_to_teacher(logits_of(batch.call(job.reference)), logits_of(batch.call(job.teacher)))
@@ -71,8 +71,8 @@ def _reconstruct(job: Job) -> None:
             lambda number: job.run.steps(f"block-{number:04d}", job.bar.update, is_shared=False),
         )
     job.log.note(
-        f"reconstruction: {gain.blocks} blocks, mean loss on samples kept aside {gain.before:.4g} → {gain.after:.4g}"
-        + (f"; {gain.taken_back} put back as they were" if gain.taken_back else "")
+        f"reconstruction: {gain.blocks} blocks, mean loss on held-out samples {gain.before:.4g} → {gain.after:.4g}"
+        + (f"; undone in {gain.taken_back} blocks without a gain" if gain.taken_back else "")
     )
 
 
@@ -83,7 +83,7 @@ def _finetune(job: Job, calibration: Iterable[Any], forward: Forward | None) -> 
 
     def epoch(number: int) -> Iterator[Batch]:
         if set_epoch is not None:
-            set_epoch(number + 1)  # the first walk, number 0, collected the batches
+            set_epoch(number + 1)  # pass number 0 collected the calibration batches
         return iterate_batches(calibration, job.student, device=device, forward=forward)
 
     job.bar.set_description("finetune")
@@ -91,4 +91,4 @@ def _finetune(job: Job, calibration: Iterable[Any], forward: Forward | None) -> 
         data = Epochs(epoch, can_skip=set_epoch is not None or isinstance(calibration, (list, tuple)))
         steps = job.run.steps("finetuning", job.bar.update)
         first, last = finetune_(job.student, job.teacher, data, len(job.batches), job.config.finetuning, steps)
-    job.log.note(f"finetuning: final loss {last:.4g}, at first {first:.4g}")
+    job.log.note(f"finetuning: loss {first:.4g} → {last:.4g}")

@@ -302,7 +302,7 @@ def test_what_needs_the_whole_network_is_refused_by_torchaos_own_quantize() -> N
     for settings in ({"freeze_norms": True}, {"reconstruction": ReconstructionConfig()}, {"target_ratio": 4.0}):
         with pytest.raises(ConfigError, match=f"{next(iter(settings))}: for a whole network"):
             quantize_(PlainNet(), adapter.BGDWeightOnlyConfig(**settings))
-    with pytest.raises(ConfigError, match="without data there is no finetuning"):
+    with pytest.raises(ConfigError, match="finetuning: training needs data"):
         adapter.quantize_(PlainNet(), adapter.BGDWeightOnlyConfig(finetuning=FinetuningConfig(steps=1)))
 
 

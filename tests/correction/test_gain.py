@@ -14,7 +14,7 @@ from bgd_plugin.correction.gain import Gain, output_distance
 from tests.networks import SmallResNet, images, randomized, vectors
 
 GAIN = re.compile(r"median output error ([\d.]+)% → ([\d.]+)% of the variance")
-SHIFT = re.compile(r"(\d+) shifted, which takes ([\d.]+)% of their outputs' variance off")
+SHIFT = re.compile(r"(\d+) corrected; median output error down by ([\d.]+)% of the variance")
 
 
 def _note(report: bgd.results.Report, beginning: str) -> str:

@@ -95,7 +95,7 @@ def test_a_mapping_with_other_names() -> None:
 def test_a_weight_that_is_not_finite_is_named(bad: float) -> None:
     model = SmallResNet()
     model.conv2.weight.data[0, 0, 0, 0] = bad
-    with pytest.raises(ConfigError, match=r"'conv2\.weight' of the network holds NaN or infinite values: repair"):
+    with pytest.raises(ConfigError, match=r"'conv2\.weight' of the network contains NaN or infinite values: repair"):
         _quantize(model, images())
 
 
@@ -170,7 +170,7 @@ def test_a_network_on_the_meta_device_can_only_be_planned() -> None:
     with torch.device("meta"):
         model = PlainNet()
     with pytest.raises(
-        ConfigError, match=r"'0\.weight' is on the meta device, without values: .*planned, not quantized"
+        ConfigError, match=r"'0\.weight' is on the meta device and has no values: .*planned, but not quantized"
     ):
         _quantize(model, vectors())
 
@@ -234,7 +234,7 @@ def test_a_network_on_the_meta_device_is_planned_only() -> None:
     with torch.device("meta"):
         model = PlainNet()
     assert bgd.plan(model, em()).layers
-    with pytest.raises(ConfigError, match="on the meta device, without values: such a network can be planned"):
+    with pytest.raises(ConfigError, match="on the meta device and has no values: such a network can be planned"):
         _quantize(model, vectors())
 
 

@@ -75,7 +75,7 @@ def test_one_layer_that_cannot_be_quantized_is_an_error() -> None:
 
 
 def test_training_needs_data() -> None:
-    with pytest.raises(ConfigError, match="without data there is no finetuning"):
+    with pytest.raises(ConfigError, match="finetuning: training needs data"):
         bgd.quantize_weights(PlainNet(), BGDConfig(finetuning=FinetuningConfig(steps=1)))
 
 
@@ -87,7 +87,7 @@ def test_values_are_needed_and_finite() -> None:
     broken = PlainNet()
     with torch.no_grad():
         broken[2].weight[0, 0] = float("nan")
-    with pytest.raises(ConfigError, match="layer '2' holds NaN"):
+    with pytest.raises(ConfigError, match="layer '2' contains NaN"):
         bgd.quantize_weights(broken)
 
 

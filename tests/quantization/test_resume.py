@@ -96,8 +96,8 @@ def test_the_report_of_a_resumed_run_has_the_same_errors(model: nn.Module, tmp_p
 def test_other_settings_are_refused(model: nn.Module, tmp_path: Path) -> None:
     _bytes(tmp_path, em(), model)
     expected = (
-        r"holds a run with another config \(em_iterations was 8, is 9, seed was 0, is 1\): "
-        "give the same as then, or an empty folder"
+        r"contains a run with another config \(em_iterations was 8, is 9, seed was 0, is 1\): "
+        "give the same, or an empty folder"
     )
     with pytest.raises(CheckpointError, match=expected):
         _bytes(tmp_path, em(seed=1, em_iterations=9), model)
@@ -113,7 +113,7 @@ def test_another_network_is_refused(model: nn.Module, tmp_path: Path) -> None:
     _bytes(tmp_path, em(), model)
     model.get_parameter("fc.bias").data += 1
     with pytest.raises(
-        CheckpointError, match=r"holds a run with another network \(fc.bias\), another teacher \(fc.bias\): give"
+        CheckpointError, match=r"contains a run with another network \(fc.bias\), another teacher \(fc.bias\): give"
     ):
         _bytes(tmp_path, em(), model)
 
@@ -128,15 +128,15 @@ def test_other_calibration_data_is_refused(model: nn.Module, tmp_path: Path) -> 
     _bytes(tmp_path, em(), model)
     data = images()
     data[1] = data[1] + 1
-    with pytest.raises(CheckpointError, match=r"holds a run with another calibration \(batch 1\): give"):
+    with pytest.raises(CheckpointError, match=r"contains a run with another calibration \(batch 1\): give"):
         _bytes(tmp_path, em(), model, data)
-    with pytest.raises(CheckpointError, match=r"holds a run with another calibration \(batch 3\): give"):
+    with pytest.raises(CheckpointError, match=r"contains a run with another calibration \(batch 3\): give"):
         _bytes(tmp_path, em(), model, images(4))
 
 
 def test_another_teacher_is_refused_where_it_is_used(model: nn.Module, tmp_path: Path) -> None:
     bgd.quantize(model, images(), TRAINED, checkpoint=tmp_path, teacher=SmallResNet(), progress=False)
-    with pytest.raises(CheckpointError, match=r"holds a run with another teacher \(stem.weight, .*\): give"):
+    with pytest.raises(CheckpointError, match=r"contains a run with another teacher \(stem.weight, .*\): give"):
         bgd.quantize(model, images(), TRAINED, checkpoint=tmp_path, progress=False)
 
 
@@ -253,10 +253,10 @@ def test_ctrl_c_says_how_the_run_goes_on(model: nn.Module, tmp_path: Path, monke
     _stop_after_steps(1, monkeypatch)
     with pytest.raises(KeyboardInterrupt) as stop:
         _bytes(tmp_path / "run", TRAINED, model)
-    assert stop.value.__notes__ == [f"the same call goes on from what {tmp_path / 'run'} holds"]
+    assert stop.value.__notes__ == [f"progress is saved in {tmp_path / 'run'}; the same call resumes there"]
     with pytest.raises(KeyboardInterrupt) as stop:
         _bytes(None, TRAINED, model)
-    assert stop.value.__notes__ == ['nothing was kept; with checkpoint="FOLDER" the same call would go on from there']
+    assert stop.value.__notes__ == ['no progress saved; pass checkpoint="FOLDER" to be able to resume']
 
 
 def test_a_finished_training_is_not_done_again(
@@ -290,7 +290,7 @@ def test_a_damaged_layer_file_says_what_to_delete(model: nn.Module, tmp_path: Pa
     _bytes(tmp_path, em(), model)
     file = sorted(tmp_path.glob("layer-*"))[1]
     file.write_bytes(file.read_bytes()[:50])
-    with pytest.raises(CheckpointError, match=rf"{file.name} is damaged .*: delete it, the layer will be fitted again"):
+    with pytest.raises(CheckpointError, match=rf"{file.name} is damaged .*: delete it to fit the layer again"):
         _bytes(tmp_path, em(), model)
 
 

@@ -144,7 +144,7 @@ def test_a_detector_is_finetuned_on_what_its_modules_give() -> None:
     for steps in (1, 60):
         finetuning = FinetuningConfig(steps=steps, outputs=("body", "score", "classes"), learning_rate=0.03)
         notes = _quantize(model, _lists(), replace(config, finetuning=finetuning)).report.notes
-        losses.append(float(notes[-1].removeprefix("finetuning: final loss ").split(",")[0]))
+        losses.append(float(notes[-1].rpartition(" → ")[2]))
     assert losses[1] < 0.8 * losses[0]
 
 

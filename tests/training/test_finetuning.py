@@ -161,6 +161,6 @@ def test_data_that_is_empty_on_a_second_walk_says_so() -> None:
 def test_the_report_gives_the_loss_at_first_and_at_last() -> None:
     config = em(finetuning=FinetuningConfig(steps=60))
     report = bgd.quantize(PlainNet(), vectors(), config, progress=False).report
-    (note,) = [note for note in report.notes if note.startswith("finetuning: final loss ")]
-    last, first = (float(number) for number in re.findall(r"\d[\d.e-]*", note))
+    (note,) = [note for note in report.notes if note.startswith("finetuning: loss ")]
+    first, last = (float(number) for number in re.findall(r"\d[\d.e-]*", note))
     assert 0 < last < first
