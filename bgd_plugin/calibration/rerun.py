@@ -75,7 +75,7 @@ class Rerun:
         self.strayed: set[str] = set()
         self.is_whole = False
         store = self.batches.store
-        store.leave_out([student, reference])
+        self._own = store.claim(self, [student, reference])
         self._recordings = [self._recorded(batch, norms) for batch in range(len(self.batches))]
         self._pieces = Pieces(self._recordings)
         self.order = self._pieces.order
@@ -85,7 +85,7 @@ class Rerun:
         self._shared: SharedInputs | None = None
         self._blanks: dict[Any, Tensor] = {}
         for batch in range(len(self.batches)):
-            store.open(batch).update({f"{side} kept": {} for side in _SIDES})
+            store.open(batch).update({f"{self._own}{side} kept": {} for side in _SIDES})
 
     def times(self, name: str) -> int:
         """How often a layer or norm runs in the calibration data."""
@@ -110,21 +110,22 @@ class Rerun:
             self._group = self._pieces.together(name)
             self._shared = SharedInputs(name=name) if len(self._group) > 1 else None
             self._collect(self._group)
-        student, reference = (_Calls(self.batches.store, side, name) for side in _SIDES)
+        student, reference = (self._calls(side, name) for side in _SIDES)
         return CollectedInputs(name, student, reference if paired else student, self._shared)
 
     def norm_inputs(self, path: str) -> tuple[list[Tensor], list[Tensor]]:
         """The inputs of a batch norm in the compressed and in the float network, batch by batch."""
         self._group = [path]
         self._collect(self._group)
-        student, reference = (
-            [x for calls in _Calls(self.batches.store, side, path) for x, _ in calls] for side in _SIDES
-        )
+        student, reference = ([x for calls in self._calls(side, path) for x, _ in calls] for side in _SIDES)
         return student, reference
+
+    def _calls(self, side: str, name: str) -> _Calls:
+        return _Calls(self.batches.store, f"{self._own}{side} inputs", name)
 
     def finish(self, batch: int) -> Any:
         """The compressed network's answer to one batch. Gradients flow."""
-        held: Kept = {} if self.is_whole else self.batches.store.open(batch)["student kept"]
+        held: Kept = {} if self.is_whole else self.batches.store.open(batch)[f"{self._own}student kept"]
 
         def answer(path: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return revived(held[path], self._blanks) if path in held else run_module(module, args, kwargs)
@@ -147,7 +148,7 @@ class Rerun:
             content = self.batches.store.open(batch)
             runs = {}
             for side, network in zip(_SIDES, (self.student, self.reference), strict=True):
-                outputs: Kept = {} if self.is_whole else content[f"{side} kept"]
+                outputs: Kept = {} if self.is_whole else content[f"{self._own}{side} kept"]
                 with self._timed(batch):
                     run = PartialRun(
                         network, self.batches[batch], recording, names, weights, outputs, finished, self._blanks
@@ -169,9 +170,11 @@ class Rerun:
                 self.strayed |= {name} if has_strayed else set()
                 theirs[name] = mine[name]
         for side in _SIDES:
-            outputs = {} if self.is_whole else content[f"{side} kept"]
-            content[f"{side} kept"] = freed(self._pieces, batch, outputs, done=done, stored=self._stored[batch])
-            content[f"{side} inputs"] = runs[side].calls
+            outputs = {} if self.is_whole else content[f"{self._own}{side} kept"]
+            content[f"{self._own}{side} kept"] = freed(
+                self._pieces, batch, outputs, done=done, stored=self._stored[batch]
+            )
+            content[f"{self._own}{side} inputs"] = runs[side].calls
 
     def _is_as_recorded(self, recording: Recording, run: PartialRun) -> bool:
         """Whether the float network came to the inputs that it has when it is run as a whole."""
@@ -192,14 +195,14 @@ class Rerun:
 class _Calls(Sequence[Any]):
     """Batch by batch, what one layer or norm computed on."""
 
-    def __init__(self, store: BatchStore, side: str, name: str) -> None:
-        self._store, self._side, self._name = store, side, name
+    def __init__(self, store: BatchStore, entry: str, name: str) -> None:
+        self._store, self._entry, self._name = store, entry, name
 
     def __len__(self) -> int:
         return len(self._store)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._store.open(index)[f"{self._side} inputs"][self._name]
+        return self._store.open(index)[self._entry][self._name]
 
     def __iter__(self) -> Iterator[Any]:
         return (self[index] for index in range(len(self)))

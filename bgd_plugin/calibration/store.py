@@ -8,7 +8,9 @@ batch on file is mapped, not read: only the pages that a node touches are loaded
 from __future__ import annotations
 
 import ctypes
+import itertools
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,7 +67,9 @@ class BatchStore:
         self._items: list[_Item] = []
         self._open: _Item | None = None
         self._resident_bytes = 0  # of the closed batches
-        self._shared: set[int] = set()
+        self._exempt: dict[str, set[int]] = {}
+        self._numbers = itertools.count()
+        self._ended: list[str] = []
         self.peak_bytes = 0
 
     @property
@@ -76,10 +80,38 @@ class BatchStore:
     def __len__(self) -> int:
         return len(self._items)
 
-    def leave_out(self, modules: Sequence[nn.Module]) -> None:
-        """Exempt the networks' own tensors, which values may share, from counting and spilling."""
-        tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
-        self._shared = {memory_of(t).data_ptr() for t in tensors}
+    def claim(self, owner: object, networks: Sequence[nn.Module]) -> str:
+        """A prefix for the names under which a walk keeps values in the content of batches.
+
+        No other walk has it, so walks over one set of batches cannot overwrite each other's values. What stands under
+        such names is dropped once the owner is gone.
+
+        Args:
+            owner: the walk.
+            networks: those that it runs. Their own tensors, which values may share, are neither counted nor spilled.
+        """
+        prefix = f"walk {next(self._numbers)} "
+        tensors = (t for module in networks for t in (*module.parameters(), *module.buffers()))
+        self._exempt[prefix] = {memory_of(t).data_ptr() for t in tensors}
+        # not dropped right then: an object may go while a batch is being moved
+        weakref.finalize(owner, self._ended.append, prefix).atexit = False
+        return prefix
+
+    def _drop_ended(self) -> None:
+        while self._ended:
+            prefix = self._ended.pop()
+            del self._exempt[prefix]
+            for item in self._items:
+                names = [name for name in item.content if name.startswith(prefix)]
+                for name in names:
+                    del item.content[name]
+                if names and item is not self._open and not item.is_spilled and self.bound_bytes is not None:
+                    self._resident_bytes -= item.bytes
+                    item.bytes = self._bytes(item)
+                    self._resident_bytes += item.bytes
+
+    def _bytes(self, item: _Item) -> int:
+        return sum(memory.nbytes() for memory in self._memories(item.content).values())
 
     def append(self, content: dict[str, Any]) -> None:
         """Add a batch, and open it."""
@@ -89,6 +121,7 @@ class BatchStore:
 
     def open(self, index: int) -> dict[str, Any]:
         """Open a batch: its content, valid until another batch is opened."""
+        self._drop_ended()
         item = self._items[index]
         if item is not self._open:
             self._close()
@@ -109,7 +142,7 @@ class BatchStore:
         item, self._open = self._open, None
         if item is None or self.bound_bytes is None:
             return
-        item.bytes = sum(memory.nbytes() for memory in self._memories(item.content).values())
+        item.bytes = self._bytes(item)
         self.peak_bytes = max(self.peak_bytes, self._resident_bytes + item.bytes)
         if self._fits(item) and not item.mapped:
             self._resident_bytes += item.bytes
@@ -124,7 +157,8 @@ class BatchStore:
         """The storages of the content's tensors, each once, by address."""
         tensors = [t for t in pytree.tree_leaves(content) if _can_move(t)]
         memories = {memory_of(t).data_ptr(): memory_of(t) for t in tensors}
-        return {address: memory for address, memory in memories.items() if address not in self._shared and address}
+        exempt = set().union(*self._exempt.values())
+        return {address: memory for address, memory in memories.items() if address not in exempt and address}
 
     def _spill(self, item: _Item) -> None:
         extents = {address: extent for address, (extent, _) in item.mapped.items()}

@@ -55,14 +55,14 @@ class Walk:
         self.position = 0
         self.seconds = 0.0
         store = Batches.of(batches).store
-        store.leave_out([student] if reference is None else [student, reference])
-        self.student_values: Sequence[Values] = Shelf(store, "student")
-        self.reference_values: Sequence[Values] = Shelf(store, "reference")
-        self._given: Sequence[Values] = Shelf(store, "given")  # the user's own tensors
+        own = store.claim(self, [student] if reference is None else [student, reference])
+        self.student_values: Sequence[Values] = Shelf(store, f"{own}student")
+        self.reference_values: Sequence[Values] = Shelf(store, f"{own}reference")
+        self._given: Sequence[Values] = Shelf(store, f"{own}given")  # the user's own tensors
         for index, batch in enumerate(batches):
             values = {node.name: value for node, value in batch.placeholders(student.graph).items()}
             content = store.open(index)
-            content.update(student=values, reference=dict(values), given=dict(values))
+            content |= {f"{own}student": values, f"{own}reference": dict(values), f"{own}given": dict(values)}
         self._differs: set[str] = set()
         self._changed: set[str] = set()
         self._last_use = _last_uses(self.order)

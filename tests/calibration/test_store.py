@@ -89,7 +89,8 @@ def test_batches_come_back_when_there_is_room() -> None:
 def test_a_network_s_own_tensors_are_neither_counted_nor_moved() -> None:
     layer = nn.Linear(100, 100)
     store = BatchStore(1)
-    store.leave_out([layer])
+    owner = nn.Identity()
+    store.claim(owner, [layer])
     store.append({"weight": layer.weight, "view": layer.weight.detach().T})
     store.append({})
     assert store.spilled_bytes == 0

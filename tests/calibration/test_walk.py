@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -231,3 +232,35 @@ def test_functions_may_write_into_their_lists() -> None:
     walk = Walk(model, [Batch((x,))])
     assert "_narrowed" in [node.name for node in walk.nodes()]
     torch.testing.assert_close(model(x), 12 * x)
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_two_walks_over_one_set_of_batches_do_not_disturb_each_other(bound: int | None) -> None:
+    student, data, _, _ = _setting("resnet")
+    batches = _batches(data, bound)
+    ahead = Walk(student, batches)
+    behind = Walk(student, batches)  # begins anew, and would overwrite what the first one lives on
+    expected = _outputs(student, data)
+    nodes = behind.nodes()
+    for count, node in enumerate(ahead.nodes()):
+        if count % 2:
+            next(nodes)
+        with torch.no_grad():
+            assert _same([ahead.finish(i) for i in range(2)], expected), node.name
+            assert _same([behind.finish(i) for i in range(2)], expected), node.name
+
+
+def test_what_a_walk_has_kept_goes_with_it() -> None:
+    student, data, _, _ = _setting("resnet")
+    batches = _batches(data, 1)
+    walk = Walk(student, batches)
+    for _ in walk.nodes():
+        pass
+    assert len(batches.store.open(0)) > 1
+    del walk
+    gc.collect()
+    assert list(batches.store.open(0)) == ["batch"]
+    assert list(batches.store.open(1)) == ["batch"]
+    again = Walk(student, batches)
+    with torch.no_grad():
+        assert _same([again.finish(i) for i in range(2)], _outputs(student, data))
