@@ -19,13 +19,15 @@ import bgd_plugin as bgd
 import bgd_plugin.support.steps
 from tests.networks import SmallResNet, images, randomized, vectors
 
+# Several processes keep other samples aside than one: where they are compared with it, all data is fitted to.
 CONFIGS: dict[str, bgd.BGDConfig] = {
     "default": bgd.BGDConfig(),
-    "full": bgd.BGDConfig(reconstruction=None),
-    "em": bgd.BGDConfig.paper("small", batchnorm="matched", distillation=None, finetuning=None),
+    "full": bgd.BGDConfig(reconstruction=None, kept_aside=0.0),
+    "em": bgd.BGDConfig.paper("small", batchnorm="matched", distillation=None, finetuning=None, kept_aside=0.0),
     "budget": bgd.BGDConfig(target_bytes=6_000),
     "finetuned": bgd.BGDConfig(
         method="em",
+        kept_aside=0.0,
         linear=bgd.LayerConfig(block_size=1, codebook_size=512),  # codes wider than a byte
         overrides=(("4", bgd.LayerConfig(block_size=1, codebook_size=16)),),
         codebook_storage="float16",
@@ -114,6 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
             part = Deadly(part, options.walks, options.how, options.output) if rank == options.dies else part
             result = bgd.quantize(model, part, CONFIGS[config], checkpoint=options.checkpoint, progress=False)
             bgd.save(result.model, options.output / f"{config}-{rank}.safetensors")
+            (options.output / f"{config}-{rank}.json").write_text(result.report.to_json())
     except bgd.BGDError as error:
         (options.output / f"error-{rank}").write_text(f"{type(error).__name__}: {error}")
         raise SystemExit(1) from error

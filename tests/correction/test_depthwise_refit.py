@@ -18,6 +18,7 @@ _CONFIG: dict[str, Any] = {
     "codebook_storage": "float16",
     "weight_storage": "float32",
     "float_storage": "float32",
+    "kept_aside": 0.0,
 }
 
 

@@ -58,7 +58,8 @@ def test_batch_norm_says_what_its_correction_gained(mode: Any, method: Any) -> N
     data = vectors(3, batch=64)
     settings: dict[str, Any] = {"method": method, "overrides": (("0", None),), "weight_storage": "float32"}
     kept, corrected = (
-        bgd.quantize(model, data, bgd.BGDConfig(batchnorm=b, **settings), progress=False) for b in ("keep", mode)
+        bgd.quantize(model, data, bgd.BGDConfig(batchnorm=b, kept_aside=0.0, **settings), progress=False)
+        for b in ("keep", mode)
     )
     gain = _gain(corrected.report, f"batch norm ({mode}): 1 corrected")
     assert gain.after == pytest.approx(_distance(corrected.model, model, data), rel=1e-3, abs=2e-4)
@@ -81,7 +82,7 @@ def test_a_network_that_is_not_a_graph_says_the_same() -> None:
     layers = [nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 32), nn.BatchNorm1d(32)]
     whole, data = randomized(nn.Sequential(*layers)), vectors(3, batch=64)
     branching = Branching(*whole).eval()
-    config = bgd.BGDConfig(method="em")
+    config = bgd.BGDConfig(method="em", kept_aside=0.0)
     one, other = (bgd.quantize(net, data, config, progress=False).report for net in (whole, branching))
     gains = [_gain(report, "batch norm") for report in (one, other)]
     assert gains[0].before == pytest.approx(gains[1].before, rel=0.02) and gains[0].before > gains[0].after
@@ -90,7 +91,7 @@ def test_a_network_that_is_not_a_graph_says_the_same() -> None:
 
 def test_shifted_biases_say_what_they_took_off_the_error() -> None:
     model, data = randomized(nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 40))), vectors(3, batch=64)
-    config = bgd.BGDConfig(overrides=(("0", None),), weight_storage="float32", asymmetric_step=0)
+    config = bgd.BGDConfig(overrides=(("0", None),), weight_storage="float32", asymmetric_step=0, kept_aside=0.0)
     result = bgd.quantize(model, data, config, progress=False)
     found = SHIFT.search(_note(result.report, "bias (matched)"))
     assert found is not None and found[1] == "1"

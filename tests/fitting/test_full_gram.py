@@ -75,7 +75,7 @@ def test_bias_takes_the_mean_error() -> None:
     """Without a batch norm, the mean of a layer's output on the calibration data is that of the float network."""
     model = nn.Sequential(nn.Linear(12, 32), nn.Linear(32, 32)).eval()
     data = [x + 3 for x in _correlated(4)]
-    config = _config("full", asymmetric_step=0.0)
+    config = _config("full", asymmetric_step=0.0, kept_aside=0.0)
     result = bgd.quantize(model, data, config, progress=False)
     x = torch.cat(data)
     with torch.no_grad():

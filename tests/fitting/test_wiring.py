@@ -40,8 +40,13 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def _config(**fields: Any) -> BGDConfig:
-    """Every layer small, nothing rounded after the fit."""
-    storage = {"codebook_storage": "float16", "weight_storage": "float32", "float_storage": "float32"}
+    """Every layer small, nothing rounded after the fit, which sees all the data."""
+    storage = {
+        "codebook_storage": "float16",
+        "weight_storage": "float32",
+        "float_storage": "float32",
+        "kept_aside": 0.0,
+    }
     kinds = {"conv": _NINE, "pointwise_conv": _SMALL, "linear": _SMALL, "first_layer": _SMALL}
     return BGDConfig(**(kinds | storage | fields))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -97,6 +99,23 @@ def test_two_processes_and_one_find_the_same_codes(job: Path, config: str) -> No
         other = alone.model.get_submodule(name)
         assert torch.equal(layer.codes, other.codes), name
         torch.testing.assert_close(layer.codebook, other.codebook, rtol=2e-3, atol=1e-6)  # both rounded to 16 bits
+
+
+@pytest.mark.parametrize("config", ["full", "em"])
+def test_two_processes_and_one_report_the_same_errors_and_gains(job: Path, config: str) -> None:
+    """Each process has half of the data; errors and gains are those on all of it."""
+    first, second = (json.loads((job / f"{config}-{rank}.json").read_text()) for rank in (0, 1))
+    alone = json.loads(_alone(config, batches(config)).report.to_json())
+    assert first["layers"] == second["layers"] and first["notes"] == second["notes"]
+    numbers = re.compile(r"[\d.]+(?=%)")
+    for one, other in zip(first["layers"], alone["layers"], strict=True):
+        assert one["relative_error"] == pytest.approx(other["relative_error"], rel=0.02)
+        assert (one["bias_gain"] or 0) == pytest.approx(other["bias_gain"] or 0, rel=0.1)
+    for one, other in zip(first["notes"], alone["notes"], strict=True):
+        assert numbers.sub("", one) == numbers.sub("", other)
+        assert list(map(float, numbers.findall(one))) == pytest.approx(
+            list(map(float, numbers.findall(other))), rel=0.1
+        )
 
 
 def test_two_processes_finetune_as_one_does_with_batches_of_twice_the_size(job: Path) -> None:

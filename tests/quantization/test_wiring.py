@@ -20,7 +20,12 @@ _SMALL = LayerConfig(block_size=4, codebook_size=8)
 
 
 def _config(**fields: Any) -> BGDConfig:
-    storage = {"codebook_storage": "float16", "weight_storage": "float32", "float_storage": "float32"}
+    storage = {
+        "codebook_storage": "float16",
+        "weight_storage": "float32",
+        "float_storage": "float32",
+        "kept_aside": 0.0,
+    }
     kinds = {"conv": LayerConfig(block_size=9, codebook_size=8), "pointwise_conv": _SMALL, "linear": _SMALL}
     return BGDConfig(**(kinds | storage | fields))
 
