@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from bgd_plugin.config.checks import check, check_choice, counts
 from bgd_plugin.config.layer import BLOCK_SIZES, LayerConfig
+from bgd_plugin.config.paper import paper_settings
 from bgd_plugin.config.parsing import Override, checked_overrides, nested, nested_overrides
 from bgd_plugin.config.training import DistillationConfig, FinetuningConfig, ReconstructionConfig
 from bgd_plugin.errors import ConfigError
@@ -18,15 +19,15 @@ __all__ = ["FAMILIES", "BGDConfig"]
 
 CONFIG_VERSION = 1
 
-# In torchvision's Mask R-CNN: layers that the paper keeps float besides the first, and outputs that it distills.
-_MASK_RCNN_FLOAT = ("rpn.head.cls_logits", "rpn.head.bbox_pred", "roi_heads.mask_predictor.mask_fcn_logits")
-_MASK_RCNN_OUTPUTS = ("backbone", "rpn.head", "roi_heads.box_predictor", "roi_heads.mask_predictor")
 
-
-def _check_budget(target_bytes: Any, target_ratio: Any) -> None:
+def _check_budget(target_bytes: Any, target_ratio: Any, max_divergence: Any) -> None:
+    given = {"target_bytes": target_bytes, "target_ratio": target_ratio, "max_divergence": max_divergence}
+    given = {name: value for name, value in given.items() if value is not None}
+    check(len(given) < 2, f"{' and '.join(f'{n}={v}' for n, v in given.items())}: give only one of them")
+    is_bound = isinstance(max_divergence, (int, float)) and 0 < max_divergence < float("inf")
     check(
-        target_bytes is None or target_ratio is None,
-        f"target_bytes={target_bytes} and target_ratio={target_ratio}: give only one of them",
+        max_divergence is None or is_bound,
+        f"max_divergence={max_divergence!r}: give a positive number, such as 0.02, or None for no bound",
     )
     check(
         target_bytes is None or counts(target_bytes),
@@ -86,6 +87,9 @@ class BGDConfig:
             by layer, by the effect of each layer's error on the network's output, for the kinds of layer that have
             their default setting; other kinds, and layers of an override, keep their settings.
         target_ratio: the same budget as a compression ratio, float bytes / file bytes. Give one of the two.
+        max_divergence: a bound on how far the compressed network's answers may be from the float network's: the
+            Kullback-Leibler divergence of the logits in nats, or the relative squared error of an output without
+            logits. Sizes are then chosen for the smallest file within it, for the same layers as with a budget.
         kept_aside: share of the calibration samples that no step of the fit sees: they judge the compressed network's
             answers at the end. At most 64 samples are kept aside, and none of fewer than 16.
         seed: seed of all random choices.
@@ -117,6 +121,7 @@ class BGDConfig:
     preserve_zeros: bool = False
     target_bytes: int | None = None
     target_ratio: float | None = None
+    max_divergence: float | None = None
     kept_aside: float = 0.125
     seed: int = 0
 
@@ -131,7 +136,7 @@ class BGDConfig:
         check_choice("float_storage", self.float_storage, ("float16", "float32"))
         check(isinstance(self.preserve_zeros, bool), f"preserve_zeros={self.preserve_zeros!r}: give True or False")
         check(counts(self.em_iterations), f"em_iterations={self.em_iterations}: give at least 1")
-        _check_budget(self.target_bytes, self.target_ratio)
+        _check_budget(self.target_bytes, self.target_ratio, self.max_divergence)
         aside = self.kept_aside
         is_share = isinstance(aside, (int, float)) and 0 <= aside <= 0.5
         check(is_share, f"kept_aside={aside!r}: give a share of the samples, from 0 to 0.5")
@@ -173,35 +178,13 @@ class BGDConfig:
         **Source**: arXiv 1907.05686, sections 4.1 and 4.4, table 1.
         """
         check(regime in ("small", "large", "mask_rcnn"), f"regime={regime!r}: give 'small', 'large' or 'mask_rcnn'")
-        small, detects = regime == "small", regime == "mask_rcnn"
-        fc_codebook_size = fc_codebook_size or (256 if detects else 2048)
-        pointwise = pointwise_block_size if pointwise_block_size is not None else (4 if small else 8)
-        settings: dict[str, Any] = {
-            "method": "em",
-            "conv": LayerConfig(block_size=9 if small else 18, codebook_size=codebook_size),
-            "pointwise_conv": LayerConfig(block_size=pointwise, codebook_size=codebook_size),
-            "linear": LayerConfig(block_size=4, codebook_size=fc_codebook_size),
-            "batchnorm": "keep",
-            "kept_aside": 0.0,
-            "codebook_storage": "float16",
-            "weight_storage": "float32",
-            "float_storage": "float32",
-            "distillation": DistillationConfig(),
-            "finetuning": FinetuningConfig(epochs=9, trained="codebooks"),
-        }
-        if detects:
-            settings |= {
-                "overrides": tuple((name, None) for name in _MASK_RCNN_FLOAT),
-                "float_storage": "float16",
-                "distillation": None,
-                "finetuning": FinetuningConfig(epochs=9, trained="codebooks", outputs=_MASK_RCNN_OUTPUTS),
-            }
+        settings = paper_settings(regime, codebook_size, fc_codebook_size, pointwise_block_size)
         return cls(**(settings | fields))
 
     @property
     def has_budget(self) -> bool:
-        """Whether block and codebook sizes are chosen by a budget."""
-        return self.target_bytes is not None or self.target_ratio is not None
+        """Whether block and codebook sizes are chosen layer by layer, by a number of bytes or a bound."""
+        return any(x is not None for x in (self.target_bytes, self.target_ratio, self.max_divergence))
 
     def budget_bytes(self, original_bytes: int) -> int | None:
         """The maximum file size in bytes; None without a budget.

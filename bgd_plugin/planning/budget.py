@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.graph import FoundLayer
+from bgd_plugin.planning.bound import fewest_bytes, loss_by_bytes
 from bgd_plugin.planning.candidates import (
     Choice,
     Option,
@@ -20,24 +22,36 @@ from bgd_plugin.planning.candidates import (
 )
 from bgd_plugin.planning.sizes import Sketch
 from bgd_plugin.planning.survey import Chosen, Survey
+from bgd_plugin.planning.types import CurvePoint
 from bgd_plugin.support.seeds import seeded
 
 __all__ = ["Budget"]
 
+_CURVE_POINTS = 24
+_LESS = "ask for a smaller file, or allow a larger divergence"
+_UNMEASURED = (
+    "bound: sizes are as the settings have them, since what each layer's error does to the output was not measured; "
+    "quantize() measures it on a network that traces, and so does plan() with calibration data"
+)
+_BLIND = (
+    "budget: estimated from the weights alone, without data; quantize() measures what each layer's error does to the "
+    "output, and may choose differently"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """A number of bytes, and what it is for.
+    """What the sizes are chosen for: the longest file, or a bound on the divergence from the float network.
 
     Attributes:
         survey: of the network, with the layers as the settings have them.
         sketch: of the same, for the length of files.
-        target_bytes: the longest file.
+        target_bytes: the longest file; None with a bound.
     """
 
     survey: Survey
     sketch: Sketch
-    target_bytes: int
+    target_bytes: int | None
 
     @classmethod
     def of(cls, survey: Survey, sketch: Sketch | None = None) -> Budget | None:
@@ -46,43 +60,86 @@ class Budget:
         Raises:
             ConfigError: it is below the least possible file, whose length the message gives.
         """
-        target = survey.config.budget_bytes(survey.original_bytes)
-        if target is None:
+        if not survey.config.has_budget:
             return None
+        target = survey.config.budget_bytes(survey.original_bytes)
         budget = cls(survey=survey, sketch=sketch or Sketch(survey), target_bytes=target)
-        require_reachable(budget._options(), target, budget._file_size)
+        if target is not None:
+            require_reachable(budget._options(), target, budget._file_size)
         return budget
+
+    @classmethod
+    def free_of(cls, survey: Survey, sketch: Sketch) -> Budget:
+        """What could be chosen under settings that name no budget."""
+        return cls(survey=survey, sketch=sketch, target_bytes=None)
 
     @property
     def free(self) -> tuple[FoundLayer, ...]:
         """The layers whose sizes are to be chosen."""
         return tuple(found for found, planned in self.survey.chosen if planned.name in self.survey.free)
 
-    def spend(self, sensitivities: Mapping[str, Sensitivity] | None) -> Survey:
+    def spend(self, sensitivities: Mapping[str, Sensitivity] | None, realized: float = 1.0) -> Survey:
         """Choose.
 
         Args:
             sensitivities: of the free layers; None: by their weights alone.
+            realized: measured divergence over expected loss, where an earlier fit has shown it.
 
         Returns:
-            the survey with the layers as chosen.
+            the survey with the layers as chosen. With a bound, and without sensitivities, the layers as they are.
 
         Raises:
             ConfigError: the budget is too small for anything, or large enough for everything in float.
         """
-        free = [layer.name for layer in self.free]
-        known = {**self._by_weights(sensitivities or {}), **(sensitivities or {})}
-        options = [rated(o, known[name]) for o, name in zip(self._options(), free, strict=True)]
-        choice = choose(options, self.target_bytes, self._file_size)
-        pairs = list(zip(choice.options, free, strict=True))
+        if self.target_bytes is None and not sensitivities:
+            return self.survey.noted(_UNMEASURED)
+        names = [layer.name for layer in self.free]
+        known = self._known(sensitivities or {})
+        options = self.rated(known)
+        if self.target_bytes is not None:
+            choice = choose(options, self.target_bytes, self._file_size)
+        else:
+            choice = self._within_bound(options, realized)
+        pairs = list(zip(choice.options, names, strict=True))
         chosen = self._chosen([_explained(option, known[name]) for option, name in pairs])
         if not chosen:
-            raise ConfigError(
-                f"a budget of {self.target_bytes:,} bytes has room for every layer in float: no layer is left to "
-                "quantize; ask for less"
-            )
+            raise ConfigError(f"{self._wanted()}: no layer is left to quantize; {_LESS}")
         left = [name for option, name in pairs if option.layer is None]
-        return self.survey.budgeted(chosen, left, self._notes(choice, sensitivities))
+        return self.survey.budgeted(chosen, left, self._notes(choice, sensitivities, realized), choice.loss * realized)
+
+    def curve(self, sensitivities: Mapping[str, Sensitivity]) -> tuple[CurvePoint, ...]:
+        """Bytes against expected divergence, from the smallest file that can be chosen to every layer in float."""
+        options = self.rated(self._known(sensitivities))
+        smallest = [layer[0] for layer in options]
+        beside = self._file_size(smallest) - sum(option.size_bytes for option in smallest)
+        return tuple(
+            CurvePoint(file_bytes=beside + size, expected_divergence=loss)
+            for size, loss in loss_by_bytes(options, _CURVE_POINTS)
+        )
+
+    def rated(self, known: Mapping[str, Sensitivity]) -> list[list[Option]]:
+        """The options of each free layer that are worth a thought, with their losses."""
+        return [rated(o, known[layer.name]) for o, layer in zip(self._options(), self.free, strict=True)]
+
+    def _within_bound(self, options: Sequence[Sequence[Option]], realized: float) -> Choice:
+        bound = self.survey.config.max_divergence
+        assert bound is not None
+        picks = fewest_bytes(options, bound / realized)
+        picked = tuple(layer[i] for layer, i in zip(options, picks, strict=True))
+        return Choice(options=picked, file_bytes=self._file_size(picked), loss=sum(o.loss for o in picked))
+
+    def _known(self, measured: Mapping[str, Sensitivity]) -> dict[str, Sensitivity]:
+        """What was measured; a layer that could not be measured counts as one of the measured ones in the middle."""
+        others = self._by_weights(measured)
+        if measured:
+            middle = statistics.median(one.per_error for one in measured.values())
+            others = {name: dataclasses.replace(one, per_error=middle) for name, one in others.items()}
+        return {**others, **measured}
+
+    def _wanted(self) -> str:
+        if self.target_bytes is not None:
+            return f"a budget of {self.target_bytes:,} bytes has room for every layer in float"
+        return f"max_divergence={self.survey.config.max_divergence} leaves every layer float"
 
     def _options(self) -> list[list[Option]]:
         return [
@@ -112,18 +169,21 @@ class Budget:
             if layer.name not in measured
         }
 
-    def _notes(self, choice: Choice, sensitivities: Mapping[str, Sensitivity] | None) -> tuple[str, ...]:
+    def _notes(
+        self, choice: Choice, sensitivities: Mapping[str, Sensitivity] | None, realized: float
+    ) -> tuple[str, ...]:
+        fixed = len(self.survey.chosen) - len(self.free)
+        more = f"; {fixed} more as the settings fix them" if fixed else ""
+        if self.target_bytes is None:
+            bound = self.survey.config.max_divergence
+            return (
+                f"bound: sizes of {len(self.free)} layers chosen for the smallest file within a divergence of {bound}: "
+                f"{choice.file_bytes:,} bytes, expected {choice.loss * realized:.3g}{more}",
+            )
         share = choice.file_bytes / self.target_bytes
         spent = f"budget: {choice.file_bytes:,} of {self.target_bytes:,} bytes ({share:.2%})"
-        what = f"sizes of {len(self.free)} layers chosen for the least sum of losses, {choice.loss:.3g}"
-        fixed = len(self.survey.chosen) - len(self.free)
-        note = f"{spent}; {what}" + (f"; {fixed} more as the settings fix them" if fixed else "")
-        if sensitivities is not None:
-            return (note,)
-        blind = (
-            "budget: chosen without data, by the weights alone; quantize measures what each layer's error does to the "
-        )
-        return note, blind + "output, and may choose otherwise"
+        note = f"{spent}; sizes of {len(self.free)} layers chosen for the least sum of losses, {choice.loss:.3g}{more}"
+        return (note,) if sensitivities is not None else (note, _BLIND)
 
 
 def _explained(option: Option, sensitivity: Sensitivity) -> Option:

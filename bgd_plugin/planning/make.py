@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from torch import nn
 from torch.export import ExportedProgram
 
+from bgd_plugin.calibration import Forward, collect_batches, take_aside_
 from bgd_plugin.config import BGDConfig
-from bgd_plugin.graph import baked, copy_module, find_layers, front_end, isolated, unwrapped
+from bgd_plugin.graph import baked, copy_module, find_layers, front_end, isolated, set_modes, unwrapped
 from bgd_plugin.planning.budget import Budget
+from bgd_plugin.planning.measure import measured
 from bgd_plugin.planning.sizes import Sketch, planned_paper_bytes
 from bgd_plugin.planning.survey import surveyed
-from bgd_plugin.planning.types import Plan
+from bgd_plugin.planning.types import CurvePoint, Plan
 
 __all__ = ["layers_in", "plan"]
 
 
 @isolated
 def plan(
-    model: nn.Module | ExportedProgram, config: BGDConfig | None = None, *, original_bytes: int | None = None
+    model: nn.Module | ExportedProgram,
+    config: BGDConfig | None = None,
+    calibration: Iterable[Any] | None = None,
+    *,
+    forward: Forward | None = None,
+    progress: bool = True,
+    original_bytes: int | None = None,
 ) -> Plan:
-    """What `quantize(model, ..., config)` will do, without data. The model may be on the meta device.
+    """What `quantize(model, ..., config)` will do. Without data the model may be on the meta device.
 
     Args:
         model: the float network; it is left untouched.
         config: what to quantize and how; `BGDConfig()` if not given.
+        calibration: unlabelled batches, as in `quantize`. With them the effect of each layer's error on the output is
+            measured: the plan has the sizes that `quantize` would choose, and the curve of bytes against expected
+            divergence. That takes a fraction of the time of `quantize`.
+        forward: as in `quantize`, for batches of any other form.
+        progress: show a progress bar while the layers are measured.
         original_bytes: as in `quantize`: the bytes of the network that a chain of steps started from.
 
     Raises:
@@ -35,7 +51,17 @@ def plan(
     survey.require_some()
     sketch = Sketch(survey)
     budget = Budget.of(survey, sketch)
-    if budget is not None:
+    curve: tuple[CurvePoint, ...] = ()
+    if calibration is not None:
+        set_modes(network, {"": False})
+        device = next(network.parameters()).device
+        batches = collect_batches(calibration, model, device=device, forward=forward)
+        take_aside_(batches, survey.config.kept_aside)
+        chooser = budget or Budget.free_of(survey, sketch)
+        sensitivities = measured(chooser, batches, progress=progress)
+        curve = chooser.curve(sensitivities) if sensitivities else ()
+        survey = survey if budget is None else budget.spend(sensitivities)
+    elif budget is not None:
         survey = budget.spend(None)
     return Plan(
         layers=survey.layers,
@@ -44,6 +70,8 @@ def plan(
         compressed_bytes=sketch.file_size(survey.chosen),
         paper_bytes=planned_paper_bytes(survey),
         notes=survey.notes,
+        expected_divergence=survey.expected_divergence,
+        curve=curve,
     )
 
 

@@ -41,6 +41,7 @@ class Survey:
             layers that an override keeps float are not among them.
         original_bytes: of the network as it came, or of the larger one that a chain of steps started from.
         notes: how a budget was spent.
+        expected_divergence: from the float network, where sizes were chosen by what was measured.
     """
 
     network: nn.Module
@@ -51,6 +52,7 @@ class Survey:
     leftovers: tuple[str, ...]
     original_bytes: int
     notes: tuple[str, ...] = ()
+    expected_divergence: float | None = None
 
     @property
     def found(self) -> tuple[FoundLayer, ...]:
@@ -78,16 +80,29 @@ class Survey:
                 "network first, or leave the setting out"
             )
 
-    def budgeted(self, chosen: Chosen, left: Sequence[str], notes: tuple[str, ...]) -> Survey:
+    def noted(self, note: str) -> Survey:
+        """The same with one more note."""
+        return dataclasses.replace(self, notes=(*self.notes, note))
+
+    def budgeted(
+        self, chosen: Chosen, left: Sequence[str], notes: tuple[str, ...], expected_divergence: float | None = None
+    ) -> Survey:
         """The same with the sizes that a budget chose.
 
         Args:
             chosen: the layers that are quantized.
             left: names of those for which the budget has room in float.
             notes: how it was spent.
+            expected_divergence: with these sizes.
         """
         skipped = [SkippedLayer(name=name, reason="the budget has room for it in float") for name in left]
-        return dataclasses.replace(self, chosen=chosen, skipped=(*self.skipped, *skipped), notes=notes)
+        return dataclasses.replace(
+            self,
+            chosen=chosen,
+            skipped=(*self.skipped, *skipped),
+            notes=notes,
+            expected_divergence=expected_divergence,
+        )
 
 
 def surveyed(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bgd_plugin.support.tables import mib, table
 
-__all__ = ["Plan", "PlannedLayer", "SkippedLayer"]
+__all__ = ["CurvePoint", "Plan", "PlannedLayer", "SkippedLayer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +92,14 @@ class SkippedLayer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """A file that could be chosen: its length, and the divergence from the float network to expect with it."""
+
+    file_bytes: int
+    expected_divergence: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What `quantize` will do, and the bytes it will come to.
 
@@ -102,6 +110,8 @@ class Plan:
         paper_bytes: the paper's own accounting: codes, codebooks in half precision, every other parameter in single
             precision; batch-norm statistics are not counted.
         notes: how a budget was spent.
+        expected_divergence: from the float network, with calibration data and sizes that are chosen; None otherwise.
+        curve: bytes against expected divergence, bytes ascending; with calibration data only.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -110,6 +120,8 @@ class Plan:
     compressed_bytes: int
     paper_bytes: int
     notes: tuple[str, ...] = ()
+    expected_divergence: float | None = None
+    curve: tuple[CurvePoint, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -130,6 +142,12 @@ class Plan:
         lines = [table(header, rows)]
         if self.skipped:
             lines += ["", table(["left float", "reason"], [[s.name, s.reason] for s in self.skipped])]
+        if self.curve:
+            points = [
+                [mib(p.file_bytes), f"{self.original_bytes / p.file_bytes:.1f}×", f"{p.expected_divergence:.2g}"]
+                for p in self.curve
+            ]
+            lines += ["", table(["file", "ratio", "expected divergence"], points)]
         lines += [
             "",
             *self.notes,

@@ -272,7 +272,7 @@ def test_overrides_and_other_settings_stay_as_they_are() -> None:
 
 def test_a_plan_says_that_it_has_no_data() -> None:
     plan = bgd.plan(randomized(_Mobile()), BGDConfig(target_ratio=2.5))
-    assert "chosen without data" in plan.notes[1]
+    assert "estimated from the weights alone" in plan.notes[1]
     assert all("by the weight's own error" in layer.note for layer in plan.layers)
     assert plan.notes[0] in str(plan)
     assert plan.compressed_bytes <= plan.original_bytes / 2.5
