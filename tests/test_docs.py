@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.networks import SmallResNet
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -92,6 +95,21 @@ def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for module in NEEDS.findall(text):
         pytest.importorskip(module, reason=f"{module} is not installed")
     run(text, str(page))
+
+
+def test_the_readme_s_first_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block as it stands there, with a small network in the place of the pretrained one."""
+    models, image = pytest.importorskip("torchvision.models"), pytest.importorskip("PIL.Image")
+    block = next(b for b in blocks_of((ROOT / "README.md").read_text(encoding="utf-8")) if b.language == "python")
+    assert len([line for line in block.code.splitlines() if line]) <= 12
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    for number in range(4):
+        image.new("RGB", (96, 80), (40 * number, 90, 255 - 50 * number)).save(tmp_path / f"photos/a/{number}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "resnet18", lambda weights=None: SmallResNet())
+    namespace: dict[str, object] = {}
+    exec(compile(block.code.replace("target_ratio=20", "target_ratio=3"), "README.md", "exec"), namespace)
+    assert isinstance(namespace["network"], torch.nn.Module)
 
 
 def test_the_readme_has_snippets() -> None:

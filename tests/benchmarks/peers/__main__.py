@@ -23,7 +23,7 @@ from bgd_plugin.errors import BGDError
 from bgd_plugin.files.format import state_bytes
 from bgd_plugin.support.tables import mib
 from tests.benchmarks.peers.arms import ARMS, Arm
-from tests.benchmarks.peers.page import FOLDER, merge, plot, read, write_page
+from tests.benchmarks.peers.page import FOLDER, merge, plot, plot_one, read, write_page
 from tests.benchmarks.peers.subjects import SUBJECTS, Subject
 
 
@@ -105,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plot(read(path), path.with_suffix(".png"))
     if options.docs:
         write_page(read(path), FOLDER / "peers.md")
+        plot_one(read(path), "EfficientNet-Lite0", FOLDER / "lite0.png")
 
 
 def _keep(path: Path, row: dict[str, Any]) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bgd_plugin.support.tables import mib
 from tests.benchmarks.peers.arms import ARMS, DEFAULT
 
-__all__ = ["FOLDER", "merge", "plot", "read", "write_page"]
+__all__ = ["FOLDER", "merge", "plot", "plot_one", "read", "write_page"]
 
 FOLDER = Path(__file__).resolve().parents[3] / "docs" / "benchmarks"
 _MARKS = ("<!-- table: written by the command -->", "<!-- end of the table -->")
@@ -68,31 +69,48 @@ def write_page(rows: Sequence[Row], page: Path) -> None:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Accuracy, and divergence from the float network, against bytes: a column for each network."""
+    subjects = _subjects(rows)
+    with _figure(path, 2, len(subjects), (7 * len(subjects), 9.5)) as axes:
+        for column, (network, images) in enumerate(subjects):
+            _panels(rows, network, axes[0, column], axes[1, column])
+            axes[0, column].set_title(f"{network}\n{images}", fontsize=10)
+
+
+def plot_one(rows: Sequence[Row], network: str, path: Path) -> None:
+    """The two panels of one network side by side, for the README."""
+    with _figure(path, 1, 2, (11, 4.2)) as axes:
+        _panels(rows, network, axes[0, 0], axes[0, 1])
+        axes[0, 0].set_title("Accuracy: higher is better", fontsize=11)
+        axes[0, 1].set_title("Divergence from the float network: lower is better", fontsize=11)
+
+
+@contextmanager
+def _figure(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[Any]:
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    subjects = _subjects(rows)
-    figure, axes = pyplot.subplots(2, len(subjects), figsize=(7 * len(subjects), 9.5), squeeze=False)
-    for column, (network, images) in enumerate(subjects):
-        chosen = [r for r in rows if (r["network"], r["images"]) == (network, images) and "failed" not in r]
-        accuracy, divergence = axes[:, column]
-        _curves(accuracy, chosen, "top1")
-        _curves(divergence, [row for row in chosen if row["kl"] > 0], "kl")
-        for row in chosen:
-            if row["arm"] == "float":
-                accuracy.axhline(row["top1"], color="grey", linestyle=":", label=f"float, {row['bytes'] / 1e6:.1f} MB")
-        accuracy.set_title(f"{network}\n{images}", fontsize=10)
-        accuracy.set_ylabel("top-1, %")
-        accuracy.legend(fontsize=8, loc="lower right")
-        divergence.set(yscale="log", ylabel="KL to float, nats")
-        for axis in (accuracy, divergence):
-            axis.set_xlabel("file, MB (everything counted)")
-            axis.grid(alpha=0.3)
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False)
+    yield axes
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+def _panels(rows: Sequence[Row], network: str, accuracy: Any, divergence: Any) -> None:
+    chosen = [row for row in rows if row["network"] == network and "failed" not in row]
+    _curves(accuracy, chosen, "top1")
+    _curves(divergence, [row for row in chosen if row["kl"] > 0], "kl")
+    for row in chosen:
+        if row["arm"] == "float":
+            accuracy.axhline(row["top1"], color="grey", linestyle=":", label=f"float, {row['bytes'] / 1e6:.1f} MB")
+    accuracy.set_ylabel("top-1, %")
+    accuracy.legend(fontsize=8, loc="lower right")
+    divergence.set(yscale="log", ylabel="KL to float, nats")
+    for axis in (accuracy, divergence):
+        axis.set_xlabel("file, MB (everything counted)")
+        axis.grid(alpha=0.3)
 
 
 def _curves(axis: Any, rows: Sequence[Row], field: str) -> None:
