@@ -7,6 +7,7 @@ distribution that declares it. So the core knows no framework, and third-party a
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import sys
 from collections.abc import Iterator
@@ -71,25 +72,41 @@ def adapter_names() -> tuple[str, ...]:
     return tuple(sorted(_points()))
 
 
-def adapters() -> tuple[Adapter, ...]:
-    """All installed adapters; each is imported, and thereby registered, to find out whether it can be loaded."""
+def adapters(*, imported: bool = False) -> tuple[Adapter, ...]:
+    """All installed adapters, and what is wrong with them.
+
+    Args:
+        imported: import each adapter, and thereby its framework, to find out whether it can be loaded; without it, the
+            versions of what is installed are compared, which takes no time.
+    """
     result = []
     for name, point in sorted(_points().items()):
-        problem = None
-        try:
-            load_adapter(name)
-        except BGDError as error:
-            problem = str(error)
-        result.append(
-            Adapter(
-                name=name,
-                module=point.value,
-                extra=_extra(point),
-                requirements=tuple(_requirements(point)),
-                problem=problem,
-            )
+        requirements = tuple(_requirements(point))
+        # a framework may be provided by another distribution than the extra's: then only importing it tells
+        is_certain = all(requirement.known for requirement in requirements) and _is_there(point.module)
+        problem = None if is_certain and not imported else _problem(name)
+        adapter = Adapter(
+            name=name, module=point.value, extra=_extra(point), requirements=requirements, problem=problem
         )
+        result.append(adapter)
     return tuple(result)
+
+
+def _problem(name: str) -> str | None:
+    """Why an adapter cannot be loaded."""
+    try:
+        load_adapter(name)
+    except BGDError as error:
+        return str(error)
+    return None
+
+
+def _is_there(module: str) -> bool:
+    """Whether there is such a module; only the packages that it is in are imported."""
+    try:
+        return module in sys.modules or importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
 
 
 def load_adapter(name: str) -> Any:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +18,7 @@ import bgd_plugin as bgd
 from bgd_plugin import BGDError
 from bgd_plugin.adapters import adapters as installed
 from bgd_plugin.cli.app import app
+from bgd_plugin.cli.quiet import quiet
 
 
 class Distribution(metadata.Distribution):
@@ -116,7 +120,10 @@ def test_the_command_line_lists_them(calls: list[str]) -> None:
     assert done.exit_code == 0, done.output
     line = next(line for line in done.stdout.splitlines() if line.startswith("working_one"))
     assert f"pytest {pytest.__version__}" in line
-    assert "can be imported" in line
+    assert "ready" in line
+    assert calls == ["registered"]  # of the one whose framework is not known by its distribution
+    checked = CliRunner().invoke(app, ["adapters", "--check"]).stdout
+    assert "can be imported" in next(line for line in checked.splitlines() if line.startswith("working_one"))
     values = json.loads(CliRunner().invoke(app, ["adapters", "--json"]).stdout)
     assert [value["name"] for value in values] == sorted(value["name"] for value in values)
     assert {value["name"] for value in values if value["problem"] is None} == {"otherwise_installed_one", "working_one"}
@@ -125,3 +132,37 @@ def test_the_command_line_lists_them(calls: list[str]) -> None:
 def test_the_command_line_says_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     _install(monkeypatch, [])
     assert "no adapter found" in CliRunner().invoke(app, ["adapters"]).stdout
+
+
+def test_the_command_prints_its_table_alone_and_imports_no_framework() -> None:
+    frameworks = ("modelopt", "neural_compressor", "torchao", "torch_pruning", "transformers")
+    code = f"""
+import sys
+from bgd_plugin.cli.app import app
+from bgd_plugin.cli.quiet import quiet
+try:
+    app(["adapters"])
+except SystemExit:
+    pass
+assert not [name for name in {frameworks} if name in sys.modules]
+"""
+    root = Path(__file__).resolve().parents[2]
+    paths = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'adapters'}"}
+    done = subprocess.run([sys.executable, "-c", code], env=paths, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.startswith("adapter ")
+
+
+def test_what_a_framework_prints_is_swallowed_unless_it_fails(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def noisy() -> None:
+        os.write(1, b"welcome to the framework\n")
+        os.write(2, b"no GPU found\n")
+
+    monkeypatch.setattr(sys.modules["adapter_of_the_test"], "register", noisy)
+    with quiet() as written:
+        assert not next(adapter for adapter in installed(imported=True) if adapter.name == "working_one").problem
+    assert capfd.readouterr() == ("", "")
+    assert "welcome to the framework\nno GPU found\n" in written[0]

@@ -21,16 +21,33 @@ def _run(code: str) -> str:
 def test_it_imports_no_optional_package() -> None:
     optional = ("matplotlib", "torchvision", "typer", "PIL", "scipy", "sklearn", "faiss", "timm", "packaging")
     optional += ("accelerate", "modelopt", "neural_compressor", "torchao", "torch_pruning", "transformers")
-    code = f"import sys, bgd_plugin; print([m for m in {optional} if m in sys.modules])"
+    code = f"import sys; from bgd_plugin import *; print([m for m in {optional} if m in sys.modules])"
     assert _run(code) == "[]"
 
 
 def test_it_takes_little_time_beyond_torch() -> None:
     """Processor time, the least of three: 0.3 s is the promise, the rest is room for slow machines."""
-    code = "import time, torch; t = time.process_time(); import bgd_plugin; print(time.process_time() - t)"
+    code = "import time, torch; t = time.process_time(); from bgd_plugin import *; print(time.process_time() - t)"
     seconds = []
     for _ in range(3):
         seconds.append(float(_run(code)))
         if seconds[-1] <= 0.3:
             break
     assert min(seconds) <= 0.6, seconds
+
+
+def test_names_are_there_when_they_are_asked_for() -> None:
+    code = """
+import sys, bgd_plugin
+assert "torch" not in sys.modules
+for name in [*bgd_plugin.__all__, "errors", "results", "fx", "BGDPass", "nn"]:
+    assert getattr(bgd_plugin, name) is not None and name in dir(bgd_plugin), name
+for name in ("no_such_name", "_private"):
+    try:
+        getattr(bgd_plugin, name)
+    except AttributeError as error:
+        assert f"has no attribute '{name}'" in str(error)
+    else:
+        raise AssertionError(name)
+"""
+    assert _run(code) == ""

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-peft: Any = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
+pytest.importorskip("peft", reason="peft is not installed: pip install peft")
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'bgd-plugin[transformers]'")
 
+import peft
 import transformers
 
 import bgd_plugin as bgd
@@ -21,6 +22,10 @@ from tests.adapters.transformers.test_training import arguments, rows
 from tests.adapters.transformers.zoo import ZOO, answer
 
 adapter: Any = bgd.load_adapter("transformers")
+
+
+# peft asks transformers by a name that transformers has since changed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 def config(**fields: Any) -> Any:
@@ -50,6 +55,9 @@ def test_adapters_train_beside_layers_that_stay(tmp_path: Path) -> None:
             assert torch.equal(again(**batch).logits, quantized("bert")(**batch).logits)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, peft.__version__.split(".")[:2])) < (0, 22), reason="transformers asks for peft 0.22 here"
+)
 def test_transformers_own_add_adapter(tmp_path: Path) -> None:
     model = quantized("bert")
     before = answer(model, ZOO["bert"])
@@ -74,7 +82,7 @@ def test_an_adapter_is_merged_once_the_model_is_float() -> None:
         assert torch.allclose(merged(**batch).logits, with_adapters(**batch).logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["pissa", "olora", "loftq"])
+@pytest.mark.parametrize("how", ["pissa", "pissa_niter_2", "olora"])
 def test_initializations_that_write_to_the_weight_are_refused(how: str) -> None:
     with pytest.raises(ConfigError, match="writes to the weights"):
         config(init_lora_weights=how)
