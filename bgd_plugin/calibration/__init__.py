@@ -10,19 +10,11 @@ from bgd_plugin.calibration.batches import (
     logits_of,
     require_rewalkable,
 )
-from bgd_plugin.calibration.inputs import (
-    CollectedInputs,
-    InputSample,
-    LayerInputs,
-    PairedRows,
-    PooledGram,
-    paired_pieces,
-    pooled_gram,
-    require_finite,
-    sampled_inputs,
-)
+from bgd_plugin.calibration.gram import PooledGram, pooled_gram
+from bgd_plugin.calibration.inputs import CollectedInputs, LayerInputs, require_finite
 from bgd_plugin.calibration.replay import Recorder, Replayer
 from bgd_plugin.calibration.rerun import Rerun
+from bgd_plugin.calibration.rows import InputSample, PairedRows, paired_pieces, sampled_inputs
 from bgd_plugin.calibration.store import BatchStore
 from bgd_plugin.calibration.walk import Walk
 from bgd_plugin.calibration.watch import Watch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -135,12 +135,17 @@ def quantize(
         if not is_first():
             return
     save(result.model, output)
-    if report:
-        result.report.to_html(report)
-    if json_file and json_file != "-":
-        Path(json_file).write_text(result.report.to_json(), encoding="utf-8")
-    typer.echo(result.report.to_json() if json_file == "-" else str(result.report))
+    _show(result.report, report, json_file)
     typer.echo(f"written: {output}", err=True)
+
+
+def _show(found: Any, page: Path | None, json_file: str | None) -> None:
+    """Write the report where it is asked for; the terminal gets it as a table, or as JSON for the file `-`."""
+    if page:
+        found.to_html(page)
+    if json_file and json_file != "-":
+        Path(json_file).write_text(found.to_json(), encoding="utf-8")
+    typer.echo(found.to_json() if json_file == "-" else str(found))
 
 
 def _require_folders(*paths: Path | str | None) -> None:

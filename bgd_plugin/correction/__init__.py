@@ -1,9 +1,10 @@
-"""Corrections without gradients, applied as layers are quantized: batch norms and depthwise weights."""
+"""Corrections without gradients, as layers are quantized: batch norms, row scales, biases, depthwise weights."""
 
-from bgd_plugin.correction.batchnorm import absorb_row_scale_, correct_batchnorm_, is_batchnorm, row_scale_bounds
+from bgd_plugin.correction.batchnorm import correct_batchnorm_, is_batchnorm
 from bgd_plugin.correction.depthwise_refit import refitted
 from bgd_plugin.correction.gain import Gain
 from bgd_plugin.correction.norms import DriftedSkip, NormCorrection
+from bgd_plugin.correction.scale_and_shift import absorb_row_scale_, row_scale_bounds, shift_biases_
 
 __all__ = [
     "DriftedSkip",
@@ -14,4 +15,5 @@ __all__ = [
     "is_batchnorm",
     "refitted",
     "row_scale_bounds",
+    "shift_biases_",
 ]

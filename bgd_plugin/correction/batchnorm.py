@@ -19,12 +19,10 @@ from bgd_plugin.support.processes import sum_
 from bgd_plugin.support.processes import total as sum_of
 
 __all__ = [
-    "absorb_row_scale_",
     "correct_batchnorm_",
     "correct_batchnorm_at_",
     "is_batchnorm",
     "is_shared",
-    "row_scale_bounds",
 ]
 
 # Bounds on the change of a scale: larger corrections fit noise of the calibration data.
@@ -100,33 +98,6 @@ def correct_batchnorm_at_(rerun: Rerun, path: str, mode: Literal["matched", "ree
     _set_(norm, found, path)
     after = output_distance((_normalized(norm, x), _normalized(shipped, y)) for x, y in judged)
     return Gain(before=before, after=after)
-
-
-@torch.no_grad()
-def absorb_row_scale_(norm: Any, scale: Tensor) -> None:
-    """Make a batch norm undo a factor on each channel of its input, so that its output is unchanged.
-
-    Args:
-        norm: the batch norm; its statistics are replaced, its parameters are kept.
-        scale: `[channels]`, positive.
-    """
-    scale = scale.to(norm.running_mean.device).double()
-    variance = (norm.running_var.double() + norm.eps) * scale.square() - norm.eps
-    mean = norm.running_mean.double() * scale
-    norm.running_mean, norm.running_var = (t.to(norm.running_mean) for t in (mean, variance))
-
-
-@torch.no_grad()
-def row_scale_bounds(norm: Any) -> tuple[Tensor, Tensor]:
-    """The smallest and largest factor per channel, `[channels]`, that `absorb_row_scale_` can undo.
-
-    The variance must stay above eps, which is added to it, and the dtype must be able to hold the statistics.
-    """
-    limits = torch.finfo(norm.running_var.dtype)
-    sigma = (norm.running_var.double() + norm.eps).sqrt().clamp(min=limits.tiny)
-    least = max(2 * norm.eps, limits.tiny) ** 0.5 / sigma
-    largest = torch.minimum((limits.max / 4) ** 0.5 / sigma, limits.max / 4 / norm.running_mean.double().abs())
-    return torch.minimum(least, largest), largest
 
 
 def _distance(walk: Walk, node: fx.Node, skip: fx.Node | None) -> float:

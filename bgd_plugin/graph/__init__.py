@@ -1,14 +1,15 @@
 """The graph of a network, or the network itself where it has none: find the layers, put modules in their place."""
 
 from bgd_plugin.graph.bake import baked
+from bgd_plugin.graph.calls import call_geometry, call_input, pointwise
 from bgd_plugin.graph.computed import module_at, module_or_none
 from bgd_plugin.graph.copying import copy_module, set_modes
-from bgd_plugin.graph.find import call_geometry, call_input, find_layers, pointwise
+from bgd_plugin.graph.cuts import Block, block_module, partition
+from bgd_plugin.graph.find import find_layers
 from bgd_plugin.graph.fold import fold_parametrizations_
 from bgd_plugin.graph.following import added_to, following_batchnorm, following_batchnorm_node
 from bgd_plugin.graph.front import front_end, unwrapped
 from bgd_plugin.graph.layer import FoundLayer, LeftLayer
-from bgd_plugin.graph.partition import Block, block_module, partition
 from bgd_plugin.graph.parts import batchnorms_in_parts
 from bgd_plugin.graph.replace import (
     become_,

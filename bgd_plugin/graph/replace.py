@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from bgd_plugin.graph.calls import attribute
 from bgd_plugin.graph.computed import compute_parameter_, module_at, module_or_none, restore_parameter_
-from bgd_plugin.graph.find import attribute
 from bgd_plugin.graph.layer import FoundLayer
 from bgd_plugin.nn import FloatWeight, PQModule, PQWeight, materialized, quantized, restored_parameter, take_hooks_
 from bgd_plugin.pq.blocks import AS_IT_IS, Layout

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bgd_plugin.planning.candidates import Option, allocate
+from bgd_plugin.planning.candidates import Option
+from bgd_plugin.planning.knapsack import allocate
 
 __all__ = ["fewest_bytes", "loss_by_bytes"]
 

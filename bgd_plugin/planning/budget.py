@@ -10,16 +10,8 @@ from dataclasses import dataclass
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.graph import FoundLayer
 from bgd_plugin.planning.bound import fewest_bytes, loss_by_bytes
-from bgd_plugin.planning.candidates import (
-    Choice,
-    Option,
-    Sensitivity,
-    choose,
-    options_of,
-    rated,
-    require_reachable,
-    weight_sensitivity,
-)
+from bgd_plugin.planning.candidates import Option, Sensitivity, options_of, rated, weight_sensitivity
+from bgd_plugin.planning.knapsack import Choice, choose, require_reachable
 from bgd_plugin.planning.sizes import Sketch
 from bgd_plugin.planning.survey import Chosen, Survey
 from bgd_plugin.planning.types import CurvePoint

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
-from bgd_plugin.errors import ConfigError
 from bgd_plugin.planning.types import PlannedLayer
 from bgd_plugin.pq.blocks import to_blocks
 from bgd_plugin.pq.rate import RateCurve, largest_codebook, rate_curve, sampled_positions
-from bgd_plugin.support.tables import mib
 
 __all__ = [
-    "Choice",
     "Option",
     "Sensitivity",
-    "allocate",
     "block_sizes",
-    "choose",
     "codebook_sizes",
     "fitted_sizes",
     "options_of",
     "rated",
-    "require_reachable",
     "weight_sensitivity",
 ]
 
@@ -39,9 +32,6 @@ _CODEBOOKS = tuple(2**bits for bits in range(4, 13))
 _MOST_BITS = 8  # for each weight; beyond that, float is no larger
 _SAMPLED_BLOCKS = 1 << 14
 """Blocks in a quick fit."""
-_BINS = 1 << 14
-"""Steps into which the bytes to be shared out are cut."""
-_CORRECTIONS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,15 +74,6 @@ class Option:
     layer: PlannedLayer | None
     size_bytes: int
     loss: float = math.inf
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """What `choose` found: an option for each layer, the length of the file, and the sum of the losses."""
-
-    options: tuple[Option, ...]
-    file_bytes: int
-    loss: float
 
 
 def block_sizes(weight_shape: Sequence[int]) -> tuple[int, ...]:
@@ -163,97 +144,3 @@ def rated(options: Sequence[Option], sensitivity: Sensitivity) -> list[Option]:
         if not kept or loss < kept[-1].loss:
             kept.append(dataclasses.replace(option, loss=loss))
     return kept
-
-
-def require_reachable(
-    layers: Sequence[Sequence[Option]], target_bytes: int, file_size: Callable[[Sequence[Option]], int]
-) -> None:
-    """Refuse a target below the least possible file.
-
-    Raises:
-        ConfigError: saying how long that is.
-    """
-    smallest = [options[0] for options in layers]
-    least = file_size(smallest)
-    if least > target_bytes:
-        raise ConfigError(
-            f"a file of {target_bytes:,} bytes cannot be reached: the least possible size is {least:,} bytes "
-            f"({mib(least)}), of which {least - _bytes(smallest):,} are not the budget's to choose; "
-            "ask for that or more, or let more layers be quantized (first_layer, depthwise_conv, overrides)"
-        )
-
-
-def choose(
-    layers: Sequence[Sequence[Option]], target_bytes: int, file_size: Callable[[Sequence[Option]], int]
-) -> Choice:
-    """The options with the least sum of losses whose file is no longer than the target.
-
-    The knapsack knows the bytes of codes and codebooks; what a file holds beside them follows from measuring whole
-    files, and the bytes to be shared out are corrected by the difference.
-
-    Args:
-        layers: each one's options, bytes ascending.
-        target_bytes: never exceeded.
-        file_size: length of the file with these options.
-
-    Raises:
-        ConfigError: even the smallest options make a longer file.
-    """
-    require_reachable(layers, target_bytes, file_size)
-    best = [options[0] for options in layers]
-    best_size = file_size(best)
-    shared = target_bytes - best_size + _bytes(best)
-    for _ in range(_CORRECTIONS):
-        picked = [options[i] for options, i in zip(layers, allocate(layers, shared), strict=True)]
-        size = file_size(picked)
-        if size <= target_bytes and _loss(picked) <= _loss(best):
-            best, best_size = picked, size
-        gap = target_bytes - size
-        if 0 <= gap < target_bytes / 2000:
-            break
-        shared += gap if gap > 0 else gap - 8
-    return Choice(options=tuple(best), file_bytes=best_size, loss=_loss(best))
-
-
-def allocate(layers: Sequence[Sequence[Option]], shared_bytes: int) -> list[int]:
-    """A knapsack with one option for each layer: the least sum of losses within a sum of bytes.
-
-    By dynamic programming over the bytes beyond each layer's smallest option, in up to `_BINS` steps, each rounded up:
-    the sum of the bytes never exceeds `shared_bytes`, unless the smallest options do.
-
-    Args:
-        layers: each one's options, the smallest first.
-        shared_bytes: for all of them.
-
-    Returns:
-        the index of each layer's option.
-    """
-    free = max(0, shared_bytes - sum(options[0].size_bytes for options in layers))
-    step = max(1, -(-free // _BINS))
-    bins = free // step
-    losses = numpy.zeros(bins + 1)  # the least loss of the layers so far, by the bins that they may take
-    picks = numpy.zeros((len(layers), bins + 1), dtype=numpy.int16)
-    for row, options in zip(picks, layers, strict=True):
-        before, losses = losses, losses + options[0].loss
-        for index, option in enumerate(options[1:], start=1):
-            cost = -(-(option.size_bytes - options[0].size_bytes) // step)
-            if cost > bins:
-                continue
-            candidate = before[: bins + 1 - cost] + option.loss
-            better = candidate < losses[cost:]
-            losses[cost:][better] = candidate[better]
-            row[cost:][better] = index
-    chosen, place = [], bins
-    for row, options in zip(picks[::-1], reversed(layers), strict=True):
-        index = int(row[place])
-        chosen.append(index)
-        place -= -(-(options[index].size_bytes - options[0].size_bytes) // step)
-    return chosen[::-1]
-
-
-def _bytes(options: Sequence[Option]) -> int:
-    return sum(option.size_bytes for option in options)
-
-
-def _loss(options: Sequence[Option]) -> float:
-    return sum(option.loss for option in options)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bgd_plugin.pq.kmeans import cluster_sums, kmeans
-from bgd_plugin.pq.scaling import near_one
+from bgd_plugin.pq.powers import near_one
 
 __all__ = ["Fit", "fit_em", "gram_root", "reconstruction_objective"]
 

@@ -13,7 +13,7 @@ from bgd_plugin.pq.em import fit_em
 from bgd_plugin.pq.feedback import damped, diagonal_blocks, encode_damped, grouped, nearest
 from bgd_plugin.pq.least_squares import output_objective, refine_codes, solve_codebook
 from bgd_plugin.pq.masked import fit_masked
-from bgd_plugin.pq.scaling import near_one, power_of_two
+from bgd_plugin.pq.powers import near_one, power_of_two
 
 __all__ = ["FullFit", "fit_full", "fit_positions", "positions_as_groups"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.pq.em import Fit, gram_root
-from bgd_plugin.pq.scaling import near_one
+from bgd_plugin.pq.powers import near_one
 
 __all__ = ["codeword_uses", "fit_em_masked", "fit_masked", "masked", "nearest_masked"]
 

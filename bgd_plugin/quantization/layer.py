@@ -7,11 +7,11 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from bgd_plugin.calibration import CollectedInputs, LayerInputs, Rerun, Walk, sampled_inputs
-from bgd_plugin.correction import DriftedSkip, absorb_row_scale_, row_scale_bounds
+from bgd_plugin.correction import DriftedSkip, absorb_row_scale_, row_scale_bounds, shift_biases_
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.fitting import METHODS, FittedLayer, LayerContext, Skip, fitted_once, output_error, shift_gain
 from bgd_plugin.graph import FoundLayer, install_, module_at, release_
@@ -155,17 +155,8 @@ def _apply_shifts(job: Job, found: FoundLayer, fit: FittedLayer) -> None:
     norm = job.batchnorm_after(found)
     if fit.row_scale is not None and norm is not None:
         absorb_row_scale_(module_at(job.student, norm), fit.row_scale)
-    if fit.bias_shift is None or found.bias is None:
-        return
-    biases = [found.bias, *(f"{target}.bias" for target in found.tied if not found.functional)]
-    shifted: dict[int, nn.Parameter] = {}
-    for path in biases:
-        owner_path, _, name = path.rpartition(".")
-        owner = module_at(job.student, owner_path)
-        bias = owner._parameters.get(name)
-        if bias is not None:
-            value = nn.Parameter(bias + fit.bias_shift.to(bias), requires_grad=False)
-            owner._parameters[name] = shifted.setdefault(id(bias), value)
+    if fit.bias_shift is not None:
+        shift_biases_(job.student, found, fit.bias_shift)
 
 
 def _distill(

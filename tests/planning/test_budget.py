@@ -20,7 +20,8 @@ from bgd_plugin.errors import ConfigError
 from bgd_plugin.files.format import file_bytes, stored
 from bgd_plugin.graph import copy_module, trace
 from bgd_plugin.planning.budget import Budget
-from bgd_plugin.planning.candidates import Option, allocate, block_sizes, choose, codebook_sizes
+from bgd_plugin.planning.candidates import Option, block_sizes, codebook_sizes
+from bgd_plugin.planning.knapsack import allocate, choose
 from bgd_plugin.planning.sensitivity import measure_sensitivities
 from bgd_plugin.planning.survey import surveyed
 from tests.networks import em, images, randomized, vectors

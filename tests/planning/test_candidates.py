@@ -14,13 +14,13 @@ from bgd_plugin.planning.candidates import (
     Option,
     Sensitivity,
     block_sizes,
-    choose,
     codebook_sizes,
     fitted_sizes,
     options_of,
     rated,
     weight_sensitivity,
 )
+from bgd_plugin.planning.knapsack import choose
 from bgd_plugin.planning.types import PlannedLayer
 from bgd_plugin.pq.blocks import to_blocks
 from bgd_plugin.pq.rate import RateCurve

@@ -1,0 +1,88 @@
+"""Rows of a layer's unfolded inputs: a sample, or at the same positions in both networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bgd_plugin.calibration.inputs import LayerInputs, require_finite
+from bgd_plugin.pq.blocks import Geometry, sample_inputs
+from bgd_plugin.support.processes import processes, rank, total
+
+__all__ = ["InputSample", "PairedRows", "paired_pieces", "sampled_inputs"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSample:
+    """Some rows of a layer's unfolded inputs: `[groups, positions, columns]`."""
+
+    rows: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedRows:
+    """Rows of unfolded inputs at the same positions in both networks.
+
+    Attributes:
+        student, reference: unfolded inputs, both `[groups, positions, columns]`.
+        drift: additional target for the layer's outputs there, `[positions, rows]`; None: none.
+        index: number of this piece among all `pieces`, including those of other processes.
+    """
+
+    student: Tensor
+    reference: Tensor
+    index: int
+    pieces: int
+    drift: Tensor | None = None
+
+
+@torch.no_grad()
+def paired_pieces(
+    inputs: LayerInputs, rows: int, generator: torch.Generator, drift: Callable[[int], Tensor] | None = None
+) -> Iterator[PairedRows]:
+    """About `rows` rows of unfolded inputs in `len(inputs)` pieces, at the same positions in student and float network.
+
+    If several processes share the data, `rows` is the total over all of them, and pieces alternate between processes.
+    Pieces are in the order of the samples, so the last ones contain images that are not in the first ones.
+
+    Args:
+        drift: for each batch a tensor of the shape of the layer's output, sampled at the same positions; only for
+            layers with one call.
+
+    Raises:
+        CalibrationError: the layer's inputs are not finite.
+    """
+    pieces = int(total(len(inputs)))
+    share = max(1, -(-rows // pieces))
+    # each piece's draws depend on its number only, so the rows do not depend on the number of processes
+    seed = int(torch.randint(1 << 62, (), generator=generator, device=generator.device))
+
+    def drawn(value: Tensor, geometry: Geometry, index: int) -> Tensor:
+        sample = sample_inputs(value, geometry, share, torch.Generator().manual_seed(seed + index)).float()
+        require_finite(sample, inputs.name)
+        return sample
+
+    for number, (mine, theirs, geometry) in enumerate(inputs.pairs()):
+        index = number * processes() + rank()
+        student = drawn(mine, geometry, index)
+        reference = student if theirs is mine else drawn(theirs, geometry, index)
+        lost = None if drift is None else drawn(drift(number), geometry.pointwise(), index)[0]
+        yield PairedRows(student=student, reference=reference, index=index, pieces=pieces, drift=lost)
+
+
+@torch.no_grad()
+def sampled_inputs(inputs: LayerInputs, rows: int, generator: torch.Generator) -> InputSample:
+    """About `rows` rows of unfolded inputs, spread over all batches and calls.
+
+    Raises:
+        CalibrationError: the layer's inputs are not finite.
+    """
+    share = max(1, -(-rows // len(inputs)))
+    samples = []
+    for value, geometry in inputs:
+        require_finite(value, inputs.name)  # the whole input, not only the sampled rows
+        samples.append(sample_inputs(value, geometry, share, generator).float())
+    return InputSample(rows=torch.cat(samples, dim=1))
