@@ -428,3 +428,14 @@ def test_without_a_graph_norms_take_scales_and_are_corrected_before_the_next_lay
     mean = [_values(net, "part.1", data, output=True).mean((0, 2, 3)) for net in (result.model, model)]
     torch.testing.assert_close(*mean, rtol=1e-3, atol=1e-4)
     assert any("batch norm (matched): 1 corrected" in note for note in result.report.notes)
+
+
+def test_samples_that_are_kept_aside_are_not_fitted_to(fits: list[dict[str, Any]]) -> None:
+    model, data = nn.Sequential(nn.Linear(12, 16)).eval(), vectors(5, batch=20)
+    bgd.quantize(model, data, _config(kept_aside=0.2), progress=False)
+    aside = {int((place + 0.5) * 5) for place in range(20)}
+    x = torch.cat(data).double()[[i for i in range(100) if i not in aside]]
+    cut = 64  # four fifths of 80
+    for name, rows in (("gram", x[:cut]), ("heldout_gram", x[cut:])):
+        rows = rows - rows.mean(0)
+        _close(fits[0][name], (rows.T @ rows / len(rows))[None])
