@@ -28,7 +28,6 @@ from bgd_plugin.pq.blocks import Geometry
 __all__ = ["Rerun"]
 
 _Call = tuple[Tensor, Geometry]
-_SIDES = ("student", "reference")
 _FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError)
 
 
@@ -42,7 +41,7 @@ class Rerun:
 
     Args:
         student: the network whose layers are replaced on the way.
-        reference: the same network, float.
+        reference: the same network, float; the student itself where nothing is replaced.
         batches: the calibration data.
         weights: of the layers, by name.
         norms: paths of the batch norms.
@@ -68,6 +67,8 @@ class Rerun:
         finishes: bool = False,
     ) -> None:
         self.student, self.reference = student, reference
+        # the float network by itself is run once for both
+        self._sides = {"reference": reference} if student is reference else {"student": student, "reference": reference}
         self.batches = Batches.of(batches)
         self._weights, self._norms = weights, set(norms)
         self.seconds = 0.0
@@ -85,7 +86,7 @@ class Rerun:
         self._shared: SharedInputs | None = None
         self._blanks: dict[Any, Tensor] = {}
         for batch in range(len(self.batches)):
-            store.open(batch).update({f"{self._own}{side} kept": {} for side in _SIDES})
+            store.open(batch).update({f"{self._own}{side} kept": {} for side in self._sides})
 
     def times(self, name: str) -> int:
         """How often a layer or norm runs in the calibration data."""
@@ -110,22 +111,27 @@ class Rerun:
             self._group = self._pieces.together(name)
             self._shared = SharedInputs(name=name) if len(self._group) > 1 else None
             self._collect(self._group)
-        student, reference = (self._calls(side, name) for side in _SIDES)
+        student, reference = (self._calls(side, name) for side in ("student", "reference"))
         return CollectedInputs(name, student, reference if paired else student, self._shared)
 
     def norm_inputs(self, path: str) -> tuple[list[Tensor], list[Tensor]]:
         """The inputs of a batch norm in the compressed and in the float network, batch by batch."""
         self._group = [path]
         self._collect(self._group)
-        student, reference = ([x for calls in self._calls(side, path) for x, _ in calls] for side in _SIDES)
+        student, reference = (
+            [x for calls in self._calls(side, path) for x, _ in calls] for side in ("student", "reference")
+        )
         return student, reference
 
     def _calls(self, side: str, name: str) -> _Calls:
-        return _Calls(self.batches.store, f"{self._own}{side} inputs", name)
+        return _Calls(self.batches.store, f"{self._own}{self._side(side)} inputs", name)
+
+    def _side(self, side: str) -> str:
+        return side if side in self._sides else "reference"
 
     def finish(self, batch: int) -> Any:
         """The compressed network's answer to one batch. Gradients flow."""
-        held: Kept = {} if self.is_whole else self.batches.store.open(batch)[f"{self._own}student kept"]
+        held: Kept = {} if self.is_whole else self.batches.store.open(batch)[f"{self._own}{self._side('student')} kept"]
 
         def answer(path: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return revived(held[path], self._blanks) if path in held else run_module(module, args, kwargs)
@@ -147,7 +153,7 @@ class Rerun:
         for batch, recording in enumerate(self._recordings):
             content = self.batches.store.open(batch)
             runs = {}
-            for side, network in zip(_SIDES, (self.student, self.reference), strict=True):
+            for side, network in self._sides.items():
                 outputs: Kept = {} if self.is_whole else content[f"{self._own}{side} kept"]
                 with self._timed(batch):
                     run = PartialRun(
@@ -163,13 +169,13 @@ class Rerun:
 
     def _keep(self, batch: int, content: dict[str, Any], runs: Mapping[str, PartialRun], done: set[str]) -> None:
         """Hold the inputs that two runs have seen, and of what modules gave only what is still needed."""
-        mine, theirs = (runs[side].calls for side in _SIDES)
+        mine, theirs = (runs[self._side(side)].calls for side in ("student", "reference"))
         has_strayed = any(run.strayed for run in runs.values())
         for name in mine:
             if has_strayed or [x.shape for x, _ in mine[name]] != [x.shape for x, _ in theirs[name]]:
                 self.strayed |= {name} if has_strayed else set()
                 theirs[name] = mine[name]
-        for side in _SIDES:
+        for side in self._sides:
             outputs = {} if self.is_whole else content[f"{self._own}{side} kept"]
             content[f"{self._own}{side} kept"] = freed(
                 self._pieces, batch, outputs, done=done, stored=self._stored[batch]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from bgd_plugin.pq.blocks import AS_IT_IS, Layout, transposed_matrix
+from bgd_plugin.pq.blocks import AS_IT_IS, Layout, from_transposed_matrix, transposed_matrix
 
 __all__ = ["FoundLayer", "LeftLayer"]
 
@@ -53,6 +53,13 @@ class FoundLayer:
         if self.kind.startswith("conv_transpose"):
             return transposed_matrix(self.weight.detach(), self.groups)
         return self.weight if self.layout == AS_IT_IS else self.layout.matrix(self.weight.detach())
+
+    def weight_of(self, matrix: Tensor) -> Tensor:
+        """The weight that a matrix of the shape of `matrix`, or its rows folded in any way, stands for."""
+        shape = self.weight.shape
+        if self.kind.startswith("conv_transpose"):
+            return from_transposed_matrix(matrix.reshape(self.matrix.shape), shape, self.groups)
+        return self.layout.weight(matrix, shape)
 
     @property
     def rows(self) -> int:

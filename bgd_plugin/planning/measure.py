@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from torch import Tensor, fx
+from torch import Tensor
 from tqdm import tqdm
 
 from bgd_plugin.calibration import Batch
@@ -18,15 +18,12 @@ from bgd_plugin.support.processes import from_first, is_first
 __all__ = ["measured"]
 
 
-def measured(budget: Budget, batches: Sequence[Batch], *, progress: bool) -> dict[str, Sensitivity] | None:
+def measured(budget: Budget, batches: Sequence[Batch], *, progress: bool) -> dict[str, Sensitivity]:
     """The sensitivity of each layer whose size is to be chosen, by name: the first process measures it, on its data.
 
-    Returns:
-        None where that cannot be measured.
+    A layer that no input reaches has none.
     """
     network = budget.survey.network
-    if not isinstance(network, fx.GraphModule):
-        return None
 
     def work() -> tuple[dict[str, Tensor], str]:
         shown = progress and is_first()

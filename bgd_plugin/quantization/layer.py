@@ -13,7 +13,16 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from bgd_plugin.calibration import CollectedInputs, LayerInputs, Rerun, Walk, sampled_inputs
 from bgd_plugin.correction import DriftedSkip, absorb_row_scale_, row_scale_bounds, shift_biases_
 from bgd_plugin.errors import CalibrationError
-from bgd_plugin.fitting import METHODS, FittedLayer, LayerContext, Skip, fitted_once, output_error, shift_gain
+from bgd_plugin.fitting import (
+    METHODS,
+    FittedLayer,
+    LayerContext,
+    Skip,
+    fit_weight,
+    fitted_once,
+    output_error,
+    shift_gain,
+)
 from bgd_plugin.graph import FoundLayer, install_, module_at, release_
 from bgd_plugin.nn import PQModule
 from bgd_plugin.planning.types import PlannedLayer, SkippedLayer
@@ -23,7 +32,7 @@ from bgd_plugin.quantization.resume import stage
 from bgd_plugin.report.layer import LayerReport
 from bgd_plugin.training import distill_
 
-__all__ = ["leave_unreached", "quantize_layer"]
+__all__ = ["quantize_layer", "treat_unreached"]
 
 # Rows sampled to measure a layer's error, capped by element count.
 _ERROR_ROWS, _ERROR_NUMBERS = 4096, 4_000_000
@@ -47,7 +56,7 @@ def quantize_layer(
     with job.log.timed("statistics"):
         inputs = _inputs(job, walk, found)
         if found.hidden and found.kind != "embedding" and next(iter(inputs), None) is None:
-            return leave_unreached(job, index)
+            return treat_unreached(job, index)
         sample = sampled_inputs(inputs, _error_rows(found), job.generator(f"{planned.name} sample"))
     generator = job.generator(planned.name)
     finished = fitted_once(lambda: job.run.finished(index, planned))
@@ -70,12 +79,30 @@ def quantize_layer(
     )
 
 
-def leave_unreached(job: Job, index: int) -> SkippedLayer:
-    """Leave a layer float because no calibration input reaches it."""
-    found, _ = job.survey.chosen[index]
-    release_(job.student, found)
+def treat_unreached(job: Job, index: int) -> LayerReport | SkippedLayer:
+    """A layer that no calibration input reaches stays float; within a budget it is fitted to its weight alone.
+
+    What it does is unknown, so that it is better left as it is. A budget has counted on its bytes.
+    """
+    found, planned = job.survey.chosen[index]
     job.bar.update(1 + (job.config.distillation.steps if job.config.distillation else 0))
-    return SkippedLayer(name=found.name, reason="no calibration input reaches it")
+    if not job.config.has_budget:
+        release_(job.student, found)
+        return SkippedLayer(name=found.name, reason="no calibration input reaches it")
+    matrix, mask = found.matrix.detach(), planned.kept(found.matrix)
+
+    def solved() -> FittedLayer:
+        gram = torch.eye(planned.block_size, device=matrix.device)
+        return fit_weight(matrix, gram, planned, mask, job.config.em_iterations, job.generator(planned.name))
+
+    fit = fitted_once(lambda: job.run.finished(index, planned)) or fitted_once(solved)
+    assert fit is not None
+    layer, *_ = install_(job.student, found, fit.codebook.to(found.weight), fit.codes.to(matrix.device), mask)
+    layer.requires_grad_(False)
+    job.run.store(index, dataclasses.replace(fit, codebook=layer.codebook, codes=layer.codes))
+    lost = torch.linalg.vector_norm(matrix - layer.matrix) / torch.linalg.vector_norm(matrix).clamp(min=1e-30)
+    warning = "no calibration input reaches it: fitted to its weight alone, to keep to the budget"
+    return LayerReport.of(planned, relative_error=float(lost) ** 2, bias_gain=None, warnings=(*fit.warnings, warning))
 
 
 def _error_rows(found: FoundLayer) -> int:

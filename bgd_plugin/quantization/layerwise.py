@@ -14,7 +14,7 @@ from bgd_plugin.graph import FoundLayer, added_to, following_batchnorm_node
 from bgd_plugin.nn import normalizes
 from bgd_plugin.planning.types import SkippedLayer
 from bgd_plugin.quantization.job import Job
-from bgd_plugin.quantization.layer import leave_unreached, quantize_layer
+from bgd_plugin.quantization.layer import quantize_layer, treat_unreached
 from bgd_plugin.quantization.leftovers import leftover_nodes, treat_leftover
 from bgd_plugin.report.layer import LayerReport
 
@@ -81,7 +81,7 @@ def _by_runs(job: Job, logits: list[Tensor]) -> Outcomes:
             outcomes.append(quantize_layer(job, walk, indices[name], logits, None))
         elif any(isinstance(outcome, LayerReport) for outcome in outcomes):
             corrections.correct_at_(walk, name)
-    outcomes += [leave_unreached(job, index) for name, index in indices.items() if name not in walk.order]
+    outcomes += [treat_unreached(job, index) for name, index in indices.items() if name not in walk.order]
     if walk.strayed:
         names = ", ".join(sorted(walk.strayed))
         job.log.note(f"fitted without float inputs, because the float network took another branch: {names}")
