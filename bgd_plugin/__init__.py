@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from bgd_plugin.config import BGDConfig, DistillationConfig, FinetuningConfig, LayerConfig, ReconstructionConfig
     from bgd_plugin.errors import BGDError
     from bgd_plugin.exporting.export import export
-    from bgd_plugin.files.network import load, materialize, save
+    from bgd_plugin.files.load import load
+    from bgd_plugin.files.network import materialize, save
     from bgd_plugin.fx import BGDPass as BGDPass
     from bgd_plugin.planning.make import plan
     from bgd_plugin.quantization.datafree import quantize_weights
@@ -48,7 +49,7 @@ _HOMES = {
     "LayerConfig": "config",
     "ReconstructionConfig": "config",
     "export": "exporting.export",
-    "load": "files.network",
+    "load": "files.load",
     "load_adapter": "adapters",
     "materialize": "files.network",
     "plan": "planning.make",

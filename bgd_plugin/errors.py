@@ -12,7 +12,15 @@ class ConfigError(BGDError, ValueError):
 
 
 class TraceError(BGDError):
-    """The network cannot be traced into a graph."""
+    """The network cannot be traced into a graph.
+
+    Attributes:
+        reason: the message without advice, to be quoted in another one.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or message
 
 
 class CalibrationError(BGDError):

@@ -1,5 +1,6 @@
 """Calibration: the network's live values on the user's data, node by node, and the statistics that the fit needs."""
 
+from bgd_plugin.calibration.agreement import difference, given_arguments
 from bgd_plugin.calibration.aside import first_samples, take_aside_
 from bgd_plugin.calibration.batches import (
     Batch,
@@ -10,6 +11,7 @@ from bgd_plugin.calibration.batches import (
     logits_of,
     require_rewalkable,
 )
+from bgd_plugin.calibration.form import checked, shared_difference
 from bgd_plugin.calibration.gram import PooledGram, pooled_gram
 from bgd_plugin.calibration.inputs import CollectedInputs, LayerInputs, require_finite
 from bgd_plugin.calibration.replay import Recorder, Replayer
@@ -34,8 +36,11 @@ __all__ = [
     "Rerun",
     "Walk",
     "Watch",
+    "checked",
     "collect_batches",
+    "difference",
     "first_samples",
+    "given_arguments",
     "iterate_batches",
     "logits_of",
     "paired_pieces",
@@ -43,5 +48,6 @@ __all__ = [
     "require_finite",
     "require_rewalkable",
     "sampled_inputs",
+    "shared_difference",
     "take_aside_",
 ]

@@ -55,7 +55,7 @@ def evaluate(
     """Measure top-1 and top-5 accuracy of a compressed file on labelled images."""
     from bgd_plugin.cli.images import accuracy, answers, labelled, preprocessing
     from bgd_plugin.cli.models import network_on
-    from bgd_plugin.files.network import load
+    from bgd_plugin.files.load import load
     from bgd_plugin.support.tables import table
 
     files = labelled(images)

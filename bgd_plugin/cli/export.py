@@ -27,7 +27,7 @@ def export(
 
     from bgd_plugin.cli.models import named_model
     from bgd_plugin.exporting.export import export as export_model
-    from bgd_plugin.files.network import load
+    from bgd_plugin.files.load import load
 
     example = torch.randn(_sizes(shape), generator=torch.Generator().manual_seed(0))
     network = load(file, like=named_model(model).model)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import safetensors.torch
@@ -21,6 +21,7 @@ from bgd_plugin.encoding.codes import pack
 from bgd_plugin.encoding.eight_bit import from_eight_bits
 from bgd_plugin.encoding.masks import mask_form, pack_mask
 from bgd_plugin.errors import CheckpointError
+from bgd_plugin.files.attributes import fingerprint, other_tensors
 from bgd_plugin.files.rounding import eight_bit_rows
 from bgd_plugin.nn import FrozenNorm, PQModule
 
@@ -64,23 +65,30 @@ class State:
     """The part of a network that goes into its file.
 
     Attributes:
-        tensors: the state dict.
+        tensors: the state dict, and the tensors of `attributes`.
         layers: the product-quantized modules by path; a shared module appears under each of its paths.
         frozen: paths of the frozen norms.
+        attributes: names and types of tensors that are in no state dict, and are stored all the same.
+        marks: fingerprints of others, which are not.
     """
 
     tensors: dict[str, Any]
     layers: dict[str, PQModule]
     frozen: tuple[str, ...]
+    attributes: dict[str, str] = field(default_factory=dict)
+    marks: dict[str, list[Any]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> State:
         """The current state of a network."""
         modules = dict(model.named_modules(remove_duplicate=False))
+        whole, marked = other_tensors(model)
         return cls(
-            tensors=dict(model.state_dict()),
+            tensors=model.state_dict() | whole,
             layers={path: module for path, module in modules.items() if isinstance(module, PQModule)},
             frozen=tuple(path for path, module in modules.items() if isinstance(module, FrozenNorm)),
+            attributes={name: str(tensor.dtype).removeprefix("torch.") for name, tensor in whole.items()},
+            marks={name: fingerprint(tensor) for name, tensor in marked.items()},
         )
 
 
@@ -116,6 +124,8 @@ def stored_state(state: State) -> Stored:
         "aliases": parts.aliases,
         "dtypes": parts.dtypes,
         "masks": parts.masks,
+        "attributes": state.attributes,
+        "marks": state.marks,
     }
     header: dict[str, Any] = {
         "format": FORMAT_VERSION,

@@ -24,7 +24,7 @@ from bgd_plugin.graph import (
     install_,
     swap_,
 )
-from bgd_plugin.nn import FrozenNorm, PQModule, is_batchnorm
+from bgd_plugin.nn import FrozenNorm, PQModule, has_running_statistics, is_batchnorm
 
 __all__ = ["Placement", "make_room_", "placement_in", "placement_of", "transplant_", "transplanted"]
 
@@ -68,12 +68,13 @@ def transplanted(model: nn.Module, compressed: nn.Module) -> nn.Module:
     return result
 
 
-def transplant_(model: nn.Module, compressed: nn.Module) -> None:
+def transplant_(model: nn.Module, compressed: nn.Module, *, statistics_only: bool = False) -> None:
     """Move the quantized layers and all other state of `compressed` into `model`, under the same names, in place.
 
     Args:
         model: the float network.
-        compressed: the result of `quantize` for it; its tensors are shared with `model`.
+        compressed: its tensors are shared with `model` afterwards.
+        statistics_only: of the buffers, take over those of norms alone, which are all that a fit changes.
 
     Raises:
         ConfigError: the model has pruning masks, which recompute its weights at each call.
@@ -81,14 +82,24 @@ def transplant_(model: nn.Module, compressed: nn.Module) -> None:
     if baked(model) is not model:
         raise ConfigError("the network has pruning masks: make them permanent first (torch.nn.utils.prune.remove)")
     fold_parametrizations_(model)
-    for path, layer in compressed.named_modules():
-        if isinstance(layer, (PQModule, FrozenNorm)):
-            swap_(model, path, layer)
+    layers = {path: x for path, x in compressed.named_modules() if isinstance(x, (PQModule, FrozenNorm))}
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    same = {name: group for group in names.values() for name in group}
+    for path, layer in layers.items():
+        for target in [path, *(name for name in same.get(path, ()) if name not in layers)]:
+            swap_(model, target, layer)
     owners = dict(model.named_modules(remove_duplicate=False))
     for path, module in compressed.named_modules(remove_duplicate=False):
         owner = owners.get(path)
-        if owner is not None and owner is not module:
-            owner._parameters.update({k: v for k, v in module._parameters.items() if k in owner._parameters})
+        if owner is None or owner is module:
+            continue
+        if isinstance(owner, torch.jit.ScriptModule):
+            owner.load_state_dict(module.state_dict())
+            continue
+        owner._parameters.update({k: v for k, v in module._parameters.items() if k in owner._parameters})
+        if not statistics_only or has_running_statistics(owner):
             owner._buffers.update({k: v for k, v in module._buffers.items() if k in owner._buffers})
 
 

@@ -8,9 +8,10 @@ from bgd_plugin.graph.cuts import Block, block_module, partition
 from bgd_plugin.graph.find import find_layers
 from bgd_plugin.graph.fold import fold_parametrizations_
 from bgd_plugin.graph.following import added_to, following_batchnorm, following_batchnorm_node
-from bgd_plugin.graph.front import front_end, unwrapped
+from bgd_plugin.graph.front import Front, front_end, retraced, unwrapped
 from bgd_plugin.graph.layer import FoundLayer, LeftLayer
 from bgd_plugin.graph.parts import batchnorms_in_parts
+from bgd_plugin.graph.place import layer_at
 from bgd_plugin.graph.replace import (
     become_,
     float_module,
@@ -28,6 +29,7 @@ __all__ = [
     "FROM_DATA",
     "Block",
     "FoundLayer",
+    "Front",
     "LeftLayer",
     "PQTracer",
     "added_to",
@@ -47,6 +49,7 @@ __all__ = [
     "install_",
     "isolate_weights_",
     "isolated",
+    "layer_at",
     "materialize_",
     "module_at",
     "module_or_none",
@@ -54,6 +57,7 @@ __all__ = [
     "partition",
     "pointwise",
     "release_",
+    "retraced",
     "set_modes",
     "swap_",
     "trace",

@@ -40,7 +40,7 @@ def call_input(node: fx.Node) -> fx.Node:
 def call_geometry(graph_module: fx.GraphModule, node: fx.Node) -> Geometry:
     """How a call walks over its input: kernel, stride, padding, dilation, groups."""
     if node.op == "call_module":
-        module = graph_module.get_submodule(str(node.target))
+        module = module_at(graph_module, str(node.target))
         if hasattr(module, "in_features"):
             return Geometry.linear()
         conv: Any = module
@@ -73,7 +73,7 @@ def function_of(node: fx.Node) -> Callable[..., Any]:
 
 def _weight_shape(graph_module: fx.GraphModule, node: fx.Node) -> torch.Size:
     if node.op == "call_module":  # a FloatWeight or PQWeight
-        module: Any = graph_module.get_submodule(str(node.target))
+        module: Any = module_at(graph_module, str(node.target))
         return torch.Size(module.weight_shape if isinstance(module, PQModule) else module.weight.shape)
     value: Any = attribute(graph_module, str(node.target))
     return torch.Size(value.shape)
@@ -120,7 +120,7 @@ def _is_weight_module(graph_module: fx.GraphModule, node: Any) -> bool:
     return (
         isinstance(node, fx.Node)
         and node.op == "call_module"
-        and isinstance(graph_module.get_submodule(str(node.target)), PQModule)
+        and isinstance(module_at(graph_module, str(node.target)), PQModule)
     )
 
 
@@ -129,7 +129,7 @@ def users_of_parameters(graph_module: fx.GraphModule) -> dict[int, set[str]]:
     users: dict[int, set[str]] = {}
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
-            module = graph_module.get_submodule(str(node.target))
+            module = module_at(graph_module, str(node.target))
             for parameter in module.parameters():
                 users.setdefault(id(parameter), set()).add(_canonical_path(graph_module, module) or str(node.target))
         elif node.op == "get_attr":

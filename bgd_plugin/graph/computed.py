@@ -12,7 +12,14 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["compute_parameter_", "module_at", "module_or_none", "restore_parameter_", "set_apart_"]
+__all__ = [
+    "compute_parameter_",
+    "computed_parameters",
+    "module_at",
+    "module_or_none",
+    "restore_parameter_",
+    "set_apart_",
+]
 
 
 def module_at(root: nn.Module, path: str) -> nn.Module:
@@ -37,7 +44,7 @@ def module_or_none(root: nn.Module, path: str) -> nn.Module | None:
 
 def compute_parameter_(owner: nn.Module, name: str, module: nn.Module) -> None:
     """Let `module()` give what the parameter `name` of `owner` gave; a second call puts in another module."""
-    names = _computed(owner)
+    names = computed_parameters(owner)
     if name not in names:
         del owner._parameters[name]
         owner.__class__ = _class(_float_class(owner), (*names, name))
@@ -48,7 +55,7 @@ def compute_parameter_(owner: nn.Module, name: str, module: nn.Module) -> None:
 
 def restore_parameter_(owner: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Make a computed parameter an ordinary one again, with the value of `parameter`."""
-    names = tuple(n for n in _computed(owner) if n != name)
+    names = tuple(n for n in computed_parameters(owner) if n != name)
     owner.__class__ = _class(_float_class(owner), names) if names else _float_class(owner)
     del owner._modules[name]
     owner.register_parameter(name, parameter)
@@ -63,7 +70,7 @@ def set_apart_(root: nn.Module) -> None:
     module under its name by `getattr`, where a computed parameter would be in the way.
     """
     for owner in list(root.modules()):
-        names = _computed(owner)
+        names = computed_parameters(owner)
         if not names:
             continue
         for name in names:
@@ -73,7 +80,8 @@ def set_apart_(root: nn.Module) -> None:
         owner.__class__ = type(base.__name__, (base,), {**readers, "__module__": base.__module__})
 
 
-def _computed(owner: nn.Module) -> tuple[str, ...]:
+def computed_parameters(owner: nn.Module) -> tuple[str, ...]:
+    """The names of a module's parameters that are computed."""
     names: tuple[str, ...] = getattr(type(owner), "_computed_parameters", ())
     return names
 
@@ -101,7 +109,7 @@ def _flat_weights(owner: Any) -> list[Any]:
 
 def _reduce(owner: nn.Module, protocol: Any) -> Any:
     """Copy and pickle by the class that can be imported."""
-    return _blank, (_float_class(owner), _computed(owner)), owner.__getstate__()  # type: ignore[no-untyped-call]
+    return _blank, (_float_class(owner), computed_parameters(owner)), owner.__getstate__()  # type: ignore[no-untyped-call]
 
 
 def _blank(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

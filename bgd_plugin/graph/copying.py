@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
@@ -38,7 +39,7 @@ def copy_module(model: nn.Module, *, share_tensors: bool = False) -> Any:
     memo: _Memo = {id(p): p for p in model.parameters()} if share_tensors else {}
     memo |= _without_history(model)
     try:
-        with _HistoryDropped():
+        with torch.no_grad(), _HistoryDropped():
             result = copy.deepcopy(model, memo)
     except ConfigError:
         raise

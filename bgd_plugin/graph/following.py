@@ -50,7 +50,7 @@ def added_to(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     if len(users) != 1:
         return None
     (user,) = users
-    if user.op == "call_module" and _does_nothing(graph_module.get_submodule(str(user.target))):
+    if user.op == "call_module" and _does_nothing(module_at(graph_module, str(user.target))):
         return added_to(graph_module, user)
     is_addition = (user.op == "call_function" and user.target in _ADDITIONS) or (
         user.op == "call_method" and user.target in ("add", "add_")

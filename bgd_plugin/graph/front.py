@@ -2,31 +2,63 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 
 from bgd_plugin.errors import ConfigError, TraceError
-from bgd_plugin.graph.copying import require_initialized
+from bgd_plugin.graph.copying import copy_module, require_initialized
 from bgd_plugin.graph.fold import fold_parametrizations_
 from bgd_plugin.graph.tracer import trace
 
-__all__ = ["front_end", "unwrapped"]
+__all__ = ["Front", "front_end", "retraced", "unwrapped"]
 
 
-def front_end(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
-    """A graph over the same modules where the network traces whole, otherwise the network itself.
+@dataclass(frozen=True, kw_only=True)
+class Front:
+    """A network as the library works on it.
 
-    Parametrized weights are folded first, in place: give a copy.
-
-    Returns:
-        the network, and which weights were folded: from the layer's name to what computed its weight.
+    Attributes:
+        own: a copy of the network, of its own class, with plain weights: what is compressed ends up here.
+        network: what the layers are fitted in: a graph, over a second copy that shares its parameters with `own`; that
+            copy itself where there is no graph that can stand for it; `own`, if that is a graph.
+        folded: layers whose weight something computed, and what.
+        reason: why `network` is not a graph; empty if it is one.
     """
-    folded = fold_parametrizations_(model)
+
+    own: nn.Module
+    network: nn.Module
+    folded: Mapping[str, str] = field(default_factory=dict)
+    reason: str = ""
+
+
+def front_end(model: nn.Module, given: Mapping[str, Any] | None = None, *, share_tensors: bool = False) -> Front:
+    """A network in the forms that the library works on; parametrized weights are folded.
+
+    Args:
+        model: left as it is.
+        given: what the network is called with, as for `trace`; None: not known.
+        share_tensors: keep the very parameters; nothing may be written into them.
+    """
+    own: nn.Module = copy_module(model, share_tensors=share_tensors)
+    folded = fold_parametrizations_(own)
+    if isinstance(own, fx.GraphModule):
+        return Front(own=own, network=own, folded=folded)
+    return retraced(Front(own=own, network=own, folded=folded), given)
+
+
+def retraced(front: Front, given: Mapping[str, Any] | None) -> Front:
+    """The same network, traced for what it is called with."""
+    working: nn.Module = copy_module(front.own, share_tensors=True)
     try:
-        return trace(model), folded
-    except TraceError:
-        return model, folded
+        return dataclasses.replace(front, network=trace(working, given), reason="")
+    except TraceError as error:
+        return dataclasses.replace(front, network=working, reason=error.reason)
 
 
 def unwrapped(model: nn.Module | ExportedProgram) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from bgd_plugin.graph.bare import bare_layers, bias_of
@@ -49,7 +50,7 @@ def _other_owners(root: nn.Module) -> dict[int, str]:
     owners: dict[int, str] = {}
     holders: dict[int, bool] = {}  # whether the module that holds a weight reads it by name
     for name, module in root.named_modules():
-        if isinstance(module, FloatWeight):
+        if isinstance(module, (FloatWeight, torch.jit.ScriptModule)):
             continue
         kind = kind_of(module)
         outcomes = [_layer(module, name, kind, ())] if kind else bare_layers(module, name, (), set())
@@ -71,6 +72,9 @@ def _outcomes(root: nn.Module, path: str, calls: tuple[str, ...]) -> Iterator[Fo
             yield LeftLayer(name=name, reason="already quantized")
         elif isinstance(module, FloatWeight):
             continue
+        elif isinstance(module, torch.jit.ScriptModule):
+            if any(parameter.ndim > 1 for parameter in module.parameters(recurse=False)):
+                yield LeftLayer(name=name, reason="it is scripted (torch.jit): its code cannot be changed")
         elif is_quantized_elsewhere(module):
             kind = type(module).__name__
             yield LeftLayer(name=name, reason=f"{kind} is quantized already, by another library")

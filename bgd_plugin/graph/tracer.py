@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from bgd_plugin.errors import TraceError
 from bgd_plugin.graph.bare import bare_layers
-from bgd_plugin.graph.computed import module_or_none
+from bgd_plugin.graph.computed import computed_parameters, module_or_none
 from bgd_plugin.graph.copying import copy_module, drop_hooks_, set_modes
 from bgd_plugin.graph.kinds import MODULES, runs_its_parents_forward
 from bgd_plugin.graph.layer import FoundLayer
@@ -43,7 +43,8 @@ class PQTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         ours = isinstance(m, (PQModule, FloatWeight, FrozenNorm))
-        if ours or has_running_statistics(m) or is_quantized_elsewhere(m):
+        is_opaque = isinstance(m, torch.jit.ScriptModule) or is_quantized_elsewhere(m)
+        if ours or is_opaque or has_running_statistics(m):
             return True
         if isinstance(m, _SWAPPABLE):
             return runs_its_parents_forward(m)
@@ -141,7 +142,8 @@ def _at(root: nn.Module, target: str, otherwise: Any) -> Any:
     """What stands at a dotted path; constants that tracing has made are at none of the original's."""
     value: Any = root
     for atom in target.split("."):
-        value = getattr(value, atom, None)
+        modules = getattr(value, "_modules", {})  # reading the name may give a computed weight
+        value = modules[atom] if atom in modules else getattr(value, atom, None)
         if value is None:
             return otherwise
     return value
@@ -150,11 +152,12 @@ def _at(root: nn.Module, target: str, otherwise: Any) -> Any:
 def _error(model: nn.Module, error: Exception) -> TraceError:
     culprit, cause = _smallest_untraceable(model, "", error)
     where = f"submodule {culprit!r} ({_type_at(model, culprit)})" if culprit else f"{type(model).__name__} itself"
+    reason = f"the network does not trace: {where} raises {type(cause).__name__}: {cause}"
     return TraceError(
-        f"the network does not trace: {where} raises {type(cause).__name__}: {cause}. "
-        "Its forward depends on the values of its inputs, or runs code that torch.fx does not follow. Quantize the "
-        "parts that do trace (bgd_plugin.quantize on a submodule), or pass a GraphModule from a tracer of your own "
-        "in which that part is a leaf"
+        f"{reason}. Its forward depends on the values of its inputs, or runs code that torch.fx does not follow. "
+        "Quantize the parts that do trace (bgd_plugin.quantize on a submodule), or pass a GraphModule from a tracer of "
+        "your own in which that part is a leaf",
+        reason,
     )
 
 
@@ -162,8 +165,9 @@ def _keep_owners_(result: fx.GraphModule, model: nn.Module) -> None:
     """Put layers in place of which the graph reads parameters only: a `GraphModule` has plain holders there."""
     for node in result.graph.nodes:
         owner = str(node.target).rpartition(".")[0]
-        if node.op == "get_attr" and owner and isinstance(module_or_none(model, owner), _SWAPPABLE):
-            result.add_submodule(owner, model.get_submodule(owner))
+        module = module_or_none(model, owner) if node.op == "get_attr" and owner else None
+        if isinstance(module, _SWAPPABLE) and not computed_parameters(module):
+            result.add_submodule(owner, module)
 
 
 def _type_at(model: nn.Module, name: str) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from bgd_plugin.calibration import Forward, collect_batches, take_aside_
+from bgd_plugin.calibration import Forward, checked, collect_batches, take_aside_
 from bgd_plugin.config import BGDConfig
-from bgd_plugin.graph import baked, copy_module, find_layers, front_end, isolated, set_modes, unwrapped
+from bgd_plugin.graph import baked, find_layers, front_end, isolated, set_modes, unwrapped
 from bgd_plugin.planning.budget import Budget
 from bgd_plugin.planning.measure import measured
 from bgd_plugin.planning.sizes import Sketch, planned_paper_bytes
@@ -46,17 +46,21 @@ def plan(
         ConfigError: a block size that does not divide its layer, a glob that matches nothing, no layer to quantize.
     """
     model = baked(unwrapped(model))
-    network, folded = front_end(copy_module(model, share_tensors=True))
-    survey = surveyed(network, config or BGDConfig(), original=model, original_bytes=original_bytes, folded=folded)
+    front = front_end(model, share_tensors=True)
+    survey = surveyed(front, config or BGDConfig(), original=model, original_bytes=original_bytes)
     survey.require_some()
+    batches = None
+    if calibration is not None:
+        device = next(model.parameters()).device
+        batches = collect_batches(calibration, model, device=device, forward=forward)
+        front = checked(front, batches)
+        set_modes(front.network, {"": False})
+        survey = surveyed(front, survey.config, original=model, original_bytes=original_bytes)
+        take_aside_(batches, survey.config.kept_aside)
     sketch = Sketch(survey)
     budget = Budget.of(survey, sketch)
     curve: tuple[CurvePoint, ...] = ()
-    if calibration is not None:
-        set_modes(network, {"": False})
-        device = next(network.parameters()).device
-        batches = collect_batches(calibration, model, device=device, forward=forward)
-        take_aside_(batches, survey.config.kept_aside)
+    if batches is not None:
         chooser = budget or Budget.free_of(survey, sketch)
         sensitivities = measured(chooser, batches, progress=progress)
         curve = chooser.curve(sensitivities) if sensitivities else ()
@@ -81,5 +85,5 @@ def layers_in(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
     Returns:
         the family of `BGDConfig` by layer name, in the order in which they run; the reason by name.
     """
-    found, left = find_layers(front_end(copy_module(baked(model), share_tensors=True))[0])
+    found, left = find_layers(front_end(baked(model), share_tensors=True).network)
     return {layer.name: layer.family for layer in found}, {layer.name: layer.reason for layer in left}

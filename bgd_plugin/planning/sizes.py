@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -29,10 +30,10 @@ class Sketch:
     """
 
     def __init__(self, survey: Survey) -> None:
-        self._network = survey.network
+        self._network = survey.own
         self._config = survey.config
-        self._paths = {layer.name: dict(paths) for layer, paths in _weight_paths(survey.network, survey.chosen)}
-        base: nn.Module = copy_module(survey.network, share_tensors=True)
+        self._paths = {layer.name: dict(paths) for layer, paths in _weight_paths(survey.own, survey.chosen)}
+        base: nn.Module = copy_module(survey.own, share_tensors=True)
         always_quantized = [
             f.weight for f, p in survey.chosen if not (survey.config.has_budget and p.name in survey.free)
         ]
@@ -76,7 +77,7 @@ class Sketch:
             layers[path] = module
             parts = {"codebook": module.codebook.detach(), "codes": module.codes, "mask": module.mask}
             tensors |= {f"{path}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
-        return State(tensors=tensors, layers=layers, frozen=self._state.frozen)
+        return dataclasses.replace(self._state, tensors=tensors, layers=layers)
 
 
 def _weight_paths(network: nn.Module, chosen: Chosen) -> Iterator[tuple[FoundLayer, list[tuple[str, str]]]]:
@@ -84,6 +85,9 @@ def _weight_paths(network: nn.Module, chosen: Chosen) -> Iterator[tuple[FoundLay
     paths: dict[int, list[str]] = {}
     for path, module in network.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)
+    same: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        same.setdefault(id(parameter), []).append(name)
     for layer, _ in chosen:
         names = []
         for target in (layer.target, *layer.tied):
@@ -91,6 +95,7 @@ def _weight_paths(network: nn.Module, chosen: Chosen) -> Iterator[tuple[FoundLay
             owner = module_at(network, owner_path)
             if attribute in owner._parameters:
                 held = [f"{path}.{attribute}".lstrip(".") for path in paths[id(owner)]]
+                held = list(dict.fromkeys((*held, *same[id(owner._parameters[attribute])])))
                 names += list(zip(held, held, strict=True))
             else:
                 names += [(f"{path}.weight".lstrip("."), path) for path in paths[id(module_at(network, target))]]
@@ -133,7 +138,7 @@ def paper_bytes(model: nn.Module) -> int:
 
 def planned_paper_bytes(survey: Survey) -> int:
     """The same of the network that the survey's layers will make."""
-    bits = _paper_bits(survey.network) - sum(32 * found.weight.numel() for found in survey.found)
+    bits = _paper_bits(survey.own) - sum(32 * found.weight.numel() for found in survey.found)
     for planned in survey.layers:
         codes = planned.rows * planned.blocks_per_row * planned.code_bits
         bits += codes + 16 * planned.codebook_size * planned.block_size + 8 * planned.mask_bytes

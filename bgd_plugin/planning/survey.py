@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,7 +15,7 @@ from torch import nn
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.files.format import state_bytes
-from bgd_plugin.graph import FoundLayer, LeftLayer, find_layers
+from bgd_plugin.graph import FoundLayer, Front, LeftLayer, find_layers
 from bgd_plugin.nn import PQModule
 from bgd_plugin.planning.rules import decided, first_layer, setting_of, with_notes
 from bgd_plugin.planning.types import PlannedLayer, SkippedLayer
@@ -31,7 +31,8 @@ class Survey:
     """The layers of a network under some settings.
 
     Attributes:
-        network: as the front end gives it.
+        network: what the layers are found and fitted in.
+        own: what they end up in (see `Front`).
         config: the settings.
         chosen: the layers to be quantized.
         skipped: what stays float, and why.
@@ -40,11 +41,12 @@ class Survey:
         leftovers: names of the weights that stay float because the settings have nothing for their kind of layer;
             layers that an override keeps float are not among them.
         original_bytes: of the network as it came, or of the larger one that a chain of steps started from.
-        notes: how a budget was spent.
+        notes: why the network is not fitted as a graph, if it is not; how a budget was spent.
         expected_divergence: from the float network, where sizes were chosen by what was measured.
     """
 
     network: nn.Module
+    own: nn.Module
     config: BGDConfig
     chosen: Chosen
     skipped: tuple[SkippedLayer, ...]
@@ -100,46 +102,44 @@ class Survey:
             self,
             chosen=chosen,
             skipped=(*self.skipped, *skipped),
-            notes=notes,
+            notes=(*self.notes, *notes),
             expected_divergence=expected_divergence,
         )
 
 
 def surveyed(
-    network: nn.Module,
-    config: BGDConfig,
-    *,
-    original: nn.Module,
-    original_bytes: int | None = None,
-    folded: Mapping[str, str] | None = None,
+    front: Front | nn.Module, config: BGDConfig, *, original: nn.Module, original_bytes: int | None = None
 ) -> Survey:
     """Look at a network.
 
     Args:
-        network: as the front end gives it.
+        front: as the front end gives it; a network by itself stands for one that nothing was folded in.
         config: the settings.
         original: the network as it came.
         original_bytes: of the network that a chain of steps started from.
-        folded: layers whose weight something computed, and what.
 
     Raises:
         ConfigError: a block size that does not divide its layer, a glob that matches nothing, a wrong `original_bytes`.
     """
+    front = front if isinstance(front, Front) else Front(own=front, network=front)
+    network = front.network
     found, left = find_layers(network)
     _check_globs(config, found, left)
     first = first_layer(network, found)
     outcomes = [(layer, decided(layer, config, is_first=layer is first)) for layer in found]
-    chosen = tuple((f, with_notes(f, p, folded or {})) for f, p in outcomes if isinstance(p, PlannedLayer))
+    chosen = tuple((f, with_notes(f, p, front.folded)) for f, p in outcomes if isinstance(p, PlannedLayer))
     skipped = [SkippedLayer(name=layer.name, reason=layer.reason) for layer in left]
     skipped += [outcome for _, outcome in outcomes if isinstance(outcome, SkippedLayer)]
     return Survey(
         network=network,
+        own=front.own,
         config=config,
         chosen=chosen,
         skipped=(*skipped, *_unused(original, network)),
         free=frozenset(p.name for _, p in chosen if _is_free(p, config)),
         leftovers=tuple(_leftovers(found, first, config)),
         original_bytes=_chain_bytes(original, original_bytes),
+        notes=(f"fitted by running the network itself, since {front.reason}",) if front.reason else (),
     )
 
 
@@ -202,7 +202,7 @@ def _unused(original: nn.Module, network: nn.Module) -> list[SkippedLayer]:
     """Weights of the network that its graph in evaluation mode never uses."""
     used = {name for name, _ in network.named_parameters(remove_duplicate=False)}
     return [
-        SkippedLayer(name=name, reason="not used in evaluation mode: not part of the compressed network")
+        SkippedLayer(name=name, reason="not used in evaluation mode")
         for name, p in original.named_parameters()
         if p.ndim > 1 and name not in used
     ]

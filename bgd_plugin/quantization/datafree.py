@@ -13,7 +13,7 @@ from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.files.format import file_size, stored
 from bgd_plugin.fitting import FittedLayer, fit_weight
-from bgd_plugin.graph import baked, copy_module, find_layers, fold_parametrizations_, install_, isolated
+from bgd_plugin.graph import Front, baked, copy_module, find_layers, fold_parametrizations_, install_, isolated
 from bgd_plugin.nn import PQModule, quantized
 from bgd_plugin.planning.budget import Budget
 from bgd_plugin.planning.rules import decided
@@ -55,7 +55,7 @@ def quantize_weights(model: nn.Module, config: BGDConfig | None = None) -> Quant
         model = baked(model)
         student: nn.Module = copy_module(model)
         folded = fold_parametrizations_(student)
-        survey = surveyed(student, config, original=model, folded=folded)
+        survey = surveyed(Front(own=student, network=student, folded=folded), config, original=model)
         survey.require_some()
         if (budget := Budget.of(survey)) is not None:
             survey = budget.spend(None)

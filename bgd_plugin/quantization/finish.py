@@ -27,18 +27,18 @@ __all__ = ["finish", "reported", "restore_", "round_to_storage_"]
 _LEAST_HALF = torch.finfo(torch.half).smallest_normal
 
 
-def finish(job: Job) -> int:
-    """Round the student's tensors to the values that its file will have; returns the file's length in bytes."""
-    round_to_storage_(job.student, job.survey)
-    synchronize_(job.student)
-    size, target = file_size(stored(job.student)), job.config.budget_bytes(job.survey.original_bytes)
+def finish(job: Job, network: nn.Module) -> int:
+    """Round the compressed network's tensors to the values that its file will have; returns the file's length."""
+    round_to_storage_(network, job.survey)
+    synchronize_(network)
+    size, target = file_size(stored(network)), job.config.budget_bytes(job.survey.original_bytes)
     if target is None or size <= target:
         return size
-    names = _round_tiny_values_(job.student)
+    names = _round_tiny_values_(network)
     if not names:
         return size
     job.log.note(f"budget: tiny values rounded to half precision to stay within it: {', '.join(names)}")
-    return file_size(stored(job.student))
+    return file_size(stored(network))
 
 
 def round_to_storage_(student: nn.Module, survey: Survey) -> None:
@@ -72,16 +72,15 @@ def _round_tiny_values_(student: nn.Module) -> list[str]:
     return rounded
 
 
-def restore_(student: nn.Module, model: nn.Module, modes: dict[str, bool], learnt: Mapping[str, bool]) -> None:
+def restore_(student: nn.Module, model: nn.Module, learnt: Mapping[str, bool]) -> None:
     """Set the student's training modes and gradient flags to those of the user's network.
 
     Args:
         student: the compressed network; changed in place.
         model: the user's network.
-        modes: the training mode by path.
         learnt: whether a layer's weight required gradients, by target.
     """
-    set_modes(student, modes)
+    set_modes(student, {path: module.training for path, module in model.named_modules()})
     flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(flags.get(name, True))
@@ -92,14 +91,19 @@ def restore_(student: nn.Module, model: nn.Module, modes: dict[str, bool], learn
 
 
 def reported(
-    job: Job, outcomes: Sequence[LayerReport | SkippedLayer], compressed_bytes: int, answers: Answers
+    job: Job,
+    network: nn.Module,
+    outcomes: Sequence[LayerReport | SkippedLayer],
+    compressed_bytes: int,
+    answers: Answers,
 ) -> Report:
     """The report of a finished run.
 
     Args:
+        network: the compressed one.
         outcomes: the outcome for each layer of the survey.
-        compressed_bytes: the length of the student's file.
-        answers: the comparison of the student's outputs with the float network's.
+        compressed_bytes: the length of its file.
+        answers: the comparison of its outputs with the float network's.
     """
     if job.batches.store.bound_bytes is not None:
         job.log.note(_memory_note(job.batches.store))
@@ -108,7 +112,7 @@ def reported(
         skipped=(*job.survey.skipped, *(outcome for outcome in outcomes if isinstance(outcome, SkippedLayer))),
         original_bytes=job.survey.original_bytes,
         compressed_bytes=compressed_bytes,
-        paper_bytes=paper_bytes(job.student),
+        paper_bytes=paper_bytes(network),
         answers=answers,
         seconds=job.log.seconds,
         notes=tuple(job.log.notes),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from bgd_plugin.calibration import first_samples
+from bgd_plugin.graph import copy_module, set_modes
 from bgd_plugin.planning.answers import Answers, compare_answers
 from bgd_plugin.quantization.job import Job
 from bgd_plugin.support.processes import largest
@@ -13,18 +16,21 @@ _JUDGED = 64
 """Samples on which the answers are compared where none were kept aside."""
 
 
-def judged(job: Job) -> Answers:
-    """How the student answers beside the float network.
+def judged(job: Job, network: nn.Module) -> Answers:
+    """How the compressed network answers beside the float network.
 
     Args:
-        job: the run, whose student holds what will be saved, in evaluation mode. Finetuning walks all of the
+        job: the run.
+        network: what will be saved; a copy of it answers, in evaluation mode. Finetuning walks all of the
             calibration data, so that after it no sample counts as kept aside.
     """
     has_aside = -largest(-len(job.aside)) > 0  # in every process
     batches = job.aside if has_aside else first_samples(job.batches, _JUDGED)
+    network = copy_module(network, share_tensors=True)
+    set_modes(network, {"": False})
     with job.log.timed("answers"):
         return compare_answers(
-            lambda batch: batch.call(job.student),
+            lambda batch: batch.call(network),
             lambda batch: batch.call(job.reference),
             batches,
             kept_aside=has_aside and not job.config.finetuning,

@@ -16,6 +16,4 @@ __all__ = ["spent"]
 def spent(budget: Budget, batches: Sequence[Batch], log: Log, *, progress: bool) -> Survey:
     """The survey with the sizes that the budget chooses from measurements on `batches`."""
     with log.timed("budget"):
-        survey = budget.spend(measured(budget, batches, progress=progress))
-    log.note(*survey.notes)
-    return survey
+        return budget.spend(measured(budget, batches, progress=progress))

@@ -10,9 +10,10 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from bgd_plugin import kernels
-from bgd_plugin.calibration import Forward, collect_batches, take_aside_
+from bgd_plugin.calibration import Forward, checked, collect_batches, take_aside_
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.graph import (
+    Front,
     baked,
     batchnorms_in_parts,
     copy_module,
@@ -23,7 +24,7 @@ from bgd_plugin.graph import (
     unwrapped,
 )
 from bgd_plugin.planning.budget import Budget
-from bgd_plugin.planning.survey import surveyed
+from bgd_plugin.planning.survey import Survey, surveyed
 from bgd_plugin.quantization.checks import check_arguments, check_student
 from bgd_plugin.quantization.finish import finish, reported, restore_
 from bgd_plugin.quantization.job import Job
@@ -32,6 +33,7 @@ from bgd_plugin.quantization.layerwise import quantize_layers
 from bgd_plugin.quantization.measure import spent
 from bgd_plugin.quantization.progress import progress_bar
 from bgd_plugin.quantization.resume import Run
+from bgd_plugin.quantization.settle import settled
 from bgd_plugin.quantization.train import check_teacher, teacher_for, train
 from bgd_plugin.report.report import Quantized
 from bgd_plugin.support.log import Log
@@ -84,7 +86,7 @@ def quantize(
             such as `plan(dense).original_bytes`; the report's ratio is then that of all steps.
 
     Returns:
-        the compressed network, and a report.
+        the compressed network, of the class of `model`, and a report.
 
     Raises:
         BGDError: one of its subclasses; the message names the layer, what was found, and what to do.
@@ -92,20 +94,21 @@ def quantize(
     config = config or BGDConfig()
     model = baked(unwrapped(model))
     check_arguments(model, calibration, config, memory_bytes)
-    student, folded = front_end(copy_module(model))
-    modes = {path: module.training for path, module in student.named_modules()}
+    front = front_end(model)
+    _planned(front, config, model, original_bytes)
+    device = next(model.parameters()).device
+    batches = collect_batches(calibration, model, device=device, forward=forward, memory_bytes=memory_bytes)
+    front = checked(front, batches)
+    student = front.network
     set_modes(student, {"": False})
     check_student(student, config)
-    survey = surveyed(student, config, original=model, original_bytes=original_bytes, folded=folded)
-    survey.require_some()
-    budget = Budget.of(survey)
-    device = next(student.parameters()).device
-    batches = collect_batches(calibration, model, device=device, forward=forward, memory_bytes=memory_bytes)
+    survey, budget = _planned(front, config, model, original_bytes)
     run = Run.open(checkpoint if is_first() else None, model, config, batches, teacher)
     aside = take_aside_(batches, config.kept_aside)
     log = Log()
     if budget is not None:
         survey = spent(budget, batches, log, progress=progress)
+    log.note(*survey.notes)
     learnt = {layer.target: layer.weight.requires_grad for layer in survey.found}
     isolate_weights_(student, survey.found)
     reference = copy_module(student, share_tensors=True)
@@ -127,6 +130,20 @@ def quantize(
             check_teacher(job)
         outcomes = quantize_layers(job)
         train(job, calibration, forward)
-    compressed_bytes, answers = finish(job), judged(job)
-    restore_(student, model, modes, learnt)
-    return Quantized(student, reported(job, outcomes, compressed_bytes, answers))
+    result = settled(front, student, batches)
+    compressed_bytes, answers = finish(job, result), judged(job, result)
+    restore_(result, model, learnt)
+    return Quantized(result, reported(job, result, outcomes, compressed_bytes, answers))
+
+
+def _planned(
+    front: Front, config: BGDConfig, model: nn.Module, original_bytes: int | None
+) -> tuple[Survey, Budget | None]:
+    """The layers of a network, and the budget for them, if there is one; refuses what cannot be done, before any work.
+
+    Raises:
+        ConfigError: no layer to quantize, or a budget below the smallest file.
+    """
+    survey = surveyed(front, config, original=model, original_bytes=original_bytes)
+    survey.require_some()
+    return survey, Budget.of(survey)

@@ -203,7 +203,7 @@ class _Odd(nn.Module):
     [
         ("tied", "embedding=None (tied to embedding)"),
         ("table", "a plain tensor, used by add"),
-        ("unused.weight", "not used in evaluation mode: not part of the compressed network"),
+        ("unused.weight", "not used in evaluation mode"),
     ],
 )
 def test_every_weight_that_is_left_alone_has_its_reason(name: str, reason: str) -> None:

@@ -1,0 +1,173 @@
+"""Whether two networks give the same answers: a graph and the network that it was made of, before and after the fit.
+
+A trace is a claim. What it decides once and for all (a branch, a length, whether an argument is given), and what it
+does not see (hooks, state that `forward` writes) shows when both answer the same batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from bgd_plugin.calibration.batches import Batch
+from bgd_plugin.calibration.walk import run_node
+from bgd_plugin.errors import CalibrationError
+from bgd_plugin.graph import FROM_DATA, copy_module, set_modes
+
+__all__ = ["difference", "given_arguments"]
+
+_BATCHES = 6
+"""Batches that are compared, at most: the first ones, those of another form, and the last one."""
+
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError, AssertionError)
+
+
+@torch.no_grad()
+def difference(graph: fx.GraphModule, network: nn.Module, batches: Sequence[Batch]) -> str:
+    """In what the answers of a graph and of a network differ first, in words; empty if they are the same.
+
+    Both answer one batch after another, as copies in evaluation mode and from the same random numbers on, so that state
+    which only one of them writes shows.
+
+    Raises:
+        CalibrationError: the network itself fails on a batch.
+    """
+    graph, network = (copy_module(one, share_tensors=True) for one in (graph, network))
+    for one in (graph, network):
+        set_modes(one, {"": False})
+    for index in _compared(batches):
+        batch = batches[index]
+        with _same_random_numbers():
+            found, failure = _answer_of_graph(graph, batch)
+        with _same_random_numbers():
+            try:
+                wanted = batch.call(network)
+            except _FAILURES as error:
+                raise failure or CalibrationError(f"the network fails on calibration batch {index}: {error}") from error
+        if failure is not None:
+            return f"its graph fails on calibration batch {index}, where the network answers ({failure})"
+        where = _first_difference(found, wanted, "its answer")
+        if where:
+            return f"its graph answers calibration batch {index} differently: {where}"
+    return ""
+
+
+def given_arguments(network: nn.Module, batches: Sequence[Batch]) -> dict[str, Any] | None:
+    """What the network is called with, for `trace`: the constants, and `FROM_DATA` for what differs or holds tensors.
+
+    None where that cannot be said by names, as with `*args`.
+
+    Raises:
+        CalibrationError: a batch with inputs that the network does not take, or that lacks one.
+    """
+    if network._forward_pre_hooks:  # they may make other arguments of what is given
+        return None
+    signature = inspect.signature(network.forward)
+    given: dict[str, Any] = {}
+    for index, batch in enumerate(batches):
+        bound = _bound(signature, network, batch, index)
+        for name, value in bound.items():
+            if signature.parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+                return None
+            is_constant = not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+            same = index == 0 or (name in given and _is_same(given[name], value))
+            given[name] = value if is_constant and same else FROM_DATA
+        if given.keys() != bound.keys():  # given in some batches only: each way has a branch of its own
+            return None
+    return given
+
+
+def _bound(signature: inspect.Signature, network: nn.Module, batch: Batch, index: int) -> Mapping[str, Any]:
+    try:
+        return signature.bind(*batch.args, **batch.kwargs).arguments
+    except TypeError as error:
+        takes = ", ".join(signature.parameters)
+        gives = ", ".join(batch.kwargs) if batch.kwargs else f"{len(batch.args)} inputs"
+        raise CalibrationError(
+            f"calibration batch {index} gives {gives}; {type(network).__name__}.forward takes {takes} ({error}): give "
+            "batches of these, or say how a batch is to be given to the network by forward=callable(model, batch)"
+        ) from error
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return one is other or (type(one) is type(other) and not isinstance(one, Tensor) and bool(one == other))
+
+
+def _compared(batches: Sequence[Batch]) -> list[int]:
+    forms: dict[Any, int] = {}
+    for index, batch in enumerate(batches):
+        forms.setdefault(_form(batch), index)
+    chosen = {0, 1, len(batches) - 1, *list(forms.values())[: _BATCHES - 2]}
+    return sorted(index for index in chosen if index < len(batches))
+
+
+def _form(batch: Batch) -> Any:
+    leaves, spec = pytree.tree_flatten((batch.args, batch.kwargs))
+    return str(spec), tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else str(leaf) for leaf in leaves)
+
+
+@contextlib.contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def _answer_of_graph(graph: fx.GraphModule, batch: Batch) -> tuple[Any, CalibrationError | None]:
+    """As the walk over the graph computes it, node by node."""
+    try:
+        given = {node.name: value for node, value in batch.placeholders(graph.graph).items()}
+        values = dict(given)
+        for node in graph.graph.nodes:
+            if node.op == "output":
+                output = pytree.tree_map_only(fx.Node, lambda n: values[n.name], node.args[0])
+                return graph.graph.process_outputs(output), None  # exported graphs give leaves in a row
+            run_node(graph, node, values, protected=(given,))
+    except CalibrationError as error:
+        return None, error
+    raise AssertionError("the graph has no output")
+
+
+def _first_difference(found: Any, wanted: Any, where: str) -> str:
+    """Where two answers differ: in structure, in type, or in values beyond rounding."""
+    if isinstance(wanted, Tensor) or isinstance(found, Tensor):
+        return _tensor_difference(found, wanted, where)
+    if isinstance(wanted, Mapping) and isinstance(found, Mapping):
+        if list(found) != list(wanted):
+            return f"{where} has {', '.join(map(str, found))}, not {', '.join(map(str, wanted))}"
+        return next(filter(None, (_first_difference(found[k], wanted[k], f"{where}[{k!r}]") for k in wanted)), "")
+    if isinstance(wanted, (list, tuple)) and isinstance(found, (list, tuple)):
+        if len(found) != len(wanted):
+            return f"{where} has {len(found)} parts, not {len(wanted)}"
+        pairs = enumerate(zip(found, wanted, strict=True))
+        return next(filter(None, (_first_difference(f, w, f"{where}[{i}]") for i, (f, w) in pairs)), "")
+    if type(found) is not type(wanted):
+        return f"{where} is a {type(found).__name__}, not a {type(wanted).__name__}"
+    if isinstance(getattr(wanted, "__dict__", None), dict):
+        return _first_difference(vars(found), vars(wanted), where)
+    return "" if found == wanted else f"{where} is {found!r}, not {wanted!r}"
+
+
+def _tensor_difference(found: Any, wanted: Any, where: str) -> str:
+    if not isinstance(found, Tensor) or not isinstance(wanted, Tensor):
+        return f"{where} is a {type(found).__name__}, not a {type(wanted).__name__}"
+    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return f"{where} is {found.dtype} {list(found.shape)}, not {wanted.dtype} {list(wanted.shape)}"
+    if torch.equal(found, wanted):
+        return ""
+    if not wanted.is_floating_point():
+        return f"{where} has other values"
+    one, other = (value.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for value in (found, wanted))
+    are_alike = torch.equal(found.isfinite(), wanted.isfinite())
+    off, norm = float((one - other).abs().max()), float(other.abs().max())
+    if are_alike and off <= _TOLERANCES.get(wanted.dtype, 1e-4) * norm:
+        return ""
+    share = float((one - other).norm() / other.norm()) if norm else float("inf")
+    return f"{where} is off by {share:.2g} of its norm"

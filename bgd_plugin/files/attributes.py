@@ -1,0 +1,119 @@
+"""Tensors of a network that are in no state dict: plain attributes, and buffers that are not persistent.
+
+They may hold what a network needs, and the network that a file is loaded into has its own. Small ones are stored; of
+large ones, such as tables of masks, the file has a fingerprint, and loading refuses a network with other values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bgd_plugin.graph import module_or_none
+
+__all__ = ["fingerprint", "give_attributes_", "other_tensors"]
+
+MOST_BYTES = 16384
+"""Of a tensor that is stored whole."""
+
+_TOLERANCE = 1e-5
+_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+def other_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """By name, the tensors that are stored whole, and those of which a fingerprint is; both are in no state dict."""
+    whole: dict[str, Tensor] = {}
+    marked: dict[str, Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for name, value, is_held in _tensors_of(module):
+            is_small = value.numel() * value.element_size() <= MOST_BYTES
+            (whole if is_held and is_small else marked)[f"{path}.{name}".lstrip(".")] = value.detach()
+    return whole, marked
+
+
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """Name, value, and whether the module itself holds it, rather than a container."""
+    for name in sorted(module._non_persistent_buffers_set):
+        buffer = module._buffers.get(name)
+        if buffer is not None:
+            yield name, buffer, True
+    for name, value in vars(module).items():
+        if name in _TABLES:
+            continue
+        if isinstance(value, Tensor):
+            if not isinstance(value, nn.Parameter):
+                yield name, value, True
+            continue
+        for key, part in _parts(value):
+            if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
+                yield f"{name}[{key}]", part, False
+
+
+def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(value, (list, tuple)):
+        yield from enumerate(value)
+    elif isinstance(value, dict):
+        yield from value.items()
+
+
+def fingerprint(tensor: Tensor) -> list[Any]:
+    """Dtype, shape, and two sums that other values would hardly have; rounding differs between machines."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if tensor.is_meta or tensor.is_complex() or not tensor.numel():
+        return [dtype, list(tensor.shape), 0.0, 0.0]
+    flat = tensor.detach().cpu().reshape(-1).double().nan_to_num(nan=1e9, posinf=1e9, neginf=-1e9)
+    weights = torch.linspace(1, 2, flat.numel(), dtype=torch.float64)
+    return [dtype, list(tensor.shape), float(flat.abs().sum()), float((flat * weights).sum())]
+
+
+def _is_alike(found: list[Any], wanted: Any) -> bool:
+    match wanted:
+        case [str(dtype), list(shape), float(size), float(weighted)] if found[:2] == [dtype, shape]:
+            tolerance = _TOLERANCE * max(size, 1e-30)
+            return math.isclose(found[2], size, abs_tol=tolerance) and math.isclose(
+                found[3], weighted, abs_tol=2 * tolerance
+            )
+    return False
+
+
+def give_attributes_(
+    network: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor], problems: list[str]
+) -> None:
+    """Give a network the tensors that a file holds besides its state; what does not fit goes to `problems`."""
+    device = next((p.device for p in network.parameters() if not p.is_meta), torch.device("cpu"))
+    aliases: dict[str, Any] = header.get("aliases", {})
+    for name, dtype in header.get("attributes", {}).items():
+        path, _, attribute = name.rpartition(".")
+        owner, value = module_or_none(network, path), tensors.get(str(aliases.get(name, name)))
+        kind = getattr(torch, dtype, None) if isinstance(dtype, str) else None
+        if owner is None or value is None or not isinstance(kind, torch.dtype) or not _may_hold(owner, attribute):
+            problems.append(f"{name!r} is in the file; the network has no place for it")
+        elif attribute in owner._buffers:
+            owner._buffers[attribute] = value.to(device, kind)
+        else:
+            vars(owner)[attribute] = value.to(device, kind)
+    wanted: dict[str, Any] = header.get("marks", {})
+    if wanted:
+        whole, marked = other_tensors(network)
+        for name, mark in wanted.items():
+            mine = {**whole, **marked}.get(name)
+            if mine is None or not (mine.is_meta or _is_alike(fingerprint(mine), mark)):
+                problems.append(
+                    f"{name!r}: the file holds only a fingerprint of it, and the network's own has other values: give "
+                    "a network that was built as the compressed one was"
+                )
+
+
+def _may_hold(owner: nn.Module, attribute: str) -> bool:
+    """Whether a module has a place for a tensor: a tensor there, or nothing at all."""
+    if attribute in owner._buffers:
+        return True
+    held = vars(owner).get(attribute)
+    is_free = held is None and not hasattr(type(owner), attribute) and attribute not in owner._modules
+    return isinstance(held, Tensor) or (is_free and attribute not in owner._parameters and attribute.isidentifier())
