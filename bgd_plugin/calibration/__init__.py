@@ -17,11 +17,12 @@ from bgd_plugin.calibration.inputs import CollectedInputs, LayerInputs, require_
 from bgd_plugin.calibration.replay import Recorder, Replayer
 from bgd_plugin.calibration.rerun import Rerun
 from bgd_plugin.calibration.rows import InputSample, PairedRows, paired_pieces, sampled_inputs
-from bgd_plugin.calibration.store import BatchStore
+from bgd_plugin.calibration.store import DEFAULT_BOUND_BYTES, BatchStore
 from bgd_plugin.calibration.walk import Walk
 from bgd_plugin.calibration.watch import Watch
 
 __all__ = [
+    "DEFAULT_BOUND_BYTES",
     "Batch",
     "BatchStore",
     "Batches",

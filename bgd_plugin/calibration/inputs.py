@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -153,7 +154,8 @@ def require_finite(statistic: Tensor, name: str) -> None:
     Raises:
         CalibrationError: it is not finite; the message names the layer.
     """
-    if not bool(torch.isfinite(statistic).all()):
+    # a sum is finite only if all its terms are, and is computed several times faster; a large one may overflow
+    if not (math.isfinite(float(statistic.sum())) or bool(torch.isfinite(statistic).all())):
         raise CalibrationError(
             f"layer {name!r}: its inputs on the calibration data contain NaN or infinite values, or overflow; "
             "check the data and the layers before it"

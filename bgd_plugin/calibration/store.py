@@ -21,7 +21,10 @@ from torch.utils import _pytree as pytree
 
 from bgd_plugin.calibration.spill import Extent, SpillFile
 
-__all__ = ["BatchStore", "Shelf", "memory_of"]
+__all__ = ["DEFAULT_BOUND_BYTES", "BatchStore", "Shelf", "memory_of"]
+
+DEFAULT_BOUND_BYTES = 1 << 30
+"""What is held in memory unless the caller says otherwise: 1 GiB."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -76,9 +76,9 @@ def quantize(
     std: Std = IMAGENET_STD,
     interpolation: Resampling = Interpolation.bilinear,
     memory: Annotated[
-        float | None,
+        float,
         typer.Option(min=1, help="MiB of calibration images and values kept in memory; the rest goes to disk"),
-    ] = None,
+    ] = 1024,
     reproducible: Annotated[
         bool,
         typer.Option("--reproducible", help="compute on one thread: the file does not depend on the number of threads"),
@@ -129,7 +129,7 @@ def quantize(
                 settings,
                 teacher=guide,
                 checkpoint=checkpoint,
-                memory_bytes=None if memory is None else int(memory * 2**20),
+                memory_bytes=int(memory * 2**20),
                 reproducible=reproducible,
             )
         if not is_first():

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from bgd_plugin.calibration import Rerun, Walk
-from bgd_plugin.correction.gain import Gain, output_distance
+from bgd_plugin.correction.gain import Gain, output_distance, some_samples
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import call_input, module_at
 from bgd_plugin.nn import normalizes
@@ -90,7 +90,7 @@ def correct_batchnorm_at_(rerun: Rerun, path: str, mode: Literal["matched", "ree
         return None
     norm: Any = module_at(rerun.student, path)
     shipped = module_at(rerun.reference, path)
-    judged = list(zip(mine, theirs, strict=True))[:_JUDGED_BATCHES]
+    judged = [tuple(map(some_samples, pair)) for pair in zip(mine, theirs, strict=True)][:_JUDGED_BATCHES]
     before = output_distance((_normalized(norm, x), _normalized(shipped, y)) for x, y in judged)
     found = _channel_moments(iter(mine), path)
     if mode == "matched":
@@ -108,8 +108,8 @@ def _distance(walk: Walk, node: fx.Node, skip: fx.Node | None) -> float:
 
     def judged() -> Iterator[tuple[Tensor, Tensor]]:
         for batch, pair in zip(range(_JUDGED_BATCHES), walk.pairs(call_input(node)), strict=False):
-            mine, theirs = map(_normalized, norms, pair)
-            yield (mine if skip is None else mine - walk.drift(skip, batch)), theirs
+            mine, theirs = map(_normalized, norms, map(some_samples, pair))
+            yield (mine if skip is None else mine - some_samples(walk.drift(skip, batch))), theirs
 
     return output_distance(judged())
 
@@ -199,7 +199,8 @@ def _channel_moments(values: Iterator[Tensor], name: str) -> tuple[Tensor, Tenso
         count += x.shape[1]
         center = x.mean(dim=1)
         total = total + x.shape[1] * center.double()
-        squares = squares + ((x - center[:, None]).square().sum(dim=1)).double() + x.shape[1] * center.double().square()
+        apart = x - center[:, None]
+        squares = squares + apart.square_().sum(dim=1).double() + x.shape[1] * center.double().square()
     sum_([total, squares])
     _require_finite([total, squares], name)
     count = int(sum_of(count))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bgd_plugin.pq.em import fit_em
 from bgd_plugin.pq.feedback import damped, diagonal_blocks, encode_damped, grouped, nearest
-from bgd_plugin.pq.least_squares import output_objective, refine_codes, solve_codebook
+from bgd_plugin.pq.least_squares import improved_codebook, output_objective, refine_codes
 from bgd_plugin.pq.masked import fit_masked
 from bgd_plugin.pq.powers import near_one, power_of_two
 
@@ -95,10 +95,17 @@ def fit_full(
     trail = _Trail(flat, hessian, heldout, row_weights, mask)
     trail.add(codebook, codes)
     for _ in range(rounds):
-        codebook = solve_codebook(
-            flat, codes, hessian, codebook, iterations=least_squares_iterations, row_weights=row_weights, mask=mask
+        codebook, loss = improved_codebook(
+            flat,
+            codes,
+            hessian,
+            codebook,
+            iterations=least_squares_iterations,
+            row_weights=row_weights,
+            mask=mask,
+            before=trail.history[-1],
         )
-        trail.add(codebook, codes)
+        trail.add(codebook, codes, loss)
         codes, changed = refine_codes(flat, codebook, codes, hessian, mask)
         trail.add(codebook, codes)
         if not changed or trail.is_done():
@@ -133,8 +140,9 @@ class _Trail:
         self.chosen = -1
         self.best: tuple[Tensor, Tensor]
 
-    def add(self, codebook: Tensor, codes: Tensor) -> None:
-        self.history.append(self._loss(codebook, codes, self._gram))
+    def add(self, codebook: Tensor, codes: Tensor, loss: float | None = None) -> None:
+        """Add a point; `loss` is its objective on the fitted Gram, where it is known."""
+        self.history.append(self._loss(codebook, codes, self._gram) if loss is None else loss)
         if self._heldout_gram is not None:
             self.heldout.append(self._loss(codebook, codes, self._heldout_gram))
         losses = self._losses()

@@ -11,7 +11,7 @@ from torch import Tensor
 from bgd_plugin.pq.feedback import diagonal_blocks, grouped, nearest
 from bgd_plugin.pq.masked import masked
 
-__all__ = ["output_objective", "refine_codes", "solve_codebook"]
+__all__ = ["improved_codebook", "output_objective", "refine_codes", "solve_codebook"]
 
 _ROWS = 4096
 
@@ -56,6 +56,32 @@ def solve_codebook(
     row_weights: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
+    """`improved_codebook` without its objective."""
+    return improved_codebook(
+        weight,
+        codes,
+        gram,
+        start,
+        iterations=iterations,
+        tolerance=tolerance,
+        row_weights=row_weights,
+        mask=mask,
+    )[0]
+
+
+@torch.no_grad()
+def improved_codebook(
+    weight: Tensor,
+    codes: Tensor,
+    gram: Tensor,
+    start: Tensor,
+    *,
+    iterations: int = 30,
+    tolerance: float = 1e-12,
+    row_weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    before: float | None = None,
+) -> tuple[Tensor, float]:
     """The codebook that minimizes `output_objective` for fixed codes, by conjugate gradients from `start`.
 
     All codebook_size · block_size numbers are solved together, because H couples the blocks of a row. With S the
@@ -72,9 +98,10 @@ def solve_codebook(
         tolerance: stop when the preconditioned residual's squared norm has fallen by this factor.
         row_weights: `[rows]`, not negative.
         mask: bool `[rows, columns]`, false where Ŵ is zero; none if not given.
+        before: the objective of `start`, where the caller knows it.
 
     Returns:
-        `[codebook_size, block_size]`, in `start`'s dtype; its objective is never above `start`'s.
+        `[codebook_size, block_size]`, in `start`'s dtype, and its objective, which is never above `start`'s.
 
     **Source**: Hestenes and Stiefel, J. Res. NBS 49 (1952), for the conjugate gradients.
     """
@@ -105,9 +132,11 @@ def solve_codebook(
         previous, norm = norm, float((residual * conditioned).sum())
         direction = conditioned + norm / previous * direction
     solved = (start.to(change) + change).to(start.dtype)
-    before = output_objective(weight, start, codes, gram, row_weights, mask)
+    if before is None:
+        before = output_objective(weight, start, codes, gram, row_weights, mask)
+    after = output_objective(weight, solved, codes, gram, row_weights, mask)
     # Near the optimum, rounding can make the last steps worse than the start.
-    return solved if output_objective(weight, solved, codes, gram, row_weights, mask) <= before else start.clone()
+    return (solved, after) if after <= before else (start.clone(), before)
 
 
 class _Preconditioner:

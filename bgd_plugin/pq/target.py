@@ -18,6 +18,9 @@ __all__ = ["MomentSums", "Moments", "asymmetric_target", "matching_bias", "ridge
 _ROUNDING = 1e-11
 """Relative to the squared mean, a variance below this is rounding error of float32."""
 
+_COLUMNS = 512
+"""Columns of a Gram that are computed at once."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
@@ -110,7 +113,7 @@ class MomentSums:
         count = inputs.shape[1]
         first, first_output = (values[:, :1].sum(1, keepdim=True) for values in (inputs, outputs))  # or zeros
         inputs, outputs = inputs - first, outputs - first_output
-        parts = (inputs.mT @ inputs, inputs.double().sum(1), inputs.mT @ outputs, outputs.double().sum(1))
+        parts = (_gram(inputs), inputs.double().sum(1), inputs.mT @ outputs, outputs.double().sum(1))
         self.count += count
         self.sums = self.sums or [torch.zeros_like(part, dtype=torch.float64) for part in parts]
         for so_far, part in zip(self.sums, parts, strict=True):
@@ -133,6 +136,18 @@ class MomentSums:
         """The moments, computed in place: the sums are overwritten."""
         gram, mean, cross, output_mean = (sums.div_(max(1, self.count)) for sums in self.sums)
         return Moments(gram=gram, mean=mean, cross=cross, output_mean=output_mean)
+
+
+def _gram(inputs: Tensor) -> Tensor:
+    """`inputs.mT @ inputs`, some columns at a time: what lies below the diagonal is copied, not computed."""
+    columns = inputs.shape[2]
+    gram = inputs.new_empty(inputs.shape[0], columns, columns)
+    for start in range(0, columns, _COLUMNS):
+        end = min(start + _COLUMNS, columns)
+        part = inputs[:, :, :end].mT @ inputs[:, :, start:end]
+        gram[:, :end, start:end] = part
+        gram[:, start:end, :start] = part[:, :start].mT
+    return gram
 
 
 @torch.no_grad()

@@ -105,7 +105,7 @@ def reported(
         compressed_bytes: the length of its file.
         answers: the comparison of its outputs with the float network's.
     """
-    if job.batches.store.bound_bytes is not None:
+    if job.batches.store.spilled_bytes:
         job.log.note(_memory_note(job.batches.store))
     return Report(
         layers=tuple(outcome for outcome in outcomes if isinstance(outcome, LayerReport)),

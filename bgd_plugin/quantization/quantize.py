@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from bgd_plugin import kernels
-from bgd_plugin.calibration import Forward, checked, collect_batches, take_aside_
+from bgd_plugin.calibration import DEFAULT_BOUND_BYTES, Forward, checked, collect_batches, take_aside_
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.graph import (
     Front,
@@ -55,7 +55,7 @@ def quantize(
     teacher: nn.Module | None = None,
     forward: Forward | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
-    memory_bytes: int | None = None,
+    memory_bytes: int | None = DEFAULT_BOUND_BYTES,
     reproducible: bool = False,
     progress: bool = True,
     original_bytes: int | None = None,
@@ -78,7 +78,7 @@ def quantize(
             the same arguments resumes there, and produces the same bytes as an uninterrupted one. With several
             processes only the first one reads and writes it.
         memory_bytes: limit for calibration data and the networks' values on it in memory; the rest is kept in a
-            temporary file. The result is the same. None: no limit.
+            temporary file. The result is the same. 1 GiB unless given; None: no limit.
         reproducible: compute on one thread with torch's deterministic algorithms, so that the file does not depend on
             the number of threads. Without it, the file is the same for the same number of threads.
         progress: show a progress bar.
