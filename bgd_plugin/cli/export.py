@@ -17,7 +17,9 @@ def export(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="the network it was made from, named as for plan", show_default=False)
     ],
-    output: Annotated[Path, typer.Option(help="the file to write; its suffix says what for: .onnx")] = Path("net.onnx"),
+    output: Annotated[
+        Path, typer.Option(help="the file to write; its suffix says what for: .onnx, .mlpackage, .pt2")
+    ] = Path("net.onnx"),
     shape: Annotated[str, typer.Option(help="of the example input, which is random")] = "1,3,224,224",
     dynamic: Annotated[bool, typer.Option("--dynamic", help="any batch size")] = False,
     tolerance: Annotated[float, typer.Option(help="largest difference, relative to the output's range")] = 1e-4,

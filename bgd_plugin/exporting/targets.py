@@ -12,6 +12,7 @@ from torch import nn
 
 from bgd_plugin.errors import BGDError, ConfigError
 from bgd_plugin.exporting import pt2
+from bgd_plugin.exporting.coreml import write as coreml_write
 from bgd_plugin.exporting.examples import Examples
 from bgd_plugin.exporting.onnx import run as onnx_run
 from bgd_plugin.exporting.onnx import write as onnx_write
@@ -38,14 +39,14 @@ class Target:
         modules: what is imported.
         write: writes the file of a network in evaluation mode, with torch.export's dynamic_shapes or None; returns
             notes for the user.
-        run: answers inputs from the file, in its runtime.
+        run: answers inputs from the file, in its runtime; None where that does not run on this system.
     """
 
     name: str
     extra: str
     modules: tuple[str, ...]
     write: Callable[[nn.Module, Path, Examples, Any], tuple[str, ...]]
-    run: Callable[[Path, Examples], Run]
+    run: Callable[[Path, Examples], Run] | None
 
 
 TARGETS = {
@@ -56,6 +57,7 @@ TARGETS = {
         write=onnx_write.write,
         run=onnx_run.run,
     ),
+    ".mlpackage": Target(name="Core ML", extra="coreml", modules=("coremltools",), write=coreml_write.write, run=None),
     ".pt2": Target(name="torch.export", extra="", modules=(), write=pt2.write, run=pt2.run),
 }
 """By suffix."""
