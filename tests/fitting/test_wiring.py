@@ -439,3 +439,13 @@ def test_samples_that_are_kept_aside_are_not_fitted_to(fits: list[dict[str, Any]
     for name, rows in (("gram", x[:cut]), ("heldout_gram", x[cut:])):
         rows = rows - rows.mean(0)
         _close(fits[0][name], (rows.T @ rows / len(rows))[None])
+
+
+@pytest.mark.parametrize("method", ["em", "full"])
+def test_zeros_that_stay_do_not_pull_at_the_codewords(method: Any) -> None:
+    """Weights of one value, but for the zeros: a codeword of that value is exact wherever the zeros are."""
+    model = nn.Sequential(nn.Linear(16, 64, bias=False)).eval()
+    model[0].weight.data.copy_(0.5 * (torch.rand(64, 16) > 0.5))
+    config = _config(method=method, preserve_zeros=True, asymmetric_step=0.0)
+    report = bgd.quantize(model, vectors(3, features=16), config, progress=False).report
+    assert report.layers[0].relative_error < 1e-6

@@ -321,3 +321,16 @@ def test_reconstruction_that_was_stopped_goes_on_at_its_step_and_ends_in_the_sam
     blocks = len(list(tmp_path.glob("block-*.steps.safetensors")))
     assert blocks > 1
     assert len(rest) == 3 * blocks - stopped
+
+
+def test_the_steps_of_a_finished_layer_are_forgotten(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those that a run left behind which was killed right after the layer was kept."""
+    monkeypatch.setattr("bgd_plugin.support.steps.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("bgd_plugin.support.steps._SHARE", float("inf"))
+    config = em(distillation=bgd.DistillationConfig(steps=2, batch_size=8))
+    for _ in range(2):
+        _bytes(tmp_path, config, model)
+        assert not list(tmp_path.glob("*.steps.safetensors"))
+        (tmp_path / "layer-0001.steps.safetensors").touch()

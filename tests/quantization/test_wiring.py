@@ -196,6 +196,7 @@ def test_the_report_repeats_the_plan() -> None:
     assert report.skipped == plan.skipped
     assert (report.original_bytes, report.compressed_bytes) == (plan.original_bytes, plan.compressed_bytes)
     assert report.paper_bytes == plan.paper_bytes
+    assert isinstance(report.notes, tuple) and isinstance(report.layers, tuple)
     for planned, layer in zip(plan.layers, report.layers, strict=True):
         for field in ("name", "kind", "block_size", "codebook_size", "weights", "bits_per_weight", "compressed_bytes"):
             assert getattr(layer, field) == getattr(planned, field), field
