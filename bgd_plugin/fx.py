@@ -36,7 +36,10 @@ class BGDPass(PassBase):
         self.report: Report | None = None
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """The input is a graph module whose graph is well formed.
+        """Check that the input is a graph module with a well-formed graph.
+
+        Args:
+            graph_module: the input of the pass.
 
         Raises:
             ConfigError: it is not a graph module.
@@ -48,7 +51,14 @@ class BGDPass(PassBase):
         graph_module.graph.lint()
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Quantize; see `bgd_plugin.quantize`."""
+        """Quantize the graph module with the settings and data of this pass; see `bgd_plugin.quantize`.
+
+        Args:
+            graph_module: the float network; never changed.
+
+        Returns:
+            the result, with `modified=False` if every layer is already quantized.
+        """
         if is_finished(graph_module, self.config):
             return PassResult(graph_module, False)
         result = quantize(graph_module, self.calibration, self.config, **self.options)
@@ -56,5 +66,9 @@ class BGDPass(PassBase):
         return PassResult(result.model, True)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
-        """The graph is still well formed."""
+        """Check that the graph is still well formed.
+
+        Args:
+            graph_module: the output of the pass.
+        """
         graph_module.graph.lint()

@@ -172,6 +172,9 @@ class BGDConfig:
             pointwise_block_size: block size of 1×1 convolutions; 4 in the paper's large ResNet-18.
             **fields: any field of `BGDConfig`.
 
+        Returns:
+            the settings.
+
         Raises:
             ConfigError: an unknown regime or field, or a value out of range.
 
@@ -191,39 +194,69 @@ class BGDConfig:
 
         Args:
             original_bytes: size of the float network's parameters and buffers.
+
+        Returns:
+            bytes, or None.
         """
         if self.target_ratio is not None:
             return int(original_bytes / self.target_ratio)
         return self.target_bytes
 
     def has_default_sizes(self, family: str) -> bool:
-        """Whether the setting of a family is the default, so that a budget may choose instead."""
+        """Whether the setting of a family is the default, so that a budget may choose instead.
+
+        Args:
+            family: a kind of layer, one of `FAMILIES`.
+
+        Returns:
+            True if the setting is the default.
+        """
         value: LayerConfig | None = getattr(self, family)
         return value is not None and value == _DEFAULTS.get(family)
 
     def block_size(self, setting: LayerConfig, kind: str) -> int:
-        """The block size of a setting: its own, or that of a kind of layer where it names none.
+        """The block size of a setting: its own, or that of its kind of layer if it names none.
 
         Args:
-            setting: of a layer.
-            kind: which of `FAMILIES` the layer belongs to.
+            setting: the layer's setting.
+            kind: the kind of layer, one of `FAMILIES`.
+
+        Returns:
+            weights per block.
         """
         own: LayerConfig | None = getattr(self, kind)
         return setting.block_size or (own and own.block_size) or BLOCK_SIZES[kind]
 
     def is_default(self, family: str) -> bool:
-        """Whether the block size of a family is the default rather than the user's choice."""
+        """Whether the block size of a family is the default rather than the user's choice.
+
+        Args:
+            family: a kind of layer, one of `FAMILIES`.
+
+        Returns:
+            True if it is the default.
+        """
         default = _DEFAULTS.get(family)
         value: LayerConfig | None = getattr(self, family)
         return value is not None and default is not None and value.block_size == default.block_size
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain dicts, lists and numbers, with the version of the layout."""
+        """The settings as plain values.
+
+        Returns:
+            dicts, lists, numbers and texts, with the version of the layout.
+        """
         return {"version": CONFIG_VERSION} | dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BGDConfig:
-        """Inverse of `to_dict`; what `values` leave out takes its default, also within the setting of a layer.
+        """Inverse of `to_dict`.
+
+        Args:
+            values: the settings as plain values; missing fields have their defaults, also within a layer's setting.
+
+        Returns:
+            the settings.
 
         Raises:
             ConfigError: an unknown field, an invalid value, or a version newer than this library supports.
@@ -247,12 +280,22 @@ class BGDConfig:
         return result
 
     def to_json(self) -> str:
-        """`to_dict` as JSON text."""
+        """The settings as JSON.
+
+        Returns:
+            the text of `to_dict`.
+        """
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> BGDConfig:
         """Inverse of `to_json`.
+
+        Args:
+            text: the settings as JSON.
+
+        Returns:
+            the settings.
 
         Raises:
             ConfigError: the text is not JSON; otherwise as `from_dict`.

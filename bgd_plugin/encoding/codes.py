@@ -14,7 +14,13 @@ _CHUNK = 1 << 16
 def code_dtype(codebook_size: int) -> torch.dtype:
     """The smallest integer dtype that holds the codes of a codebook and that torch.distributed can send.
 
-    gloo and NCCL have no 16-bit integers, and DistributedDataParallel broadcasts every buffer when it is built.
+    gloo and NCCL do not support 16-bit integers, and DistributedDataParallel broadcasts every buffer when it is built.
+
+    Args:
+        codebook_size: number of codewords.
+
+    Returns:
+        uint8 or int32.
     """
     return torch.uint8 if codebook_size <= 256 else torch.int32
 

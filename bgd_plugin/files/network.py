@@ -63,7 +63,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
 
 @isolated
 def materialize(model: nn.Module) -> nn.Module:
-    """A copy in which every product-quantized module is an ordinary Conv or Linear again, with the same outputs."""
+    """Replace every product-quantized module by an ordinary one with the decoded weight, in a copy.
+
+    Args:
+        model: a compressed network; never changed.
+
+    Returns:
+        the copy, which has the same outputs and no codes.
+    """
     return materialize_(copy_module(model))
 
 

@@ -36,14 +36,28 @@ The tuple is empty for a frozen batch norm.
 
 
 def placement_of(model: nn.Module) -> Placement:
-    """The placement of a network's quantized modules and frozen norms; a shared module is listed once."""
+    """The placement of a network's quantized modules and frozen norms.
+
+    Args:
+        model: the network; a shared module is listed once.
+
+    Returns:
+        a placement by path.
+    """
     layers = {path: module for path, module in model.named_modules() if isinstance(module, PQModule)}
     frozen: Placement = {path: () for path, module in model.named_modules() if isinstance(module, FrozenNorm)}
     return frozen | {p: (m.block_size, m.codebook_size, *(() if m.mask is None else (1,))) for p, m in layers.items()}
 
 
 def placement_in(state: Mapping[str, Any]) -> Placement:
-    """The placement of the quantized modules in a state dict."""
+    """The placement of the quantized modules in a state dict.
+
+    Args:
+        state: the state dict.
+
+    Returns:
+        a placement by path.
+    """
     layers: Placement = {}
     for name in state:
         path, _, attribute = name.rpartition(".")
@@ -59,6 +73,9 @@ def transplanted(model: nn.Module, compressed: nn.Module) -> nn.Module:
     Args:
         model: the float network; not changed.
         compressed: the result of `quantize` for it; its tensors are shared with the copy.
+
+    Returns:
+        the copy.
 
     Raises:
         ConfigError: the model has pruning masks.

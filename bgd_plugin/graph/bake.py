@@ -1,4 +1,4 @@
-"""Pruning masks, multiplied into the weights that they cover."""
+"""Bake pruning masks into the weights that they cover."""
 
 from __future__ import annotations
 

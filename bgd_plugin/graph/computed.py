@@ -1,4 +1,4 @@
-"""Parameters that become computed: `module.weight` is then what another module returns.
+"""Computed parameters: reading `module.weight` then returns the output of another module.
 
 A module whose code reads its parameter by name (`F.linear(x, self.in_proj_weight)`), and is no graph that could be
 rewritten, keeps its code and gets a class of its own in which the name is a property. The computing module hangs at the
@@ -43,7 +43,13 @@ def module_or_none(root: nn.Module, path: str) -> nn.Module | None:
 
 
 def compute_parameter_(owner: nn.Module, name: str, module: nn.Module) -> None:
-    """Let `module()` give what the parameter `name` of `owner` gave; a second call puts in another module."""
+    """Replace a parameter by a computed one, in place: reading it then returns `module()`.
+
+    Args:
+        owner: the module that has the parameter; it gets a class of its own.
+        name: the parameter's name, or that of a computed parameter whose module is exchanged.
+        module: returns the value when called without arguments.
+    """
     names = computed_parameters(owner)
     if name not in names:
         del owner._parameters[name]
@@ -54,7 +60,13 @@ def compute_parameter_(owner: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def restore_parameter_(owner: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Make a computed parameter an ordinary one again, with the value of `parameter`."""
+    """Undo `compute_parameter_`, in place.
+
+    Args:
+        owner: the module that has the computed parameter.
+        name: its name.
+        parameter: the parameter to put back.
+    """
     names = tuple(n for n in computed_parameters(owner) if n != name)
     owner.__class__ = _class(_float_class(owner), names) if names else _float_class(owner)
     del owner._modules[name]

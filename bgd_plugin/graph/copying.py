@@ -28,8 +28,12 @@ def copy_module(model: nn.Module, *, share_tensors: bool = False) -> Any:
     that close over a module of the network close over the copy's; a `GraphModule` keeps its attributes and hooks.
 
     Args:
-        share_tensors: keep the very parameters, so that the copy costs no memory; never write into them. Buffers are
-            copied all the same, since running a network may write into them.
+        model: the network; never changed.
+        share_tensors: share the parameters, so that the copy costs no memory; never write to them. Buffers are copied
+            anyway, because running a network may write to them.
+
+    Returns:
+        the copy, of the class of `model`.
 
     Raises:
         ConfigError: an attribute that cannot be copied, such as a lock or an open file, or a lazy layer that has never
@@ -62,7 +66,12 @@ def drop_hooks_(model: nn.Module) -> None:
 
 
 def set_modes(model: nn.Module, modes: Mapping[str, bool]) -> None:
-    """Set the training mode of each module by its path; paths that are not in `modes` follow the root."""
+    """Set the training mode of each module.
+
+    Args:
+        model: the network; changed in place.
+        modes: `training` by path; must have the root, "", which the paths not listed follow.
+    """
     for path, module in model.named_modules():
         module.training = modes.get(path, modes[""])
 

@@ -1,4 +1,4 @@
-"""Find the layers of a graph: what can be quantized, and why the rest is left alone."""
+"""Find the layers of a graph: which can be quantized, and why the others cannot."""
 
 from __future__ import annotations
 

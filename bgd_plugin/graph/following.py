@@ -1,4 +1,4 @@
-"""What a layer's output runs into: a batch norm, and the addition that ends a residual block."""
+"""What follows a layer: its batch norm, and the addition that ends a residual block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find the layers of a module that is run as one piece: there are no nodes to go by, only what the module holds."""
+"""Find the layers inside a module without a graph, by the submodules and parameters that it holds."""
 
 from __future__ import annotations
 

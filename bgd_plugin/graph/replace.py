@@ -1,4 +1,4 @@
-"""Graph rewrites: put a module where a float layer stood, and back."""
+"""Graph rewrites: replace float layers by other modules, and undo it."""
 
 from __future__ import annotations
 
@@ -55,9 +55,14 @@ def swap_(root: nn.Module, target: str, module: nn.Module) -> None:
 
 
 def become_(old: nn.Module, module: nn.Module) -> nn.Module:
-    """Turn a layer into another one in place, for those who hold the layer and not what it hangs in; returns it.
+    """Turn a layer into another one in place, if only the layer is known and not the module that holds it.
 
-    Its hooks stay; all else is taken over from `module`, which must not be used any more.
+    Args:
+        old: the layer; its hooks are kept.
+        module: supplies class and state; must not be used afterwards.
+
+    Returns:
+        `old`.
     """
     take_hooks_(module, old)
     vars(old).clear()
@@ -69,7 +74,7 @@ def become_(old: nn.Module, module: nn.Module) -> nn.Module:
 def install_(
     network: nn.Module, layer: FoundLayer, codebook: Tensor, codes: Tensor, mask: Tensor | None = None
 ) -> list[PQModule]:
-    """Put a layer's product-quantized modules in place: its own, and one with the same tensors for each tied layer."""
+    """Insert a layer's product-quantized modules: its own, and one with the same tensors for each tied layer."""
     modules: list[PQModule] = []
     for target in (layer.target, *layer.tied):
         module = quantized(float_module(network, target, layer.layout), codebook, codes, mask)
@@ -117,7 +122,15 @@ def _isolate(graph_module: fx.GraphModule, layer: FoundLayer, first_call: fx.Nod
 
 
 def materialize_(network: nn.Module, paths: Collection[str] | None = None) -> nn.Module:
-    """Replace every product-quantized module, or those at `paths`, by ordinary ones with decoded weights, in place."""
+    """Replace product-quantized modules by ordinary ones with decoded weights, in place.
+
+    Args:
+        network: the compressed network.
+        paths: the modules to replace; None: all.
+
+    Returns:
+        `network`.
+    """
     weights: dict[int, nn.Parameter] = {}  # tied layers share one
     for path, module in list(network.named_modules()):
         if not isinstance(module, PQModule) or (paths is not None and path not in paths):

@@ -51,7 +51,7 @@ class PQTracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name) or _reads_layers_by_name(m)
 
     def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> Any:
-        """The inputs of the graph; arguments that are constants are none."""
+        """As in `torch.fx.Tracer`; arguments that are constants do not become inputs of the graph."""
         parameters = list(inspect.signature(inspect.unwrap(root_fn)).parameters.values())[1:]
         if self._given is None or not is_module:
             return super().create_args_for_root(root_fn, is_module, concrete_args)

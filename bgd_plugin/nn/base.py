@@ -131,7 +131,11 @@ class PQModule(nn.Module):
 
     @torch.no_grad()
     def round_codebook_(self, storage: str) -> None:
-        """Round the codebook in place to its storage type, "float16" or "int8"."""
+        """Round the codebook in place to its storage type.
+
+        Args:
+            storage: "float16" or "int8".
+        """
         self.codebook.copy_(storable(self.codebook, storage))
 
     def pq_repr(self) -> str:

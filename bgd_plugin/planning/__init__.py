@@ -1,1 +1,1 @@
-"""What will be done, before it is done: which layers, in which sizes, how many bytes, how a budget is spent."""
+"""Planning: which layers are quantized, in which sizes, how many bytes that takes, and how a budget is spent."""

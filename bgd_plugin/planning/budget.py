@@ -1,4 +1,4 @@
-"""Spend a budget on the layers of a network: what there is to choose, the choice, and how it is explained."""
+"""Spend a budget on the layers of a network: the options, the choice, and its explanation."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ class Budget:
         self, choice: Choice, sensitivities: Mapping[str, Sensitivity] | None, realized: float
     ) -> tuple[str, ...]:
         fixed = len(self.survey.chosen) - len(self.free)
-        more = f"; {fixed} more as the settings fix them" if fixed else ""
+        more = f"; {fixed} more have fixed sizes" if fixed else ""
         if self.target_bytes is None:
             bound = self.survey.config.max_divergence
             return (
@@ -174,7 +174,7 @@ class Budget:
             )
         share = choice.file_bytes / self.target_bytes
         spent = f"budget: {choice.file_bytes:,} of {self.target_bytes:,} bytes ({share:.2%})"
-        note = f"{spent}; sizes of {len(self.free)} layers chosen for the least sum of losses, {choice.loss:.3g}{more}"
+        note = f"{spent}; sizes of {len(self.free)} layers chosen for the lowest expected loss, {choice.loss:.3g}{more}"
         return (note,) if sensitivities is not None else (note, _BLIND)
 
 

@@ -1,4 +1,4 @@
-"""Block and codebook sizes that fit a number of bytes: what each layer's candidates lose, and which to take."""
+"""Candidate block and codebook sizes of each layer, their bytes and losses, and the choice within a number of bytes."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _SAMPLED_BLOCKS = 1 << 14
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """What a layer's blocks and codebooks cost.
+    """The expected loss of a layer's candidates.
 
     Attributes:
         curves: the layer's error by codebook size, for each block size.
-        per_error: loss for each unit of error.
-        reason: what was measured, in words.
+        per_error: loss per unit of error.
+        reason: what was measured, as text for the report.
     """
 
     curves: tuple[RateCurve, ...]

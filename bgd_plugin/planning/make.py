@@ -30,20 +30,24 @@ def plan(
     progress: bool = True,
     original_bytes: int | None = None,
 ) -> Plan:
-    """What `quantize(model, ..., config)` will do. Without data the model may be on the meta device.
+    """Show what `quantize(model, ..., config)` will do. Without data the model may be on the meta device.
 
     Args:
-        model: the float network; it is left untouched.
+        model: the float network; never changed.
         config: what to quantize and how; `BGDConfig()` if not given.
         calibration: unlabelled batches, as in `quantize`. With them the effect of each layer's error on the output is
             measured: the plan has the sizes that `quantize` would choose, and the curve of bytes against expected
             divergence. That takes a fraction of the time of `quantize`.
         forward: as in `quantize`, for batches of any other form.
         progress: show a progress bar while the layers are measured.
-        original_bytes: as in `quantize`: the bytes of the network that a chain of steps started from.
+        original_bytes: as in `quantize`: the bytes of the network before earlier steps such as pruning.
+
+    Returns:
+        the plan; `str(plan)` is a table.
 
     Raises:
-        ConfigError: a block size that does not divide its layer, a glob that matches nothing, no layer to quantize.
+        ConfigError: a block size that does not divide a layer's row, a glob that matches nothing, no layer to quantize,
+            or a budget that cannot be met.
     """
     model = baked(unwrapped(model))
     front = front_end(model, share_tensors=True)
@@ -80,10 +84,13 @@ def plan(
 
 
 def layers_in(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
-    """Every layer that has a product-quantized form, whatever the settings, with its family; why the others have none.
+    """All layers with a product-quantized form, regardless of settings, and the reasons why others have none.
+
+    Args:
+        model: the network; never changed.
 
     Returns:
-        the family of `BGDConfig` by layer name, in the order in which they run; the reason by name.
+        the family (setting of `BGDConfig`) by layer name, in execution order; the reason by name.
     """
     found, left = find_layers(front_end(baked(model), share_tensors=True).network)
     return {layer.name: layer.family for layer in found}, {layer.name: layer.reason for layer in left}

@@ -1,4 +1,4 @@
-"""What the settings say to one layer: how it is quantized, or why it is not."""
+"""Apply the settings to one layer: how it is quantized, or why it stays float."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What an error in each layer does to the network's output: measured, before anything is quantized, for a budget.
+"""Sensitivity: the effect of an error in each layer on the network's output, measured for a budget before the fit.
 
-Two walks side by side over the float network. At each layer one of them, over all calibration batches, gives the
-inputs' moments, and from them the error that each block and codebook size is expected to make. The other one, over some
-samples, then runs to its end with this layer alone roughly quantized, and shows what that error does to the output.
+Two walks run side by side over the float network. At each layer the first one, over all calibration batches, gives the
+moments of the inputs, and from them the expected error of each block and codebook size. The second one, over a few
+samples, runs to the end of the network with only this layer roughly quantized, and shows the effect on the output.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The bytes of a network that is not compressed yet: of its file, and by the paper's accounting."""
+"""Sizes before compression: the length of the future file, and the size by the paper's accounting."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What there is in a network, and what the settings make of each layer: looked at once, and kept in one frozen value.
+"""The survey: the layers of a network and how the settings treat each of them, found once and kept in one frozen value.
 
-Plan, sizes, budget, fit and report are made from it; none of them looks for layers again.
+Plan, sizes, budget, fit and report are made from it; none of them searches for layers again.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ class Survey:
     """The layers of a network under some settings.
 
     Attributes:
-        network: what the layers are found and fitted in.
-        own: what they end up in (see `Front`).
+        network: the form in which layers are found and fitted.
+        own: the network in which they end up (see `Front`).
         config: the settings.
         chosen: the layers to be quantized.
-        skipped: what stays float, and why.
+        skipped: the layers that stay float, with reasons.
         free: names of the chosen layers whose sizes a budget may choose: those without an override whose kind has the
             default setting.
-        leftovers: names of the weights that stay float because the settings have nothing for their kind of layer;
-            layers that an override keeps float are not among them.
-        original_bytes: of the network as it came, or of the larger one that a chain of steps started from.
+        leftovers: names of the weights that stay float because their kind of layer has no setting; not those kept float
+            by an override.
+        original_bytes: bytes of the user's network, or of the network before pruning.
         notes: why the network is not fitted as a graph, if it is not; how a budget was spent.
-        expected_divergence: from the float network, where sizes were chosen by what was measured.
+        expected_divergence: from the float network, if sizes were chosen by measurements.
     """
 
     network: nn.Module
@@ -67,7 +67,7 @@ class Survey:
         return tuple(planned for _, planned in self.chosen)
 
     def require_some(self) -> None:
-        """Refuse a network in which there is nothing to do.
+        """Reject a network without anything to quantize.
 
         Raises:
             ConfigError: no layer is to be quantized; zeros are to be preserved, and there are none.
@@ -78,7 +78,7 @@ class Survey:
             raise ConfigError(f"no layer of the network can be quantized: {reasons}")
         if self.config.preserve_zeros and not any(planned.mask_form for planned in self.layers):
             raise ConfigError(
-                "preserve_zeros=True, but none of the layers to be quantized has a weight that is zero: prune the "
+                "preserve_zeros=True, but no layer to be quantized has a weight that is zero: prune the "
                 "network first, or leave the setting out"
             )
 
@@ -181,8 +181,8 @@ def _chain_bytes(model: nn.Module, original_bytes: int | None) -> int:
         return own
     if not isinstance(original_bytes, int) or original_bytes < own:
         raise ConfigError(
-            f"original_bytes={original_bytes!r}: the network given has {own} bytes, so the one that it was pruned from "
-            "had at least as many; give that network's plan(dense).original_bytes"
+            f"original_bytes={original_bytes!r}: the network has {own} bytes, so it cannot have been pruned from a "
+            "smaller one: give plan(dense).original_bytes of the network before pruning"
         )
     return original_bytes
 

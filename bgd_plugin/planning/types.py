@@ -1,4 +1,4 @@
-"""What a plan says: of each layer, and of the whole network."""
+"""The plan: its layers and totals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PlannedLayer:
         codebook_storage: "int8" or "float16".
         mask_form, mask_bytes: how the positions of preserved zeros are stored (`bgd_plugin.encoding.masks`), and their
             bytes; "" and 0 where there are none.
-        note: what differs from the setting, and why; empty where nothing does.
+        note: deviations from the setting, with reasons; empty if there are none.
     """
 
     name: str
@@ -58,28 +58,35 @@ class PlannedLayer:
 
     @property
     def blocks_per_row(self) -> int:
-        """Blocks in a row."""
+        """Number of blocks in a row."""
         return self.weights // self.rows // self.block_size
 
     @property
     def code_bits(self) -> int:
-        """Bits of a code."""
+        """Bits per code."""
         return int(math.log2(self.codebook_size))
 
     @property
     def compressed_bytes(self) -> int:
-        """Packed codes, the codebook, in 8 bits with a scale of 4 bytes or in half precision, and the mask."""
+        """Bytes of packed codes, codebook (8 bits with a 4-byte scale, or half precision) and mask."""
         codes = -(-self.rows * self.blocks_per_row * self.code_bits // 8)
         values = self.codebook_size * self.block_size
         return codes + (values + 4 if self.codebook_storage == "int8" else 2 * values) + self.mask_bytes
 
     @property
     def bits_per_weight(self) -> float:
-        """Codes, codebook and mask, shared out over the weights."""
+        """Bits of codes, codebook and mask per weight."""
         return 8 * self.compressed_bytes / self.weights
 
     def kept(self, weight: Tensor) -> Tensor | None:
-        """Which weights may differ from zero in the decoded weight, bool of the weight's shape; None: all."""
+        """The mask of weights that may differ from zero after decoding.
+
+        Args:
+            weight: the layer's float weight.
+
+        Returns:
+            bool of the weight's shape; None if zeros are not preserved.
+        """
         return weight.detach() != 0 if self.mask_form else None
 
 
@@ -101,14 +108,15 @@ class CurvePoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What `quantize` will do, and the bytes it will come to.
+    """What `quantize` will do, and the bytes it will take.
 
     Attributes:
-        layers, skipped: in the order in which they run.
-        original_bytes: all parameters and buffers of the float network, or of the one that a chain started from.
-        compressed_bytes: length of the file that `save` will write.
-        paper_bytes: the paper's own accounting: codes, codebooks in half precision, every other parameter in single
-            precision; batch-norm statistics are not counted.
+        layers: the layers that will be quantized, in execution order.
+        skipped: the layers that stay float, with reasons.
+        original_bytes: bytes of all parameters and buffers of the float network, or of the network before pruning.
+        compressed_bytes: length in bytes of the file that `save` will write.
+        paper_bytes: bytes by the paper's accounting: codes, codebooks in half precision, every other parameter in
+            float32; batch-norm statistics are not counted.
         notes: how a budget was spent.
         expected_divergence: from the float network, with calibration data and sizes that are chosen; None otherwise.
         curve: bytes against expected divergence, bytes ascending; with calibration data only.
@@ -125,11 +133,11 @@ class Plan:
 
     @property
     def ratio(self) -> float:
-        """Original over compressed bytes."""
+        """Compression ratio, `original_bytes / compressed_bytes`."""
         return self.original_bytes / self.compressed_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """The plan as plain values, for JSON."""
         return dataclasses.asdict(self) | {"ratio": self.ratio}
 
     def __str__(self) -> str:

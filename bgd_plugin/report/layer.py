@@ -1,4 +1,4 @@
-"""What the report says of one layer: the one record that a run makes of it."""
+"""The report's row for one layer: the single record of its outcome."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["LayerReport"]
 
 _LARGE_ERROR = 0.3
 _SMALL_SAVING = 0.75
-"""A layer that takes more than this share of its bytes in half precision saves next to nothing."""
+"""A layer that takes more than this share of its half-precision bytes saves almost nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +20,17 @@ class LayerReport:
     """A quantized layer.
 
     Attributes:
-        bits_per_weight: packed codes and codebook, shared out over the weights.
-        compressed_bytes: packed codes and codebook.
+        name: the layer's name.
+        kind: "conv2d", "linear" and so on.
+        block_size, codebook_size: as used, after any adjustment to the layer.
+        weights: number of weights.
+        bits_per_weight: bits of codes and codebook per weight.
+        compressed_bytes: bytes of packed codes and codebook.
         relative_error: ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on a sample of the layer's calibration inputs.
-        bias_gain: what correcting the bias takes off the squared error of the layer's outputs, in units of their
-            variance; None where no bias was corrected.
-        note: what differs from the setting, and why; and what the fit found out, such as codewords that are not used.
-        advice: what to do about a layer that lost much or saves next to nothing; empty otherwise.
+        bias_gain: reduction of the squared output error by the bias correction, relative to the outputs' variance; None
+            if no bias was corrected.
+        note: deviations from the setting, with reasons, and warnings about the fit, such as unused codewords.
+        advice: what to do about a layer with a large error or little saving; empty otherwise.
     """
 
     name: str
@@ -50,7 +54,17 @@ class LayerReport:
         bias_gain: float | None = None,
         warnings: Sequence[str] = (),
     ) -> LayerReport:
-        """A planned layer that is done; `warnings` are those of its fit."""
+        """The row of a finished layer.
+
+        Args:
+            planned: the layer as planned.
+            relative_error: as in the attribute.
+            bias_gain: as in the attribute.
+            warnings: warnings about the fit.
+
+        Returns:
+            the row.
+        """
         return cls(
             name=planned.name,
             kind=planned.kind,
@@ -67,7 +81,7 @@ class LayerReport:
 
 
 def _advice(planned: PlannedLayer, relative_error: float) -> Iterator[str]:
-    """What to do about a layer that lost much, or that saves next to nothing."""
+    """What to do about a layer with a large error or little saving."""
     name = planned.name
     if relative_error > _LARGE_ERROR:
         yield (

@@ -44,19 +44,31 @@ class Report:
 
     @property
     def ratio(self) -> float:
-        """Original over compressed bytes."""
+        """Compression ratio, `original_bytes / compressed_bytes`."""
         return self.original_bytes / self.compressed_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """The report as plain values, for JSON.
+
+        Returns:
+            all attributes and `ratio`.
+        """
         return dataclasses.asdict(self) | {"ratio": self.ratio}
 
     def to_json(self) -> str:
-        """`to_dict` as JSON text."""
+        """The report as JSON.
+
+        Returns:
+            the text of `to_dict`.
+        """
         return json.dumps(self.to_dict(), indent=2)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Write a page that shows bytes and error of each layer; it needs no other file and no network."""
+        """Write a self-contained HTML page with the size and error of each layer.
+
+        Args:
+            path: the file to write.
+        """
         sizes = [
             (mib(self.original_bytes), "float network"),
             (mib(self.compressed_bytes), "compressed file"),

@@ -8,7 +8,14 @@ __all__ = ["mib", "table"]
 
 
 def mib(size_bytes: float) -> str:
-    """Bytes as MiB; small sizes as KiB."""
+    """Format a size in MiB, or in KiB if it is small.
+
+    Args:
+        size_bytes: the size in bytes.
+
+    Returns:
+        text such as "1.485 MiB".
+    """
     return f"{size_bytes / 2**20:.3f} MiB" if size_bytes >= 2**20 / 10 else f"{size_bytes / 2**10:.2f} KiB"
 
 

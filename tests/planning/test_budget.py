@@ -237,7 +237,7 @@ def test_more_bytes_lose_less() -> None:
         model = _linear()
     least, most = _range(model)
     plans = [bgd.plan(model, BGDConfig(target_bytes=int(least + i * (most - least) / 4))) for i in range(4)]
-    losses = [float(re.findall(r"least sum of losses, ([\d.e+-]+)", plan.notes[0])[0]) for plan in plans]
+    losses = [float(re.findall(r"lowest expected loss, ([\d.e+-]+)", plan.notes[0])[0]) for plan in plans]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] / 10
 
@@ -268,7 +268,7 @@ def test_overrides_and_other_settings_stay_as_they_are() -> None:
     sizes = {layer.name: (layer.block_size, layer.codebook_size) for layer in report.layers}
     assert sizes["blocks.0.0"] == sizes["blocks.0.6"] == (8, 8)
     assert sizes["head"] == (4, 32)
-    assert "3 more as the settings fix them" in report.notes[0]
+    assert "3 more have fixed sizes" in report.notes[0]
 
 
 def test_a_plan_says_that_it_has_no_data() -> None:

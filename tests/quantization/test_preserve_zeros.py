@@ -252,7 +252,7 @@ def test_unedited_the_file_loads(file: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", [0, 100, "1 MiB", 1e9])
 def test_a_chain_that_grew_is_refused(bad: Any) -> None:
-    with pytest.raises(ConfigError, match=r"original_bytes=.*: the network given has 16204 bytes"):
+    with pytest.raises(ConfigError, match=r"original_bytes=.*: the network has 16204 bytes"):
         bgd.plan(SmallResNet(), em(), original_bytes=bad)
 
 
