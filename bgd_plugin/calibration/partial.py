@@ -40,6 +40,8 @@ class PartialRun:
         prints: of these inputs.
         stored: the pieces whose outputs this run has added.
         strayed: the run came to other operators than the recorded one did.
+        given: the arguments of the piece up to which `up_to` ran; None where it did not come there.
+        answer: what that piece returned.
     """
 
     def __init__(
@@ -56,6 +58,9 @@ class PartialRun:
         self.calls: dict[str, list[_Call]] = {name: [] for name in names}
         self.prints: dict[str, list[Print]] = {name: [] for name in names}
         self.stored: set[str] = set()
+        self.given: tuple[Any, Any] | None = None
+        self.answer: Any = None
+        self._piece = ""
         self._network, self._batch, self._recording = network, batch, recording
         self._norms = set(names) - set(weights)
         self._weights = weights
@@ -72,8 +77,8 @@ class PartialRun:
     @torch.no_grad()
     def go(self) -> PartialRun:
         """Run; nothing is run where nothing is to be seen."""
-        if self._left:
-            paths = {*self._outputs, *self._finished, *self._norms}
+        if self._left or self._piece:
+            paths = {*self._outputs, *self._finished, *self._norms, *filter(None, (self._piece,))}
             with contextlib.suppress(Stop), contextlib.ExitStack() as stack:
                 stack.enter_context(intercepted(self._network, paths, self._on_module))
                 stack.enter_context(Watch(self._weights, self._on_layer, self._replayer))
@@ -81,10 +86,19 @@ class PartialRun:
         self._last = None
         return self
 
+    def up_to(self, piece: str) -> PartialRun:
+        """Run up to a piece and through it, whatever layers are wanted."""
+        self._piece = piece
+        return self.go()
+
     def _on_module(self, path: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if path in self._outputs:
             self._replayer.skip_to(self._recording.spans[path][1])
             return revived(self._outputs[path], self._blanks)
+        if path == self._piece:
+            self.given = kept((args, kwargs))
+            self.answer = kept(run_module(module, args, kwargs))
+            raise Stop
         if path in self._norms:
             x = args[0] if args else kwargs["input"]
             self._see(path, x, Geometry.linear())
@@ -106,5 +120,5 @@ class PartialRun:
         self.calls[name].append((copied, geometry))
         self.prints[name].append(fingerprint(copied))
         self._left -= 1
-        if not self._left:
+        if not self._left and not self._piece:
             raise Stop

@@ -38,6 +38,7 @@ class Pieces:
     Attributes:
         order: layers and norms as they first run.
         last: for each piece, the place in `order` of the last layer or norm in it.
+        contents: for each piece, the layers and norms in it.
     """
 
     def __init__(self, recordings: Sequence[Recording]) -> None:
@@ -54,6 +55,7 @@ class Pieces:
         self.last = {
             path: max(place[name] for name in found) for path, found in contents.items() if path and path not in unfit
         }
+        self.contents = {path: contents[path] for path in self.last}
         self._readers = [self._resolved(recording) for recording in recordings]
 
     def finished(self, place: int) -> set[str]:
@@ -81,6 +83,18 @@ class Pieces:
                 break
             group.append(other)
         return group
+
+    def blocks(self, layers: Collection[str], most: int) -> list[str]:
+        """The largest pieces with no more than so many of these layers, in the order in which they run."""
+        counts = {path: len(found & set(layers)) for path, found in self.contents.items()}
+        fitting = {path for path, count in counts.items() if 0 < count <= most}
+        batches = range(len(self._recordings))
+        largest = [p for p in fitting if not any(self.parent(b, p) in fitting for b in batches)]
+        return sorted(largest, key=lambda path: (self.first(path), path))
+
+    def first(self, path: str) -> int:
+        """The place in the order of the first layer or norm in a piece."""
+        return min(self.order.index(name) for name in self.contents[path])
 
     def _resolved(self, recording: Recording) -> dict[str, set[str]]:
         """Readers that are no pieces, replaced by those who read what these give."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -122,6 +122,39 @@ class Rerun:
             [x for calls in self._calls(side, path) for x, _ in calls] for side in ("student", "reference")
         )
         return student, reference
+
+    def blocks(self, layers: Collection[str], most: int) -> list[str]:
+        """Modules of a few layers each that stand for their runs, in order: see `Pieces.blocks`."""
+        return self._pieces.blocks(layers, most)
+
+    def block_runs(self, path: str) -> list[tuple[tuple[Any, Any], Any]]:
+        """For each batch in which a module runs: what the compressed network gives it, and the float one's output.
+
+        All layers before it are taken to be done. Nothing where what modules gave did not suffice (`is_whole`).
+        """
+        position = self._pieces.first(path)
+        finished, done = self._pieces.finished(position), {*self.order[:position], *self._always_done}
+        watched = {name: self._weights[name] for name in self.order[position : position + 1] if name in self._weights}
+        result = []
+        for batch, recording in enumerate(self._recordings):
+            content = self.batches.store.open(batch)
+            runs = {}
+            for side, network in self._sides.items():
+                outputs: Kept = content[f"{self._own}{side} kept"]
+                with self._timed(batch):
+                    run = PartialRun(
+                        network, self.batches[batch], recording, [*watched], watched, outputs, finished, self._blanks
+                    )
+                    runs[side] = run.up_to(path)
+            if self.is_whole or not self._is_as_recorded(recording, runs["reference"]):
+                self.is_whole = True
+                return []
+            self._stored[batch] |= runs["reference"].stored
+            self._keep(batch, content, runs, done)
+            mine, theirs = runs[self._side("student")], runs["reference"]
+            if mine.given is not None and theirs.given is not None and not mine.strayed:
+                result.append((mine.given, theirs.answer))
+        return result
 
     def _calls(self, side: str, name: str) -> _Calls:
         return _Calls(self.batches.store, f"{self._own}{self._side(side)} inputs", name)

@@ -36,14 +36,12 @@ def check_student(student: nn.Module, config: BGDConfig) -> None:
     """Reject settings that need a graph, for a network that does not trace.
 
     Raises:
-        ConfigError: several processes, or reconstruction.
+        ConfigError: several processes.
     """
     if isinstance(student, fx.GraphModule):
         return
     if processes() > 1:
         raise ConfigError("this network does not trace, so processes may run different layers: use one process")
-    if config.reconstruction:
-        raise ConfigError("reconstruction needs a graph, and this network does not trace: set reconstruction=None")
 
 
 def _require_values(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,7 +14,9 @@ from bgd_plugin.config import BGDConfig
 from bgd_plugin.graph import copy_module, set_modes
 from bgd_plugin.quantization.job import Job
 from bgd_plugin.support.processes import is_first, synchronize_
-from bgd_plugin.training import Epochs, finetune_, kl_to_teacher, reconstruct_
+from bgd_plugin.support.steps import Steps
+from bgd_plugin.training import Epochs, finetune_, kl_to_teacher, reconstruct_, reconstruct_modules_
+from bgd_plugin.training.reconstruction import Reconstruction
 
 __all__ = ["check_teacher", "teacher_for", "train"]
 
@@ -58,21 +61,46 @@ def check_teacher(job: Job) -> None:
 
 
 def _reconstruct(job: Job) -> None:
-    assert isinstance(job.student, fx.GraphModule) and isinstance(job.reference, fx.GraphModule)
-    assert job.config.reconstruction
     job.bar.set_description("reconstruct")
     with job.log.timed("reconstruct"):
-        gain = reconstruct_(
-            job.student,
-            job.reference,
-            job.batches,
-            job.config.reconstruction,
-            lambda name: job.generator(f"{name} reconstruction"),
-            lambda number: job.run.steps(f"block-{number:04d}", job.bar.update, is_shared=False),
-        )
+        gain = _along_graph(job) if isinstance(job.student, fx.GraphModule) else _by_runs(job)
     job.log.note(
         f"reconstruction: {gain.blocks} blocks, mean loss on held-out samples {gain.before:.4g} → {gain.after:.4g}"
         + (f"; undone in {gain.taken_back} blocks without a gain" if gain.taken_back else "")
+    )
+
+
+def _generator(job: Job, name: str) -> torch.Generator:
+    return job.generator(f"{name} reconstruction")
+
+
+def _steps(job: Job, number: int) -> Steps:
+    return job.run.steps(f"block-{number:04d}", job.bar.update, is_shared=False)
+
+
+def _along_graph(job: Job) -> Reconstruction:
+    assert isinstance(job.student, fx.GraphModule) and isinstance(job.reference, fx.GraphModule)
+    assert job.config.reconstruction
+    generator, steps = functools.partial(_generator, job), functools.partial(_steps, job)
+    return reconstruct_(job.student, job.reference, job.batches, job.config.reconstruction, generator, steps)
+
+
+def _by_runs(job: Job) -> Reconstruction:
+    config = job.config.reconstruction
+    assert config
+
+    def on_blocks(count: int) -> None:
+        job.bar.total = (job.bar.total or 0) + count * config.steps
+
+    return reconstruct_modules_(
+        job.student,
+        job.reference,
+        job.batches,
+        {layer.name: layer.weight for layer in job.survey.found},
+        config,
+        functools.partial(_generator, job),
+        functools.partial(_steps, job),
+        on_blocks,
     )
 
 

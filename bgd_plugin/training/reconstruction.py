@@ -26,7 +26,7 @@ from bgd_plugin.support.steps import Part, Steps
 from bgd_plugin.training.adam import relative_adam
 from bgd_plugin.training.loss import kl_to_teacher
 
-__all__ = ["Reconstruction", "reconstruct_", "reconstruction_steps"]
+__all__ = ["BlockTraining", "Reconstruction", "chunks_of", "reconstruct_", "reconstruction_steps"]
 
 _HELDOUT = 8  # every eighth chunk of samples is held out
 
@@ -44,6 +44,17 @@ class Reconstruction:
     taken_back: int
     before: float
     after: float
+
+    @classmethod
+    def of(cls, losses: Sequence[tuple[float, float]]) -> Reconstruction:
+        """From each block's loss before and after."""
+        count = max(1, len(losses))
+        return cls(
+            blocks=len(losses),
+            taken_back=sum(after >= before for before, after in losses),
+            before=sum(before for before, _ in losses) / count,
+            after=sum(min(pair) for pair in losses) / count,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,17 +99,12 @@ def reconstruct_(
         trained, exact = block_module(student, block), block_module(reference, block)
         targets = _outputs(exact, theirs)
         if block.layers:
-            chunks = [c for pair in zip(mine, targets, strict=True) for c in _chunks(*pair, config.batch_size)]
-            training = _Training(student, trained, chunks, is_last=block is blocks[-1])
+            chunks = [c for pair in zip(mine, targets, strict=True) for c in chunks_of(*pair, config.batch_size)]
+            training = BlockTraining(student, trained, chunks, is_last=block is blocks[-1])
             losses.append(training.run_(config, generator(block.layers[0]), steps(number)))
         if block is not blocks[-1]:
             mine, theirs = [Batch((value,)) for value in _outputs(trained, mine)], [Batch((t,)) for t in targets]
-    return Reconstruction(
-        blocks=len(losses),
-        taken_back=sum(after >= before for before, after in losses),
-        before=sum(before for before, _ in losses) / len(losses),
-        after=sum(min(pair) for pair in losses) / len(losses),
-    )
+    return Reconstruction.of(losses)
 
 
 def reconstruction_steps(student: fx.GraphModule, layers: Collection[str], config: ReconstructionConfig) -> int:
@@ -115,7 +121,7 @@ def _outputs(block: nn.Module, batches: Sequence[Batch]) -> list[Any]:
     return [batch.call(block) for batch in batches]
 
 
-def _chunks(inputs: Batch, target: Any, size: int) -> list[_Chunk]:
+def chunks_of(inputs: Batch, target: Any, size: int) -> list[_Chunk]:
     """Split a batch into chunks of at most `size` samples; not split if samples are not along the first dimension."""
     leaves = [t for t in pytree.tree_leaves((inputs.args, inputs.kwargs, target)) if isinstance(t, Tensor)]
     count = inputs.size
@@ -131,10 +137,10 @@ def _chunks(inputs: Batch, target: Any, size: int) -> list[_Chunk]:
     return result
 
 
-class _Training:
+class BlockTraining:
     """The training of one block on some of the samples, evaluated on the others."""
 
-    def __init__(self, student: nn.Module, block: fx.GraphModule, chunks: list[_Chunk], *, is_last: bool) -> None:
+    def __init__(self, student: nn.Module, block: nn.Module, chunks: list[_Chunk], *, is_last: bool) -> None:
         self._block, self._is_last = block, is_last
         self._heldout = chunks[::_HELDOUT][: len(chunks) // 2] or chunks
         aside = {id(chunk) for chunk in self._heldout}
