@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from bgd_plugin.calibration.batches import Batch, Batches
 from bgd_plugin.calibration.store import Shelf, memory_of
 from bgd_plugin.errors import CalibrationError
-from bgd_plugin.graph import module_at
+from bgd_plugin.graph import module_at, spoken
 
 __all__ = ["Values", "Walk", "run_node"]
 
@@ -192,10 +192,7 @@ def run_node(
     try:
         values[node.name] = _call(graph_module, node, module, args, kwargs)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise CalibrationError(
-            f"the network fails on a calibration batch, at {node.name!r}"
-            f"{f' (layer {node.target!r})' if module is not None else ''}: {error}"
-        ) from error
+        raise CalibrationError(f"the network fails on a calibration batch, at {spoken(node)}: {error}") from error
 
 
 def _call(graph_module: fx.GraphModule, node: fx.Node, module: nn.Module | None, args: Any, kwargs: Any) -> Any:

@@ -25,6 +25,7 @@ from bgd_plugin.graph import (
     isolate_weights_,
     isolated,
     layer_at,
+    make_picklable_,
     module_at,
     module_or_none,
     trace,
@@ -76,6 +77,7 @@ def load(path: str | os.PathLike[str], *, like: nn.Module | ExportedProgram) -> 
     network.load_state_dict(state, strict=True, assign=True)
     _tie_(network, ties)
     _require_no_meta(network)
+    make_picklable_(network)
     return network
 
 

@@ -1,7 +1,7 @@
 """The graph of a network, or the network itself where it has none: find the layers, put modules in their place."""
 
 from bgd_plugin.graph.bake import baked
-from bgd_plugin.graph.calls import call_geometry, call_input, pointwise
+from bgd_plugin.graph.calls import call_geometry, call_input, pointwise, spoken
 from bgd_plugin.graph.computed import module_at, module_or_none
 from bgd_plugin.graph.copying import copy_module, set_modes
 from bgd_plugin.graph.cuts import Block, block_module, partition
@@ -11,6 +11,7 @@ from bgd_plugin.graph.following import added_to, following_batchnorm, following_
 from bgd_plugin.graph.front import Front, front_end, retraced, unwrapped
 from bgd_plugin.graph.layer import FoundLayer, LeftLayer
 from bgd_plugin.graph.parts import batchnorms_in_parts
+from bgd_plugin.graph.pickling import make_picklable_
 from bgd_plugin.graph.place import layer_at
 from bgd_plugin.graph.replace import (
     become_,
@@ -50,6 +51,7 @@ __all__ = [
     "isolate_weights_",
     "isolated",
     "layer_at",
+    "make_picklable_",
     "materialize_",
     "module_at",
     "module_or_none",
@@ -59,6 +61,7 @@ __all__ = [
     "release_",
     "retraced",
     "set_modes",
+    "spoken",
     "swap_",
     "trace",
     "unwrapped",

@@ -22,7 +22,9 @@ __all__ = [
     "function_of",
     "has_computed_geometry",
     "kind_at",
+    "module_around",
     "pointwise",
+    "spoken",
     "users_of_parameters",
 ]
 
@@ -52,6 +54,8 @@ def call_geometry(graph_module: fx.GraphModule, node: fx.Node) -> Geometry:
     values = conv_arguments(node)
     weight = values["weight"]
     shape = _weight_shape(graph_module, weight)
+    if FUNCTIONS[function_of(node)].startswith("conv_transpose"):
+        return pointwise(len(shape) - 2, values["groups"])
     return Geometry.of(tuple(shape[2:]), values["stride"], values["padding"], values["dilation"], values["groups"])
 
 
@@ -136,8 +140,24 @@ def users_of_parameters(graph_module: fx.GraphModule) -> dict[int, set[str]]:
             value = attribute(graph_module, str(node.target))
             for user in node.users:
                 is_layer = _is_functional(user) and _weight_node(user) is node
-                users.setdefault(id(value), set()).add("its calls" if is_layer else f"node {user.name!r}")
+                users.setdefault(id(value), set()).add("its calls" if is_layer else spoken(user))
     return users
+
+
+def spoken(node: fx.Node) -> str:
+    """What a node does, and in which module of the user's: names of nodes are the tracer's own."""
+    if node.op == "call_module":
+        return f"layer {str(node.target)!r}"
+    what = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", node.op)
+    path = module_around(node)
+    return f"{what} in {path!r}" if path else what
+
+
+def module_around(node: fx.Node) -> str:
+    """The path of the module whose code a node comes from; empty for the network itself, or where it is not known."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    path = stack[-1][0] if stack and isinstance(stack[-1], tuple) else ""
+    return path if isinstance(path, str) and "[" not in path else ""
 
 
 def _canonical_path(graph_module: fx.GraphModule, module: nn.Module) -> str:

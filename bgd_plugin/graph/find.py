@@ -15,12 +15,15 @@ from bgd_plugin.graph.calls import (
     function_of,
     has_computed_geometry,
     kind_at,
+    module_around,
+    spoken,
     users_of_parameters,
 )
 from bgd_plugin.graph.computed import module_at
 from bgd_plugin.graph.inside import bias_of, find_inside, unfit
-from bgd_plugin.graph.kinds import FUNCTIONS, MODULES, family_of, kind_of
+from bgd_plugin.graph.kinds import FUNCTIONS, MODULES, family_of, kind_of, layout_of
 from bgd_plugin.graph.layer import FoundLayer, LeftLayer
+from bgd_plugin.pq.blocks import AS_IT_IS
 
 __all__ = ["find_layers"]
 
@@ -54,7 +57,7 @@ def _find_in_graph(graph_module: fx.GraphModule) -> tuple[list[FoundLayer], list
     for other in _other_weights(graph_module, calls):
         if isinstance(other, FoundLayer):
             found.append(other)
-        elif other.name not in names:
+        elif other.name not in names and _user_name(graph_module, other.name) not in left:
             left.setdefault(other.name, other.reason)
     order = {node.name: index for index, node in enumerate(graph_module.graph.nodes)}
     found.sort(key=lambda layer: order[layer.calls[0]])
@@ -91,7 +94,8 @@ def _examine(
     first = next((node for node in nodes if str(node.target) == target), nodes[0])
     functional = first.op == "call_function"
     if functional and target == first.name:
-        return LeftLayer(name=target, reason="its weight is computed in the graph, not a parameter")
+        name = module_around(first) or function_of(first).__name__
+        return LeftLayer(name=name, reason="its weight is computed in the graph, not a parameter")
     name = _user_name(graph_module, target) if functional else target
     owner = graph_module.get_submodule(target.rpartition(".")[0] if functional else target)
     attribute = target.rpartition(".")[2] if functional else "weight"
@@ -127,6 +131,7 @@ def _examine(
         groups=groups,
         bias=None if kind.startswith("conv_transpose") else bias,
         tied=tied,
+        layout=layout_of(kind, groups) if functional else AS_IT_IS,
     )
 
 
@@ -187,7 +192,7 @@ def _read_byfunction_of(graph_module: fx.GraphModule, target: str, weight: nn.Pa
         or not users
         or not all(_is_networks_own(user) for user in users)
     ):
-        names = ", ".join(sorted(user.name for user in users))
+        names = ", ".join(sorted({spoken(user) for user in users}))
         return LeftLayer(name=target, reason=f"a plain tensor, used by {names or 'nothing'}")
     return FoundLayer(
         name=owner_path,

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from bgd_plugin.graph.standardized import fold_computed_weights_
+
 __all__ = ["fold_parametrizations_"]
 
 _OLD_NORMS = ("WeightNorm", "SpectralNorm")
@@ -25,7 +27,7 @@ def fold_parametrizations_(model: nn.Module) -> dict[str, str]:
         kinds = _fold_parametrize(module) + _fold_hooks(module)
         if kinds:
             folded[path] = ", ".join(kinds)
-    return folded
+    return folded | fold_computed_weights_(model)
 
 
 def _fold_parametrize(module: Any) -> list[str]:

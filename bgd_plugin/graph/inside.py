@@ -10,10 +10,11 @@ from torch import nn
 
 from bgd_plugin.graph.bare import bare_layers, bias_of
 from bgd_plugin.graph.computed import module_at
-from bgd_plugin.graph.kinds import FUNCTIONS, family_of, kind_of, runs_its_parents_forward
+from bgd_plugin.graph.kinds import FUNCTIONS, family_of, kind_of, layout_of, runs_its_parents_forward
 from bgd_plugin.graph.layer import FoundLayer, LeftLayer
 from bgd_plugin.graph.tracer import is_quantized_elsewhere
 from bgd_plugin.nn import FloatWeight, PQModule
+from bgd_plugin.pq.blocks import AS_IT_IS
 
 __all__ = ["bias_of", "find_inside", "unfit"]
 
@@ -108,6 +109,7 @@ def _layer(module: nn.Module, name: str, kind: str, calls: tuple[str, ...]) -> F
         groups=getattr(module, "groups", 1),
         hidden=True,
         bias=None if kind.startswith("conv_transpose") else bias_of(module, name),
+        layout=layout_of(kind, getattr(module, "groups", 1)) if functional else AS_IT_IS,
     )
 
 

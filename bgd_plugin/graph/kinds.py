@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["FUNCTIONS", "MODULES", "family_of", "kind_of", "runs_its_parents_forward"]
+from bgd_plugin.pq.blocks import AS_IT_IS, Layout
+
+__all__ = ["FUNCTIONS", "MODULES", "family_of", "kind_of", "layout_of", "runs_its_parents_forward"]
 
 MODULES: dict[type[nn.Module], str] = {
     nn.Conv1d: "conv1d",
@@ -27,11 +29,17 @@ FUNCTIONS: dict[Callable[..., Any], str] = {
     F.conv1d: "conv1d",
     F.conv2d: "conv2d",
     F.conv3d: "conv3d",
+    F.conv_transpose1d: "conv_transpose1d",
+    F.conv_transpose2d: "conv_transpose2d",
+    F.conv_transpose3d: "conv_transpose3d",
     F.linear: "linear",
     # what they are in a graph that torch.export made
     torch.ops.aten.conv1d.default: "conv1d",
     torch.ops.aten.conv2d.default: "conv2d",
     torch.ops.aten.conv3d.default: "conv3d",
+    torch.ops.aten.conv_transpose1d.default: "conv_transpose1d",
+    torch.ops.aten.conv_transpose2d.input: "conv_transpose2d",
+    torch.ops.aten.conv_transpose3d.input: "conv_transpose3d",
     torch.ops.aten.linear.default: "linear",
 }
 
@@ -54,6 +62,11 @@ def runs_its_parents_forward(module: nn.Module) -> bool:
     methods = all(getattr(kind, name, None) is getattr(base, name, None) for name in _METHODS)
     properties = any(hasattr(kind, name) for name in ("weight", "bias") if not hasattr(base, name))
     return methods and not properties
+
+
+def layout_of(kind: str, groups: int) -> Layout:
+    """How a layer's weight stands for its matrix, where code reads the weight by name."""
+    return Layout(groups=groups) if kind.startswith("conv_transpose") else AS_IT_IS
 
 
 def family_of(kind: str, shape: Sequence[int], groups: int) -> str:

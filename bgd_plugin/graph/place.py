@@ -9,8 +9,9 @@ from torch import nn
 
 from bgd_plugin.graph.bare import bare_layers, bias_of
 from bgd_plugin.graph.computed import module_or_none
-from bgd_plugin.graph.kinds import family_of, kind_of, runs_its_parents_forward
+from bgd_plugin.graph.kinds import family_of, kind_of, layout_of, runs_its_parents_forward
 from bgd_plugin.graph.layer import FoundLayer
+from bgd_plugin.pq.blocks import AS_IT_IS
 
 __all__ = ["layer_at"]
 
@@ -50,6 +51,7 @@ def layer_at(network: nn.Module, target: str, tied: Sequence[str] = ()) -> Found
         hidden=True,
         bias=None if functional else bias_of(owner, target),
         tied=others,
+        layout=layout_of(kind, groups) if functional else AS_IT_IS,
     )
 
 

@@ -51,18 +51,24 @@ class Layout:
         transposed: its last two dimensions are `[columns, rows]`, as in transformers' `Conv1D`.
         columns: of a matrix into which its dimensions are folded: several matrices one below the other, such as the
             experts' of a mixture; 0 where the weight is the matrix.
+        groups: of a transposed convolution, whose weight is `[C_in, C_out / groups, *kernel]`; 0 for any other layer.
     """
 
     transposed: bool = False
     columns: int = 0
+    groups: int = 0
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The matrix of a weight; a view where that is possible."""
+        if self.groups:
+            return transposed_matrix(weight, self.groups)
         turned = weight.mT if self.transposed else weight
         return turned.reshape(-1, self.columns) if self.columns else turned
 
     def weight(self, matrix: Tensor, shape: Sequence[int]) -> Tensor:
         """The weight of the given shape again; undoes `matrix`."""
+        if self.groups:
+            return from_transposed_matrix(matrix, shape, self.groups)
         turned = [*shape[:-2], shape[-1], shape[-2]] if self.transposed else [*shape]
         return matrix.reshape(turned).mT if self.transposed else matrix.reshape(turned)
 

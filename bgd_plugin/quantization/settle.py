@@ -9,7 +9,7 @@ from torch import fx, nn
 from bgd_plugin.calibration import Batch, shared_difference
 from bgd_plugin.errors import TraceError
 from bgd_plugin.files.placement import transplant_
-from bgd_plugin.graph import Front
+from bgd_plugin.graph import Front, make_picklable_
 
 __all__ = ["settled"]
 
@@ -30,4 +30,5 @@ def settled(front: Front, student: nn.Module, batches: Sequence[Batch]) -> nn.Mo
             f"the compressed {type(front.own).__name__} does not compute as the graph that was fitted: {reason}. Its "
             "code looks at its layers in a way that a graph does not show; give a GraphModule of it instead"
         )
+    make_picklable_(front.own)
     return front.own

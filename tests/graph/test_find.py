@@ -77,7 +77,7 @@ def test_a_weight_that_something_else_reads_too_is_left_alone() -> None:
 
     found, left = find_layers(trace(Both()))
     assert found == []
-    assert [(x.name, x.reason) for x in left] == [("w", "its weight is also used by node 'sum_1'")]
+    assert [(x.name, x.reason) for x in left] == [("w", "its weight is also used by sum")]
 
 
 def test_modules_that_share_a_weight_are_one_layer() -> None:
