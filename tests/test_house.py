@@ -1,0 +1,101 @@
+"""The house: folders that are the steps of the method, short files and functions, a map that is true."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import statistics
+import tomllib
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import bgd_plugin
+
+ROOT = Path(__file__).resolve().parents[1]
+CORE = ROOT / "bgd_plugin"
+SOURCES = sorted([*CORE.rglob("*.py"), *(ROOT / "adapters").rglob("*.py")])
+PACKAGES = sorted(path.parent for path in CORE.rglob("__init__.py"))
+MAP = (ROOT / "docs" / "code-map.md").read_text(encoding="utf-8")
+
+
+def _tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def test_six_modules_stand_beside_the_folders() -> None:
+    loose = {file.stem for file in CORE.glob("*.py")} - {"__init__"}
+    assert len(loose) <= 6, loose
+    assert all(f"`{name}`" in MAP for name in loose)
+
+
+def test_the_map_names_every_folder_in_the_order_of_the_floors() -> None:
+    named = re.findall(r"^\| `(\w+)` \|", MAP, flags=re.M)
+    assert sorted(named) == sorted(path.name for path in CORE.iterdir() if (path / "__init__.py").is_file())
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    (floors,) = [contract["layers"] for contract in contracts if contract["id"] == "floors"]
+    heights = {name: height for height, floor in enumerate(floors) for name in floor.split(" | ")}
+    assert [heights[name] for name in named] == sorted(heights[name] for name in named)
+
+
+def test_every_step_of_the_method_is_in_the_file_that_the_map_names() -> None:
+    steps = dict(re.findall(r"^\| ([^|`]+) \| `([\w/]+\.py)` \|$", MAP, flags=re.M))
+    assert len(steps) >= 18
+    assert len(set(steps.values())) == len(steps)
+    for step, file in steps.items():
+        assert (CORE / file).is_file(), (step, file)
+
+
+def test_every_module_says_what_it_holds() -> None:
+    for file in SOURCES:
+        text = ast.get_docstring(_tree(file)) or ""
+        assert 10 < len(text.partition("\n")[0]) <= 120, file
+
+
+def test_files_and_functions_are_short() -> None:
+    lengths = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in SOURCES}
+    assert {file: length for file, length in lengths.items() if length > 300} == {}
+    assert statistics.median(lengths.values()) <= 120
+    long = {f"{file}: {name}": length for file in SOURCES for name, length in _bodies(file) if length > 40}
+    assert long == {}
+
+
+def _bodies(file: Path) -> Iterator[tuple[str, int]]:
+    """Each function, and the lines of its body without the docstring."""
+    for node in ast.walk(_tree(file)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            if body:
+                yield node.name, (body[-1].end_lineno or 0) - body[0].lineno + 1
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
+def test_no_name_hides_a_module(package: Path) -> None:
+    name = ".".join(package.relative_to(ROOT).parts)
+    module = importlib.import_module(name)
+    below = [path.stem for path in package.glob("*.py") if path.stem not in ("__init__", "__main__")]
+    below += [path.parent.name for path in package.glob("*/__init__.py")]
+    for inner in below:
+        importlib.import_module(f"{name}.{inner}")
+        assert isinstance(getattr(module, inner), types.ModuleType), f"{name}.{inner} is hidden"
+
+
+def test_the_public_surface_is_small() -> None:
+    assert len(bgd_plugin.__all__) <= 16
+
+
+def test_imports_at_the_head_of_a_file_are_the_only_ones() -> None:
+    """Later ones and those for type checkers hide circles. Commands import late, to answer at once."""
+    for file in SOURCES:
+        inside = file.relative_to(ROOT)
+        if inside.parts[:2] == ("bgd_plugin", "cli") or inside == Path("bgd_plugin/__init__.py"):
+            continue
+        for node in ast.walk(_tree(file)):
+            if isinstance(node, (ast.Import, ast.ImportFrom)) and node.col_offset > 0:
+                names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+                assert not any(name.partition(".")[0] == "bgd_plugin" for name in names), f"{file}:{node.lineno}"
