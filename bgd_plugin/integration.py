@@ -6,7 +6,7 @@ from bgd_plugin.errors import CalibrationError, CheckpointError, ConfigError, Tr
 from bgd_plugin.files.network import read_file
 from bgd_plugin.files.placement import make_room_, placement_in, placement_of, transplant_, transplanted
 from bgd_plugin.graph import PQTracer, become_, copy_module, materialize_, set_modes
-from bgd_plugin.graph.computed import compute_parameter_, restore_parameter_
+from bgd_plugin.graph.computed import compute_parameter_, loosen_parameter_, restore_parameter_
 from bgd_plugin.nn import PQLinear, PQModule, PQWeight
 from bgd_plugin.planning.make import layers_in
 from bgd_plugin.quantization.datafree import quantize_module
@@ -34,6 +34,7 @@ __all__ = [
     "compute_parameter_",
     "copy_module",
     "layers_in",
+    "loosen_parameter_",
     "make_room_",
     "materialize_",
     "mib",

@@ -15,6 +15,7 @@ from torch import nn
 __all__ = [
     "compute_parameter_",
     "computed_parameters",
+    "loosen_parameter_",
     "module_at",
     "module_or_none",
     "restore_parameter_",
@@ -52,11 +53,22 @@ def compute_parameter_(owner: nn.Module, name: str, module: nn.Module) -> None:
     """
     names = computed_parameters(owner)
     if name not in names:
-        del owner._parameters[name]
+        owner._parameters.pop(name, None)
         owner.__class__ = _class(_float_class(owner), (*names, name))
     owner._modules[name] = module
     if isinstance(owner, nn.RNNBase):
         vars(owner).pop("_flat_weights", None)
+
+
+def loosen_parameter_(owner: nn.Module, name: str) -> None:
+    """Let the name of a computed parameter stand for the module that computes it; `compute_parameter_` undoes this.
+
+    Args:
+        owner: the module that has the computed parameter.
+        name: its name.
+    """
+    names = tuple(n for n in computed_parameters(owner) if n != name)
+    owner.__class__ = _class(_float_class(owner), names) if names else _float_class(owner)
 
 
 def restore_parameter_(owner: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -67,11 +79,10 @@ def restore_parameter_(owner: nn.Module, name: str, parameter: nn.Parameter) -> 
         name: its name.
         parameter: the parameter to put back.
     """
-    names = tuple(n for n in computed_parameters(owner) if n != name)
-    owner.__class__ = _class(_float_class(owner), names) if names else _float_class(owner)
+    loosen_parameter_(owner, name)
     del owner._modules[name]
     owner.register_parameter(name, parameter)
-    if isinstance(owner, nn.RNNBase) and not names:
+    if isinstance(owner, nn.RNNBase) and not computed_parameters(owner):
         vars(owner)["_flat_weights"] = _flat_weights(owner)
 
 

@@ -33,7 +33,7 @@ def share_(model: nn.Module, pairs: dict[str, str]) -> None:
         if not isinstance(layer, PQModule) or not isinstance(other, PQModule) or layer is other:
             continue
         if torch.equal(layer.codes, other.codes) and torch.equal(layer.codebook, other.codebook):
-            layer.codebook, layer._buffers["codes"] = other.codebook, other.codes
+            layer.codebook, layer.codes = other.codebook, other.codes
 
 
 def forget_names(model: Any) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from bgd_plugin.integration import PQWeight, compute_parameter_, restore_parameter_
+from bgd_plugin.integration import PQWeight, compute_parameter_, loosen_parameter_
 
 __all__ = ["compute_weights_", "loose_weights_"]
 
@@ -20,9 +20,7 @@ def loose_weights_(model: nn.Module) -> None:
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, PQWeight):
             holder, name = _holder(model, path)
-            restore_parameter_(holder, name, nn.Parameter(module.codebook.new_empty(0)))
-            del holder._parameters[name]
-            holder._modules[name] = module
+            loosen_parameter_(holder, name)
             marked: Any = module
             marked._is_hf_initialized = True
 
@@ -32,8 +30,6 @@ def compute_weights_(model: nn.Module) -> None:
     for path, module in list(model.named_modules(remove_duplicate=False)):
         holder, name = _holder(model, path)
         if isinstance(module, PQWeight) and not hasattr(type(holder), name):  # no property yet
-            del holder._modules[name]
-            holder.register_parameter(name, nn.Parameter(module.codebook.new_empty(0)))
             compute_parameter_(holder, name, module)
 
 
