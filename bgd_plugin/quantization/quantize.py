@@ -10,27 +10,23 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from bgd_plugin import kernels
-from bgd_plugin.calibration import DEFAULT_BOUND_BYTES, Forward, checked, collect_batches, take_aside_
+from bgd_plugin.calibration import DEFAULT_BOUND_BYTES, Forward, collect_batches, take_aside_
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.graph import (
-    Front,
     baked,
     batchnorms_in_parts,
     copy_module,
-    front_end,
     isolate_weights_,
     isolated,
-    set_modes,
     unwrapped,
 )
-from bgd_plugin.planning.budget import Budget
-from bgd_plugin.planning.survey import Survey, surveyed
-from bgd_plugin.quantization.checks import check_arguments, check_student
+from bgd_plugin.quantization.checks import check_arguments
 from bgd_plugin.quantization.finish import finish, reported, restore_
 from bgd_plugin.quantization.job import Job
 from bgd_plugin.quantization.judge import judged
 from bgd_plugin.quantization.layerwise import quantize_layers
 from bgd_plugin.quantization.measure import spent
+from bgd_plugin.quantization.prepare import prepared, prepared_for
 from bgd_plugin.quantization.progress import progress_bar
 from bgd_plugin.quantization.resume import Run
 from bgd_plugin.quantization.settle import settled
@@ -94,15 +90,11 @@ def quantize(
     config = config or BGDConfig()
     model = baked(unwrapped(model))
     check_arguments(model, calibration, config, memory_bytes)
-    front = front_end(model)
-    _planned(front, config, model, original_bytes)
+    first = prepared(model, config, original_bytes)
     device = next(model.parameters()).device
     batches = collect_batches(calibration, model, device=device, forward=forward, memory_bytes=memory_bytes)
-    front = checked(front, batches)
-    student = front.network
-    set_modes(student, {"": False})
-    check_student(student, config)
-    survey, budget = _planned(front, config, model, original_bytes)
+    ready = prepared_for(first, model, config, original_bytes, batches)
+    student, survey, budget = ready.front.network, ready.survey, ready.budget
     run = Run.open(checkpoint if is_first() else None, model, config, batches, teacher)
     aside = take_aside_(batches, config.kept_aside)
     log = Log()
@@ -130,20 +122,7 @@ def quantize(
             check_teacher(job)
         outcomes = quantize_layers(job)
         train(job, calibration, forward)
-    result = settled(front, student, batches)
+    result = settled(ready.front, student, batches)
     compressed_bytes, answers = finish(job, result), judged(job, result)
     restore_(result, model, learnt)
     return Quantized(result, reported(job, result, outcomes, compressed_bytes, answers))
-
-
-def _planned(
-    front: Front, config: BGDConfig, model: nn.Module, original_bytes: int | None
-) -> tuple[Survey, Budget | None]:
-    """The layers of a network, and the budget for them, if there is one; refuses what cannot be done, before any work.
-
-    Raises:
-        ConfigError: no layer to quantize, or a budget below the smallest file.
-    """
-    survey = surveyed(front, config, original=model, original_bytes=original_bytes)
-    survey.require_some()
-    return survey, Budget.of(survey)

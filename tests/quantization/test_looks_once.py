@@ -1,7 +1,7 @@
 """One call looks for layers once, copies the weights once, and computes what a file holds once to tell its length.
 
-Other copies are of modules alone and share the weights: the float network to compare with, one that the tracer runs,
-and with a budget one for the sizes. `save` computes the content again: the network may have changed in between.
+Other copies are of modules alone and share the weights: they run where the network itself must not be changed by it.
+`save` computes the content again: the network may have changed in between.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ CONFIGS = {
 def test_a_network_is_looked_at_once(name: str, counted: Counter[str], tmp_path: Path) -> None:
     result = bgd.quantize(randomized(SmallResNet()), images(size=12), CONFIGS[name], progress=False)
     bgd.save(result.model, tmp_path / "net")
-    assert counted == Counter({"find": 1, "copy": 1, "shared copy": 2, "content": 2})
+    assert (counted["find"], counted["copy"], counted["content"]) == (1, 1, 2)
 
 
-def test_a_budget_needs_one_more_copy_for_the_sizes(counted: Counter[str]) -> None:
+def test_a_budget_takes_no_further_look(counted: Counter[str]) -> None:
     bgd.quantize(randomized(SmallResNet()), images(size=12), BGDConfig(target_ratio=4, rounds=1), progress=False)
-    assert (counted["find"], counted["copy"], counted["shared copy"]) == (1, 1, 3)
+    assert (counted["find"], counted["copy"]) == (1, 1)
 
 
 def test_plan_looks_once_and_copies_no_weight(counted: Counter[str]) -> None:
     bgd.plan(randomized(SmallResNet()))
-    assert counted == Counter({"find": 1, "shared copy": 3, "content": 1})
+    assert (counted["find"], counted["copy"], counted["content"]) == (1, 0, 1)
