@@ -18,6 +18,7 @@ __all__ = [
     "FcCodebook",
     "FreezeNorms",
     "Json",
+    "MaxDivergence",
     "Mean",
     "ModelName",
     "Overrides",
@@ -61,6 +62,10 @@ TargetSize = Annotated[
     typer.Option(help="maximum file size, such as 5MB or 4.8MiB; block and codebook sizes are chosen to meet it"),
 ]
 TargetRatio = Annotated[float | None, typer.Option(help="compression ratio to reach, instead of --target-size")]
+MaxDivergence = Annotated[
+    float | None,
+    typer.Option(help="choose sizes for the smallest file within this divergence from the float network, such as 0.02"),
+]
 FreezeNorms = Annotated[
     bool,
     typer.Option("--freeze-norms", help="store batch norms as one scale and one shift per channel, in half the bytes"),

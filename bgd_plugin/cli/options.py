@@ -86,13 +86,21 @@ _SIZE_UNITS = {"": 1, "B": 1} | {f"{m}B": 1000**i for i, m in enumerate("kMG", 1
 _SIZE_UNITS |= {f"{m}iB": 1024**i for i, m in enumerate("KMG", 1)}
 
 
-def with_budget(settings: BGDConfig, size: str | None, ratio: float | None, freeze_norms: bool = False) -> BGDConfig:
-    """The settings with a budget: a size such as "5MB" (5,000,000 bytes) or "4.8MiB", or a ratio."""
+def with_budget(
+    settings: BGDConfig,
+    size: str | None,
+    ratio: float | None,
+    freeze_norms: bool = False,
+    max_divergence: float | None = None,
+) -> BGDConfig:
+    """The settings with a budget: a size such as "5MB" (5,000,000 bytes) or "4.8MiB", or a ratio; or a
+    bound on the divergence.
+    """
     settings = replace(settings, freeze_norms=freeze_norms or settings.freeze_norms)
-    if size is None and ratio is None:
+    if size is None and ratio is None and max_divergence is None:
         return settings
     target = None if size is None else _size_bytes(size)
-    return replace(settings, target_bytes=target, target_ratio=ratio)
+    return replace(settings, target_bytes=target, target_ratio=ratio, max_divergence=max_divergence)
 
 
 def _size_bytes(text: str) -> int:

@@ -19,7 +19,7 @@ from bgd_plugin.support.seeds import seeded
 
 __all__ = ["Budget"]
 
-_CURVE_POINTS = 24
+_CURVE_POINTS = 16
 _LESS = "ask for a smaller file, or allow a larger divergence"
 _UNMEASURED = (
     "bound: sizes are as the settings have them, since what each layer's error does to the output was not measured; "
@@ -97,15 +97,22 @@ class Budget:
         if not chosen:
             raise ConfigError(f"{self._wanted()}: no layer is left to quantize; {_LESS}")
         left = [name for option, name in pairs if option.layer is None]
-        return self.survey.budgeted(chosen, left, self._notes(choice, sensitivities, realized), choice.loss * realized)
+        notes = self._notes(choice, sensitivities, realized)
+        if not sensitivities:
+            return self.survey.budgeted(chosen, left, notes)
+        return self.survey.budgeted(chosen, left, notes, choice.loss * realized, self.curve(sensitivities, realized))
 
-    def curve(self, sensitivities: Mapping[str, Sensitivity]) -> tuple[CurvePoint, ...]:
-        """Bytes against expected divergence, from the smallest file that can be chosen to every layer in float."""
+    def curve(self, sensitivities: Mapping[str, Sensitivity], realized: float = 1.0) -> tuple[CurvePoint, ...]:
+        """Bytes against expected divergence, from the smallest file that can be chosen to every layer in float.
+
+        Args:
+            sensitivities, realized: as in `spend`.
+        """
         options = self.rated(self._known(sensitivities))
         smallest = [layer[0] for layer in options]
         beside = self._file_size(smallest) - sum(option.size_bytes for option in smallest)
         return tuple(
-            CurvePoint(file_bytes=beside + size, expected_divergence=loss)
+            CurvePoint(file_bytes=beside + size, expected_divergence=loss * realized)
             for size, loss in loss_by_bytes(options, _CURVE_POINTS)
         )
 

@@ -67,7 +67,8 @@ def plan(
     if batches is not None:
         chooser = budget or Budget.free_of(survey, sketch)
         sensitivities = measured(chooser, batches, progress=progress)
-        curve = chooser.curve(sensitivities) if sensitivities else ()
+        if budget is None and sensitivities:
+            curve = chooser.curve(sensitivities)
         survey = survey if budget is None else budget.spend(sensitivities)
     elif budget is not None:
         survey = budget.spend(None)
@@ -79,7 +80,7 @@ def plan(
         paper_bytes=planned_paper_bytes(survey),
         notes=survey.notes,
         expected_divergence=survey.expected_divergence,
-        curve=curve,
+        curve=curve or survey.curve,
     )
 
 

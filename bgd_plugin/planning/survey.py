@@ -18,7 +18,7 @@ from bgd_plugin.files.format import state_bytes
 from bgd_plugin.graph import FoundLayer, Front, LeftLayer, find_layers
 from bgd_plugin.nn import PQModule
 from bgd_plugin.planning.rules import decided, first_layer, setting_of, with_notes
-from bgd_plugin.planning.types import PlannedLayer, SkippedLayer
+from bgd_plugin.planning.types import CurvePoint, PlannedLayer, SkippedLayer
 
 __all__ = ["Chosen", "Survey", "is_finished", "surveyed"]
 
@@ -43,6 +43,7 @@ class Survey:
         original_bytes: bytes of the user's network, or of the network before pruning.
         notes: why the network is not fitted as a graph, if it is not; how a budget was spent.
         expected_divergence: from the float network, if sizes were chosen by measurements.
+        curve: bytes against expected divergence, if sizes were chosen by measurements.
     """
 
     network: nn.Module
@@ -55,6 +56,7 @@ class Survey:
     original_bytes: int
     notes: tuple[str, ...] = ()
     expected_divergence: float | None = None
+    curve: tuple[CurvePoint, ...] = ()
 
     @property
     def found(self) -> tuple[FoundLayer, ...]:
@@ -87,7 +89,12 @@ class Survey:
         return dataclasses.replace(self, notes=(*self.notes, note))
 
     def budgeted(
-        self, chosen: Chosen, left: Sequence[str], notes: tuple[str, ...], expected_divergence: float | None = None
+        self,
+        chosen: Chosen,
+        left: Sequence[str],
+        notes: tuple[str, ...],
+        expected_divergence: float | None = None,
+        curve: tuple[CurvePoint, ...] = (),
     ) -> Survey:
         """The same with the sizes that a budget chose.
 
@@ -96,6 +103,7 @@ class Survey:
             left: names of those for which the budget has room in float.
             notes: how it was spent.
             expected_divergence: with these sizes.
+            curve: of all sizes that could be chosen.
         """
         skipped = [SkippedLayer(name=name, reason="the budget has room for it in float") for name in left]
         return dataclasses.replace(
@@ -104,6 +112,7 @@ class Survey:
             skipped=(*self.skipped, *skipped),
             notes=(*self.notes, *notes),
             expected_divergence=expected_divergence,
+            curve=curve,
         )
 
 

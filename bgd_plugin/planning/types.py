@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from bgd_plugin.errors import ConfigError
+from bgd_plugin.support.charts import line_chart
 from bgd_plugin.support.tables import mib, table
 
-__all__ = ["CurvePoint", "Plan", "PlannedLayer", "SkippedLayer"]
+__all__ = ["CurvePoint", "Plan", "PlannedLayer", "SkippedLayer", "curve_chart"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +111,17 @@ class CurvePoint:
     expected_divergence: float
 
 
+def curve_chart(curve: Sequence[CurvePoint], chosen: tuple[int, float] | None) -> str:
+    """A curve as an `<svg>` element, and where a file stands on it: its bytes and its divergence."""
+    return line_chart(
+        [(point.file_bytes, point.expected_divergence) for point in curve],
+        x_name="file",
+        y_name="divergence from the float network",
+        x_text=mib,
+        mark=None if chosen is None else (*chosen, f"{mib(chosen[0])}, {chosen[1]:.2g}"),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What `quantize` will do, and the bytes it will take.
@@ -139,6 +155,19 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, for JSON."""
         return dataclasses.asdict(self) | {"ratio": self.ratio}
+
+    def to_svg(self, path: str | os.PathLike[str]) -> None:
+        """Draw the curve of bytes against expected divergence, with the chosen file.
+
+        Raises:
+            ConfigError: the plan has no curve, since it was made without calibration data.
+        """
+        if not self.curve:
+            raise ConfigError("the plan has no curve: give plan() calibration data")
+        chosen = None
+        if self.expected_divergence is not None:
+            chosen = self.compressed_bytes, self.expected_divergence
+        Path(path).write_text(curve_chart(self.curve, chosen), encoding="utf-8")
 
     def __str__(self) -> str:
         rows = [

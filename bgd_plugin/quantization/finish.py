@@ -114,6 +114,8 @@ def reported(
         compressed_bytes=compressed_bytes,
         paper_bytes=paper_bytes(network),
         answers=answers,
+        expected_divergence=job.survey.expected_divergence,
+        curve=job.survey.curve,
         seconds=job.log.seconds,
         notes=tuple(job.log.notes),
     )

@@ -13,7 +13,11 @@ from bgd_plugin.support.log import Log
 __all__ = ["spent"]
 
 
-def spent(budget: Budget, batches: Sequence[Batch], log: Log, *, progress: bool) -> Survey:
-    """The survey with the sizes that the budget chooses from measurements on `batches`."""
+def spent(
+    survey: Survey, budget: Budget | None, batches: Sequence[Batch], log: Log, realized: float, *, progress: bool
+) -> Survey:
+    """The survey with the sizes that the budget chooses from measurements on `batches`; the same without a budget."""
+    if budget is None:
+        return survey
     with log.timed("budget"):
-        return budget.spend(measured(budget, batches, progress=progress))
+        return budget.spend(measured(budget, batches, progress=progress), realized)

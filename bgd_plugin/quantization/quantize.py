@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import fx, nn
@@ -28,6 +29,7 @@ from bgd_plugin.quantization.layerwise import quantize_layers
 from bgd_plugin.quantization.measure import spent
 from bgd_plugin.quantization.prepare import prepared, prepared_for
 from bgd_plugin.quantization.progress import progress_bar
+from bgd_plugin.quantization.quality import within_bound
 from bgd_plugin.quantization.resume import Run
 from bgd_plugin.quantization.settle import settled
 from bgd_plugin.quantization.train import check_teacher, teacher_for, train
@@ -88,6 +90,42 @@ def quantize(
         BGDError: one of its subclasses; the message names the layer, what was found, and what to do.
     """
     config = config or BGDConfig()
+    bound = config.max_divergence
+    if bound is not None and isinstance(calibration, Iterator):
+        calibration = list(calibration)  # another pass walks it again
+
+    def run(realized: float, number: int) -> Quantized:
+        folder = Path(checkpoint) / f"pass-{number + 1}" if checkpoint is not None and number else checkpoint
+        return _one_pass(
+            model,
+            calibration,
+            config,
+            realized,
+            teacher=teacher,
+            forward=forward,
+            checkpoint=folder,
+            memory_bytes=memory_bytes,
+            progress=progress,
+            original_bytes=original_bytes,
+        )
+
+    return run(1.0, 0) if bound is None else within_bound(run, bound)
+
+
+def _one_pass(
+    model: nn.Module | ExportedProgram,
+    calibration: Iterable[Any],
+    config: BGDConfig,
+    realized: float,
+    *,
+    teacher: nn.Module | None,
+    forward: Forward | None,
+    checkpoint: str | os.PathLike[str] | None,
+    memory_bytes: int | None,
+    progress: bool,
+    original_bytes: int | None,
+) -> Quantized:
+    """Compress once; the arguments are those of `quantize`, and what corrects the expected divergences."""
     model = baked(unwrapped(model))
     check_arguments(model, calibration, config, memory_bytes)
     first = prepared(model, config, original_bytes)
@@ -98,8 +136,7 @@ def quantize(
     run = Run.open(checkpoint if is_first() else None, model, config, batches, teacher)
     aside = take_aside_(batches, config.kept_aside)
     log = Log()
-    if budget is not None:
-        survey = spent(budget, batches, log, progress=progress)
+    survey = spent(survey, budget, batches, log, realized, progress=progress)
     log.note(*survey.notes)
     learnt = {layer.target: layer.weight.requires_grad for layer in survey.found}
     isolate_weights_(student, survey.found)
@@ -118,8 +155,7 @@ def quantize(
             bar=bar,
             log=log,
         )
-        if teacher is not None:
-            check_teacher(job)
+        check_teacher(job, is_given=teacher is not None)
         outcomes = quantize_layers(job)
         train(job, calibration, forward)
     result = settled(ready.front, student, batches)

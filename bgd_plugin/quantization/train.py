@@ -51,8 +51,14 @@ def teacher_for(model: nn.Module, config: BGDConfig, device: torch.device) -> nn
 
 
 @torch.no_grad()
-def check_teacher(job: Job) -> None:
-    """Check on one batch, before the work starts, that a teacher's logits have the network's shape."""
+def check_teacher(job: Job, *, is_given: bool) -> None:
+    """Check on one batch, before the work starts, that a teacher's logits have the network's shape.
+
+    Args:
+        is_given: whether the user gave a teacher; the float network itself needs no check.
+    """
+    if not is_given:
+        return
     if job.teacher is None:
         job.log.note("the teacher was not used: distillation and finetuning are off")
         return

@@ -56,6 +56,7 @@ def write_page(
     skipped: Sequence[SkippedLayer],
     notes: Sequence[str],
     seconds: Mapping[str, float],
+    chart: str = "",
 ) -> None:
     """Write a report as one page: sizes, bytes and error of each layer, and what was left float and why.
 
@@ -63,12 +64,14 @@ def write_page(
         path: of the file.
         sizes: figures to be shown large, each with a line below; the first two are float and compressed size.
         layers, skipped, notes, seconds: as of `Report`.
+        chart: an `<svg>` element, the curve of bytes against divergence; empty where there is none.
     """
     title = f"{sizes[0][0]} → {sizes[1][0]}"
     body = [
         f"<h1>Compressed network: {escape(title)}</h1>",
         '<p class="lead">Product quantization of the weights, layer by layer.</p>',
         cards(sizes),
+        *(["<h2>Where the file stands</h2>", chart] if chart else []),
         *layer_sections(layers, skipped, notes, seconds),
     ]
     Path(path).write_text(page(f"Compressed network: {title}", body), encoding="utf-8")

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from bgd_plugin.planning.answers import Answers
-from bgd_plugin.planning.types import SkippedLayer
+from bgd_plugin.planning.types import CurvePoint, SkippedLayer, curve_chart
 from bgd_plugin.report.html import write_page
 from bgd_plugin.report.layer import LayerReport
 from bgd_plugin.support.tables import mib, table
@@ -28,6 +28,8 @@ class Report:
         original_bytes: all parameters and buffers of the float network, or of the one that a chain started from.
         compressed_bytes: length of the file that `save` writes.
         paper_bytes: size by the paper's own accounting.
+        expected_divergence: what the choice of sizes expected the divergence to be; None where sizes are fixed.
+        curve: bytes against expected divergence, where sizes were chosen by what was measured.
         answers: how the compressed network, as it will be saved, answers beside the float network; None without data.
         seconds: wall-clock seconds of each step of the work.
         notes: what happened beyond the layers, such as a step that had nothing to do.
@@ -39,6 +41,8 @@ class Report:
     compressed_bytes: int
     paper_bytes: int
     answers: Answers | None = None
+    expected_divergence: float | None = None
+    curve: tuple[CurvePoint, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -80,7 +84,10 @@ class Report:
             sizes.append((f"{self.answers.divergence:.3g}", f"{self.answers.measure} from the float network"))
             if self.answers.agreement is not None:
                 sizes.append((f"{self.answers.agreement:.1%}", "most likely class as in the float network"))
-        write_page(path, sizes, self.layers, self.skipped, self.notes, self.seconds)
+        chart = ""
+        if self.curve and self.answers is not None:
+            chart = curve_chart(self.curve, (self.compressed_bytes, self.answers.divergence))
+        write_page(path, sizes, self.layers, self.skipped, self.notes, self.seconds, chart)
 
     def __str__(self) -> str:
         header = ["layer", "kind", "block", "codebook", "bits/weight", "size", "error", "note"]

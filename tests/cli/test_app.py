@@ -396,7 +396,7 @@ def test_a_budget_on_the_command_line(tmp_path: Path, flat: Path, budget: list[s
     assert "budget: " in done.stdout
     target = 3200 if budget[0] == "--target-size" else json.loads(report.read_text())["original_bytes"] / 2
     assert out.stat().st_size <= target
-    assert "chosen without data" in RUNNER.invoke(app, ["plan", NET, *budget]).stdout
+    assert "estimated from the weights alone" in RUNNER.invoke(app, ["plan", NET, *budget]).stdout
 
 
 def test_sizes_with_units() -> None:
@@ -433,3 +433,15 @@ def test_export_writes_a_file_for_another_runtime(tmp_path: Path, file: Path) ->
 def test_export_refuses_what_it_does_not_know(tmp_path: Path, file: Path) -> None:
     _fails(["export", str(file), NET, "--output", str(tmp_path / "net.xyz"), "--shape", "2,3,8,8"], ".xyz", ".onnx")
     _fails(["export", str(file), NET, "--shape", "2,3,x"], "--shape", "1,3,224,224")
+
+
+def test_plan_measures_the_curve_on_images(tmp_path: Path, flat: Path) -> None:
+    picture = tmp_path / "curve.svg"
+    images = ["--calibration", str(flat), "--size", "8", "--resize", "8"]
+    done = RUNNER.invoke(app, ["plan", NET, *images, "--picture", str(picture), "--max-divergence", "0.1", "--json"])
+    assert done.exit_code == 0, done.output
+    plan = json.loads(done.stdout)
+    assert len(plan["curve"]) > 2
+    assert plan["expected_divergence"] <= 0.1
+    assert picture.read_text().startswith("<svg")
+    _fails(["plan", NET, "--picture", str(picture)], "give --calibration FOLDER")

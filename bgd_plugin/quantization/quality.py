@@ -1,0 +1,77 @@
+"""Keep a bound on the divergence: what was measured corrects what was expected, and the sizes are chosen again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from bgd_plugin.report.report import Quantized, Report
+
+__all__ = ["within_bound"]
+
+_PASSES = 3
+_SLACK = 1.5
+"""A file whose divergence is this many times below the bound is larger than it need be."""
+_MARGIN = 0.85
+"""Share of the bound at which a corrected pass aims: the next measurement will differ a little, too."""
+
+
+def within_bound(run: Callable[[float, int], Quantized], bound: float) -> Quantized:
+    """The smallest compressed network whose measured divergence is within a bound.
+
+    Args:
+        run: compresses with sizes chosen under a correction of the expected divergences (measured over expected); its
+            second argument is the number of the pass, from 0.
+        bound: on the divergence.
+
+    Returns:
+        of at most three passes, the smallest file within the bound; if none is, the one nearest to it, and its report
+        says that the bound was missed.
+    """
+    results: list[Quantized] = []
+    realized = 1.0
+    for number in range(_PASSES):
+        result = run(realized, number)
+        results.append(result)
+        correction = _correction(result.report, bound, is_first=number == 0)
+        if correction is None or any(_same_sizes(result.report, before.report) for before in results[:-1]):
+            break
+        realized *= correction
+    return _best(results, bound)
+
+
+def _correction(report: Report, bound: float, *, is_first: bool) -> float | None:
+    """By how much the next pass corrects its expectations; None where this pass is good enough."""
+    answers, expected = report.answers, report.expected_divergence
+    if answers is None or not expected or not answers.divergence:
+        return None
+    is_within = answers.divergence <= bound
+    is_wasteful = answers.divergence * _SLACK < bound and is_first
+    if is_within and not is_wasteful:
+        return None
+    return answers.divergence / expected / _MARGIN
+
+
+def _same_sizes(one: Report, other: Report) -> bool:
+    sizes = [[(x.name, x.block_size, x.codebook_size) for x in report.layers] for report in (one, other)]
+    return sizes[0] == sizes[1]
+
+
+def _best(results: list[Quantized], bound: float) -> Quantized:
+    def divergence(result: Quantized) -> float:
+        answers = result.report.answers
+        return 0.0 if answers is None else answers.divergence
+
+    within = [result for result in results if divergence(result) <= bound]
+    if within:
+        best = min(within, key=lambda result: result.report.compressed_bytes)
+        note = f"bound: kept, divergence {divergence(best):.3g} of {bound:g}"
+    else:
+        best = min(results, key=divergence)
+        note = (
+            f"bound: missed, divergence {divergence(best):.3g} where {bound:g} was asked for: give more calibration "
+            "samples, or let more layers be chosen (first_layer, depthwise_conv, overrides)"
+        )
+    note += f", after {len(results)} passes" if len(results) > 1 else ""
+    report = dataclasses.replace(best.report, notes=(*best.report.notes, note))
+    return Quantized(best.model, report)
