@@ -1,7 +1,7 @@
 """Settings for the network, for a layer, and for each training stage: frozen, and validated on creation."""
 
-from bgd_plugin.config.layer import BLOCK_SIZES, MAX_CODEBOOK_SIZE, LayerConfig
-from bgd_plugin.config.network import FAMILIES, BGDConfig
+from bgd_plugin.config.layer import BLOCK_SIZES, FAMILIES, MAX_CODEBOOK_SIZE, LayerConfig
+from bgd_plugin.config.network import BGDConfig
 from bgd_plugin.config.training import DistillationConfig, FinetuningConfig, ReconstructionConfig
 
 __all__ = [

@@ -6,7 +6,7 @@ from typing import Any
 
 from bgd_plugin.errors import ConfigError
 
-__all__ = ["check", "check_choice", "counts"]
+__all__ = ["check", "check_budget", "check_choice", "counts"]
 
 
 def check(condition: bool, message: str) -> None:
@@ -22,3 +22,28 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 def counts(value: Any) -> bool:
     """Whether a value is an integer of at least 1."""
     return isinstance(value, int) and value >= 1
+
+
+def check_budget(target_bytes: Any, target_ratio: Any, max_divergence: Any) -> None:
+    """Reject a budget that is no number of its kind, and two budgets.
+
+    Raises:
+        ConfigError: saying what to give.
+    """
+    given = {"target_bytes": target_bytes, "target_ratio": target_ratio, "max_divergence": max_divergence}
+    given = {name: value for name, value in given.items() if value is not None}
+    check(len(given) < 2, f"{' and '.join(f'{n}={v}' for n, v in given.items())}: give only one of them")
+    is_bound = isinstance(max_divergence, (int, float)) and 0 < max_divergence < float("inf")
+    check(
+        max_divergence is None or is_bound,
+        f"max_divergence={max_divergence!r}: give a positive number, such as 0.02, or None for no bound",
+    )
+    check(
+        target_bytes is None or counts(target_bytes),
+        f"target_bytes={target_bytes!r}: give an integer number of bytes, or None for no budget",
+    )
+    is_ratio = isinstance(target_ratio, (int, float)) and 1 < target_ratio < float("inf")
+    check(
+        target_ratio is None or is_ratio,
+        f"target_ratio={target_ratio!r}: give a compression ratio above 1, such as 20 for a file 20 times smaller",
+    )

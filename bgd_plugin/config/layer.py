@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from bgd_plugin.config.checks import check
 
-__all__ = ["BLOCK_SIZES", "MAX_CODEBOOK_SIZE", "LayerConfig"]
+__all__ = ["BLOCK_SIZES", "FAMILIES", "MAX_CODEBOOK_SIZE", "LayerConfig"]
 
+# Kinds of layer with their own setting; `first_layer`, `depthwise_conv` and `embedding` stay float by default.
+FAMILIES = ("conv", "pointwise_conv", "depthwise_conv", "linear", "embedding", "first_layer")
 MAX_CODEBOOK_SIZE = 65536
 BLOCK_SIZES = {"conv": 9, "pointwise_conv": 4, "depthwise_conv": 9, "linear": 4, "embedding": 4}
 """The default block size of each kind of layer."""

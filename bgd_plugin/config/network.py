@@ -8,40 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bgd_plugin.config.checks import check, check_choice, counts
-from bgd_plugin.config.layer import BLOCK_SIZES, LayerConfig
+from bgd_plugin.config.checks import check, check_budget, check_choice, counts
+from bgd_plugin.config.layer import BLOCK_SIZES, FAMILIES, LayerConfig
 from bgd_plugin.config.paper import paper_settings
 from bgd_plugin.config.parsing import Override, checked_overrides, nested, nested_overrides
 from bgd_plugin.config.training import DistillationConfig, FinetuningConfig, ReconstructionConfig
 from bgd_plugin.errors import ConfigError
 
-__all__ = ["FAMILIES", "BGDConfig"]
+__all__ = ["BGDConfig"]
 
 CONFIG_VERSION = 1
-
-
-def _check_budget(target_bytes: Any, target_ratio: Any, max_divergence: Any) -> None:
-    given = {"target_bytes": target_bytes, "target_ratio": target_ratio, "max_divergence": max_divergence}
-    given = {name: value for name, value in given.items() if value is not None}
-    check(len(given) < 2, f"{' and '.join(f'{n}={v}' for n, v in given.items())}: give only one of them")
-    is_bound = isinstance(max_divergence, (int, float)) and 0 < max_divergence < float("inf")
-    check(
-        max_divergence is None or is_bound,
-        f"max_divergence={max_divergence!r}: give a positive number, such as 0.02, or None for no bound",
-    )
-    check(
-        target_bytes is None or counts(target_bytes),
-        f"target_bytes={target_bytes!r}: give an integer number of bytes, or None for no budget",
-    )
-    is_ratio = isinstance(target_ratio, (int, float)) and 1 < target_ratio < float("inf")
-    check(
-        target_ratio is None or is_ratio,
-        f"target_ratio={target_ratio!r}: give a compression ratio above 1, such as 20 for a file 20 times smaller",
-    )
-
-
-# Kinds of layer with their own setting; `first_layer`, `depthwise_conv` and `embedding` stay float by default.
-FAMILIES = ("conv", "pointwise_conv", "depthwise_conv", "linear", "embedding", "first_layer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +112,7 @@ class BGDConfig:
         check_choice("float_storage", self.float_storage, ("float16", "float32"))
         check(isinstance(self.preserve_zeros, bool), f"preserve_zeros={self.preserve_zeros!r}: give True or False")
         check(counts(self.em_iterations), f"em_iterations={self.em_iterations}: give at least 1")
-        _check_budget(self.target_bytes, self.target_ratio, self.max_divergence)
+        check_budget(self.target_bytes, self.target_ratio, self.max_divergence)
         aside = self.kept_aside
         is_share = isinstance(aside, (int, float)) and 0 <= aside <= 0.5
         check(is_share, f"kept_aside={aside!r}: give a share of the samples, from 0 to 0.5")

@@ -96,10 +96,7 @@ def _examine(
     if functional and target == first.name:
         name = module_around(first) or function_of(first).__name__
         return LeftLayer(name=name, reason="its weight is computed in the graph, not a parameter")
-    name = _user_name(graph_module, target) if functional else target
-    owner = graph_module.get_submodule(target.rpartition(".")[0] if functional else target)
-    attribute = target.rpartition(".")[2] if functional else "weight"
-    weight = owner._parameters.get(attribute)
+    name, owner, weight = _held(graph_module, target, functional=functional)
     if weight is None:
         return LeftLayer(
             name=name, reason="its weight is not a parameter (a hook, such as a norm's, computes it): bake it first"
@@ -133,6 +130,13 @@ def _examine(
         tied=tied,
         layout=layout_of(kind, groups) if functional else AS_IT_IS,
     )
+
+
+def _held(graph_module: fx.GraphModule, target: str, *, functional: bool) -> tuple[str, nn.Module, nn.Parameter | None]:
+    """What users call the layer at a target, the module that holds its weight, and the weight if it is a parameter."""
+    path, _, attribute = target.rpartition(".") if functional else (target, "", "weight")
+    owner = graph_module.get_submodule(path)
+    return _user_name(graph_module, target) if functional else target, owner, owner._parameters.get(attribute)
 
 
 def _tied_to(graph_module: fx.GraphModule, target: str, nodes: list[fx.Node]) -> tuple[str, ...]:
