@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import glob
 import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,7 +22,7 @@ from pydantic import create_model
 from torch import nn
 
 import bgd_plugin as bgd
-from bgd_plugin import BGDConfig, integration
+from bgd_plugin import BGDConfig, LayerConfig, integration
 from bgd_plugin.integration import CheckpointError, ConfigError, PQModule
 
 __all__ = ["BGDModeConfig", "BGDModeDescriptor", "BGDModeRegistry", "quantize", "register", "report"]
@@ -119,7 +120,7 @@ class BGDModeDescriptor(ModeDescriptor):
 def _convert(model: nn.Module, config: Any, forward_loop: ForwardLoop | None = None) -> tuple[nn.Module, Any]:
     _check_before(model)
     before = integration.placement_of(model)
-    settings = _core_config(config)
+    settings = _core_config(config, model)
     for pattern, setting in settings.overrides:
         twice = [path for path in before if setting is not None and fnmatch.fnmatchcase(path, pattern)]
         if twice:
@@ -185,22 +186,43 @@ def _fingerprint(layer: PQModule) -> str:
     return digest.hexdigest()
 
 
-def _core_config(config: Any) -> BGDConfig:
+def _core_config(config: Any, model: nn.Module) -> BGDConfig:
+    """The settings; what an override leaves out is what the config says of the layer's kind."""
     values = config.model_dump()
-    overrides = values["overrides"]
-    if isinstance(overrides, Mapping):
-        values["overrides"] = [(pattern, _setting(pattern, entry)) for pattern, entry in overrides.items()]
-    return BGDConfig.from_dict(values)
+    overrides = values.pop("overrides")
+    result = BGDConfig.from_dict(values)
+    if not isinstance(overrides, Mapping):
+        return dataclasses.replace(result, overrides=BGDConfig.from_dict({"overrides": overrides}).overrides)
+    families = integration.layers_in(model)[0] if overrides else {}
+    complete: list[tuple[str, LayerConfig | None]] = []
+    for pattern, entry in overrides.items():
+        setting = _setting(pattern, entry)
+        names = [name for name in families if fnmatch.fnmatchcase(name, pattern)]
+        if setting is None or not names:  # the core says what is wrong with a name that matches nothing
+            complete.append((pattern, None if setting is None else LayerConfig(**setting)))
+            continue
+        for name in names:
+            own = getattr(result, families[name]) or LayerConfig()
+            complete.append((glob.escape(name), LayerConfig(**dataclasses.asdict(own) | setting)))
+    return dataclasses.replace(result, overrides=tuple(complete))
 
 
-def _setting(pattern: str, entry: Any) -> Any:
-    """An override in ModelOpt's words: `enable` switches a layer on or off."""
-    if not isinstance(entry, Mapping):
-        return entry
-    enabled = entry.get("enable", True)
+def _setting(pattern: str, entry: Any) -> dict[str, Any] | None:
+    """An override in ModelOpt's words, where `enable` switches a layer on or off; None keeps the layer float.
+
+    Raises:
+        ConfigError: what is no setting, or a field that no setting has.
+    """
+    fields = dataclasses.asdict(entry) if isinstance(entry, LayerConfig) else entry
+    if fields is None:
+        return None
+    known = {field.name for field in dataclasses.fields(LayerConfig)} | {"enable"}
+    if not isinstance(fields, Mapping) or set(fields) - known:
+        raise ConfigError(f"override {pattern!r}: found {entry!r}, give some of {', '.join(sorted(known))}, or None")
+    enabled = fields.get("enable", True)
     if not isinstance(enabled, bool):
         raise ConfigError(f"override {pattern!r}: enable={enabled!r}, give True or False")
-    return {key: value for key, value in entry.items() if key != "enable"} if enabled else None
+    return {key: value for key, value in fields.items() if key != "enable"} if enabled else None
 
 
 def _check_before(model: nn.Module) -> None:

@@ -181,6 +181,127 @@ def test_after_sparsity_and_its_export() -> None:
     assert set(integration.placement_of(model)) == {"2"}
 
 
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ({"codebook_size": 8}, (4, 8)),
+        ({"block_size": 8}, (8, 16)),
+        ({"enable": True}, (4, 16)),
+        ({"enable": True, "codebook_size": 8}, (4, 8)),
+        ({"enable": False, "codebook_size": 8}, None),
+        (None, None),
+    ],
+)
+def test_overrides_in_part(entry: Any, expected: Any) -> None:
+    model = PlainNet()
+    config = {"linear": {"codebook_size": 16}, "overrides": {"2": entry}}
+    adapter.quantize(model, config, loop(vectors()))
+    assert integration.placement_of(model).get("2") == expected
+
+
+def test_an_override_that_switches_on_goes_before_one_that_switches_off() -> None:
+    model = PlainNet()
+    adapter.quantize(model, {"overrides": {"4": {"enable": True}, "*": {"enable": False}}}, loop(vectors()))
+    assert set(integration.placement_of(model)) == {"4"}
+    with pytest.raises(ConfigError, match=r"override '2': found .*bits"):
+        adapter.quantize(PlainNet(), {"overrides": {"2": {"bits": 4}}}, loop(vectors()))
+
+
+class Student(nn.Module):
+    """Not a `Sequential`, which would run what ModelOpt adds to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = PlainNet()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.body(x)
+        return result
+
+
+def distilled(model: nn.Module) -> Any:
+    """The model with ModelOpt's distillation around it: the logits of a float network are the aim."""
+    import modelopt.torch.distill as mtd
+
+    config = {"teacher_model": Student().eval(), "criterion": mtd.LogitsDistillationLoss()}
+    return mtd.convert(model, mode=[("kd_loss", config)])
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss:UserWarning")
+def test_distillation_after_ours_trains_the_codebooks(tmp_path: Path) -> None:
+    import modelopt.torch.distill as mtd
+
+    model: Any = adapter.quantize(Student(), None, loop(vectors()))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    student = distilled(model)
+    optimizer = torch.optim.SGD((p for p in student.parameters() if p.requires_grad), lr=1.0)
+    student.train()
+    student(vectors()[0])
+    student.compute_kd_loss().backward()
+    optimizer.step()
+    model = mtd.export(student)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert "body.2.codebook" in changed
+    assert not any(name.endswith("codes") for name in changed)
+    mto.save(model, tmp_path / "model.pt")
+    again = mto.restore(Student(), tmp_path / "model.pt")
+    assert same_state(model, again)
+
+
+def test_distillation_before_ours_is_refused_until_its_export() -> None:
+    import modelopt.torch.distill as mtd
+
+    student = distilled(Student())
+    with pytest.raises(ConfigError, match=r"mode of ModelOpt.*export first"):
+        adapter.quantize(student, None, loop(vectors()))
+    model = adapter.quantize(mtd.export(student), None, loop(vectors()))
+    assert set(integration.placement_of(model)) == {"body.2", "body.4"}
+
+
+def pruned(model: nn.Module) -> nn.Module:
+    """The model without some of its channels, by ModelOpt's search."""
+    pytest.importorskip("torchprofile", reason="ModelOpt counts parameters by torchprofile, which is not installed")
+    import modelopt.torch.prune as mtp
+
+    images = torch.randn(4, 3, 12, 12)
+    config = {
+        "data_loader": [(images, torch.zeros(4))],
+        "score_func": lambda m: 0.5,
+        "verbose": False,
+        "checkpoint": None,
+    }
+    result: nn.Module = mtp.prune(model, "fastnas", {"params": "80%"}, images, config)[0]
+    return result
+
+
+def wide() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 3),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 5),
+    ).eval()
+
+
+@pytest.mark.filterwarnings("ignore:modelopt data queue not filled:UserWarning")
+def test_pruning_then_ours_and_never_after(tmp_path: Path) -> None:
+    narrow = pruned(wide())
+    assert sum(p.numel() for p in narrow.parameters()) < sum(p.numel() for p in wide().parameters())
+    images = [torch.randn(4, 3, 12, 12)]
+    model = adapter.quantize(narrow.eval(), {"overrides": {"8": None}}, loop(images))
+    assert "3" in integration.placement_of(model)
+    mto.save(model, tmp_path / "model.pt")
+    assert same_state(mto.restore(wide(), tmp_path / "model.pt"), model)
+    with pytest.raises(Exception, match=r"bgd|fastnas|mode"):
+        pruned(model)
+
+
 def test_a_model_that_modelopt_has_quantized_is_an_error() -> None:
     model = PlainNet()
     with warnings.catch_warnings():

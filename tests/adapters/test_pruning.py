@@ -214,12 +214,12 @@ def _quantized(model: nn.Module | None = None) -> Any:
 @pytest.mark.parametrize("name", ["weight", "codebook"])
 def test_nn_utils_prune_after_quantization_is_refused(name: str) -> None:
     layer = _quantized().get_submodule("2")
-    with pytest.raises(ConfigError, match=r"PQLinear\(.*\) holds codewords and codes, .* quantize last"):
+    with pytest.raises(ConfigError, match=r"PQLinear\(.*\) has codewords and codes, .* then quantize"):
         prune.l1_unstructured(layer, name, 0.5)
 
 
 def test_a_weight_put_into_a_quantized_layer_is_refused() -> None:
-    with pytest.raises(ConfigError, match="prune the float network first, quantize last"):
+    with pytest.raises(ConfigError, match="prune the float network first, then quantize"):
         _quantized().get_submodule("2").weight = nn.Parameter(torch.zeros(32, 32))
 
 
@@ -256,7 +256,7 @@ def test_a_pruning_pass_after_ours_is_refused() -> None:
     with pytest.raises(Exception, match="running the '_Magnitude' pass after the following passes") as info:
         PassManager(passes=[ours, _Magnitude()])(fx.symbolic_trace(PlainNet().eval()))
     assert isinstance(info.value.__cause__, ConfigError)
-    assert "prune the float network first, quantize last" in str(info.value.__cause__)
+    assert "prune the float network first, then quantize" in str(info.value.__cause__)
 
 
 def test_two_to_four_of_torch_ao_keeps_exactly_its_mask(tmp_path: Path) -> None:
@@ -334,3 +334,96 @@ def test_a_file_of_another_network_is_refused(network: Callable[[], nn.Module], 
         other[0] = nn.Linear(12, 16)
     with pytest.raises(CheckpointError, match=message):
         narrowed(other, path)
+
+
+class Scaled(nn.Module):
+    """A factor for each channel, as a parameter of its own."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class Attending(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.last = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)[:, None]
+        return self.last(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+def upsampling(width: int, affine: bool = True) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3),
+        nn.InstanceNorm2d(width, affine=affine, track_running_stats=affine),
+        nn.PReLU(width),
+        nn.ConvTranspose2d(width, width, 2, stride=2),
+        nn.GroupNorm(4, width),
+        Scaled(width),
+        nn.ConvTranspose2d(width, width, 3, groups=width),
+        nn.BatchNorm2d(width),
+        nn.Conv2d(width, 5, 1),
+    )
+
+
+NARROWED: dict[str, tuple[Callable[[int], nn.Module], int, int, Callable[[], list[Tensor]]]] = {
+    "transposed, instance norm, PReLU, parameter": (upsampling, 32, 16, lambda: images(size=10)),
+    "attention with fewer heads": (lambda width: Attending(width, width // 8), 32, 16, vectors),
+    "embedding": (
+        lambda width: nn.Sequential(nn.Embedding(40, width), nn.Linear(width, 32), nn.Linear(32, 4)),
+        24,
+        16,
+        lambda: [torch.arange(12).reshape(3, 4)],
+    ),
+}
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("case", NARROWED)
+def test_layers_of_every_kind_are_narrowed(case: str, freeze: bool, tmp_path: Path) -> None:
+    build, dense, narrow_width, data = NARROWED[case]
+    torch.manual_seed(0)
+    model = build(narrow_width).eval()
+    result = bgd.quantize(model, data(), em(freeze_norms=freeze), progress=False)
+    bgd.save(result.model, tmp_path / "net.safetensors")
+    wide = build(dense).eval()
+    like = narrowed(wide, tmp_path / "net.safetensors")
+    assert all(parameter.is_meta for parameter in like.parameters())
+    assert {k: v.shape for k, v in like.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert repr(like) == repr(model)
+    net = bgd.load(tmp_path / "net.safetensors", like=like)
+    with torch.no_grad():
+        assert torch.equal(net(data()[0]), result.model(data()[0]))
+
+
+def beside_a_quantized_layer(module: nn.Module, path: Path) -> nn.Module:
+    """A network with a module of the test, saved; what a dense one would hold is for the caller."""
+    network = nn.Sequential(nn.Linear(32, 32), module, nn.Linear(32, 4)).eval()
+    config = bgd.BGDConfig(first_layer=LayerConfig(block_size=4, codebook_size=16))
+    bgd.save(bgd.quantize_weights(network, config).model, path)
+    return network
+
+
+@pytest.mark.parametrize(
+    ("saved", "dense", "message"),
+    [
+        (nn.LSTM(8, 16), nn.LSTM(8, 32), "the widths of a LSTM are not told by one tensor"),
+        (nn.GroupNorm(3, 12), nn.GroupNorm(8, 16), "8 groups do not divide 12 channels"),
+        (nn.Conv2d(8, 12, 3, groups=4), nn.Conv2d(16, 24, 3, groups=8), "8 groups do not divide its channels"),
+    ],
+    ids=["recurrent", "group norm", "groups"],
+)
+def test_a_width_that_the_file_does_not_tell_is_an_error_that_names_like(
+    saved: nn.Module, dense: nn.Module, message: str, tmp_path: Path
+) -> None:
+    network: Any = beside_a_quantized_layer(saved, tmp_path / "net.safetensors")
+    network[1] = dense
+    with pytest.raises(CheckpointError, match=rf"'1': {message}; build .* give it to bgd_plugin\.load as like="):
+        narrowed(network, tmp_path / "net.safetensors")

@@ -51,7 +51,10 @@ def save(model: Any, checkpoint_dir: str = "saved_results", format: str = "defau
         ConfigError: a format other than "default".
     """
     if getattr(format, "value", format) != "default":
-        raise ConfigError(f"format={format!r}: a network quantized by {ALGORITHM!r} is saved in the format 'default'")
+        raise ConfigError(
+            f"format={format!r}: a network quantized by {ALGORITHM!r} is saved in the format 'default'; for a folder "
+            "of transformers, use quantize_pretrained of the transformers adapter"
+        )
     folder = Path(checkpoint_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _MANIFEST).unlink(missing_ok=True)  # from here on, nobody reads the folder until all is there
@@ -71,28 +74,48 @@ def save(model: Any, checkpoint_dir: str = "saved_results", format: str = "defau
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=4), encoding="utf-8")
 
 
-def load(checkpoint_dir: str, original_model: nn.Module, device: str = "cpu") -> Any:
-    """Read a quantized network from a folder; neural-compressor's own `load` knows only its own algorithms.
+def load(
+    model_name_or_path: str | None = None,
+    original_model: nn.Module | None = None,
+    format: str = "default",
+    device: str = "cpu",
+    *,
+    checkpoint_dir: str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Read a quantized network from a folder, with the arguments of neural-compressor's own `load`.
 
-    A folder without a layer of ours, as it is saved where `autotune` picks another algorithm, goes to that `load`,
-    which takes the layers that are not quantized from `original_model`.
+    That one knows only its own algorithms. A folder without a layer of ours, as it is saved where `autotune` picks
+    another algorithm, goes to it; so does a model of the format "huggingface", unless it is ours.
 
     Args:
-        checkpoint_dir: the folder.
+        model_name_or_path: the folder.
         original_model: a network of the same architecture; it is left untouched, and its weights are not used.
+        format: "default", or "huggingface" for a model that neural-compressor reads itself.
         device: where the result goes.
+        checkpoint_dir: the folder by its older name.
+        **kwargs: for neural-compressor's own `load`.
 
     Returns:
         the network in evaluation mode, with the outputs of the one that was saved, bit by bit.
 
     Raises:
         CheckpointError: a file is missing, was edited, or does not fit `original_model`.
+        ConfigError: no folder, no network, or a folder of ours in a format that is not its own.
     """
     from bgd_plugin_adapters.neural_compressor.model import as_quantized_
 
-    folder = Path(checkpoint_dir).expanduser()
+    if (model_name_or_path is None) == (checkpoint_dir is None):
+        raise ConfigError("load: give the folder, as model_name_or_path")
+    folder = Path(str(model_name_or_path or checkpoint_dir)).expanduser()
+    if getattr(format, "value", format) != "default":
+        _require_not_ours(folder, format)
+        return neural_compressor_load(str(model_name_or_path), original_model, format, device, **kwargs)
+    if original_model is None:
+        raise ConfigError("load: give original_model, a network of the same architecture")
     if _is_theirs(folder):
-        return neural_compressor_load(str(folder), original_model=copy.deepcopy(original_model), device=device)
+        their_model = copy.deepcopy(original_model)
+        return neural_compressor_load(str(folder), original_model=their_model, device=device, **kwargs)
     _check_files(folder)
     mapping = _read_mapping(folder / QCONFIG_NAME)
     network = copy.deepcopy(original_model)
@@ -102,6 +125,19 @@ def load(checkpoint_dir: str, original_model: nn.Module, device: str = "cpu") ->
     like = without_foreign(traced(network))
     result = restored(bgd.load(folder / _NETWORK, like=like), foreign)
     return as_quantized_(result, mapping, None).eval().to(device)
+
+
+def _require_not_ours(folder: Path, format: Any) -> None:
+    """Refuse to hand a folder of ours to a reader that would fill its layers with random numbers."""
+    if (folder / _MANIFEST).exists():
+        raise ConfigError(f"{folder} was saved in the format 'default': load it without format={format!r}")
+    config = folder / "config.json"
+    values = _parsed(config, json.loads) if config.is_file() else {}
+    if isinstance(values, dict) and (values.get("quantization_config") or {}).get("quant_method") == ALGORITHM:
+        raise ConfigError(
+            f"{folder} is a transformers folder that bgd_plugin wrote: call load_adapter('transformers'), then "
+            "from_pretrained"
+        )
 
 
 def _with_their_layers(folder: Path, network: nn.Module) -> nn.Module:

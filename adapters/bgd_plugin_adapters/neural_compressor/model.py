@@ -24,6 +24,14 @@ class QuantizedModel(nn.Module):
     What it holds survives `copy.deepcopy`, also of a `GraphModule`, which forgets its attributes but keeps its `meta`.
     """
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle by a class that can be imported, with all that is held here."""
+        held = dict(self._held())
+        if isinstance(self, fx.GraphModule):
+            rebuild, arguments = self.__reduce__()
+            return _unpickled_graph, (rebuild, arguments, held)
+        return _blank, (_float_class(type(self)),), self.__getstate__()  # type: ignore[no-untyped-call]
+
     def _held(self) -> dict[str, Any]:
         place: dict[str, Any] = self.meta if isinstance(self, fx.GraphModule) else self.__dict__
         held: dict[str, Any] = place.setdefault(_KEY, {"qconfig": {}, "report": None})
@@ -83,6 +91,23 @@ def as_quantized_(model: nn.Module, qconfig: dict[Any, Any], report: integration
     result: Any = model
     result._held().update(qconfig=_ours_first(qconfig), report=report)
     return result
+
+
+def _float_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of the network before `QuantizedModel` was mixed in."""
+    bases: tuple[Any, ...] = kind.__bases__
+    base: type[nn.Module] = bases[1] if bases[0] is QuantizedModel else kind
+    return base
+
+
+def _blank(kind: type[nn.Module]) -> nn.Module:
+    """An object without state, of the class of a quantized network."""
+    mixed: type[nn.Module] = type(kind.__name__, (QuantizedModel, kind), {"__module__": kind.__module__})
+    return mixed.__new__(mixed)
+
+
+def _unpickled_graph(rebuild: Callable[..., Any], arguments: Any, held: dict[str, Any]) -> Any:
+    return as_quantized_(rebuild(*arguments), held["qconfig"], held["report"])
 
 
 def _ours_first(qconfig: dict[Any, Any]) -> dict[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from neural_compressor.common.base_config import ComposableConfig
 from neural_compressor.torch.quantization import (
     AWQConfig,
     GPTQConfig,
+    HQQConfig,
     RTNConfig,
     TuningConfig,
     autotune,
@@ -132,3 +134,44 @@ def test_autotune_stops_where_the_loss_is_tolerable() -> None:
     best: Any = autotune(conv_net(), tuning, lambda m: trials.append(m) or _agreement(m), run_fn=RUN)
     assert trials[-1] is best
     assert _agreement(best) >= 0.8
+
+
+def _accounted(model: Any, report: Any) -> set[str]:
+    """Layers that are product-quantized, quantized by others, or named in the report as float; each must be one."""
+    found = kinds(model)
+    ours = {name for name, kind in found.items() if kind.startswith("PQ")}
+    theirs = {name for name, m in model.named_modules() if type(m).__module__.startswith("neural_compressor")}
+    return ours | theirs | {skipped.name for skipped in report.skipped}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours_first"),
+    [
+        (RTNConfig(), True),
+        (RTNConfig(), False),
+        (RTNConfig(dtype="nf4"), True),
+        (RTNConfig(dtype="nf4"), False),
+        (HQQConfig(), True),  # what it leaves runs in half precision alone, so that it cannot come before calibration
+    ],
+)
+def test_every_float_layer_is_accounted_for_beside_their_algorithms(theirs: Any, ours_first: bool) -> None:
+    ours = BGDConfig(white_list=["conv"])
+    model: Any = conv_net()
+    for config in (ours, theirs) if ours_first else (theirs, ours):
+        model = quantize(model, config, run_fn=RUN)
+    layers = {name for name, m in conv_net().named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    assert layers <= _accounted(model, model.report)
+    assert kinds(model)["conv"] == PQ[0]
+    assert isinstance(theirs, HQQConfig) or bool(model(IMAGES[0]).isfinite().all())
+
+
+def test_lora_is_merged_before_or_quantized_along() -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    settings = peft.LoraConfig(r=4, target_modules=["fc1", "fc2"], init_lora_weights=False)
+    with_lora = peft.get_peft_model(conv_net(), settings).eval()
+    merged = quantize(copy.deepcopy(with_lora).merge_and_unload(), BGDConfig(), run_fn=RUN)
+    assert kinds(merged)["fc1"] == "PQLinear"
+    along = quantize(with_lora, BGDConfig(white_list=["base_model.model.fc1.base_layer"]), run_fn=RUN)
+    assert kinds(along)["base_model.model.fc1.base_layer"] == "PQLinear"
+    assert kinds(along)["base_model.model.fc1.lora_A.default"] == "Linear"
+    assert torch.allclose(along(IMAGES[0]), with_lora(IMAGES[0]), atol=0.5)

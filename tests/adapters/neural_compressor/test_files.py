@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,41 @@ def test_a_folder_of_a_newer_library(folder: Path) -> None:
 def test_another_network(saved: Path) -> None:
     with pytest.raises(CheckpointError, match="does not fit"):
         load(str(saved), linears())
+
+
+def test_the_arguments_are_those_of_neural_compressors_load(saved: Path) -> None:
+    expected = _model()(IMAGES[0])
+    for one in (
+        load(model_name_or_path=str(saved), original_model=conv_net()),
+        load(str(saved), original_model=conv_net(), format="default", device="cpu"),
+        load(checkpoint_dir=str(saved), original_model=conv_net()),
+    ):
+        assert torch.equal(one(IMAGES[0]), expected)
+    with pytest.raises(ConfigError, match="give the folder"):
+        load(original_model=conv_net())
+    with pytest.raises(ConfigError, match="give original_model"):
+        load(str(saved))
+
+
+def test_the_format_of_hugging_face_is_refused_for_ours(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="saved in the format 'default'"):
+        load(str(saved), format="huggingface")
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "bgd"}}')
+    with pytest.raises(ConfigError, match=r"load_adapter\('transformers'\)"):
+        load(str(tmp_path), format="huggingface")
+
+
+@pytest.mark.parametrize("is_traced", [False, True])
+def test_pickled_with_its_state(is_traced: bool) -> None:
+    net: Any = torch.fx.symbolic_trace(conv_net()) if is_traced else conv_net()
+    model = inc.quantize(net, BGDConfig(seed=3), run_fn=feed(IMAGES))
+    again = pickle.loads(pickle.dumps(model))
+    assert isinstance(again, QuantizedModel)
+    assert torch.equal(again(IMAGES[0]), model(IMAGES[0]))
+    assert again.qconfig == model.qconfig
+    assert again.report == model.report
+    third = pickle.loads(pickle.dumps(again))
+    assert torch.equal(third(IMAGES[0]), model(IMAGES[0]))
 
 
 def test_no_folder_and_another_format(tmp_path: Path) -> None:
