@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from bgd_plugin.kernels.llvm import Loop, compiled, define, pieces, read_codes
+from bgd_plugin.kernels.llvm import Loop, compiled, define, pieces, read_codes, vector_registers
 from bgd_plugin.kernels.vectors import fma, load, masked, total, tree, zero
 
 __all__ = ["dot_program"]
+
+_ROWS = 4
+"""Rows worked on at once."""
 
 
 @cache
@@ -16,50 +20,87 @@ def dot_program(block_size: int, code_bits: int, has_mask: bool) -> Any:
     """`output[r] = Σ_i ⟨input block i, codeword of codes[r, i]⟩` for one input, in float32.
 
     A codeword is one or two vectors of the codebook, which lies in the innermost cache; the weight exists in registers
-    alone. Several sums are kept apart, so that none waits for another.
+    alone. Several sums are kept apart, so that none waits for another. A few rows at a time share the input's
+    vectors, because the loads are what takes the time.
 
     The function takes the addresses of input `[columns]`, codebook `[codebook_size, block_size]`, codes, mask (bytes
     `[rows, columns]`, where it has one) and output `[rows]`, then `first`, `last` and `blocks`.
     """
     from llvmlite import ir
 
-    module, builder, a = define("dot", ("input", "codebook", "codes", "mask", "output"), ("first", "last", "blocks"))
-    whole, single = ir.IntType(64), ir.FloatType()
-    cuts = pieces(block_size)
-    together = _unrolled(block_size)
-    zeros = [zero(lanes) for _, lanes in cuts]
-
-    def products(base: Any, start: Any, count: int, sums: list[Any]) -> list[Any]:
-        """The sums with `count` more blocks; each block has its own, as long as there are so many."""
-        result = list(sums)
-        for i, code in enumerate(read_codes(builder, a["codes"], builder.add(base, start), count, code_bits)):
-            at = builder.mul(builder.add(start, whole(i)), whole(block_size))
-            word = builder.mul(code, whole(block_size))
-            for j, (offset, lanes) in enumerate(cuts):
-                x = load(builder, a["input"], builder.add(at, whole(offset)), lanes)
-                if has_mask:
-                    place = builder.add(builder.mul(base, whole(block_size)), builder.add(at, whole(offset)))
-                    x = masked(builder, a["mask"], place, x, lanes)
-                c = load(builder, a["codebook"], builder.add(word, whole(offset)), lanes)
-                result[i * len(cuts) + j] = fma(builder, x, c, result[i * len(cuts) + j])
-        return result
-
-    with Loop(builder, a["first"], a["last"]) as rows:
-        base = builder.mul(rows.index, a["blocks"])
-        many = builder.and_(a["blocks"], whole(-together))
-        with Loop(builder, whole(0), many, together, zeros * together) as blocks:
-            blocks.carry(products(base, blocks.index, together, blocks.values))
-        with Loop(builder, many, a["blocks"], 1, blocks.values) as rest:
-            rest.carry(products(base, rest.index, 1, rest.values))
-        result = single(0.0)
-        for j, (_, lanes) in enumerate(cuts):
-            result = builder.fadd(result, total(builder, tree(builder, rest.values[j :: len(cuts)]), lanes))
-        builder.store(result, builder.gep(a["output"], [rows.index], source_etype=single), align=4)
+    pointers = ("input", "codebook", "codes", "mask", "output")
+    module, builder, a = define("dot", pointers, ("first", "last", "blocks"))
+    kind = _Kind(builder=builder, a=a, block_size=block_size, code_bits=code_bits, has_mask=has_mask)
+    whole = ir.IntType(64)
+    many = builder.add(a["first"], builder.and_(builder.sub(a["last"], a["first"]), whole(-_ROWS)))
+    with Loop(builder, a["first"], many, _ROWS) as rows:
+        _sum_rows(kind, [builder.add(rows.index, whole(i)) for i in range(_ROWS)])
+    with Loop(builder, many, a["last"]) as rest:
+        _sum_rows(kind, [rest.index])
     builder.ret_void()
     return compiled(module)
 
 
-def _unrolled(block_size: int) -> int:
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """The function that is being built, and what it is for."""
+
+    builder: Any
+    a: dict[str, Any]
+    block_size: int
+    code_bits: int
+    has_mask: bool
+
+
+def _sum_rows(kind: _Kind, rows: list[Any]) -> None:
+    """The outputs of some rows, which share what is read of the input."""
+    from llvmlite import ir
+
+    builder, a, whole = kind.builder, kind.a, ir.IntType(64)
+    cuts = pieces(kind.block_size)
+    together = _unrolled(kind.block_size, len(rows))
+    bases = [builder.mul(row, a["blocks"]) for row in rows]
+    many = builder.and_(a["blocks"], whole(-together))
+    zeros = [zero(lanes) for _ in rows for _, lanes in cuts] * together
+    with Loop(builder, whole(0), many, together, zeros) as blocks:
+        blocks.carry(_products(kind, bases, blocks.index, together, blocks.values))
+    with Loop(builder, many, a["blocks"], 1, blocks.values) as rest:
+        rest.carry(_products(kind, bases, rest.index, 1, rest.values))
+    per_block = len(rows) * len(cuts)
+    for i, row in enumerate(rows):
+        result = ir.FloatType()(0.0)
+        for j, (_, lanes) in enumerate(cuts):
+            sums = rest.values[i * len(cuts) + j :: per_block]
+            result = builder.fadd(result, total(builder, tree(builder, sums), lanes))
+        builder.store(result, builder.gep(a["output"], [row], source_etype=ir.FloatType()), align=4)
+
+
+def _products(kind: _Kind, bases: list[Any], start: Any, count: int, sums: list[Any]) -> list[Any]:
+    """The sums with `count` more blocks; each block of each row has its own, piece by piece."""
+    from llvmlite import ir
+
+    builder, a, whole = kind.builder, kind.a, ir.IntType(64)
+    cuts = pieces(kind.block_size)
+    result = list(sums)
+    codes = [read_codes(builder, a["codes"], builder.add(base, start), count, kind.code_bits) for base in bases]
+    for i in range(count):
+        column = builder.mul(builder.add(start, whole(i)), whole(kind.block_size))
+        for j, (offset, lanes) in enumerate(cuts):
+            at = builder.add(column, whole(offset))
+            x = load(builder, a["input"], at, lanes)
+            for k, base in enumerate(bases):
+                own = x
+                if kind.has_mask:
+                    own = masked(
+                        builder, a["mask"], builder.add(builder.mul(base, whole(kind.block_size)), at), x, lanes
+                    )
+                word = builder.add(builder.mul(codes[k][i], whole(kind.block_size)), whole(offset))
+                place = (i * len(bases) + k) * len(cuts) + j
+                result[place] = fma(builder, own, load(builder, a["codebook"], word, lanes), result[place])
+    return result
+
+
+def _unrolled(block_size: int, rows: int) -> int:
     """Blocks worked on at once: as many as their sums fit the registers."""
-    vectors = len(pieces(block_size))
-    return next((count for count in (8, 4, 2) if count * vectors <= 16), 1)
+    vectors = rows * len(pieces(block_size))
+    return next((count for count in (8, 4, 2) if count * vectors <= vector_registers() // 2), 1)

@@ -15,7 +15,7 @@ from functools import cache
 from types import TracebackType
 from typing import Any
 
-__all__ = ["AVAILABLE", "Loop", "compiled", "define", "pieces", "read_codes"]
+__all__ = ["AVAILABLE", "Loop", "compiled", "define", "pieces", "read_codes", "vector_registers"]
 
 _LANES = 16
 """Floats in the widest vector; LLVM splits it where the processor's are narrower."""
@@ -119,6 +119,16 @@ def read_codes(builder: Any, codes: Any, first: Any, count: int, bits: int) -> l
             code = builder.trunc(code, ir.IntType(bits)) if per_word > 1 else code
             found.append(builder.zext(code, whole))
     return found
+
+
+@cache
+def vector_registers() -> int:
+    """How many vectors the processor holds: 32, but for x86 without AVX-512."""
+    from llvmlite import binding
+
+    features = binding.get_host_cpu_features()
+    is_x86 = binding.get_process_triple().startswith(("x86", "i386", "i686"))
+    return 16 if is_x86 and not features.get("avx512f") else 32
 
 
 @cache

@@ -1,0 +1,180 @@
+"""Time of inference on a CPU: quantized layers and networks through the kernels, on the plain path, beside others.
+
+Run `python -m tests.benchmarks.inference` (`make bench-inference`). All arms of a subject take turns in one process;
+what is reported is the ratio to float in the same turn: its median, and the quartiles as spread. Weights are quantized
+without data (`quantize_weights`, blocks of 4 and 256 codewords unless said), which is as fast as any other choice of
+codes. `--clock cpu` counts the process's CPU-seconds instead of the wall clock, for machines that others use, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import bgd_plugin as bgd
+from bgd_plugin import kernels
+from bgd_plugin.nn import PQLinear, quantized
+from bgd_plugin.support.tables import table
+from tests.benchmarks.inference_networks import NETWORKS
+
+Arm = Callable[[], Any]
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """How an arm compares with float."""
+
+    subject: str
+    arm: str
+    milliseconds: float
+    ratio: float
+    """Float's time over this arm's in the same turn, the median: above 1 is faster than float."""
+    low: float
+    high: float
+
+
+def compare(subject: str, arms: dict[str, Arm], rounds: int, clock: Callable[[], float]) -> list[Timing]:
+    """Let the arms take turns, and compare each with the arm "float".
+
+    Args:
+        subject: what is timed.
+        arms: by name, what to call; "float" among them.
+        rounds: of all arms.
+        clock: in seconds.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for number in range(rounds + 1):
+        for name, call in arms.items():
+            start = clock()
+            call()
+            if number:  # the first turn compiles and measures
+                seconds[name].append(clock() - start)
+    found = []
+    for name, values in seconds.items():
+        ratios = [base / own for base, own in zip(seconds["float"], values, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        found.append(
+            Timing(
+                subject=subject,
+                arm=name,
+                milliseconds=1e3 * statistics.median(values),
+                ratio=middle,
+                low=low,
+                high=high,
+            )
+        )
+    return found
+
+
+def layer_arms(size: int, block_size: int, batch: int) -> dict[str, Arm]:
+    """A square linear layer: float, quantized through the kernels, and on the plain path."""
+    dense = nn.Linear(size, size).eval()
+    codes = torch.randint(0, 256, (size, size // block_size))
+    layer = quantized(dense, torch.randn(256, block_size), codes)
+    assert isinstance(layer, PQLinear)
+    x = torch.randn(batch, size)
+    return {"float": lambda: dense(x), "kernels": lambda: layer(x), "plain": _plain(layer, x)}
+
+
+def network_arms(model: nn.Module, inputs: Any, others: bool) -> dict[str, Arm]:
+    """A network in float, through the kernels and on the plain path; with `others`, compiled and in onnxruntime."""
+    config = bgd.BGDConfig(conv=bgd.LayerConfig(block_size=9), linear=bgd.LayerConfig(block_size=4))
+    small = bgd.quantize_weights(model, config).model.eval()
+    arms: dict[str, Arm] = {
+        "float": _call(model, inputs),
+        "kernels": _call(small, inputs),
+        "plain": _plain(small, inputs),
+    }
+    if others:
+        arms["float, torch.compile"] = _call(torch.compile(model), inputs)
+        arms["kernels, torch.compile"] = _call(torch.compile(small), inputs)
+        if isinstance(inputs, Tensor):
+            arms["exported, onnxruntime"] = _onnxruntime(small, inputs)
+    return arms
+
+
+def _call(model: Any, inputs: Any) -> Arm:
+    return (lambda: model(**inputs)) if isinstance(inputs, dict) else (lambda: model(inputs))
+
+
+def _plain(model: nn.Module, inputs: Any) -> Arm:
+    call = _call(model, inputs)
+
+    def arm() -> Any:
+        with kernels.disabled():
+            return call()
+
+    return arm
+
+
+def _onnxruntime(model: nn.Module, x: Tensor) -> Arm:
+    """The exported file, in a session with as many threads as torch has."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "net.onnx"
+        bgd.export(model, file, (x,))
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: x.numpy()}
+    return lambda: session.run(None, feed)
+
+
+def timings(options: Any) -> Iterator[list[Timing]]:
+    """All subjects that were asked for, one after another."""
+    clock = CLOCKS[options.clock]
+    if "layers" in options.subjects:
+        for block_size in (4, 8):
+            for batch in (1, 8, 64, 512):
+                name = f"linear {options.size}x{options.size}, d={block_size}, batch {batch}"
+                rounds = options.rounds if batch < 64 else max(3, options.rounds // 4)
+                yield compare(name, layer_arms(options.size, block_size, batch), rounds, clock)
+    for name, build in NETWORKS.items():
+        if name in options.subjects:
+            model, subjects = build()
+            for said, inputs in subjects:
+                arms = network_arms(model, inputs, options.others)
+                yield compare(f"{name}, {said}", arms, options.rounds, clock)
+                gc.collect()
+
+
+def main() -> None:
+    """Print a table, and with `--json` write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--subjects", nargs="+", default=["layers", *NETWORKS], choices=["layers", *NETWORKS])
+    parser.add_argument("--size", type=int, default=4096, help="rows and columns of the layers")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
+    parser.add_argument("--others", action="store_true", help="torch.compile and onnxruntime, too")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    found: list[Timing] = []
+    with torch.no_grad():
+        for part in timings(options):
+            found += part
+            for row in part:
+                print(f"{row.subject}: {row.arm} {row.milliseconds:.2f} ms, {row.ratio:.2f}x", flush=True)
+    rows = [(t.subject, t.arm, f"{t.milliseconds:.2f}", f"{t.ratio:.2f}", f"{t.low:.2f}-{t.high:.2f}") for t in found]
+    print(table(("subject", "arm", "ms", "times float", "quartiles"), rows))
+    if options.json:
+        options.json.write_text(json.dumps([vars(t) for t in found], indent=1))
+
+
+if __name__ == "__main__":
+    main()
