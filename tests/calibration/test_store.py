@@ -155,6 +155,13 @@ def test_a_bound_changes_no_byte_of_the_result(
     assert not list(tmp_path.glob("bgd-plugin*"))
 
 
+def test_only_where_the_bound_was_not_kept_smaller_batches_are_advised() -> None:
+    for bound, is_advised in ((1, True), (160 * KIB, False)):
+        report = bgd.quantize(SmallResNet().eval(), images(), memory_bytes=bound, progress=False).report
+        (note,) = [note for note in report.notes if note.startswith("calibration values: ")]
+        assert ("give smaller batches" in note) == is_advised
+
+
 def test_a_bound_must_be_positive() -> None:
     with pytest.raises(bgd.errors.ConfigError, match="memory_bytes=0: give a positive number"):
         bgd.quantize(SmallResNet(), images(), memory_bytes=0)

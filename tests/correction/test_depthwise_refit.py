@@ -11,6 +11,8 @@ from torch.nn import functional
 
 import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, LayerConfig
+from bgd_plugin.calibration import CollectedInputs
+from bgd_plugin.correction import depthwise_refit
 from tests.networks import images, randomized
 
 _CONFIG: dict[str, Any] = {
@@ -96,3 +98,22 @@ def test_what_follows_sees_the_new_weight_rounded_as_it_will_be_stored() -> None
             network(batch)
         means.append(torch.cat(seen).double().mean((0, 2, 3)))
     torch.testing.assert_close(*means, rtol=1e-4, atol=1e-5)
+
+
+class _Enough(Exception):
+    """What was wanted has been seen."""
+
+
+@pytest.mark.parametrize(("channels", "rows"), [(16, 32768), (4000, 833), (250_000, 144)])
+def test_rows_are_sampled_within_a_number_of_elements(
+    monkeypatch: pytest.MonkeyPatch, channels: int, rows: int
+) -> None:
+    """32,768 rows, or 30 million numbers in all channels together; but 16 rows for each weight of a channel."""
+
+    def asked(inputs: Any, count: int, *_: Any, **__: Any) -> Any:
+        assert count == rows
+        raise _Enough
+
+    monkeypatch.setattr(depthwise_refit, "paired_pieces", asked)
+    with pytest.raises(_Enough):
+        depthwise_refit.refitted(torch.zeros(channels, 1, 3, 3), CollectedInputs("a", [], []), torch.Generator())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -44,6 +45,13 @@ def test_output_distance_is_the_literal_one() -> None:
     rows_a, rows_b = (x.movedim(1, -1).flatten(0, -2) for x in (a, b))
     literal = (rows_a - rows_b).square().sum() / (rows_b - rows_b.mean(0)).square().sum()
     assert output_distance([(a, b)]) == pytest.approx(float(literal), rel=1e-5)
+
+
+def test_of_several_gains_the_medians_are_told() -> None:
+    gains = [Gain(before=b, after=a) for b, a in ((0.9, 0.5), (0.2, 0.1), (0.4, 0.01))]
+    assert "median" in Gain.said(gains) and "40.00% → 10.00% of the variance" in Gain.said(gains)
+    unknown = [*gains, Gain(before=math.nan, after=math.nan)]
+    assert "%" not in Gain.said(unknown)
 
 
 def test_outputs_that_do_not_vary_have_no_distance() -> None:

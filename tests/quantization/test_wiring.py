@@ -163,8 +163,11 @@ _EVERYTHING: dict[str, Any] = {
 
 
 def _ends_complete(said: str) -> bool:
+    """The last count is the total; beyond it a bar would count without one, "9it"."""
     counts = re.findall(r"(\d+)/(\d+) \[", said)
-    return bool(counts) and counts[-1][0] == counts[-1][1] and int(counts[-1][1]) > 0
+    return (
+        not re.search(r"\dit \[", said) and bool(counts) and counts[-1][0] == counts[-1][1] and int(counts[-1][1]) > 0
+    )
 
 
 @pytest.mark.parametrize("fields", [{}, *({name: _EVERYTHING[name]} for name in _EVERYTHING), _EVERYTHING])
@@ -206,6 +209,25 @@ def test_the_report_repeats_the_plan() -> None:
 def test_a_teacher_that_nothing_follows_is_said_to_be_of_no_use() -> None:
     result = bgd.quantize(PlainNet(), vectors(), em(), teacher=PlainNet(), progress=False)
     assert any(note.startswith("the teacher was not used") for note in result.report.notes)
+
+
+@pytest.mark.parametrize("step", ["distillation", "finetuning"])
+def test_a_teacher_answers_in_evaluation_mode_and_keeps_its_own(step: str) -> None:
+    """Dropout and statistics of the batch would make other logits."""
+    teacher = randomized(nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Dropout(), nn.Linear(16, 5)))
+    model, codebooks = PlainNet(), []
+    for mode in (True, False):
+        teacher.train(mode)
+        config = em(**{step: _EVERYTHING[step]})
+        net = bgd.quantize(model, vectors(), config, teacher=teacher, progress=False).model
+        codebooks.append([value for name, value in net.state_dict().items() if name.endswith("codebook")])
+        assert teacher[1].training == mode
+    assert all(map(torch.equal, *codebooks))
+
+
+def test_a_folder_for_progress_is_made_with_those_above_it(tmp_path: Path) -> None:
+    bgd.quantize(PlainNet(), vectors(), em(), checkpoint=tmp_path / "a" / "b", progress=False)
+    assert (tmp_path / "a" / "b" / "run.json").exists()
 
 
 @pytest.mark.parametrize("step", ["distillation", "finetuning"])
