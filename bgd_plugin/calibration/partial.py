@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bgd_plugin.calibration.batches import Batch
 from bgd_plugin.calibration.interception import intercepted, run_module
 from bgd_plugin.calibration.pieces import Kept, kept, revived
-from bgd_plugin.calibration.recording import Print, Recording, fingerprint, input_identity
+from bgd_plugin.calibration.recording import Recording, input_identity
 from bgd_plugin.calibration.replay import Replayer
 from bgd_plugin.calibration.watch import Stop, Watch
 from bgd_plugin.pq.blocks import Geometry
@@ -37,7 +37,6 @@ class PartialRun:
 
     Attributes:
         calls: for each name, what it computed on, and how it walks over it.
-        prints: of these inputs.
         stored: the pieces whose outputs this run has added.
         strayed: the run came to other operators than the recorded one did.
         given: the arguments of the piece up to which `up_to` ran; None where it did not come there.
@@ -56,7 +55,6 @@ class PartialRun:
         blanks: dict[Any, Tensor],
     ) -> None:
         self.calls: dict[str, list[_Call]] = {name: [] for name in names}
-        self.prints: dict[str, list[Print]] = {name: [] for name in names}
         self.stored: set[str] = set()
         self.given: tuple[Any, Any] | None = None
         self.answer: Any = None
@@ -66,6 +64,8 @@ class PartialRun:
         self._weights = weights
         self._outputs, self._finished, self._blanks = outputs, finished, blanks
         self._left = sum(recording.counts[name] for name in names)
+        # layers that are asked for together have one input; the run ends there, so that nothing can write to it
+        self._goes_on = self._left > len(names)
         self._replayer = Replayer(recording.decisions)
         self._last: tuple[Tensor, Tensor, tuple[Any, ...] | None] | None = None
 
@@ -88,7 +88,7 @@ class PartialRun:
 
     def up_to(self, piece: str) -> PartialRun:
         """Run up to a piece and through it, whatever layers are wanted."""
-        self._piece = piece
+        self._piece, self._goes_on = piece, True
         return self.go()
 
     def _on_module(self, path: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -115,10 +115,8 @@ class PartialRun:
     def _see(self, name: str, x: Tensor, geometry: Geometry) -> None:
         identity = input_identity(x)
         if self._last is None or identity is None or self._last[2] != identity:
-            self._last = (x, x.detach().clone(), identity)
-        copied = self._last[1]  # layers that share an input share the copy
-        self.calls[name].append((copied, geometry))
-        self.prints[name].append(fingerprint(copied))
+            self._last = (x, x.detach().clone() if self._goes_on else x.detach(), identity)
+        self.calls[name].append((self._last[1], geometry))  # layers that share an input share the copy
         self._left -= 1
         if not self._left and not self._piece:
             raise Stop

@@ -20,7 +20,7 @@ from bgd_plugin.calibration.inputs import CollectedInputs, SharedInputs
 from bgd_plugin.calibration.interception import intercepted, run_module
 from bgd_plugin.calibration.partial import PartialRun
 from bgd_plugin.calibration.pieces import Kept, Pieces, freed, revived
-from bgd_plugin.calibration.recording import ANSWER, Recording, recorded, same_print
+from bgd_plugin.calibration.recording import ANSWER, Recording, fingerprint, recorded, same_print
 from bgd_plugin.calibration.store import BatchStore
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.pq.blocks import Geometry
@@ -217,8 +217,11 @@ class Rerun:
 
     def _is_as_recorded(self, recording: Recording, run: PartialRun) -> bool:
         """Whether the float network came to the inputs that it has when it is run as a whole."""
-        names = [name for name in run.calls if name in self._weights]
-        return all(same_print(run.prints[name], recording.prints.get(name, [])) for name in names)
+        layers = {name: calls for name, calls in run.calls.items() if name in self._weights}
+        return all(
+            same_print([fingerprint(x) for x, _ in calls], recording.prints.get(name, []))
+            for name, calls in layers.items()
+        )
 
     @contextlib.contextmanager
     def _timed(self, batch: int) -> Iterator[None]:
