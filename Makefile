@@ -15,6 +15,7 @@ FRAMEWORKS ?= frameworks
 TEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+DEMO_WEB_ARGS ?=
 BENCH_ARGS ?=
 MUTANTS_ARGS ?=
 
@@ -30,7 +31,7 @@ FRAMEWORKS_STAMP := $(if $(FRAMEWORKS),$(VENV)/.bgd-plugin-frameworks-installed)
 TEST_ENVIRONMENT := $(if $(FRAMEWORKS),BGD_FRAMEWORKS=required)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format docs docs-serve bench-adapters bench-budget bench-distributed bench-em bench-fashion bench-fashion_methods bench-fashion_finetuned bench-lite0 bench-memory bench-pruning bench-resnet18 bench-fuzz bench-kills bench-shapes bench-zoo wheel clean distclean
+.PHONY: help install demo demo-web test test-slow check format docs docs-serve bench-adapters bench-export bench-export_zoo bench-budget bench-distributed bench-em bench-fashion bench-fashion_methods bench-fashion_finetuned bench-lite0 bench-memory bench-pruning bench-resnet18 bench-fuzz bench-kills bench-shapes bench-zoo wheel clean distclean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -61,6 +62,11 @@ $(VENV)/.bgd-plugin-frameworks-installed: $(STAMP)
 ## make demo           compress an ImageNet network, answer 20 photos with it, write an HTML report
 demo: $(STAMP)
 	$(BIN)/bgd-plugin demo $(DEMO_ARGS)
+
+## make demo-web       the compressed network in a web page, on http://localhost:8000 (DEMO_WEB_ARGS=--check: in Chromium)
+demo-web: $(STAMP) $(FRAMEWORKS_STAMP)
+	$(RUN) examples/web/build.py demo-web
+	$(RUN) examples/web/serve.py demo-web $(DEMO_WEB_ARGS)
 
 ## make test           the tests, in minutes, those of the adapters against the real frameworks
 test: $(STAMP) $(FRAMEWORKS_STAMP)
@@ -106,6 +112,12 @@ docs-serve: $(STAMP)
 ## make bench-shapes   a small Mask R-CNN on generated pictures: box and mask AP before, after, finetuned
 ## make bench-zoo      every torchvision model: layers found, bytes, whether it comes back
 bench-budget bench-distributed bench-em bench-fashion bench-fashion_methods bench-fashion_finetuned bench-lite0 bench-memory bench-pruning bench-resnet18 bench-fuzz bench-kills bench-shapes bench-zoo: bench-%: $(STAMP)
+	$(RUN) -m tests.benchmarks.$* $(BENCH_ARGS)
+
+## make bench-export   bytes, latency and memory of exported ONNX files beside dense ones
+## make bench-export_zoo torchvision's classifiers, ten timm and twelve transformers models through export
+bench-export bench-export_zoo: bench-%: $(STAMP) $(FRAMEWORKS_STAMP)
+	$(RUN) -m pip install --editable ".[runtimes]"
 	$(RUN) -m tests.benchmarks.$* $(BENCH_ARGS)
 
 ## make bench-adapters every framework's entrance against the core on one ResNet-18: codes, accuracy, bytes

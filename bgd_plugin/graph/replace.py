@@ -142,6 +142,8 @@ def materialize_(network: nn.Module, paths: Collection[str] | None = None) -> nn
             layer: Any = module
             swap_(network, path, materialized(layer, weight))
     if isinstance(network, fx.GraphModule):
+        for node in network.graph.nodes:
+            node.meta.pop("nn_module_stack", None)  # names classes that stood there; exporters go by it
         network.graph.lint()
         network.recompile()
     return network
