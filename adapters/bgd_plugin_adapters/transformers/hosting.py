@@ -62,6 +62,8 @@ def _quantizer_of(model: Any) -> BGDHfQuantizer | None:
         return quantizer
     if not any(isinstance(module, PQModule) for module in model.modules()):
         return None
+    if hasattr(PreTrainedModel, "_modelopt_cache") and hasattr(model, "_modelopt_state"):
+        return None  # ModelOpt saves such models itself (mto.enable_huggingface_checkpointing), and restores our layers
     if quantizer is not None:
         raise ConfigError(
             f"the model has layers that bgd_plugin quantized, and {type(quantizer).__name__} would save it: its folder "

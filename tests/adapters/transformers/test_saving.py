@@ -107,6 +107,29 @@ def test_a_model_of_another_entrance_is_saved_as_a_folder_that_loads(entrance: s
     assert torch.allclose(answer(again, entry), answer(model, entry), atol=1e-4)
 
 
+def test_modelopts_own_checkpoints_of_hugging_face_models(tmp_path: Path) -> None:
+    pytest.importorskip("modelopt")
+    in_a_fresh_process(
+        """
+import warnings
+warnings.simplefilter("ignore")
+import bgd_plugin as bgd, modelopt.torch.opt as mto, torch
+from tests.adapters.transformers.zoo import ZOO, answer
+adapter = bgd.load_adapter("modelopt")
+bgd.load_adapter("transformers")
+mto.enable_huggingface_checkpointing()
+entry = ZOO["bert"]
+model = entry.build()
+adapter.quantize(model, {"rounds": 0}, lambda network: network(**entry.batch(1)))
+model.save_pretrained("folder")
+again = type(model).from_pretrained("folder")
+assert torch.equal(answer(again, entry), answer(model, entry))
+assert adapter.report(again) == adapter.report(model)
+""",
+        tmp_path,
+    )
+
+
 def test_a_process_that_knows_nothing_of_the_adapter_saves_a_folder_that_loads(tmp_path: Path) -> None:
     in_a_fresh_process(
         """
