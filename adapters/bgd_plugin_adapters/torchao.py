@@ -84,7 +84,7 @@ def quantize_(
     """
     chosen = _by_name(model, config) if isinstance(config, FqnToConfig) else _by_filter(model, config, filter_fn)
     if isinstance(config, FqnToConfig) and filter_fn is not None:
-        raise ConfigError("filter_fn and FqnToConfig: give one of the two")
+        raise ConfigError("filter_fn and FqnToConfig: give only one of them")
     ours = {name: c for name, c in chosen.items() if isinstance(c, BGDWeightOnlyConfig)}
     others = OrderedDict((name, c) for name, c in chosen.items() if not isinstance(c, BGDWeightOnlyConfig))
     if not ours:
@@ -110,7 +110,7 @@ def make_room_(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
     """
     placement = integration.placement_in(state_dict)
     if not placement:
-        raise integration.CheckpointError("the state dict holds no layer with a codebook and codes: load it as it is")
+        raise integration.CheckpointError("the state dict has no layer with a codebook and codes: load it directly")
     integration.make_room_(model, placement | dict.fromkeys(_frozen_norms(model, state_dict), ()))
     return model
 
@@ -142,9 +142,9 @@ def _handle(module: nn.Module, config: BGDWeightOnlyConfig) -> nn.Module:
 def _require_float(module: nn.Module, where: str) -> None:
     weight = getattr(module, "weight", None)
     if isinstance(weight, TorchAOBaseTensor):
-        raise ConfigError(f"{where} is quantized by torchao already ({type(weight).__name__}): exclude it")
+        raise ConfigError(f"{where} is already quantized by torchao ({type(weight).__name__}): exclude it")
     if hasattr(module, "codebook"):
-        raise ConfigError(f"{where} is quantized already ({module}): one config of ours for a layer")
+        raise ConfigError(f"{where} is already quantized ({module}): give one config per layer")
     if not isinstance(weight, Tensor):
         raise ConfigError(f"{where} has no weight to quantize: choose convolutions and linear layers")
 

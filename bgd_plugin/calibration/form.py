@@ -29,7 +29,7 @@ def checked(front: Front, batches: Sequence[Batch]) -> Front:
     if isinstance(front.own, fx.GraphModule):
         if reason := shared_difference(front.own, front.own, batches):
             raise TraceError(
-                f"the graph is not all that the network does: {reason}. A hook on the graph module itself, or a "
+                f"the network does more than its graph: {reason}. A hook on the graph module itself, or a "
                 "replaced forward, is not among its nodes: take it off, or give the network that the graph was made of"
             )
         return front

@@ -22,7 +22,7 @@ def largest_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> f
     """
     shapes = [[list(tensor.shape) for tensor in outputs] for outputs in (found, expected)]
     if shapes[0] != shapes[1]:
-        raise BGDError(f"the exported network gives outputs of shapes {shapes[0]}, the network {shapes[1]}")
+        raise BGDError(f"the exported network returns outputs of shapes {shapes[0]}, the network {shapes[1]}")
     return max(_difference(one.double(), other.double()) for one, other in zip(found, expected, strict=True))
 
 

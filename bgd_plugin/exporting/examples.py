@@ -36,7 +36,7 @@ class Examples:
         """
         if not tensors_in(inputs):
             raise ConfigError(
-                "example_inputs holds no tensor: give a tensor, a tuple of positional arguments, or a mapping of "
+                "example_inputs contains no tensor: give a tensor, a tuple of positional arguments, or a mapping of "
                 "keyword arguments"
             )
         moved = pytree.tree_map(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x, inputs)
@@ -96,7 +96,7 @@ class Examples:
                 "forward takes"
             ) from error
         if not outputs:
-            raise BGDError("the network gives no tensor for the example inputs, so there is nothing to export")
+            raise BGDError("the network returns no tensor for the example inputs, so there is nothing to export")
         return outputs
 
 

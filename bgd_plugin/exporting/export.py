@@ -58,7 +58,7 @@ def export(
     place = Path(path)
     target = target_of(place)
     if not place.parent.is_dir():
-        raise ConfigError(f"{path}: there is no folder {place.parent}: make it first")
+        raise ConfigError(f"{path}: the folder {place.parent} does not exist: create it first")
     network = _ready(model)
     examples = Examples.of(example_inputs)
     cases = [examples, examples.batched(2)] if dynamic is True else [examples]
@@ -91,10 +91,10 @@ def _ready(model: nn.Module) -> nn.Module:
         BGDError: nothing in the network is quantized, or it has no values.
     """
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"the network is a {type(model).__name__}: give what bgd_plugin.quantize returns as .model")
+        raise ConfigError(f"the network is a {type(model).__name__}: give the .model that bgd_plugin.quantize returns")
     if not any(isinstance(module, PQModule) for module in model.modules()):
         raise BGDError(
-            "the network has no product-quantized layer: export what bgd_plugin.quantize returns as .model; a float "
+            "the network has no product-quantized layer: export the .model that bgd_plugin.quantize returns; a float "
             "network is exported by torch.onnx.export or torch.export itself"
         )
     tensors = (*model.parameters(), *model.buffers())

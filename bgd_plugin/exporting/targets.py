@@ -79,7 +79,7 @@ def target_of(path: Path) -> Target:
             f"that keep the weights small: {known}"
         )
     if suffix not in TARGETS:
-        raise ConfigError(f"{path}: the suffix says what to export to: {known}")
+        raise ConfigError(f"{path}: unknown suffix; the suffix selects the target: {known}")
     target = TARGETS[suffix]
     missing = [name for name in target.modules if importlib.util.find_spec(name) is None]
     if missing:

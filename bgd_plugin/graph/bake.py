@@ -56,8 +56,8 @@ def _require_plain(model: nn.Module) -> None:
             )
         if is_traceable_wrapper_subclass(parameter):
             raise ConfigError(
-                f"{name!r} is a tensor of another library's own kind ({type(parameter).__name__}), quantized already "
-                "or split up: quantize the float network first, and let that library have the layers that are left"
+                f"{name!r} is a tensor type of another library ({type(parameter).__name__}), already "
+                "quantized or sharded: quantize the float network first, then let that library take the others"
             )
 
 

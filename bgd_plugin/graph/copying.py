@@ -92,8 +92,7 @@ def require_initialized(model: nn.Module) -> None:
     ]
     if lazy:
         raise ConfigError(
-            f"lazy layers that have never run, and so have no weights yet: {', '.join(dict.fromkeys(lazy))}; run the "
-            "network once on a batch first"
+            f"lazy layers without weights: {', '.join(dict.fromkeys(lazy))}; run the network once on a batch first"
         )
 
 

@@ -106,7 +106,7 @@ def _examine(
     tied = () if functional else _tied_to(graph_module, target, nodes)
     kind = FUNCTIONS[function_of(first)] if functional else str(kind_of(owner))
     if any(kind_of(module_at(graph_module, path)) not in (kind, "embedding") for path in tied):
-        return LeftLayer(name=name, reason=f"its weight is also that of another kind of layer, {', '.join(tied)}")
+        return LeftLayer(name=name, reason=f"its weight is shared with another kind of layer, {', '.join(tied)}")
     if not functional and (reason := unfit(owner, kind, functional=False)):
         return LeftLayer(name=name, reason=reason)
     others = sorted(users.get(id(weight), set()) - {target, *tied, "its calls"})

@@ -72,8 +72,8 @@ def unwrapped(model: nn.Module | ExportedProgram) -> nn.Module:
         return model.module()
     if isinstance(model, torch.jit.ScriptModule):
         raise ConfigError(
-            "the network is scripted (torch.jit), so its layers cannot be replaced: give the network that it was made "
-            "from, and script nothing afterwards"
+            "the network is scripted (torch.jit), so its layers cannot be replaced: give the network as it was "
+            "before scripting"
         )
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return unwrapped(model.module)

@@ -78,7 +78,7 @@ def _outcomes(root: nn.Module, path: str, calls: tuple[str, ...]) -> Iterator[Fo
                 yield LeftLayer(name=name, reason="it is scripted (torch.jit): its code cannot be changed")
         elif is_quantized_elsewhere(module):
             kind = type(module).__name__
-            yield LeftLayer(name=name, reason=f"{kind} is quantized already, by another library")
+            yield LeftLayer(name=name, reason=f"{kind} is already quantized by another library")
         elif kind_of(module):
             yield _layer(module, name, str(kind_of(module)), calls)
         else:

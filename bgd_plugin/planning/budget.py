@@ -20,7 +20,7 @@ from bgd_plugin.support.seeds import seeded
 __all__ = ["Budget"]
 
 _CURVE_POINTS = 16
-_LESS = "ask for a smaller file, or allow a larger divergence"
+_LESS = "give a smaller file size or a larger divergence"
 _UNMEASURED = (
     "bound: sizes are as the settings have them, since what each layer's error does to the output was not measured; "
     "quantize() measures it on a network that traces, and so does plan() with calibration data"

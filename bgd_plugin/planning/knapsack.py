@@ -40,8 +40,8 @@ def require_reachable(
     if least > target_bytes:
         raise ConfigError(
             f"a file of {target_bytes:,} bytes cannot be reached: the least possible size is {least:,} bytes "
-            f"({mib(least)}), of which {least - _bytes(smallest):,} are not the budget's to choose; "
-            "ask for that or more, or let more layers be quantized (first_layer, depthwise_conv, overrides)"
+            f"({mib(least)}), of which {least - _bytes(smallest):,} are fixed; "
+            "give at least that, or quantize more layers (first_layer, depthwise_conv, overrides)"
         )
 
 

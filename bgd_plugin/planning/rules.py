@@ -125,7 +125,7 @@ def _stored_mask(layer: FoundLayer) -> tuple[str, int]:
     """Form and bytes of a layer's zeros; "" and 0 if it has none."""
     if layer.weight.is_meta:
         raise ConfigError(
-            f"layer {layer.name!r}: preserve_zeros=True, and its weight is on the meta device, where no value is zero: "
+            f"layer {layer.name!r}: preserve_zeros=True, but its weight is on the meta device and has no values: "
             "give the network with its weights"
         )
     mask = layer.matrix.detach() != 0

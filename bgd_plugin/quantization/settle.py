@@ -27,7 +27,7 @@ def settled(front: Front, student: nn.Module, batches: Sequence[Batch]) -> nn.Mo
     transplant_(front.own, student, statistics_only=True)
     if isinstance(student, fx.GraphModule) and (reason := shared_difference(student, front.own, batches)):
         raise TraceError(
-            f"the compressed {type(front.own).__name__} does not compute as the graph that was fitted: {reason}. Its "
+            f"the compressed {type(front.own).__name__} does not compute the same as the fitted graph: {reason}. Its "
             "code looks at its layers in a way that a graph does not show; give a GraphModule of it instead"
         )
     make_picklable_(front.own)

@@ -259,25 +259,25 @@ def test_two_configs_of_ours_on_one_layer_are_an_error() -> None:
     model = PlainNet()
     quantize_(model, adapter.BGDWeightOnlyConfig())
     again: Any = lambda module, name: name == "2"  # noqa: E731
-    with pytest.raises(ConfigError, match="is quantized already"):
+    with pytest.raises(ConfigError, match="is already quantized"):
         quantize_(model, adapter.BGDWeightOnlyConfig(), again)
-    with pytest.raises(ConfigError, match="layer '2' is quantized already"):
+    with pytest.raises(ConfigError, match="layer '2' is already quantized"):
         adapter.quantize_(model, adapter.BGDWeightOnlyConfig(), again)
 
 
 def test_a_model_that_torchao_has_quantized_is_an_error() -> None:
     model = PlainNet()
     quantize_(model, Int8WeightOnlyConfig(version=2))
-    with pytest.raises(ConfigError, match=r"layer '0' is quantized by torchao already \(Int8Tensor\)"):
+    with pytest.raises(ConfigError, match=r"layer '0' is already quantized by torchao \(Int8Tensor\)"):
         adapter.quantize_(model, adapter.BGDWeightOnlyConfig())
-    with pytest.raises(ConfigError, match="quantized by torchao already"):
+    with pytest.raises(ConfigError, match="already quantized by torchao"):
         quantize_(model, adapter.BGDWeightOnlyConfig())
 
 
 def test_a_layer_of_torchaos_anywhere_in_the_network_is_an_error_that_names_it() -> None:
     model = PlainNet()
     quantize_(model, Int8WeightOnlyConfig(version=2), lambda module, name: name == "4")
-    message = r"'4.weight' is a tensor of another library's own kind \(Int8Tensor\).*quantize the float network first"
+    message = r"'4.weight' is a tensor type of another library \(Int8Tensor\).*quantize the float network first"
     with pytest.raises(ConfigError, match=message):
         adapter.quantize_(model, adapter.BGDWeightOnlyConfig(), lambda module, name: name == "2")
     with pytest.raises(ConfigError, match=message):
@@ -326,7 +326,7 @@ def test_configs_that_differ_in_more_than_sizes_are_refused() -> None:
 
 def test_a_state_dict_of_another_network_is_refused() -> None:
     model = PlainNet()
-    with pytest.raises(CheckpointError, match="holds no layer with a codebook"):
+    with pytest.raises(CheckpointError, match="has no layer with a codebook"):
         adapter.make_room_(model, model.state_dict())
     state = {"9.codebook": torch.zeros(4, 2), "9.codes": torch.zeros(3, 2, dtype=torch.uint8)}
     with pytest.raises(CheckpointError, match="'9': the network has no such convolution or linear layer"):

@@ -215,7 +215,7 @@ def test_a_healthy_network_raises_nothing() -> None:
 def test_a_scripted_network_says_what_to_give() -> None:
     scripted = torch.jit.script(PlainNet())
     for call in (lambda: bgd.plan(scripted, em()), lambda: _quantize(scripted, vectors())):
-        with pytest.raises(ConfigError, match=r"the network is scripted .* give the network that it was made from"):
+        with pytest.raises(ConfigError, match=r"the network is scripted .* give the network as it was before"):
             call()
 
 

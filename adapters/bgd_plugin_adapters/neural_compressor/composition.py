@@ -56,7 +56,7 @@ def _mapping(configs: list[Any], model_info: dict[str, Any]) -> OrderedDict[Any,
     unknown = sorted({config.name for config in others} - set(PARTNERS))
     if unknown:
         raise ConfigError(
-            f"BGDConfig cannot be added to {', '.join(unknown)}: that has not been tried, unlike "
+            f"BGDConfig cannot be added to {', '.join(unknown)}, only to "
             f"{' and '.join(PARTNERS)}: quantize in two calls instead"
         )
     ours = functools.reduce(lambda a, b: a + b, [config for config in configs if isinstance(config, BGDConfig)])
@@ -71,7 +71,7 @@ def _mapping(configs: list[Any], model_info: dict[str, Any]) -> OrderedDict[Any,
     for config in configs:
         if not any(part.name == config.name for part in merged.values()):
             raise ConfigError(
-                f"nothing is left for the config of {config.name!r}: later ones in the sum take all of its layers; "
+                f"no layer is left for the config of {config.name!r}: later ones in the sum take all of its layers; "
                 "put it last, or give the others a white_list"
             )
     return OrderedDict(sorted(merged.items(), key=lambda item: not isinstance(item[1], BGDConfig)))

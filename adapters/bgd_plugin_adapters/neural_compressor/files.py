@@ -206,7 +206,7 @@ def _config(name: str, values: dict[str, Any]) -> Any:
     """The config of one layer, as the algorithm of that name has it."""
     classes = config_registry.get_cls_configs()[FRAMEWORK_NAME]
     if name not in classes:
-        raise CheckpointError(f"a layer was quantized by {name!r}, which is no algorithm of this neural-compressor")
+        raise CheckpointError(f"a layer was quantized by {name!r}, which is not an algorithm of this neural-compressor")
     values = {key: value for key, value in values.items() if key != "loaded_by"}
     return classes[name](**values, white_list=None) if name == ALGORITHM else classes[name](**values)
 

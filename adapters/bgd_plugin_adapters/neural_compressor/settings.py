@@ -39,7 +39,7 @@ def checked(name: str, value: Any) -> Any:
     """
     if is_choice(name, value):
         if not value:
-            raise ConfigError(f"{name}=[]: a list holds the values to choose from, give at least one")
+            raise ConfigError(f"{name}=[]: give at least one value to choose from")
         return [checked(name, option) for option in value]
     if name == "dtype" and value not in DTYPES:
         raise ConfigError(f"dtype={value!r}: give 'pq' to quantize a layer or 'fp32' to leave it as it is")

@@ -59,7 +59,7 @@ class BGDQuantizationConfig(QuantizationConfigMixin):
         for written in ("quant_method", "load_with"):
             fields.pop(written, None)
         if config is not None and fields:
-            raise ConfigError(f"config and {', '.join(sorted(fields))}: give settings as one of the two")
+            raise ConfigError(f"config and {', '.join(sorted(fields))}: give only one of them")
         if isinstance(modules_to_not_convert, str):
             raise ConfigError(f"modules_to_not_convert={modules_to_not_convert!r}: give a list of names")
         self.quant_method = QUANT_METHOD

@@ -58,5 +58,5 @@ def _require_same(path: str, layer: PQModule, packed: Tensor) -> None:
     if not is_same:
         raise CheckpointError(
             f"the checkpoint has other codes for layer {path!r} than the model: it is of another quantized model; "
-            "load the model from the checkpoint (from_pretrained) to go on from it"
+            "load the model from the checkpoint (from_pretrained) to continue from it"
         )

@@ -149,7 +149,7 @@ def _notes(layers: dict[str, PQModule], tables: Tables, difference: float) -> It
     paths = {f"p_{name.replace('.', '_')}_codebook": name for name in layers}
     if tables.reshaped:
         names = ", ".join(paths.get(name, name) for name in tables.reshaped)
-        yield f"a reshape follows the table, whether the Neural Engine takes it is unknown: {names}"
+        yield f"a reshape follows the table; whether the Neural Engine supports it is unknown: {names}"
     left = [path for name, path in paths.items() if name not in tables.found]
     if left:
         yield f"stored without a table (more than 256 codewords, a mask, or an embedding): {', '.join(left)}"

@@ -54,4 +54,4 @@ def _exported(model: nn.Module, examples: Examples, dynamic: Any) -> Any:
             # optimize=True would decode small layers
             return torch.onnx.export(program, dynamo=True, optimize=False, verbose=False)
     except Exception as error:  # of many types
-        raise BGDError(f"torch.onnx.export does not take the network: {reason(error)}") from error
+        raise BGDError(f"torch.onnx.export cannot convert the network: {reason(error)}") from error

@@ -38,7 +38,7 @@ def _kinds(config: Any, model: Any = None) -> dict[str, str]:
 def test_the_later_one_in_a_sum_wins() -> None:
     found = _kinds(BGDConfig() + RTNConfig())
     assert found == {"stem": "Conv2d", "conv": PQ[0], "norm": "BatchNorm2d", "fc1": RTN, "fc2": RTN}
-    with pytest.raises(ConfigError, match="nothing is left for the config of 'rtn'"):
+    with pytest.raises(ConfigError, match="no layer is left for the config of 'rtn'"):
         _kinds(RTNConfig() + BGDConfig())
 
 
@@ -60,7 +60,7 @@ def test_a_dict_of_two_algorithms(ours_first: bool) -> None:
         found = _kinds(config)
         assert (found["conv"], found["fc2"]) == (PQ[0], RTN)
     else:
-        with pytest.raises(ConfigError, match="nothing is left"):
+        with pytest.raises(ConfigError, match="no layer is left"):
             _kinds(config)
 
 
@@ -78,7 +78,7 @@ def test_rtn_keeps_its_own_settings_in_a_sum() -> None:
 
 
 def test_an_algorithm_that_was_not_tried_is_refused() -> None:
-    with pytest.raises(ConfigError, match="cannot be added to awq: that has not been tried, unlike rtn"):
+    with pytest.raises(ConfigError, match="cannot be added to awq, only to rtn"):
         _kinds(AWQConfig(white_list=["fc1"]) + BGDConfig(white_list=["fc2"]))
 
 
