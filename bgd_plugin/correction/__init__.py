@@ -1,6 +1,7 @@
 """Corrections without gradients, as layers are quantized: batch norms, row scales, biases, depthwise weights."""
 
 from bgd_plugin.correction.batchnorm import correct_batchnorm_, is_batchnorm
+from bgd_plugin.correction.bias import shift_helps
 from bgd_plugin.correction.depthwise_refit import refitted
 from bgd_plugin.correction.gain import Gain
 from bgd_plugin.correction.norms import DriftedSkip, NormCorrection
@@ -16,4 +17,5 @@ __all__ = [
     "refitted",
     "row_scale_bounds",
     "shift_biases_",
+    "shift_helps",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from bgd_plugin.calibration import Rerun, Walk
-from bgd_plugin.correction.gain import Gain, output_distance, some_samples
+from bgd_plugin.correction.gain import Gain, kept_aside, output_distance, some_samples
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import call_input, module_at
 from bgd_plugin.nn import normalizes
@@ -27,6 +27,7 @@ __all__ = [
 
 # Bounds on the change of a scale: larger corrections fit noise of the calibration data.
 _SCALE_BOUNDS = (0.05, 20.0)
+_MARGIN = 1.1
 _JUDGED_BATCHES = 4
 """Maximum number of batches used to measure what a correction gained."""
 
@@ -69,17 +70,20 @@ def correct_batchnorm_(
     name = str(node.target)
     norm: Any = walk.student.get_submodule(name)
     shipped: Any = walk.reference.get_submodule(name) if walk.reference is not None else None
-    before = _distance(walk, node, skip)
-    if mode == "matched" and skip is not None:
-        found = _nearest(norm, shipped, walk, call_input(node), skip)
-    else:
-        mine = (walk.student_value(call_input(node), batch) for batch in range(walk.batch_count))
-        found = _channel_moments(mine, name)
-        if mode == "matched":
-            reference = _channel_moments((theirs for _, theirs in walk.pairs(call_input(node))), name)
-            found = _matched(norm, shipped, found, reference)
-    _set_(norm, found, name)
-    return Gain(before=before, after=_distance(walk, node, skip))
+    value = call_input(node)
+
+    def statistics(batches: Sequence[int]) -> Sequence[Tensor]:
+        if mode == "matched" and skip is not None:
+            return _nearest(norm, shipped, walk, value, skip, batches)
+        found = _channel_moments((walk.student_value(value, batch) for batch in batches), name)
+        if mode == "reestimate":
+            return found
+        theirs = _channel_moments((walk.reference_value(value, batch) for batch in batches), name)
+        return _matched(norm, shipped, found, theirs)
+
+    return _corrected(
+        norm, name, mode, walk.batch_count, statistics, lambda batches: _distance(walk, node, skip, batches)
+    )
 
 
 @torch.no_grad()
@@ -90,24 +94,67 @@ def correct_batchnorm_at_(rerun: Rerun, path: str, mode: Literal["matched", "ree
         return None
     norm: Any = module_at(rerun.student, path)
     shipped = module_at(rerun.reference, path)
-    judged = [tuple(map(some_samples, pair)) for pair in zip(mine, theirs, strict=True)][:_JUDGED_BATCHES]
-    before = output_distance((_normalized(norm, x), _normalized(shipped, y)) for x, y in judged)
-    found = _channel_moments(iter(mine), path)
+
+    def statistics(batches: Sequence[int]) -> Sequence[Tensor]:
+        found = _channel_moments((mine[batch] for batch in batches), path)
+        if mode == "reestimate":
+            return found
+        return _matched(norm, shipped, found, _channel_moments((theirs[batch] for batch in batches), path))
+
+    def distance(batches: Sequence[int]) -> float:
+        pairs = (map(some_samples, (mine[batch], theirs[batch])) for batch in batches[:_JUDGED_BATCHES])
+        return output_distance((_normalized(norm, x), _normalized(shipped, y)) for x, y in pairs)
+
+    return _corrected(norm, path, mode, len(mine), statistics, distance)
+
+
+def _corrected(
+    norm: Any,
+    name: str,
+    mode: Literal["matched", "reestimate"],
+    count: int,
+    statistics: Callable[[Sequence[int]], Sequence[Tensor]],
+    distance: Callable[[Sequence[int]], float],
+) -> Gain:
+    """Correct a batch norm by its `count` batches; a match that does harm on batches kept aside is undone.
+
+    Args:
+        statistics: the corrected ones, by some of the batches.
+        distance: the error of the norm's outputs as it is, on some of the batches.
+    """
+    shipped = norm.running_mean, norm.running_var
+    every = range(count)
+    tried, judges = kept_aside(count)
+    before = distance(every)
     if mode == "matched":
-        found = _matched(norm, shipped, found, _channel_moments(iter(theirs), path))
-    _set_(norm, found, path)
-    after = output_distance((_normalized(norm, x), _normalized(shipped, y)) for x, y in judged)
-    return Gain(before=before, after=after)
+        error = distance(judges)
+        _set_(norm, statistics(tried), name)
+        is_harmful = distance(judges) > _price(error)
+        norm.running_mean, norm.running_var = shipped
+        if is_harmful:
+            return Gain(before=before, after=before, taken_back=True)
+    _set_(norm, statistics(every), name)
+    return Gain(before=before, after=distance(every))
 
 
-def _distance(walk: Walk, node: fx.Node, skip: fx.Node | None) -> float:
-    """Error of a norm's outputs on the first batches, including the skip; NaN without a float network."""
+def _price(error: float) -> float:
+    """The error, relative to the variance, up to which outputs of the float network's variance may come.
+
+    Outputs that lost a share e of the variance are nearest to the float ones as they are. With the variance given back
+    their error is 2 (1 − √(1 − e)), and networks answer much better all the same; what is beyond it is harm.
+    """
+    return _MARGIN * max(error, 2 * (1 - math.sqrt(max(0.0, 1 - error))))
+
+
+def _distance(walk: Walk, node: fx.Node, skip: fx.Node | None, batches: Sequence[int]) -> float:
+    """Error of a norm's outputs on some of the batches, including the skip; NaN without a float network."""
     if walk.reference is None:
         return math.nan
     norms = [network.get_submodule(str(node.target)) for network in (walk.student, walk.reference)]
 
     def judged() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch, pair in zip(range(_JUDGED_BATCHES), walk.pairs(call_input(node)), strict=False):
+        for batch in batches[:_JUDGED_BATCHES]:
+            pair = walk.student_value(call_input(node), batch), walk.reference_value(call_input(node), batch)
             mine, theirs = map(_normalized, norms, map(some_samples, pair))
             yield (mine if skip is None else mine - some_samples(walk.drift(skip, batch))), theirs
 
@@ -139,7 +186,9 @@ def _matched(
     return mean, (wanted.square() - norm.eps).clamp(min=0)
 
 
-def _nearest(norm: Any, shipped: Any, walk: Walk, before: fx.Node, skip: fx.Node) -> tuple[Tensor, Tensor]:
+def _nearest(
+    norm: Any, shipped: Any, walk: Walk, before: fx.Node, skip: fx.Node, batches: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     """Statistics that bring the student's output nearest to the reference's output plus the drift of the skip.
 
     In terms of the batch norm's output: γ(z − μ')/σ' + β ≈ γ(y − μ)/σ + β + drift. So with t = y + drift · σ/γ, and
@@ -149,7 +198,7 @@ def _nearest(norm: Any, shipped: Any, walk: Walk, before: fx.Node, skip: fx.Node
     gain = (1.0 if norm.weight is None else norm.weight.detach().double()) / sigma
     inverse = gain / (gain.square() + 0.01 * gain.square().mean()).clamp(min=1e-300)
     count, sums = 0, torch.zeros(4, len(sigma), dtype=torch.float64, device=sigma.device)
-    for batch in range(walk.batch_count):
+    for batch in batches:
         z = _channels(walk.student_value(before, batch)).double()
         t = _channels(walk.reference_value(before, batch)).double()
         t = t + _channels(walk.drift(skip, batch)).double() * inverse[:, None]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.calibration import LayerInputs, paired_pieces, require_finite
-from bgd_plugin.correction.gain import Gain, output_distance
+from bgd_plugin.correction.gain import Gain, kept_aside, output_distance
 from bgd_plugin.pq.target import MomentSums, asymmetric_target
 
 __all__ = ["refitted"]
@@ -29,26 +29,42 @@ def refitted(weight: Tensor, inputs: LayerInputs, generator: torch.Generator) ->
         inputs: the layer's inputs in the student and in the float network.
 
     Returns:
-        a weight of the same shape and dtype, and its gain on a sample of the inputs, ignoring means.
+        a weight of the same shape and dtype, and its gain on a sample of the inputs, ignoring means; the weight itself
+        if the error rose on inputs kept aside.
     """
     columns = weight[0].numel()
     groups = weight.shape[0] if weight.shape[1] == 1 else 1
     count = max(16 * columns, min(_MAX_ROWS, _MAX_ELEMENTS // max(1, groups * columns)))
+    shown: list[tuple[Tensor, Tensor]] = []
     judged: list[tuple[Tensor, Tensor]] = []
-    sums = MomentSums()
+    every, some = MomentSums(), MomentSums()
     for piece in paired_pieces(inputs, count, generator):
         outputs = _outputs(piece.reference, weight)
-        sums.add_(piece.student, outputs)
-        if len(judged) < _JUDGED_PIECES:
-            judged.append((piece.student, outputs))
+        every.add_(piece.student, outputs)
+        tried, judges = kept_aside(piece.pieces)
+        if piece.index in tried:
+            some.add_(piece.student, outputs)
+        for kept, is_due in ((shown, True), (judged, piece.index in judges)):
+            if is_due and len(kept) < _JUDGED_PIECES:
+                kept.append((piece.student, outputs))
+    before = _distance(weight, shown)
+    if _distance(_solved(weight, some, inputs.name), judged) > _distance(weight, judged):
+        return weight, Gain(before=before, after=before, taken_back=True)
+    target = _solved(weight, every, inputs.name)
+    return target, Gain(before=before, after=_distance(target, shown))
+
+
+def _distance(weight: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> float:
+    """Error of a weight's outputs on the student's inputs, ignoring means."""
+    return output_distance((_centred(_outputs(x, weight)), _centred(y)) for x, y in pairs)
+
+
+def _solved(weight: Tensor, sums: MomentSums, name: str) -> Tensor:
+    """The refitted weight by some sums; shared by all processes."""
     sums.share_()
     for moment in sums.sums:
-        require_finite(moment, inputs.name)
-    target = asymmetric_target(weight.flatten(1), sums.means_(), step=1.0, damping=_DAMPING).reshape(weight.shape)
-    before, after = (
-        output_distance((_centred(_outputs(x, w)), _centred(y)) for x, y in judged) for w in (weight, target)
-    )
-    return target, Gain(before=before, after=after)
+        require_finite(moment, name)
+    return asymmetric_target(weight.flatten(1), sums.means_(), step=1.0, damping=_DAMPING).reshape(weight.shape)
 
 
 def _outputs(rows: Tensor, weight: Tensor) -> Tensor:

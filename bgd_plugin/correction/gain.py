@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bgd_plugin.support.processes import total
 
-__all__ = ["Gain", "output_distance", "some_samples"]
+__all__ = ["Gain", "kept_aside", "output_distance", "some_samples"]
 
 _VALUES = 1 << 20
 """Values of a batch that are compared; the error is only reported, and comparing all took a fifth of a run."""
@@ -25,11 +25,13 @@ _ROUNDING = 1e-6
 class Gain:
     """Errors of a layer's outputs relative to their variance, before and after a correction; see `output_distance`.
 
-    NaN if there is no float network to compare with.
+    NaN if there is no float network to compare with. `taken_back` if the correction raised the error on samples kept
+    aside, and was undone.
     """
 
     before: float
     after: float
+    taken_back: bool = False
 
     @staticmethod
     def said(gains: Sequence[Gain]) -> str:
@@ -38,6 +40,15 @@ class Gain:
             return "not measured, because no float network runs alongside"
         before, after = (statistics.median(getattr(gain, name) for gain in gains) for name in ("before", "after"))
         return f"median output error {before:.2%} → {after:.2%} of the variance"
+
+
+def kept_aside(count: int) -> tuple[range, range]:
+    """Of `count` batches or pieces, those that a correction is tried on, and those that judge it: the last fifth.
+
+    The last ones hold other samples than the first ones. A single one has to do for both.
+    """
+    start = count - max(1, count // 5)
+    return (range(start) if start else range(count)), range(start, count)
 
 
 def some_samples(value: Tensor) -> Tensor:

@@ -65,8 +65,9 @@ class NormCorrection:
             skip = added_to(self._student, node) if node.name in self._residual else None
             gain = correct_batchnorm_(walk, node, mode, skip)
         if gain:
-            walk.mark_changed(str(node.target))
-            self._gains[node.name] = gain
+            if not gain.taken_back:
+                walk.mark_changed(str(node.target))
+            self._gains[str(node.target)] = gain
 
     def correct_at_(self, walk: Rerun, path: str) -> None:
         """Correct the batch norm at a path of a network that is not a graph."""
@@ -87,9 +88,13 @@ class NormCorrection:
         if mode == "keep":
             return []
         what = "nothing to correct: no batch norm follows a quantized layer"
+        kept = [gain for gain in gains if not gain.taken_back]
         if gains:
-            what = f"{len(gains)} corrected, {Gain.said(gains)}"
+            what = f"{len(kept)} corrected" + (f", {Gain.said(kept)}" if kept else "")
         notes = [f"batch norm ({mode}): {what}"]
+        undone = ", ".join(name for name, gain in self._gains.items() if gain.taken_back)
+        if undone:
+            notes.append(f"batch norm: undone, because it did harm on samples kept aside: {undone}")
         if self._shared:
             names = ", ".join(sorted(self._shared))
             notes.append(f"batch norm: not corrected, because they are called at several places: {names}")

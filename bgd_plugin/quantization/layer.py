@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from bgd_plugin.calibration import CollectedInputs, LayerInputs, Rerun, Walk, sampled_inputs
-from bgd_plugin.correction import DriftedSkip, absorb_row_scale_, row_scale_bounds, shift_biases_
+from bgd_plugin.correction import DriftedSkip, absorb_row_scale_, row_scale_bounds, shift_biases_, shift_helps
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.fitting import (
     METHODS,
@@ -26,7 +26,7 @@ from bgd_plugin.fitting import (
 from bgd_plugin.graph import FoundLayer, install_, module_at, release_
 from bgd_plugin.nn import PQModule
 from bgd_plugin.planning.types import PlannedLayer, SkippedLayer
-from bgd_plugin.pq.blocks import Geometry
+from bgd_plugin.pq.blocks import Geometry, decode
 from bgd_plugin.quantization.job import Job
 from bgd_plugin.quantization.resume import stage
 from bgd_plugin.report.layer import LayerReport
@@ -61,6 +61,8 @@ def quantize_layer(
     generator = job.generator(planned.name)
     finished = fitted_once(lambda: job.run.finished(index, planned))
     fit = finished or _fit(job, found, planned, inputs, generator, _skip_for_fit(job, walk, skip))
+    if finished is None and fit.bias_shift is not None and found.bias is not None:
+        fit = _judged_shift(job, found, fit, inputs)
     layer = _installed(job, walk, found, planned, fit)
     if finished is None:
         _distill(job, walk, index, layer, logits, generator)
@@ -103,6 +105,18 @@ def treat_unreached(job: Job, index: int) -> LayerReport | SkippedLayer:
     lost = torch.linalg.vector_norm(matrix - layer.matrix) / torch.linalg.vector_norm(matrix).clamp(min=1e-30)
     warning = "no calibration input reaches it: fitted to its weight alone, to keep to the budget"
     return LayerReport.of(planned, relative_error=float(lost) ** 2, bias_gain=None, warnings=(*fit.warnings, warning))
+
+
+def _judged_shift(job: Job, found: FoundLayer, fit: FittedLayer, inputs: LayerInputs) -> FittedLayer:
+    """The fit without its shift of the bias, where such a shift raises the error on samples kept aside."""
+    codebook, codes = fit.codebook.to(found.weight), fit.codes.to(found.weight.device)
+    decoded = _unscaled(decode(codebook, codes, found.matrix.shape), fit.row_scale)
+    with job.log.timed("statistics"):
+        helps = shift_helps(found.matrix, decoded, inputs, job.generator(f"{found.name} shift"))
+    if helps:
+        return fit
+    warning = "bias correction undone: the error rose on samples kept aside"
+    return dataclasses.replace(fit, bias_shift=None, warnings=(*fit.warnings, warning))
 
 
 def _error_rows(found: FoundLayer) -> int:

@@ -1,0 +1,77 @@
+"""Corrections that do harm on samples kept aside are undone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bgd_plugin.calibration import CollectedInputs
+from bgd_plugin.correction.batchnorm import _corrected, _price
+from bgd_plugin.correction.bias import shift_helps
+from bgd_plugin.correction.depthwise_refit import refitted
+from bgd_plugin.correction.gain import kept_aside
+from bgd_plugin.pq.blocks import Geometry
+
+LINEAR = Geometry.linear()
+
+
+def _inputs(student: Sequence[Tensor], reference: Sequence[Tensor], geometry: Geometry = LINEAR) -> CollectedInputs:
+    mine, theirs = ([[(x, geometry)] for x in values] for values in (student, reference))
+    return CollectedInputs("layer", mine, theirs)
+
+
+@pytest.mark.parametrize(("count", "tried", "judges"), [(1, [0], [0]), (2, [0], [1]), (10, list(range(8)), [8, 9])])
+def test_the_last_fifth_judges(count: int, tried: list[int], judges: list[int]) -> None:
+    assert tuple(map(list, kept_aside(count))) == (tried, judges)
+
+
+@pytest.mark.parametrize(("harm", "mode"), [(5.0, "matched"), (1.0, "matched"), (5.0, "reestimate")])
+def test_a_match_that_does_harm_is_undone(harm: float, mode: Any) -> None:
+    """A fake error, which depends on the statistics that the norm has."""
+    norm = nn.BatchNorm1d(2)
+    new = torch.full((2,), 3.0)
+
+    def distance(batches: Sequence[int]) -> float:
+        return 0.1 * harm if torch.equal(norm.running_mean, new) else 0.1  # type: ignore[arg-type]
+
+    gain = _corrected(norm, "norm", mode, 5, lambda batches: (new, new), distance)
+    is_undone = mode == "matched" and harm > 1
+    assert gain.taken_back == is_undone
+    assert torch.equal(norm.running_mean, torch.zeros(2) if is_undone else new)  # type: ignore[arg-type]
+
+
+def test_keeping_the_variance_has_its_price() -> None:
+    """Outputs that are as near as an error allows, and the same outputs with the variance given back."""
+    for error in (0.1, 0.3, 0.6):
+        x = torch.randn(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        nearest = (1 - error) * x + (error * (1 - error)) ** 0.5 * noise  # the best with an error of `error`
+        given_back = nearest / nearest.std()
+        cost = float((given_back - x).square().mean() / x.var())
+        assert cost == pytest.approx(2 * (1 - (1 - error) ** 0.5), rel=0.02)
+        assert cost < _price(error) < 1.2 * cost
+
+
+@pytest.mark.parametrize("last", [1.0, -1.0])
+def test_a_shift_is_judged_on_other_samples(last: float) -> None:
+    reference = [torch.randn(64, 8) for _ in range(5)]
+    student = [x - 0.5 * (last if i == 4 else 1.0) for i, x in enumerate(reference)]
+    weight = torch.eye(8)
+    helps = shift_helps(weight, weight, _inputs(student, reference), torch.Generator().manual_seed(0))
+    assert helps == (last > 0)
+
+
+@pytest.mark.parametrize("last", [0.5, 2.0])
+def test_a_refit_is_judged_on_other_samples(last: float) -> None:
+    """The student's inputs are half as large; in the last piece, in one case, twice as large."""
+    geometry = Geometry.of((3,), 1, 1, 1, 4)
+    reference = [torch.randn(8, 4, 16) for _ in range(5)]
+    student = [x * (last if i == 4 else 0.5) for i, x in enumerate(reference)]
+    weight = torch.randn(4, 1, 3)
+    found, gain = refitted(weight, _inputs(student, reference, geometry), torch.Generator().manual_seed(0))
+    assert gain.taken_back == (last > 1)
+    assert torch.equal(found, weight) == (last > 1)
