@@ -266,6 +266,22 @@ def test_each_layer_draws_its_own_numbers_and_another_seed_others() -> None:
     assert both["head"] != _measured(model, data, BGDConfig(seed=1), ["head"])["head"]
 
 
+def test_twins_are_measured_with_numbers_of_their_own() -> None:
+    """Two layers with the same weight and inputs: what a draw does to a curve is not the same for both."""
+
+    class Twins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.head = nn.Linear(12, 64), nn.Linear(12, 64), nn.Linear(64, 8)
+            self.two.load_state_dict(self.one.state_dict())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.one(x)) + torch.tanh(self.two(x)))
+
+    found = _measured(Twins().eval(), vectors(2), BGDConfig(), ["one", "two"])
+    assert found["one"].curves != found["two"].curves
+
+
 def test_the_step_is_called_once_for_each_layer() -> None:
     model, counted = randomized(_Wide()), list[int]()
     batches = collect_batches(images(2, channels=32), model, device=torch.device("cpu"), forward=None)
