@@ -11,12 +11,14 @@ from torch import Tensor
 
 from bgd_plugin.pq.em import fit_em
 from bgd_plugin.pq.feedback import damped, diagonal_blocks, encode_damped, grouped, nearest
-from bgd_plugin.pq.least_squares import improved_codebook, output_objective, refine_codes
+from bgd_plugin.pq.least_squares import output_objective, refine_codes, solve_codebook
 from bgd_plugin.pq.masked import fit_masked
 from bgd_plugin.pq.powers import near_one, power_of_two
 
 __all__ = ["FullFit", "fit_full", "fit_positions", "positions_as_groups"]
 
+_START_ITERATIONS = 20
+"""Iterations of k-means, and again under the positions' own metrics."""
 _STILL = 1e-4
 """The fit stops after a round that lowers the objective by less than this fraction."""
 
@@ -29,8 +31,6 @@ class FullFit:
     """`[codebook_size, block_size]`, the weight's dtype."""
     codes: Tensor
     """int64 `[rows, blocks_per_row]`."""
-    objective: float
-    """tr((W − Ŵ) H (W − Ŵ)ᵀ) of this codebook and these codes, on the fitted Gram, without damping."""
     history: tuple[float, ...]
     """The damped objective after error feedback, then after each half round; never rises."""
     heldout: tuple[float, ...]
@@ -51,9 +51,6 @@ def fit_full(
     *,
     damping: float = 0.01,
     rounds: int = 4,
-    start_iterations: int = 20,
-    least_squares_iterations: int = 30,
-    row_weights: Tensor | None = None,
     mask: Tensor | None = None,
     generator: torch.Generator,
 ) -> FullFit:
@@ -73,9 +70,6 @@ def fit_full(
         damping: added to the Gram's diagonal, in units of its mean. With fewer positions than columns it must be
             large: about 1.0 for a classifier layer and a few hundred images.
         rounds: maximum rounds of least squares and coordinate descent.
-        start_iterations: iterations of k-means, and again under the positions' own metrics.
-        least_squares_iterations: conjugate gradient steps per round.
-        row_weights: `[rows]`, the weight of each row's loss in the codebook; all equal if not given.
         mask: bool `[rows, columns]`, false where the decoded weight is zero; none if not given.
         generator: draws the initial codewords.
 
@@ -89,22 +83,13 @@ def fit_full(
     hessian = damped(grams, damping)
     level = power_of_two(hessian)
     hessian /= level
-    codebook = _start(rows, hessian, mask, codebook_size, block_size, start_iterations, generator)
+    codebook = _start(rows, hessian, mask, codebook_size, block_size, generator)
     codes = encode_damped(flat, codebook, hessian, mask)
     heldout = None if heldout_gram is None else grouped(weight, heldout_gram)[1]
-    trail = _Trail(flat, hessian, heldout, row_weights, mask)
+    trail = _Trail(flat, hessian, heldout, mask)
     trail.add(codebook, codes)
     for _ in range(rounds):
-        codebook, loss = improved_codebook(
-            flat,
-            codes,
-            hessian,
-            codebook,
-            iterations=least_squares_iterations,
-            row_weights=row_weights,
-            mask=mask,
-            before=trail.history[-1],
-        )
+        codebook, loss = solve_codebook(flat, codes, hessian, codebook, mask=mask, before=trail.history[-1])
         trail.add(codebook, codes, loss)
         codes, changed = refine_codes(flat, codebook, codes, hessian, mask)
         trail.add(codebook, codes)
@@ -114,7 +99,6 @@ def fit_full(
     return FullFit(
         codebook=(codebook * unit).to(weight.dtype),
         codes=codes,
-        objective=unit**2 * output_objective(flat, codebook, codes, grams, mask=mask),
         history=tuple(level * unit**2 * loss for loss in trail.history),
         heldout=tuple(unit**2 * loss for loss in trail.heldout),
         chosen=trail.chosen,
@@ -130,10 +114,9 @@ class _Trail:
         weight: Tensor,
         gram: Tensor,
         heldout_gram: Tensor | None,
-        row_weights: Tensor | None,
         mask: Tensor | None = None,
     ) -> None:
-        self._weight, self._gram, self._heldout_gram, self._row_weights = weight, gram, heldout_gram, row_weights
+        self._weight, self._gram, self._heldout_gram = weight, gram, heldout_gram
         self._mask = mask
         self.history: list[float] = []
         self.heldout: list[float] = []
@@ -163,7 +146,7 @@ class _Trail:
         return losses[-1] > losses[-3] * (1 - _STILL)
 
     def _loss(self, codebook: Tensor, codes: Tensor, gram: Tensor) -> float:
-        return output_objective(self._weight, codebook, codes, gram, self._row_weights, self._mask)
+        return output_objective(self._weight, codebook, codes, gram, self._mask)
 
     def _losses(self) -> list[float]:
         return self.history if self._heldout_gram is None else self.heldout
@@ -175,7 +158,6 @@ def _start(
     mask: Tensor | None,
     codebook_size: int,
     block_size: int,
-    iterations: int,
     generator: torch.Generator,
 ) -> Tensor:
     """K-means under the pooled metric, then some iterations under each position's own metric.
@@ -186,9 +168,9 @@ def _start(
     positions, metrics = positions_as_groups(rows, diagonal_blocks(grams, block_size))
     if mask is not None:
         kept, _ = positions_as_groups(mask.reshape(rows.shape), diagonal_blocks(grams, block_size))
-        return fit_masked(positions, metrics, kept, codebook_size, max(1, 2 * iterations), generator=generator)[0]
-    start = fit_em(positions, metrics.mean(0), codebook_size, max(1, iterations), generator=generator).codebook
-    return fit_positions(positions, metrics, start, iterations)[0]
+        return fit_masked(positions, metrics, kept, codebook_size, 2 * _START_ITERATIONS, generator=generator)[0]
+    start = fit_em(positions, metrics.mean(0), codebook_size, _START_ITERATIONS, generator=generator).codebook
+    return fit_positions(positions, metrics, start, _START_ITERATIONS)[0]
 
 
 def positions_as_groups(rows: Tensor, metrics: Tensor) -> tuple[Tensor, Tensor]:

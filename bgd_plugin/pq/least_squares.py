@@ -11,7 +11,7 @@ from torch import Tensor
 from bgd_plugin.pq.feedback import diagonal_blocks, grouped, nearest
 from bgd_plugin.pq.masked import masked
 
-__all__ = ["improved_codebook", "output_objective", "refine_codes", "solve_codebook"]
+__all__ = ["output_objective", "refine_codes", "solve_codebook"]
 
 _ROWS = 4096
 
@@ -22,26 +22,22 @@ def output_objective(
     codebook: Tensor,
     codes: Tensor,
     gram: Tensor,
-    row_weights: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> float:
-    """tr(R (W − Ŵ) H (W − Ŵ)ᵀ) in float64, with R = diag(`row_weights`).
+    """tr((W − Ŵ) H (W − Ŵ)ᵀ) in float64.
 
     Args:
         weight: `[rows, columns]`.
         codebook: `[codebook_size, block_size]`.
         codes: int64 `[rows, blocks_per_row]`.
         gram: `[groups, columns, columns]` or, for one group, `[columns, columns]`.
-        row_weights: `[rows]`; all ones if not given.
         mask: bool `[rows, columns]`, false where Ŵ is zero; none if not given.
     """
     rows, grams = grouped(weight, gram)
     difference = (rows - masked(codebook[codes].to(rows).reshape(rows.shape), mask)).double()
     grams = grams.double()
-    losses = torch.cat(
-        [((part @ grams) * part).sum(2) for part in torch.split(difference, _ROWS, dim=1)], dim=1
-    ).flatten()
-    return float(losses.sum() if row_weights is None else (losses * row_weights.double()).sum())
+    losses = torch.cat([((part @ grams) * part).sum(2) for part in torch.split(difference, _ROWS, dim=1)], dim=1)
+    return float(losses.flatten().sum())
 
 
 @torch.no_grad()
@@ -53,39 +49,13 @@ def solve_codebook(
     *,
     iterations: int = 30,
     tolerance: float = 1e-12,
-    row_weights: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """`improved_codebook` without its objective."""
-    return improved_codebook(
-        weight,
-        codes,
-        gram,
-        start,
-        iterations=iterations,
-        tolerance=tolerance,
-        row_weights=row_weights,
-        mask=mask,
-    )[0]
-
-
-@torch.no_grad()
-def improved_codebook(
-    weight: Tensor,
-    codes: Tensor,
-    gram: Tensor,
-    start: Tensor,
-    *,
-    iterations: int = 30,
-    tolerance: float = 1e-12,
-    row_weights: Tensor | None = None,
     mask: Tensor | None = None,
     before: float | None = None,
 ) -> tuple[Tensor, float]:
     """The codebook that minimizes `output_objective` for fixed codes, by conjugate gradients from `start`.
 
     All codebook_size · block_size numbers are solved together, because H couples the blocks of a row. With S the
-    linear map from a codebook to Ŵ, the normal equations are Sᵀ(R S(C) H) = Sᵀ(R W H): multiplying by the normal
+    linear map from a codebook to Ŵ, the normal equations are Sᵀ(S(C) H) = Sᵀ(W H): multiplying by the normal
     matrix means a decode, a product by H, and a sum over the blocks of each codeword; the matrix is never formed.
     Preconditioned by the mean diagonal block of H and each codeword's count. An unused codeword does not move.
 
@@ -96,7 +66,6 @@ def improved_codebook(
         start: `[codebook_size, block_size]`.
         iterations: maximum number.
         tolerance: stop when the preconditioned residual's squared norm has fallen by this factor.
-        row_weights: `[rows]`, not negative.
         mask: bool `[rows, columns]`, false where Ŵ is zero; none if not given.
         before: the objective of `start`, where the caller knows it.
 
@@ -107,13 +76,11 @@ def improved_codebook(
     """
     rows, grams = grouped(weight, gram)
     grams = grams.to(rows)
-    scale = None if row_weights is None else row_weights.to(rows).reshape(*rows.shape[:2], 1)
     flat_codes, block_size = codes.flatten(), start.shape[1]
 
     def collect(outputs: Tensor) -> Tensor:
-        """Sᵀ(R A H), `[codebook_size, block_size]`, for A `[groups, rows_per_group, columns]`."""
-        product = outputs @ grams
-        product = masked(product if scale is None else product * scale, mask)
+        """Sᵀ(A H), `[codebook_size, block_size]`, for A `[groups, rows_per_group, columns]`."""
+        product = masked(outputs @ grams, mask)
         return torch.zeros_like(change).index_add_(0, flat_codes, product.reshape(-1, block_size))
 
     change = torch.zeros_like(start, dtype=rows.dtype)
@@ -133,8 +100,8 @@ def improved_codebook(
         direction = conditioned + norm / previous * direction
     solved = (start.to(change) + change).to(start.dtype)
     if before is None:
-        before = output_objective(weight, start, codes, gram, row_weights, mask)
-    after = output_objective(weight, solved, codes, gram, row_weights, mask)
+        before = output_objective(weight, start, codes, gram, mask)
+    after = output_objective(weight, solved, codes, gram, mask)
     # Near the optimum, rounding can make the last steps worse than the start.
     return (solved, after) if after <= before else (start.clone(), before)
 
