@@ -24,6 +24,9 @@ CONFIG_VERSION = 1
 class BGDConfig:
     """What to quantize, and how.
 
+    Settings of layers and of training stages may be given as mappings, `{"codebook_size": 16}`; what they leave out is
+    the default, for a block size that of the layer's kind. `overrides` may be a mapping by glob.
+
     Args:
         method: how codebook and codes are fitted. "full" uses all correlations of a layer's inputs; "em" is the paper's
             method, expectation-maximization on one pooled Gram matrix.
@@ -118,13 +121,17 @@ class BGDConfig:
         check(is_share, f"kept_aside={aside!r}: give a share of the samples, from 0 to 0.5")
         for family in FAMILIES:
             value = getattr(self, family)
+            value = nested(LayerConfig, value, family) if isinstance(value, Mapping) else value
             check(
                 value is None or isinstance(value, LayerConfig),
                 f"{family}={value!r}: give a LayerConfig, or None to keep these layers float",
             )
             if value is not None and value.block_size is None and family in _DEFAULTS:
-                object.__setattr__(self, family, dataclasses.replace(value, block_size=BLOCK_SIZES[family]))
-        object.__setattr__(self, "overrides", checked_overrides(self.overrides))
+                value = dataclasses.replace(value, block_size=BLOCK_SIZES[family])
+            object.__setattr__(self, family, value)
+        for name, kind in _STAGES.items():
+            object.__setattr__(self, name, nested(kind, getattr(self, name), name))
+        object.__setattr__(self, "overrides", checked_overrides(nested_overrides(self.overrides)))
 
     @classmethod
     def paper(
@@ -244,14 +251,6 @@ class BGDConfig:
             isinstance(version, int) and version <= CONFIG_VERSION,
             f"the settings have version {version!r}, this library reads up to {CONFIG_VERSION}: upgrade bgd-plugin",
         )
-        for family in FAMILIES:
-            if family in fields:
-                fields[family] = nested(LayerConfig, fields[family], family)
-        for name, kind in _STAGES.items():
-            if name in fields:
-                fields[name] = nested(kind, fields[name], name)
-        if "overrides" in fields:
-            fields["overrides"] = nested_overrides(fields["overrides"])
         result: BGDConfig = nested(cls, fields, "BGDConfig")
         return result
 

@@ -41,7 +41,7 @@ def nested_overrides(overrides: Any) -> Any:
 
 
 def _nested_override(entry: Any) -> Any:
-    if isinstance(entry, (tuple, list)) and len(entry) == 2:
+    if isinstance(entry, (tuple, list)) and len(entry) == 2 and isinstance(entry[1], Mapping):
         return entry[0], nested(LayerConfig, entry[1], f"override {entry[0]!r}")
     return entry
 

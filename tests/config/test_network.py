@@ -160,3 +160,16 @@ def test_training_in_part() -> None:
     config = BGDConfig.from_dict({"finetuning": {"steps": 3}, "distillation": {"steps": 2}, "reconstruction": {}})
     assert (config.finetuning, config.distillation) == (FinetuningConfig(steps=3), DistillationConfig(steps=2))
     assert config.reconstruction == ReconstructionConfig()
+
+
+def test_mappings_stand_for_settings_in_python_too() -> None:
+    fields: dict[str, Any] = {
+        "linear": {"codebook_size": 16},
+        "overrides": {"fc": {"block_size": 8}},
+        "finetuning": {"steps": 3},
+    }
+    assert BGDConfig(**fields) == BGDConfig.from_dict(fields)
+    with pytest.raises(ConfigError, match="finetuning: found 3, give the fields of FinetuningConfig"):
+        BGDConfig(finetuning=3)
+    with pytest.raises(ConfigError, match="linear: unknown size"):
+        BGDConfig(linear={"size": 3})
