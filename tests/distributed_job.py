@@ -24,6 +24,8 @@ CONFIGS: dict[str, bgd.BGDConfig] = {
     "default": bgd.BGDConfig(),
     "full": bgd.BGDConfig(reconstruction=None, kept_aside=0.0),
     "em": bgd.BGDConfig.paper("small", batchnorm="matched", distillation=None, finetuning=None, kept_aside=0.0),
+    "untraced": bgd.BGDConfig(kept_aside=0.0),
+    "branching": bgd.BGDConfig(kept_aside=0.0),
     "budget": bgd.BGDConfig(target_bytes=6_000),
     "finetuned": bgd.BGDConfig(
         method="em",
@@ -44,8 +46,24 @@ CONFIGS: dict[str, bgd.BGDConfig] = {
 def network(config: str, seed: int = 0) -> nn.Module:
     """The network of a setting: the same in every process."""
     torch.manual_seed(seed)
-    model: nn.Module = randomized(_plain() if config == "finetuned" else SmallResNet())
+    builds = {"finetuned": _plain, "untraced": Untraced, "branching": Untraced}
+    model: nn.Module = randomized(builds.get(config, SmallResNet)())
     return model
+
+
+class Untraced(nn.Module):
+    """Goes another way on large inputs, which nothing but a run can tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.a = nn.Linear(12, 32), nn.BatchNorm1d(32), nn.Linear(32, 32, bias=False)
+        self.after, self.rare, self.head = nn.BatchNorm1d(32), nn.Linear(32, 32), nn.Linear(32, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.after(self.a(torch.relu(self.norm(self.stem(x)))))
+        if float(x.detach().abs().max()) > 50:
+            y = self.rare(y)
+        return self.head(torch.relu(y))
 
 
 def _plain() -> nn.Module:
@@ -54,7 +72,9 @@ def _plain() -> nn.Module:
 
 def batches(config: str) -> list[Tensor]:
     """The whole calibration set of a setting."""
-    return vectors(8) if config == "finetuned" else images(8)
+    if config == "branching":
+        return [batch * (1 if number % 2 else 100) for number, batch in enumerate(vectors(8))]
+    return vectors(8) if config in ("finetuned", "untraced") else images(8)
 
 
 class Deadly(list[Tensor]):

@@ -15,7 +15,7 @@ from bgd_plugin.correction.gain import Gain, kept_aside, output_distance, some_s
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import call_input, module_at
 from bgd_plugin.nn import normalizes
-from bgd_plugin.support.processes import sum_
+from bgd_plugin.support.processes import largest, sum_
 from bgd_plugin.support.processes import total as sum_of
 
 __all__ = [
@@ -90,7 +90,7 @@ def correct_batchnorm_(
 def correct_batchnorm_at_(rerun: Rerun, path: str, mode: Literal["matched", "reestimate"]) -> Gain | None:
     """`correct_batchnorm_` for a batch norm of a network that is not a graph."""
     mine, theirs = rerun.norm_inputs(path)
-    if all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=True)):
+    if not largest(not all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=True))):
         return None
     norm: Any = module_at(rerun.student, path)
     shipped = module_at(rerun.reference, path)

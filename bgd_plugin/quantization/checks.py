@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from bgd_plugin.calibration import require_rewalkable
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.quantization.fingerprint import digest
-from bgd_plugin.support.processes import largest, processes
+from bgd_plugin.support.processes import from_all, largest, processes
 
-__all__ = ["check_arguments", "check_student"]
+__all__ = ["check_arguments", "require_same_layers"]
 
 
 def check_arguments(model: nn.Module, calibration: Iterable[Any], config: BGDConfig, memory_bytes: int | None) -> None:
@@ -32,16 +33,27 @@ def check_arguments(model: nn.Module, calibration: Iterable[Any], config: BGDCon
         require_rewalkable(calibration, "finetuning")
 
 
-def check_student(student: nn.Module, config: BGDConfig) -> None:
-    """Reject settings that need a graph, for a network that does not trace.
+def require_same_layers(reached: Sequence[str]) -> None:
+    """Of several processes, all must come to the same layers and norms on their parts of the data, in the same order.
+
+    Args:
+        reached: names, in the order in which a network that does not trace comes to them.
 
     Raises:
-        ConfigError: several processes.
+        ConfigError: naming what some processes come to and others do not.
     """
-    if isinstance(student, fx.GraphModule):
+    if processes() == 1:
         return
-    if processes() > 1:
-        raise ConfigError("this network does not trace, so processes may run different layers: use one process")
+    orders = [json.loads(content) for content in from_all(json.dumps(list(reached)).encode())]
+    if all(order == orders[0] for order in orders):
+        return
+    everywhere = set(orders[0]).intersection(*orders)
+    partly = sorted(set().union(*orders) - everywhere)
+    what = f"only some processes come to {', '.join(partly[:8])}" if partly else "the order of layers differs"
+    raise ConfigError(
+        f"this network does not trace, and takes another way on each process's part of the data: {what}. Use one "
+        "process, or give every process data that takes all ways"
+    )
 
 
 def _require_values(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from bgd_plugin.correction import DriftedSkip, Gain, NormCorrection, is_batchnor
 from bgd_plugin.graph import FoundLayer, added_to, following_batchnorm_node
 from bgd_plugin.nn import normalizes
 from bgd_plugin.planning.types import SkippedLayer
+from bgd_plugin.quantization.checks import require_same_layers
 from bgd_plugin.quantization.job import Job
 from bgd_plugin.quantization.layer import quantize_layer, treat_unreached
 from bgd_plugin.quantization.leftovers import leftover_nodes, treat_leftover
@@ -74,6 +75,7 @@ def _by_runs(job: Job, logits: list[Tensor]) -> Outcomes:
     norms = [path for path, module in job.student.named_modules() if normalizes(module)]
     weights = {found.name: found.weight for found in job.survey.found}
     walk = Rerun(job.student, job.reference, job.batches, weights, norms, finishes=bool(job.config.distillation))
+    require_same_layers(walk.order)
     corrections = NormCorrection(job.student, job.config.batchnorm, job.log.timed)
     outcomes: Outcomes = []
     for name in walk.order:

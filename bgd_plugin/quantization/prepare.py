@@ -12,7 +12,6 @@ from bgd_plugin.config import BGDConfig
 from bgd_plugin.graph import Front, front_end, set_modes
 from bgd_plugin.planning.budget import Budget
 from bgd_plugin.planning.survey import Survey, surveyed
-from bgd_plugin.quantization.checks import check_student
 
 __all__ = ["Prepared", "prepared", "prepared_for"]
 
@@ -55,7 +54,6 @@ def prepared_for(
     """
     front = checked(first.front, batches)
     set_modes(front.network, {"": False})
-    check_student(front.network, config)
     return first if front is first.front else _prepared(front, model, config, original_bytes)
 
 

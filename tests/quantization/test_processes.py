@@ -26,6 +26,7 @@ from tests.distributed_job import CONFIGS, batches, network, started
 # One worker of pytest-xdist runs them, so that the job of all settings runs once.
 pytestmark = pytest.mark.xdist_group("processes")
 
+WHOLE = [config for config in CONFIGS if config != "branching"]
 END_SECONDS = 60  # within which the others must have ended
 
 
@@ -73,7 +74,7 @@ def _codes(job: list[Any]) -> list[int]:
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes made of every setting."""
     output: Path = tmp_path_factory.mktemp("job")
-    assert _codes(_forked(output, list(CONFIGS), "--prelude")) == [0, 0]
+    assert _codes(_forked(output, WHOLE, "--prelude")) == [0, 0]
     return output
 
 
@@ -86,13 +87,13 @@ def _loaded(job: Path, config: str) -> dict[str, PQModule]:
     return {name: m for name, m in net.named_modules() if isinstance(m, PQModule)}
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", WHOLE)
 def test_all_processes_have_the_same_bytes(job: Path, config: str) -> None:
     first, second = ((job / f"{config}-{rank}.safetensors").read_bytes() for rank in (0, 1))
     assert first == second
 
 
-@pytest.mark.parametrize("config", ["full", "em"])
+@pytest.mark.parametrize("config", ["full", "em", "untraced"])
 def test_two_processes_and_one_find_the_same_codes(job: Path, config: str) -> None:
     alone = _alone(config, batches(config))
     for name, layer in _loaded(job, config).items():
@@ -177,3 +178,9 @@ def test_without_torchrun_the_others_end_and_name_it(dies: int, walks: int, how:
     said = (tmp_path / f"error-{1 - dies}").read_text()
     assert f"process {dies}" in said
     assert how == "killed" or "OSError: the data is gone" in said
+
+
+def test_processes_that_come_to_different_layers_are_told_so(tmp_path: Path) -> None:
+    assert 1 in _codes(_forked(tmp_path / "out", ["branching"]))
+    said = [file.read_text() for file in (tmp_path / "out").glob("error-*")]
+    assert any("only some processes come to rare" in text and "Use one process" in text for text in said)
