@@ -7,12 +7,13 @@ from functools import cache
 from typing import Any
 
 from bgd_plugin.kernels.llvm import Loop, compiled, define, pieces, read_codes, vector_registers
-from bgd_plugin.kernels.vectors import fma, load, masked, total, tree, zero
+from bgd_plugin.kernels.vectors import fetch, fma, load, masked, total, tree, zero
 
 __all__ = ["dot_program"]
 
 _ROWS = 4
 """Rows worked on at once."""
+_CACHE_LINE = 64
 
 
 @cache
@@ -34,6 +35,7 @@ def dot_program(block_size: int, code_bits: int, has_mask: bool) -> Any:
     whole = ir.IntType(64)
     many = builder.add(a["first"], builder.and_(builder.sub(a["last"], a["first"]), whole(-_ROWS)))
     with Loop(builder, a["first"], many, _ROWS) as rows:
+        _fetch_rows(kind, builder.add(rows.index, whole(_ROWS)))
         _sum_rows(kind, [builder.add(rows.index, whole(i)) for i in range(_ROWS)])
     with Loop(builder, many, a["last"]) as rest:
         _sum_rows(kind, [rest.index])
@@ -50,6 +52,18 @@ class _Kind:
     block_size: int
     code_bits: int
     has_mask: bool
+
+
+def _fetch_rows(kind: _Kind, first: Any) -> None:
+    """Ask for the codes of the next rows, which processors do not foresee; past the last row this does nothing."""
+    from llvmlite import ir
+
+    builder, a, whole = kind.builder, kind.a, ir.IntType(64)
+    byte_count = builder.mul(a["blocks"], whole(kind.code_bits // 8))
+    start = builder.mul(first, byte_count)
+    stop = builder.add(start, builder.mul(byte_count, whole(_ROWS)))
+    with Loop(builder, start, stop, _CACHE_LINE) as lines:
+        fetch(builder, builder.gep(a["codes"], [lines.index], source_etype=ir.IntType(8)))
 
 
 def _sum_rows(kind: _Kind, rows: list[Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["fma", "load", "masked", "splat", "store", "total", "tree", "vector", "zero"]
+__all__ = ["fetch", "fma", "load", "masked", "splat", "store", "total", "tree", "vector", "zero"]
 
 
 def zero(lanes: int) -> Any:
@@ -33,6 +33,18 @@ def store(builder: Any, value: Any, pointer: Any, place: Any) -> None:
     from llvmlite import ir
 
     builder.store(value, builder.gep(pointer, [place], source_etype=ir.FloatType()), align=4)
+
+
+def fetch(builder: Any, address: Any) -> None:
+    """Bring what lies at an address into the caches, without waiting for it."""
+    from llvmlite import ir
+
+    name, number = "llvm.prefetch.p0", ir.IntType(32)
+    declared = builder.module.globals.get(name)
+    if declared is None:
+        kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), number, number, number])
+        declared = ir.Function(builder.module, kind, name)
+    builder.call(declared, [address, number(0), number(3), number(1)])  # to read, to be kept, data
 
 
 def fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
