@@ -159,8 +159,11 @@ class Plan:
     def to_svg(self, path: str | os.PathLike[str]) -> None:
         """Draw the curve of bytes against expected divergence, with the chosen file.
 
+        Args:
+            path: the SVG file to write.
+
         Raises:
-            ConfigError: the plan has no curve, since it was made without calibration data.
+            ConfigError: the plan has no curve, because it was made without calibration data.
         """
         if not self.curve:
             raise ConfigError("the plan has no curve: give plan() calibration data")
