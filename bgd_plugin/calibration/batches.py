@@ -17,6 +17,9 @@ __all__ = ["Batch", "Batches", "Forward", "collect_batches", "iterate_batches", 
 
 Forward = Callable[[nn.Module, Any], Any]
 
+_MOST_BATCHES = 4096
+"""Batches taken from data that does not tell its length; what gives more is taken to be endless."""
+
 _LOGITS = ("logits", "out")
 
 
@@ -138,7 +141,13 @@ def iterate_batches(
         raise CalibrationError(
             f"calibration is a {type(calibration).__name__}: give an iterable of batches, for one batch [batch]"
         )
+    is_open_ended = not hasattr(calibration, "__len__")
     for index, item in enumerate(calibration):
+        if is_open_ended and index >= _MOST_BATCHES:
+            raise CalibrationError(
+                f"the calibration data has given {_MOST_BATCHES} batches, tells no length, and shows no end: give a "
+                "list or DataLoader, or only some of it, as by itertools.islice"
+            )
         batch = _captured(model, item, forward) if forward else _batch(item, index)
         if not batch.size:
             raise CalibrationError(f"calibration batch {index} contains no samples")
