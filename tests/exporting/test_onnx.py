@@ -63,6 +63,23 @@ class Branching(nn.Module):
         return {"scores": self.last(self.attention(x, x, x, need_weights=False)[0]).squeeze(1)}
 
 
+class Placed(nn.Module):
+    """Adds positions from a buffer that is not saved, by indices in another, and a table that is a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 32)
+        self.register_buffer("places", torch.arange(8).flip(0).repeat(16, 1)[0], persistent=False)
+        self.register_buffer("positions", torch.randn(8, 32), persistent=False)
+        self.table = torch.randn(32)
+        self.last = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = self.get_buffer("places")
+        x = torch.tanh(self.first(x)) + self.get_buffer("positions")[places[: x.shape[0]]] + self.table
+        return self.last(x)
+
+
 def _tokens() -> list[Tensor]:
     return [torch.randint(40, (4, 7), generator=torch.Generator().manual_seed(i)) for i in range(2)]
 
@@ -91,6 +108,7 @@ CASES = {
     "one layer twice": _case(TwiceNet, vectors),
     "embedding and tied head": _case(Words, _tokens, embedding=bgd.LayerConfig(block_size=4, codebook_size=16)),
     "transposed convolutions": _case(Upwards, images),
+    "tensors in no state dict": _case(Placed, vectors),
     "no trace": _case(Branching, vectors),
     "2:4 zeros": _case(lambda: _pruned(SmallResNet(), _two_of_four), images, preserve_zeros=True),
 }

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from bgd_plugin.exporting.onnx.nodes import Nodes
 from bgd_plugin.exporting.onnx.unpack import unpacked_codes, unpacked_mask
-from bgd_plugin.files.format import Stored, narrowest, scales, stored
-from bgd_plugin.nn import PQModule
+from bgd_plugin.files.format import State, narrowest, scales, stored_state
 
 __all__ = ["narrow_"]
 
@@ -38,11 +37,12 @@ class _Narrower:
     def __init__(self, graph: Any, model: nn.Module) -> None:
         self.nodes = Nodes(graph)
         self._graph = graph
-        self._state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-        self._content: Stored = stored(model)
+        state = State.of(model)
+        self._state = state.tensors
+        self._layers = state.layers
+        self._content = stored_state(state)
         self._scales = scales(self._content)
         self._widened: dict[str, Any] = {}
-        self._layers = {p: m for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, PQModule)}
 
     def replace_(self, name: str) -> None:
         """Let everything that reads an initializer read its narrow form, widened."""
