@@ -334,3 +334,14 @@ def test_counters_of_batches_have_room_to_grow_while_the_network_is_finetuned() 
             bgd.plan(model, BGDConfig(target_bytes=1, finetuning=finetuning))
         least.append(int(re.findall(r"least possible size is ([\d,]+)", str(error.value))[0].replace(",", "")))
     assert least[1] - least[0] == 8 * norms
+
+
+@pytest.mark.parametrize(("storage", "size"), [("float16", 2), ("float32", 4)])
+def test_a_layer_in_float_costs_what_it_is_stored_in(storage: Any, size: int) -> None:
+    """A budget weighs float against codes by the bytes that the file will have."""
+    graph = trace(copy_module(nn.Sequential(nn.Linear(12, 32), nn.Linear(32, 48)))).eval()
+    config = BGDConfig(target_bytes=4_000, float_storage=storage)
+    budget = Budget.of(surveyed(graph, config, original=graph))
+    assert budget is not None
+    (options,) = budget._options()
+    assert [o.size_bytes for o in options if o.layer is None] == [size * 32 * 48]
