@@ -10,7 +10,7 @@ import dataclasses
 import fnmatch
 import glob
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import modelopt.torch.opt as mto
@@ -27,7 +27,7 @@ from bgd_plugin.integration import CheckpointError, ConfigError, PQModule
 
 __all__ = ["BGDModeConfig", "BGDModeDescriptor", "BGDModeRegistry", "quantize", "register", "report"]
 
-ForwardLoop = Callable[[nn.Module], Any]
+ForwardLoop = Callable[[nn.Module], Any] | Iterable[Any]
 
 _DEFAULTS = BGDConfig().to_dict()
 
@@ -60,7 +60,8 @@ def quantize(
         model: changed in place.
         config: fields of `BGDConfig`. `overrides` may be a dictionary such as `{"*head": {"enable": False}}` or
             `{"layer4.*": {"block_size": 18}}`: the first glob that matches a layer's name wins.
-        forward_loop: runs the model on calibration data; without it each weight is fitted by itself.
+        forward_loop: runs the model on calibration data, or the batches themselves, as `bgd_plugin.quantize` takes
+            them; without it each weight is fitted by itself.
 
     Returns:
         the model.
@@ -129,9 +130,11 @@ def _convert(model: nn.Module, config: Any, forward_loop: ForwardLoop | None = N
             )
     if forward_loop is None:
         result = bgd.quantize_weights(model, settings)
-    else:
+    elif callable(forward_loop):
         calls = _recorded(model, forward_loop)
         result = bgd.quantize(model, calls, settings, forward=lambda net, call: net(*call[0], **call[1]))
+    else:
+        result = bgd.quantize(model, forward_loop, settings)
     integration.transplant_(model, result.model)
     placement = {path: list(sizes) for path, sizes in integration.placement_of(model).items() if path not in before}
     codes = {path: digest for path, digest in _codes_of(model).items() if path not in before}
@@ -240,7 +243,7 @@ def _check_before(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _recorded(model: nn.Module, forward_loop: ForwardLoop) -> list[Any]:
+def _recorded(model: nn.Module, forward_loop: Callable[[nn.Module], Any]) -> list[Any]:
     """The arguments of each call that the loop makes of the model, in evaluation mode."""
     calls: list[Any] = []
 

@@ -49,6 +49,12 @@ def test_calibrated_gives_the_cores_codes_and_accuracy() -> None:
     assert adapter.report(model)["compressed_bytes"] == expected.report.compressed_bytes
 
 
+def test_batches_do_as_well_as_a_loop() -> None:
+    model = PlainNet()
+    by_loop = adapter.quantize(copy.deepcopy(model), None, loop(vectors()))
+    assert same_state(adapter.quantize(model, None, vectors()), by_loop)
+
+
 def test_apply_mode_alone_is_data_free() -> None:
     model = PlainNet()
     expected = bgd.quantize_weights(model)
