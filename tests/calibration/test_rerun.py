@@ -287,3 +287,11 @@ def test_layers_with_one_input_share_its_statistics(monkeypatch: pytest.MonkeyPa
     a = bgd.BGDConfig(overrides=(("blocks.1.a", None), *config.overrides))
     parts = bgd.quantize(network, data(), a, progress=False).model
     assert torch.equal(whole.get_submodule("blocks.0.c").codes, parts.get_submodule("blocks.0.c").codes)
+
+
+def test_a_bound_on_memory_changes_no_result() -> None:
+    network = randomized(Chain(2))
+    free, bound = (bgd.quantize(network, data(), memory_bytes=bytes_, progress=False) for bytes_ in (None, 6000))
+    one, other = free.model.state_dict(), bound.model.state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert any("in a file" in note for note in bound.report.notes)
