@@ -1,4 +1,4 @@
-"""Draw the figures of `tests.benchmarks.inference`: `python -m tests.benchmarks.inference_plot FIGURES.json PICTURE`."""
+"""Draw the figures of `tests.benchmarks.inference`: `python -m tests.benchmarks.inference_plot FIGURES PICTURE`."""
 
 from __future__ import annotations
 
