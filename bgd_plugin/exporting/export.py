@@ -102,7 +102,7 @@ def _ready(model: nn.Module) -> nn.Module:
         raise BGDError("the network has no values (it is on the meta device): load them first")
     is_elsewhere = any(tensor.device.type != "cpu" for tensor in tensors)
     network: nn.Module = copy_module(model, share_tensors=not is_elsewhere)
-    set_modes(network, {"": False})  # not eval(): the graphs that torch.export makes refuse it
+    set_modes(network, {"": False})  # graphs made by torch.export cannot switch modes themselves
     set_apart_(network)
     return network.cpu() if is_elsewhere else network
 

@@ -26,12 +26,12 @@ from bgd_plugin.quantization.finish import finish, reported, restore_
 from bgd_plugin.quantization.job import Job
 from bgd_plugin.quantization.judge import judged
 from bgd_plugin.quantization.layerwise import quantize_layers
-from bgd_plugin.quantization.measure import spent
 from bgd_plugin.quantization.prepare import prepared, prepared_for
-from bgd_plugin.quantization.progress import progress_bar
+from bgd_plugin.quantization.progress_bar import progress_bar
 from bgd_plugin.quantization.quality import within_bound
 from bgd_plugin.quantization.resume import Run
 from bgd_plugin.quantization.settle import settled
+from bgd_plugin.quantization.spend import spent
 from bgd_plugin.quantization.train import check_teacher, teacher_for, train
 from bgd_plugin.report.report import Quantized
 from bgd_plugin.support.log import Log
