@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bgd_plugin.graph import module_or_none
+from bgd_plugin.graph import is_quantized_elsewhere, module_or_none
 
 __all__ = ["fingerprint", "give_attributes_", "other_tensors"]
 
@@ -29,7 +29,8 @@ def other_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor
     whole: dict[str, Tensor] = {}
     marked: dict[str, Tensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, torch.jit.ScriptModule):
+        # another library's quantized layer keeps what it needs in its state, and decoded weights beside it for speed
+        if isinstance(module, torch.jit.ScriptModule) or is_quantized_elsewhere(module):
             continue
         for name, value, is_held in _tensors_of(module):
             is_small = value.numel() * value.element_size() <= MOST_BYTES

@@ -23,7 +23,7 @@ from bgd_plugin.graph.replace import (
     release_,
     swap_,
 )
-from bgd_plugin.graph.tracer import FROM_DATA, PQTracer, trace
+from bgd_plugin.graph.tracer import FROM_DATA, PQTracer, is_quantized_elsewhere, trace
 from bgd_plugin.graph.world import isolated
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "following_batchnorm_node",
     "front_end",
     "install_",
+    "is_quantized_elsewhere",
     "isolate_weights_",
     "isolated",
     "layer_at",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bgd_plugin.calibration import Batch, LayerInputs, Walk, pooled_gram, sampled_inputs
-from bgd_plugin.calibration import inputs as statistics
+from bgd_plugin.calibration import gram as gram_module
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import find_layers, trace
 from tests.networks import TwiceNet, images, vectors
@@ -78,7 +78,7 @@ def test_a_layer_that_runs_twice_pools_the_inputs_of_both_calls() -> None:
 def test_chunks_give_what_one_piece_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     conv, data = nn.Conv2d(3, 4, 3, padding=1), images(2, size=6)
     whole = pooled_gram(_inputs(nn.Sequential(conv), data, "0"), 9)
-    monkeypatch.setattr(statistics, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(gram_module, "_CHUNK_ELEMENTS", 1)
     pieces = pooled_gram(_inputs(nn.Sequential(conv), data, "0"), 9)
     torch.testing.assert_close(pieces.gram, whole.gram, rtol=1e-6, atol=1e-7)
     assert pieces.count == whole.count

@@ -12,7 +12,7 @@ import bgd_plugin as bgd
 from bgd_plugin import ReconstructionConfig
 from bgd_plugin.calibration import Batch
 from bgd_plugin.errors import CalibrationError
-from bgd_plugin.graph import copy_module
+from bgd_plugin.graph import copy_module, swap_, trace
 from bgd_plugin.support.steps import Steps
 from bgd_plugin.training import reconstruct_, reconstruction_steps
 from bgd_plugin.training.loss import kl_to_teacher
@@ -22,13 +22,11 @@ from tests.networks import SmallResNet, em, images, randomized
 def _students(data: list[Tensor]) -> tuple[Any, Any]:
     """A student, and its float twin with tensors of its own."""
     model = randomized(SmallResNet()).eval()
-    student = bgd.quantize(model, data, em(batchnorm="matched"), progress=False).model.requires_grad_(False)
+    student = trace(bgd.quantize(model, data, em(batchnorm="matched"), progress=False).model).requires_grad_(False)
     return student, bgd.materialize(_float_twin(student, model))
 
 
 def _float_twin(student: Any, model: nn.Module) -> Any:
-    from bgd_plugin.graph import swap_, trace
-
     twin = trace(copy_module(student))
     for layer in ("conv1", "conv2", "down", "fc"):
         swap_(twin, layer, copy_module(model.get_submodule(layer)))

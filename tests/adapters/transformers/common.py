@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,7 @@ def in_a_fresh_process(script: str, folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path[:0] = {paths!r}\n{script}"],
         cwd=folder,
+        env=os.environ | {"BGD_KERNELS": "off"},  # the plain path gives the same bits in every process
         capture_output=True,
         text=True,
     )
