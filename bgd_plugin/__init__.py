@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bgd_plugin.errors import BGDError
     from bgd_plugin.exporting.export import export
     from bgd_plugin.files.load import load
-    from bgd_plugin.files.network import materialize, save
+    from bgd_plugin.files.save import materialize, save
     from bgd_plugin.fx import BGDPass as BGDPass
     from bgd_plugin.planning.make import plan
     from bgd_plugin.quantization.datafree import quantize_weights
@@ -51,11 +51,11 @@ _HOMES = {
     "export": "exporting.export",
     "load": "files.load",
     "load_adapter": "adapters",
-    "materialize": "files.network",
+    "materialize": "files.save",
     "plan": "planning.make",
     "quantize": "quantization.quantize",
     "quantize_weights": "quantization.datafree",
-    "save": "files.network",
+    "save": "files.save",
 }
 
 

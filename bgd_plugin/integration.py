@@ -3,8 +3,8 @@
 from bgd_plugin.config import FAMILIES
 from bgd_plugin.encoding.codes import code_dtype, pack, unpack
 from bgd_plugin.errors import CalibrationError, CheckpointError, ConfigError, TraceError
-from bgd_plugin.files.network import read_file
 from bgd_plugin.files.placement import make_room_, placement_in, placement_of, transplant_, transplanted
+from bgd_plugin.files.save import read_file
 from bgd_plugin.graph import PQTracer, become_, copy_module, materialize_, set_modes
 from bgd_plugin.graph.computed import compute_parameter_, loosen_parameter_, restore_parameter_
 from bgd_plugin.nn import PQLinear, PQModule, PQWeight

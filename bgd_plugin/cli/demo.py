@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from bgd_plugin.cli.images import Preprocessing, opened
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import BGDError
-from bgd_plugin.files.network import save
+from bgd_plugin.files.save import save
 from bgd_plugin.planning.make import plan
 from bgd_plugin.quantization.quantize import quantize
 from bgd_plugin.report.html import cards, layer_sections, page

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from bgd_plugin.errors import CheckpointError
-from bgd_plugin.files.network import read_file
+from bgd_plugin.files.save import read_file
 from bgd_plugin.support.tables import mib, table
 
 __all__ = ["inspected", "inspection_text"]

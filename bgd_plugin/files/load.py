@@ -14,7 +14,7 @@ from bgd_plugin.encoding.masks import unpack_mask
 from bgd_plugin.errors import BGDError, CheckpointError, TraceError
 from bgd_plugin.files.attributes import give_attributes_
 from bgd_plugin.files.format import Stored, restored
-from bgd_plugin.files.network import read_file
+from bgd_plugin.files.save import read_file
 from bgd_plugin.graph import (
     FoundLayer,
     baked,
