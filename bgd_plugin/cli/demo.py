@@ -93,7 +93,16 @@ def photos() -> list[Path]:
 
 
 def calibration(files: Sequence[Path], crops_per_photo: int = CROPS_PER_PHOTO, seed: int = 0) -> list[Tensor]:
-    """Random crops and mirror images of the photos, no labels, in batches of all photos `[photos, 3, 224, 224]`."""
+    """Random crops and mirror images of the photos, without labels.
+
+    Args:
+        files: the photos.
+        crops_per_photo: number of batches; each holds one crop of every photo.
+        seed: of the random crops.
+
+    Returns:
+        batches `[photos, 3, 224, 224]`.
+    """
     rng = random.Random(seed)
     images = [opened(path) for path in files]
     return [torch.stack([PREPROCESSING.random_crop(image, rng) for image in images]) for _ in range(crops_per_photo)]

@@ -76,7 +76,7 @@ class Preprocessing:
         return self.tensor(image.crop((left, top, left + self.size, top + self.size)))
 
     def random_crop(self, image: Any, rng: random.Random) -> Tensor:
-        """A random crop of the image, randomly mirrored, as in training."""
+        """A random crop of the image, drawn with `rng` and randomly mirrored, as in training: `[3, size, size]`."""
         width, height = image.size
         area, aspect = rng.uniform(*_CROP_AREA) * width * height, rng.uniform(*_CROP_ASPECT)
         w = min(width, max(1, round((area * aspect) ** 0.5)))
@@ -244,7 +244,12 @@ class Answer:
 def answers(
     model: nn.Module, images: Sequence[tuple[Path, int]], transform: Transform, *, batch_size: int, workers: int = 0
 ) -> list[Answer]:
-    """The network's prediction for each image.
+    """The network's prediction for each of the images (file, label).
+
+    Args:
+        model: a classifier.
+        transform: to a tensor `[3, height, width]`.
+        batch_size, workers: number of images per batch, and of processes that read them.
 
     Raises:
         CalibrationError: a label is not below the number of the network's classes.
@@ -272,7 +277,11 @@ def accuracy(found: Sequence[Answer]) -> dict[str, float]:
 
 
 def preprocessing(size: int, resize: int, mean: str, std: str, interpolation: Interpolation) -> Preprocessing:
-    """The preprocessing of images; `mean` and `std` are three comma-separated numbers each."""
+    """Preprocessing by the options: `size` and `resize` in pixels, `mean` and `std` three comma-separated numbers.
+
+    Raises:
+        ConfigError: `mean` or `std` is not three numbers.
+    """
     return Preprocessing(
         size=size,
         resize=resize,

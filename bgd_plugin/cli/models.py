@@ -53,7 +53,9 @@ def named_model(name: str, weights: str | None = None, *, only_shapes: bool = Fa
         only_shapes: the weights are not needed, so the network may be on the meta device.
 
     Raises:
-        BGDError: an unknown form of name, a missing package or network, or weights that do not fit.
+        ConfigError: an unknown form of name, network or name of weights.
+        BGDError: a package is missing, or it cannot build the network.
+        CheckpointError: a file of weights is not a state dict, or does not fit.
     """
     kind, _, rest = name.partition(":")
     if not kind or not rest:

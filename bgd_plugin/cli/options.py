@@ -41,6 +41,13 @@ def settings_from(
 ) -> BGDConfig:
     """The settings given by the options, except for training.
 
+    Args:
+        regime: named settings.
+        file: settings as JSON, instead of a regime.
+        overrides: `GLOB=block,codebook` or `GLOB=float`.
+        fc_codebook: number of codewords per linear layer.
+        pointwise: block size of 1x1 convolutions.
+
     Raises:
         ConfigError: contradictory options, an invalid override, or an invalid settings file.
     """
@@ -93,8 +100,14 @@ def with_budget(
     freeze_norms: bool = False,
     max_divergence: float | None = None,
 ) -> BGDConfig:
-    """The settings with a budget: a size such as "5MB" (5,000,000 bytes) or "4.8MiB", or a ratio; or a
-    bound on the divergence.
+    """The settings with a budget.
+
+    Args:
+        settings: without one.
+        size: of the file, such as "5MB" (5,000,000 bytes) or "4.8MiB".
+        ratio: original bytes / file bytes.
+        freeze_norms: store batch norms as one scale and one shift per channel.
+        max_divergence: a bound on the divergence, in nats.
     """
     settings = replace(settings, freeze_norms=freeze_norms or settings.freeze_norms)
     if size is None and ratio is None and max_divergence is None:
@@ -133,7 +146,18 @@ def with_reconstruction(settings: BGDConfig, steps: int | None) -> BGDConfig:
 def with_finetuning(
     settings: BGDConfig, epochs: int | None, wanted: bool, steps_per_epoch: int, mixing: bool = False
 ) -> BGDConfig:
-    """The settings with finetuning; epochs are passes over the whole folder, so they are converted to steps."""
+    """The settings with finetuning; epochs are passes over the whole folder, so they are converted to steps.
+
+    Args:
+        settings: with or without finetuning.
+        epochs: number of passes over the folder; None: as in the settings.
+        wanted: false: no finetuning, whatever the settings say.
+        steps_per_epoch: number of batches in one pass.
+        mixing: blend images with one another.
+
+    Raises:
+        ConfigError: mixing without finetuning.
+    """
     old = settings.finetuning
     if mixing and (not wanted or (old is None and epochs is None)):
         raise ConfigError("--finetune-mixing: finetuning is off: give --finetune-epochs too")

@@ -10,11 +10,21 @@ __all__ = ["check", "check_budget", "check_choice", "counts"]
 
 
 def check(condition: bool, message: str) -> None:
+    """Require a condition.
+
+    Raises:
+        ConfigError: with the message, if the condition is false.
+    """
     if not condition:
         raise ConfigError(message)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Require that the value of the setting called `name` is one of `choices`.
+
+    Raises:
+        ConfigError: naming the choices.
+    """
     given = ", ".join(map(repr, choices[:-1]))
     check(value in choices, f"{name}={value!r}: give {given} or {choices[-1]!r}")
 
@@ -25,7 +35,12 @@ def counts(value: Any) -> bool:
 
 
 def check_budget(target_bytes: Any, target_ratio: Any, max_divergence: Any) -> None:
-    """Reject a budget that is no number of its kind, and two budgets.
+    """Require at most one of the three budgets, and a valid number for it.
+
+    Args:
+        target_bytes: maximum length of the file, an integer of at least 1.
+        target_ratio: original bytes / file bytes, above 1.
+        max_divergence: from the float network, in nats, above 0.
 
     Raises:
         ConfigError: saying what to give.

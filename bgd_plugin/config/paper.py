@@ -20,7 +20,12 @@ _MASK_RCNN_OUTPUTS = ("backbone", "rpn.head", "roi_heads.box_predictor", "roi_he
 def paper_settings(
     regime: str, codebook_size: int, fc_codebook_size: int | None, pointwise_block_size: int | None
 ) -> dict[str, Any]:
-    """Fields of `BGDConfig`; the arguments are those of `BGDConfig.paper`."""
+    """The paper's settings, as fields of `BGDConfig`.
+
+    Args:
+        regime: "small", "large" or "mask_rcnn".
+        codebook_size, fc_codebook_size, pointwise_block_size: as in `BGDConfig.paper`.
+    """
     small, detects = regime == "small", regime == "mask_rcnn"
     fc_codebook_size = fc_codebook_size or (256 if detects else 2048)
     pointwise = pointwise_block_size if pointwise_block_size is not None else (4 if small else 8)

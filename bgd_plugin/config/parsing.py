@@ -15,7 +15,7 @@ Override = tuple[str, "LayerConfig | None"]
 
 
 def nested(kind: type[Any], values: Any, where: str) -> Any:
-    """An instance of `kind` from a mapping; None and instances are returned unchanged.
+    """An instance of `kind` from a mapping of values; None and instances are returned unchanged.
 
     Args:
         where: names the setting in messages.

@@ -52,8 +52,9 @@ def correct_batchnorm_(
 
     Returns the gain, measured with the skip added if there is one; None if there was nothing to correct.
 
-    "matched" keeps, per channel, the mean and variance of the float network's batch-norm output on the calibration
-    data. With input moments (m, v) in the float network and (m', v') in the student, and original statistics (μ, σ²):
+    The mode "matched" keeps, per channel, the mean and variance of the float network's batch-norm output on the
+    calibration data. With input moments (m, v) in the float network and (m', v') in the student, and original
+    statistics (μ, σ²):
 
         σ'² = σ² · v' / v        μ' = m' − (m − μ) · σ' / σ
 
@@ -88,7 +89,7 @@ def correct_batchnorm_(
 
 @torch.no_grad()
 def correct_batchnorm_at_(rerun: Rerun, path: str, mode: Literal["matched", "reestimate"]) -> Gain | None:
-    """`correct_batchnorm_` for a batch norm of a network that is not a graph."""
+    """`correct_batchnorm_`, with the same `mode`, for the batch norm at `path` of a network that is not a graph."""
     mine, theirs = rerun.norm_inputs(path)
     if not largest(not all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=True))):
         return None

@@ -28,7 +28,7 @@ def absorb_row_scale_(norm: Any, scale: Tensor) -> None:
 
 @torch.no_grad()
 def row_scale_bounds(norm: Any) -> tuple[Tensor, Tensor]:
-    """The smallest and largest factor per channel, `[channels]`, that `absorb_row_scale_` can undo.
+    """The smallest and largest factor per channel, `[channels]`, that `absorb_row_scale_` can undo in a batch norm.
 
     The variance must stay above eps, which is added to it, and the dtype must be able to hold the statistics.
     """

@@ -50,7 +50,7 @@ def to_eight_bits(values: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def from_eight_bits(numbers: Tensor, scales: Tensor) -> Tensor:
-    """Inverse of `to_eight_bits`: int8 `[rows, columns]` and float32 `[rows]` to float32 `[rows, columns]`."""
+    """Inverse of `to_eight_bits`: numbers int8 `[rows, columns]` and scales float32 `[rows]` to float32, same shape."""
     return numbers.float() * scales.unsqueeze(1)
 
 

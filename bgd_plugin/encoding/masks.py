@@ -95,7 +95,7 @@ def pack_mask(mask: Tensor, form: str) -> Tensor:
 
 
 def unpack_mask(packed: Tensor, form: str, shape: Sequence[int]) -> Tensor:
-    """Inverse of `pack_mask`: the mask, bool of the given shape.
+    """Inverse of `pack_mask`: from `packed`, uint8 `[bytes]`, to the mask, bool of the given shape.
 
     Raises:
         ValueError: the form is unknown, or the bytes do not belong to a mask of this shape.

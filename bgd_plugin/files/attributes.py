@@ -64,7 +64,7 @@ def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def fingerprint(tensor: Tensor) -> list[Any]:
-    """Dtype, shape, and two sums that other values would hardly have; rounding differs between machines."""
+    """A tensor's dtype, shape, and two sums that other values would hardly have; rounding differs between machines."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     if tensor.is_meta or tensor.is_complex() or not tensor.numel():
         return [dtype, list(tensor.shape), 0.0, 0.0]
@@ -86,7 +86,10 @@ def _is_alike(found: list[Any], wanted: Any) -> bool:
 def give_attributes_(
     network: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor], problems: list[str]
 ) -> None:
-    """Give a network the tensors that a file holds besides its state; what does not fit goes to `problems`."""
+    """Give a network the tensors that a file holds besides its state, as the file's header names them.
+
+    What does not fit is appended to `problems`.
+    """
     device = next((p.device for p in network.parameters() if not p.is_meta), torch.device("cpu"))
     aliases: dict[str, Any] = header.get("aliases", {})
     for name, dtype in header.get("attributes", {}).items():

@@ -234,7 +234,7 @@ def file_size(content: Stored) -> int:
 
 
 def state_bytes(state: Mapping[str, Any]) -> int:
-    """Bytes of all parameters and buffers, shared ones counted once."""
+    """Bytes of all parameters and buffers of a state dict, shared ones counted once."""
     distinct = {_identity(name, t): t for name, t in state.items() if isinstance(t, Tensor)}
     return sum(t.numel() * t.element_size() for t in distinct.values())
 
@@ -258,7 +258,10 @@ def _packed(layer: PQModule) -> Tensor:
 
 
 def narrowest(value: Tensor, *, is_codebook: bool) -> Tensor:
-    """The value in the narrowest exact type; on the meta device codebooks count as half precision."""
+    """The value, of any shape, in the narrowest dtype that holds it exactly.
+
+    On the meta device a codebook (`is_codebook`) counts as half precision.
+    """
     if value.is_meta:
         return value.half() if is_codebook and value.dtype in (torch.float32, torch.float64) else value
     if value.dtype in (torch.float32, torch.float64):

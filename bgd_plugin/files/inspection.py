@@ -17,7 +17,7 @@ __all__ = ["inspected", "inspection_text"]
 
 
 def inspected(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A file's layers and byte counts, as plain values.
+    """The layers and byte counts of the file at `path`, as plain values.
 
     `parts_bytes` sums to `file_bytes`; its `float` is everything that is not quantized, its `header` names, shapes and
     types.
@@ -57,7 +57,7 @@ def inspected(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def inspection_text(content: dict[str, Any]) -> str:
-    """The result of `inspected` as readable text."""
+    """The content of a file, as `inspected` returns it, as readable text."""
     rows = [
         [x["name"], x["kind"], "×".join(map(str, x["weight_shape"])), x["block_size"], x["codebook_size"]]
         + [f"{x['bits_per_weight']:.2f}", mib(x["codes_bytes"]), mib(x["codebook_bytes"])]

@@ -78,7 +78,13 @@ def _half(value: Tensor) -> Tensor:
 def eight_bit_rows(value: Tensor, *, is_codebook: bool) -> tuple[Tensor, Tensor] | None:
     """The 8-bit form, with scales, of a codebook or weight on an 8-bit grid; on the meta device, any int8 tensor.
 
-    A codebook has one scale, a weight one per output channel.
+    A codebook (`is_codebook`) has one scale, a weight one per output channel.
+
+    Args:
+        value: `[codebook_size, block_size]` or `[rows, ...]`.
+
+    Returns:
+        int8 of the shape of `value`, and float32 `[1]` or `[rows]`; None if `value` is on no such grid.
     """
     if value.numel() == 0 or not (is_codebook or value.ndim > 1):
         return None

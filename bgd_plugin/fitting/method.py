@@ -123,7 +123,7 @@ def shift_gain(shift: Tensor, decoded: Tensor, sample: InputSample) -> float:
 
     Args:
         shift: `[C_out]`.
-        decoded: Ŵ, as in `output_error`.
+        decoded: Ŵ, `[rows, columns]`, as in `output_error`.
         sample: as in `output_error`.
     """
     groups, _, columns = sample.rows.shape

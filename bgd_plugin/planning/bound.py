@@ -20,7 +20,7 @@ def fewest_bytes(layers: Sequence[Sequence[Option]], bound: float) -> list[int]:
 
     Args:
         layers: each layer's options, bytes ascending, losses falling; the last one (float) loses nothing.
-        bound: of the sum of losses.
+        bound: of the sum of losses, in nats.
 
     Returns:
         one index for each layer; where even the largest options lose more than `bound`, those.

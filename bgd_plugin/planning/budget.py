@@ -106,7 +106,8 @@ class Budget:
         """Bytes against expected divergence, from the smallest file that can be chosen to every layer in float.
 
         Args:
-            sensitivities, realized: as in `spend`.
+            sensitivities: as in `spend`.
+            realized: factor, as in `spend`.
         """
         options = self.rated(self._known(sensitivities))
         smallest = [layer[0] for layer in options]
@@ -117,7 +118,7 @@ class Budget:
         )
 
     def rated(self, known: Mapping[str, Sensitivity]) -> list[list[Option]]:
-        """The options of each free layer that are worth a thought, with their losses."""
+        """The options of each free layer that may be chosen, with losses from its sensitivity, `known` by name."""
         return [rated(o, known[layer.name]) for o, layer in zip(self._options(), self.free, strict=True)]
 
     def _within_bound(self, options: Sequence[Sequence[Option]], realized: float) -> Choice:

@@ -54,7 +54,7 @@ class Sensitivity:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Sensitivity:
-        """The inverse of `to_dict`, also of what JSON made of it."""
+        """The inverse of `to_dict`; `values` may have gone through JSON."""
         curves = tuple(
             RateCurve(block_size=curve["block_size"], points=tuple((k, error) for k, error in curve["points"]))
             for curve in values["curves"]
@@ -62,7 +62,7 @@ class Sensitivity:
         return cls(curves=curves, per_error=values["per_error"], reason=values["reason"])
 
     def loss(self, block_size: int, codebook_size: int) -> float:
-        """The loss that a candidate is expected to bring."""
+        """The expected divergence, in nats, from quantizing with this block size and codebook size."""
         curve = next(c for c in self.curves if c.block_size == block_size)
         return self.per_error * curve.error(codebook_size)
 
@@ -77,7 +77,11 @@ class Option:
 
 
 def block_sizes(weight_shape: Sequence[int]) -> tuple[int, ...]:
-    """Block sizes to choose from: 1, 2, 4, 8, 16; for larger kernels parts and multiples of the kernel's area."""
+    """Block sizes to choose from: 1, 2, 4, 8, 16; for larger kernels parts and multiples of the kernel's area.
+
+    Args:
+        weight_shape: of the matrix or kernel, `(rows, ...)`; only divisors of a row's weights are returned.
+    """
     columns, kernel = math.prod(weight_shape[1:]), tuple(weight_shape[2:])
     area = math.prod(kernel)
     wanted = _POINTWISE_BLOCKS if area == 1 else (1, 2, kernel[-1], area, 2 * area, 4 * area)
@@ -86,14 +90,23 @@ def block_sizes(weight_shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def codebook_sizes(weight_shape: Sequence[int], block_size: int) -> tuple[int, ...]:
-    """Codebook sizes to choose from, ascending; of a small layer only the largest that it may have."""
+    """Codebook sizes to choose from, ascending; for a small layer only the largest allowed.
+
+    Args:
+        weight_shape: `(rows, ...)`.
+        block_size: a divisor of a row's weights.
+    """
     largest = largest_codebook(math.prod(weight_shape) // block_size)
     largest = min(largest, 2 ** (_MOST_BITS * block_size))
     return tuple(k for k in _CODEBOOKS if k <= largest) or ((largest,) if largest >= 2 else ())
 
 
 def fitted_sizes(weight_shape: Sequence[int], block_size: int) -> tuple[int, ...]:
-    """The codebook sizes at which a quick fit is worth its time: some in the middle, the largest of small layers."""
+    """The codebook sizes for which a quick fit is run: 16 and 256, and the largest one of a small layer.
+
+    Args:
+        weight_shape, block_size: as in `codebook_sizes`.
+    """
     sizes = codebook_sizes(weight_shape, block_size)
     blocks = math.prod(weight_shape) // block_size
     return tuple(k for k in sizes if k in (16, 256) or (k == sizes[-1] and (blocks <= _SAMPLED_BLOCKS or k < 256)))
@@ -125,7 +138,7 @@ def _weight_curve(weight: Tensor, block_size: int, power: float, generator: torc
 
 
 def options_of(planned: PlannedLayer, float_bytes: int) -> list[Option]:
-    """All ways to store a layer, bytes ascending; their losses are not known yet."""
+    """All ways to store a layer, bytes ascending, the last one as float in `float_bytes`; losses are not known yet."""
     shape = planned.weight_shape
     layers = [
         dataclasses.replace(planned, block_size=d, codebook_size=k, note="")

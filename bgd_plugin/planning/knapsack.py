@@ -30,7 +30,12 @@ class Choice:
 def require_reachable(
     layers: Sequence[Sequence[Option]], target_bytes: int, file_size: Callable[[Sequence[Option]], int]
 ) -> None:
-    """Refuse a target below the least possible file.
+    """Refuse a target below the smallest possible file.
+
+    Args:
+        layers: each layer's options, bytes ascending.
+        target_bytes: maximum length of the file.
+        file_size: the length of the file, in bytes, with one option chosen per layer.
 
     Raises:
         ConfigError: saying how long that is.

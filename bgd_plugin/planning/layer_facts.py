@@ -51,10 +51,10 @@ class LayerFacts:
     takes_mean: bool
 
     def metrics(self, block_size: int) -> Tensor:
-        """What an error counts at each block position: `[groups, blocks_per_row, d, d]`.
+        """The metric of an error at each block position, `[groups, blocks_per_row, d, d]`, for a block size d.
 
-        With error feedback the later blocks make good what they can, and what remains is measured by (H⁻¹_II)⁻¹,
-        H⁻¹ that of the columns from block I on: V_II V_IIᵀ.
+        With error feedback the later blocks compensate for part of an error, and the rest is measured by (H⁻¹_II)⁻¹,
+        where H⁻¹ is that of the columns from block I on: V_II V_IIᵀ.
         """
         if self.root is None:
             metrics = diagonal_blocks(self.gram, block_size)
@@ -117,7 +117,16 @@ def layer_facts(
 
 
 def roughly_quantized(scaled: Tensor, facts: LayerFacts, codebook: Tensor) -> Tensor:
-    """The whole (scaled) weight in the codewords of a quick fit, `[groups, rows_per_group, columns]`."""
+    """The scaled weight, encoded with the codebook of a quick fit and decoded again.
+
+    Args:
+        scaled: `[groups, rows_per_group, columns]`.
+        facts: of the layer.
+        codebook: `[codebook_size, block_size]`.
+
+    Returns:
+        the shape of `scaled`.
+    """
     groups, rows, columns = scaled.shape
     if facts.root is not None:
         codes = encode_with_feedback(scaled.flatten(0, 1), codebook, facts.covariance, damping=facts.damping)
@@ -129,7 +138,15 @@ def roughly_quantized(scaled: Tensor, facts: LayerFacts, codebook: Tensor) -> Te
 
 
 def spread_ratio(facts: LayerFacts, rough: Tensor) -> Tensor:
-    """For each row, the output's standard deviation with the exact weight over that with the rough one."""
+    """For each row, the output's standard deviation with the exact weight over that with the rough one.
+
+    Args:
+        facts: of the layer.
+        rough: an approximate weight, `[groups, rows_per_group, columns]`.
+
+    Returns:
+        `[groups, rows_per_group]`, limited to 0.05…20.
+    """
     gram = facts.covariance
     exact = ((facts.weight @ gram) * facts.weight).sum(2).clamp(min=0)
     found = ((rough @ gram) * rough).sum(2).clamp(min=0)

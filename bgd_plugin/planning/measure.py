@@ -22,6 +22,11 @@ def measured(budget: Budget, batches: Sequence[Batch], *, progress: bool) -> dic
     """The sensitivity of each layer whose size is to be chosen, by name: the first process measures it, on its data.
 
     A layer that no input reaches has none.
+
+    Args:
+        budget: holds the survey, and the layers whose size is to be chosen.
+        batches: calibration batches.
+        progress: show a progress bar.
     """
     network = budget.survey.network
 

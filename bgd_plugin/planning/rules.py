@@ -23,6 +23,11 @@ __all__ = ["decided", "first_layer", "setting_of", "with_notes"]
 def decided(layer: FoundLayer, config: BGDConfig, *, is_first: bool) -> PlannedLayer | SkippedLayer:
     """How a layer is quantized, or why it is not.
 
+    Args:
+        layer: the layer as found in the network.
+        config: the settings.
+        is_first: whether it is the network's first layer, which has a setting of its own.
+
     Raises:
         ConfigError: a block size of the user's that does not divide the layer; zeros to be kept that are not known.
     """
@@ -77,7 +82,13 @@ def _dividing(layer: FoundLayer, block_size: int, *, adapts: bool) -> int:
 
 
 def setting_of(layer: FoundLayer, config: BGDConfig, *, is_first: bool) -> tuple[LayerConfig | None, str, bool]:
-    """The setting that applies, the reason if there is none, and whether its block size may give way."""
+    """The setting that applies, the reason if there is none, and whether its block size may be adjusted to the row.
+
+    Args:
+        layer: the layer as found in the network.
+        config: the settings.
+        is_first: whether it is the network's first layer, which has a setting of its own.
+    """
     for pattern, setting in config.overrides:
         if fnmatch.fnmatchcase(layer.name, pattern):
             return setting, f"override {pattern!r}", False
@@ -89,7 +100,7 @@ def setting_of(layer: FoundLayer, config: BGDConfig, *, is_first: bool) -> tuple
 
 
 def with_notes(layer: FoundLayer, planned: PlannedLayer, folded: Mapping[str, str]) -> PlannedLayer:
-    """Say what became of a weight that others share, or that something else computed."""
+    """Add notes to a layer's plan: what was `folded` into its weight (by name), and the layers tied to it."""
     notes = [planned.note] if planned.note else []
     if layer.name in folded:
         notes.append(f"{folded[layer.name]} folded into the weight")
@@ -99,7 +110,7 @@ def with_notes(layer: FoundLayer, planned: PlannedLayer, folded: Mapping[str, st
 
 
 def first_layer(graph_module: nn.Module, found: list[FoundLayer]) -> FoundLayer | None:
-    """The network's first layer, if it is still float."""
+    """The network's first layer, among those found, if it is still float."""
     if not isinstance(graph_module, fx.GraphModule):
         return _first_held(graph_module, found)
     for node in graph_module.graph.nodes:

@@ -42,10 +42,10 @@ class Sketch:
         self._state = State.of(base)
 
     def file_size(self, chosen: Chosen) -> int:
-        """Length of the file with these layers quantized, and all else float and rounded as the settings say.
+        """Length in bytes of the file with the chosen layers quantized and the rest float, rounded as the settings say.
 
-        With a budget it is the length that the file may come to: the work ahead changes statistics and biases, and then
-        a narrow type may hold them no more.
+        With a budget it is an upper bound: the fit changes statistics and biases, which then may no longer fit a narrow
+        type.
         """
         state = self._with(chosen)
         content = stored_state(state)

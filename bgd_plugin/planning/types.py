@@ -87,7 +87,7 @@ class PlannedLayer:
         """The mask of weights that may differ from zero after decoding.
 
         Args:
-            weight: the layer's float weight.
+            weight: the layer's float weight, any shape.
 
         Returns:
             bool of the weight's shape; None if zeros are not preserved.
@@ -112,7 +112,7 @@ class CurvePoint:
 
 
 def curve_chart(curve: Sequence[CurvePoint], chosen: tuple[int, float] | None) -> str:
-    """A curve as an `<svg>` element, and where a file stands on it: its bytes and its divergence."""
+    """A curve as an `<svg>` element, with a mark at `chosen`, the bytes and the divergence (nats) of one file."""
     return line_chart(
         [(point.file_bytes, point.expected_divergence) for point in curve],
         x_name="file",

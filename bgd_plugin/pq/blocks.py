@@ -31,7 +31,7 @@ __all__ = [
 
 
 def to_blocks(weight: Tensor, block_size: int) -> Tensor:
-    """Cut a weight into blocks: `[C_out, ...]` -> `[rows, blocks_per_row, block_size]`, a view where possible.
+    """Cut a weight into blocks: weight `[C_out, ...]` -> `[rows, blocks_per_row, block_size]`, a view where possible.
 
     Raises:
         ValueError: the block size does not divide the weights of a row.
@@ -59,14 +59,14 @@ class Layout:
     groups: int = 0
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """The matrix of a weight; a view where that is possible."""
+        """The matrix `[rows, columns]` of a weight of the layer's own shape; a view where that is possible."""
         if self.groups:
             return transposed_matrix(weight, self.groups)
         turned = weight.mT if self.transposed else weight
         return turned.reshape(-1, self.columns) if self.columns else turned
 
     def weight(self, matrix: Tensor, shape: Sequence[int]) -> Tensor:
-        """The weight of the given shape again; undoes `matrix`."""
+        """Undo `matrix`: a weight of the given shape from its matrix `[rows, columns]`."""
         if self.groups:
             return from_transposed_matrix(matrix, shape, self.groups)
         turned = [*shape[:-2], shape[-1], shape[-2]] if self.transposed else [*shape]
@@ -139,7 +139,7 @@ class Geometry:
 
     @classmethod
     def linear(cls, member: int = 0) -> Geometry:
-        """The geometry of a linear layer."""
+        """The geometry of a linear layer; `member` is its index among layers whose weights share one tensor."""
         return cls(kernel_size=(), stride=(), padding=(), dilation=(), groups=1, member=member)
 
     def pointwise(self) -> Geometry:
@@ -159,8 +159,12 @@ class Geometry:
     ) -> Geometry:
         """Build from the arguments of `torch.nn.ConvNd` or `torch.nn.functional.convNd`.
 
-        `len(kernel_size)` is the number of spatial dimensions; a single number applies to all of them. With
-        `padding="same"` an odd position is added at the end, as in torch.
+        Args:
+            kernel_size: positions per spatial dimension; its length is the number of those dimensions.
+            stride, padding, dilation: in positions, one number for all dimensions or one for each. `padding` may be
+                "valid", or "same", which adds an odd position at the end, as in torch.
+            groups: number of groups of channels.
+            padding_mode: "zeros", "reflect", "replicate" or "circular".
 
         Raises:
             ValueError: "same" with a stride, an unknown padding, or a tuple of the wrong length.
@@ -225,6 +229,12 @@ def sample_inputs(x: Tensor, geometry: Geometry, count: int, generator: torch.Ge
 
     Only the chosen rows are gathered: memory is `count · C_in · prod(kernel_size)`, not the whole unfolded input.
 
+    Args:
+        x: as in `unfold_inputs`, `[N, C_in, *spatial]` or `[..., C_in]`.
+        geometry: of the layer that reads x.
+        count: number of positions at most.
+        generator: draws the positions.
+
     Returns:
         `[groups, min(count, positions), (C_in / groups) · prod(kernel_size)]`.
     """
@@ -243,6 +253,11 @@ def input_blocks(x: Tensor, geometry: Geometry, block_size: int) -> Tensor:
 
     Where blocks are whole channels, the kernel's offsets become rows, so long runs of the input are copied; this is
     several times faster than cutting `unfold_inputs` into blocks.
+
+    Args:
+        x: as in `unfold_inputs`, `[N, C_in, *spatial]` or `[..., C_in]`.
+        geometry: of the layer that reads x.
+        block_size: d, the number of inputs that one block of weights multiplies.
     """
     area = math.prod(geometry.kernel_size)
     dimensions = len(geometry.kernel_size)

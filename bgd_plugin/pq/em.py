@@ -93,6 +93,10 @@ def gram_root(gram: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
     Uses an eigendecomposition, because Cholesky fails on singular Grams, which do occur: dead channels, fewer inputs
     than d, all zeros. Eigenvalues below the rounding error of `dtype` are raised to it, so that directions without
     energy still break ties between codewords; with no energy at all this is plain k-means.
+
+    Args:
+        gram: G, `[d, d]`.
+        dtype: of the computation to follow; its rounding error is the floor.
     """
     symmetric = (gram.double() + gram.double().T) / 2
     trace = float(symmetric.trace())

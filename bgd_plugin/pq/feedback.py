@@ -39,7 +39,7 @@ def encode_with_feedback(
         weight: `[rows, columns]`, float32 or float64; the rows of each group are contiguous.
         codebook: `[codebook_size, block_size]`, shared by all groups.
         gram: `[groups, columns, columns]`, H of each group's inputs; `[columns, columns]` for one group.
-        damping: added to H's diagonal, in units of its mean; above 0, because few inputs leave H singular.
+        damping: added to H's diagonal, as a factor of its mean; above 0, because few inputs leave H singular.
         mask: bool `[rows, columns]`, false where the decoded weight is zero; the error this causes is carried over too.
 
     Returns:
@@ -58,7 +58,20 @@ def encode_with_feedback(
 
 @torch.no_grad()
 def encode_damped(weight: Tensor, codebook: Tensor, gram: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`encode_with_feedback` with a Gram `[groups, columns, columns]` that is already damped."""
+    """`encode_with_feedback` with a Gram `[groups, columns, columns]` that is already damped.
+
+    Args:
+        weight: `[rows, columns]`, float32 or float64; the rows of each group are contiguous.
+        codebook: `[codebook_size, block_size]`.
+        mask: bool `[rows, columns]`, false where the decoded weight is zero; None: nowhere.
+        gram: `[groups, columns, columns]`, positive definite.
+
+    Returns:
+        int64 `[rows, columns / block_size]`.
+
+    Raises:
+        ValueError: the block size does not divide the row.
+    """
     rows, grams = grouped(weight, gram)
     block_size = codebook.shape[1]
     if rows.shape[2] % block_size:
@@ -78,6 +91,10 @@ def encode_damped(weight: Tensor, codebook: Tensor, gram: Tensor, mask: Tensor |
 
 def grouped(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
     """The weight as `[groups, rows_per_group, columns]` and the Gram as `[groups, columns, columns]`.
+
+    Args:
+        weight: `[rows, columns]`, the rows of each group contiguous.
+        gram: `[groups, columns, columns]`, or `[columns, columns]` for one group.
 
     Raises:
         ValueError: the shapes are incompatible.
@@ -108,7 +125,12 @@ def damped(gram: Tensor, damping: float) -> Tensor:
 
 
 def diagonal_blocks(gram: Tensor, block_size: int) -> Tensor:
-    """The Gram of each block position: `[groups, columns, columns]` -> `[groups, blocks_per_row, d, d]`."""
+    """The Gram of each block position: `[groups, columns, columns]` -> `[groups, blocks_per_row, d, d]`.
+
+    Args:
+        gram: `[groups, columns, columns]`.
+        block_size: d, a divisor of `columns`.
+    """
     groups, columns = gram.shape[:2]
     squares = gram.reshape(groups, columns // block_size, block_size, columns // block_size, block_size)
     return squares.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)

@@ -64,12 +64,12 @@ def fit_full(
     Args:
         weight: `[rows, columns]`, the rows of each group contiguous; computed in float64 if float64, else in float32.
         gram: `[groups, columns, columns]`, or `[columns, columns]` for one group: second moments of the fitted inputs.
-        heldout_gram: the same for held-out inputs; None: choose by the fitted objective.
+        heldout_gram: the same for held-out inputs, of the same shape; None: choose by the fitted objective.
         codebook_size: k, at most the number of blocks.
         block_size: d.
-        damping: added to the Gram's diagonal, in units of its mean. With fewer positions than columns it must be
+        damping: added to the Gram's diagonal, as a factor of its mean. With fewer positions than columns it must be
             large: about 1.0 for a classifier layer and a few hundred images.
-        rounds: maximum rounds of least squares and coordinate descent.
+        rounds: maximum number of rounds of least squares and coordinate descent.
         mask: bool `[rows, columns]`, false where the decoded weight is zero; none if not given.
         generator: draws the initial codewords.
 

@@ -120,6 +120,11 @@ def cluster_sums(points: Tensor, codes: Tensor, clusters: int) -> Tensor:
 
     On a CPU `index_add_` is fast and adds in order. On other devices its order varies, so a one-hot matrix product is
     used instead.
+
+    Args:
+        points: `[n, d]`.
+        codes: int64 `[n]`, the index of each point's cluster.
+        clusters: number of clusters.
     """
     sums = points.new_zeros(clusters, points.shape[1])
     if points.device.type == "cpu":

@@ -67,7 +67,7 @@ def solve_codebook(
         iterations: maximum number.
         tolerance: stop when the preconditioned residual's squared norm has fallen by this factor.
         mask: bool `[rows, columns]`, false where Ŵ is zero; none if not given.
-        before: the objective of `start`, where the caller knows it.
+        before: the objective of `start` (a squared error), where the caller knows it.
 
     Returns:
         `[codebook_size, block_size]`, in `start`'s dtype, and its objective, which is never above `start`'s.
@@ -140,7 +140,7 @@ def refine_codes(
         mask: bool `[rows, columns]`, false where Ŵ is zero; none if not given.
 
     Returns:
-        the new codes, and the number of codes that changed.
+        the new codes, int64 `[rows, blocks_per_row]`, and the number of codes that changed.
     """
     rows, grams = grouped(weight, gram)
     block_size, words = codebook.shape[1], codebook.to(rows)

@@ -21,7 +21,15 @@ _STILL = 1e-4
 
 
 def masked(values: Tensor, mask: Tensor | None) -> Tensor:
-    """The values, set to zero where the mask is false; the mask has as many items, in the same order."""
+    """The values, set to zero where the mask is false.
+
+    Args:
+        values: any shape.
+        mask: bool, as many items as `values` in the same order, of any shape; None: nothing is set to zero.
+
+    Returns:
+        the shape of `values`.
+    """
     return values if mask is None else torch.where(mask.reshape(values.shape), values, 0.0)
 
 
@@ -93,7 +101,16 @@ def fit_masked(
 def fit_em_masked(
     blocks: Tensor, gram: Tensor, mask: Tensor, codebook_size: int, iterations: int, *, generator: torch.Generator
 ) -> Fit:
-    """`fit_em` for pruned blocks; `mask` is bool `[rows, blocks_per_row, d]`, the other arguments are the same."""
+    """`fit_em` for pruned blocks.
+
+    Args:
+        blocks: `[rows, blocks_per_row, d]`.
+        gram: `[d, d]`.
+        mask: bool, the shape of `blocks`; false where the decoded weight is zero.
+        codebook_size: k, the number of codewords.
+        iterations: maximum number of EM steps.
+        generator: draws the initial codewords.
+    """
     flat, unit = near_one(blocks.flatten(0, 1).unsqueeze(0))
     root, scale = gram_root(gram, torch.float32)
     metric, kept = (root @ root.T).unsqueeze(0), mask.flatten(0, 1).unsqueeze(0)
@@ -111,7 +128,7 @@ def codeword_uses(codes: Tensor, mask: Tensor | None, codebook_size: int, block_
 
     Args:
         codes: integers, any shape.
-        mask: the layer's mask, one item per weight; None: all weights are kept.
+        mask: bool, one item per weight, of any shape; None: all weights are kept.
     """
     flat = codes.reshape(-1).long()
     if mask is None:

@@ -14,7 +14,7 @@ _EXPONENTS = {torch.float64: 1022, torch.float32: 126}
 
 
 def near_one(values: Tensor) -> tuple[Tensor, float]:
-    """Divide the values by the power of two that scales the largest to about 1; returns both.
+    """Divide values of any shape by the power of two that scales the largest to about 1; returns both.
 
     Division by a power of two is exact: results computed from the scaled values have the same digits as results
     computed from the values themselves in a type with unlimited range.
@@ -27,7 +27,7 @@ def power_of_two(values: Tensor) -> float:
     """The power of two just above the largest absolute value; 1 if all are zero or any is not finite.
 
     Args:
-        values: float32 or float64.
+        values: float32 or float64, any shape.
     """
     largest = float(torch.stack([values.amin().neg(), values.amax()]).max()) if values.numel() else 0.0
     if not 0 < largest < math.inf:

@@ -75,7 +75,11 @@ class Moments:
         )
 
     def centred(self) -> tuple[Tensor, Tensor]:
-        """The covariances of x with itself and with y, float64: what the weight has to fit if a bias fits the means."""
+        """The covariances of x with itself and with y, float64: what the weight has to fit if a bias fits the means.
+
+        Returns:
+            `[groups, columns, columns]` and `[groups, columns, rows_per_group]`.
+        """
         copied = Moments(
             gram=self.gram.to(torch.float64, copy=True),
             mean=self.mean.double(),
@@ -85,7 +89,7 @@ class Moments:
         return copied.centred_()
 
     def centred_(self) -> tuple[Tensor, Tensor]:
-        """`centred`, computed in place: `gram` and `cross` are overwritten, the means are kept."""
+        """`centred`, of the same shapes, computed in place: `gram` and `cross` are overwritten, the means are kept."""
         mean, output_mean = self.mean.unsqueeze(2), self.output_mean.unsqueeze(1)
         self.gram.baddbmm_(mean, mean.mT, alpha=-1)
         self.gram.diagonal(dim1=1, dim2=2).add_(self.mean.square(), alpha=_ROUNDING)
@@ -163,7 +167,7 @@ def asymmetric_target(weight: Tensor, moments: Moments, *, step: float = 0.5, da
         weight: `[rows, columns]`, the rows of each group contiguous.
         moments: of the student's inputs and the float network's outputs.
         step: 0 gives W itself, 1 the (ridge) least squares solution.
-        damping: in units of the mean diagonal of the centred Gram.
+        damping: as a factor of the mean diagonal of the centred Gram.
 
     Returns:
         `[rows, columns]`, in the weight's dtype.
@@ -181,7 +185,17 @@ def asymmetric_target(weight: Tensor, moments: Moments, *, step: float = 0.5, da
 
 @torch.no_grad()
 def ridge_target(weight: Tensor, gram: Tensor, cross: Tensor, *, step: float, damping: float) -> Tensor:
-    """`asymmetric_target` from moments that are already centred (`Moments.centred`)."""
+    """`asymmetric_target` from moments that are already centred (`Moments.centred`).
+
+    Args:
+        weight: `[rows, columns]`, the rows of each group contiguous.
+        gram: `[groups, columns, columns]`, float64.
+        cross: `[groups, columns, rows_per_group]`, float64.
+        step, damping: factors, as in `asymmetric_target`.
+
+    Returns:
+        `[rows, columns]`, in the weight's dtype.
+    """
     current = weight.double().reshape(gram.shape[0], -1, gram.shape[1])
     missing = torch.baddbmm(cross, gram, current.mT, alpha=-1)
     change = torch.cholesky_solve(missing, torch.linalg.cholesky(damped(gram, damping)))

@@ -19,7 +19,7 @@ __all__ = ["check_arguments", "require_same_layers"]
 
 
 def check_arguments(model: nn.Module, calibration: Iterable[Any], config: BGDConfig, memory_bytes: int | None) -> None:
-    """Reject a network, data or memory bound that no run can work with.
+    """Reject a network, calibration data or a memory bound (`memory_bytes`) that no run can work with.
 
     Raises:
         ConfigError: weights on the meta device or not finite; processes that differ; a memory bound below one byte.

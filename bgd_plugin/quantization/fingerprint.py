@@ -35,7 +35,12 @@ def described(model: nn.Module, config: BGDConfig, batches: Sequence[Batch], tea
 
 
 def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
-    """Describe each part that differs, such as "config (seed was 0, is 1)"."""
+    """Describe each part that differs between two descriptions, such as "config (seed was 0, is 1)".
+
+    Args:
+        found: of the earlier run, as `described` returns it.
+        wanted: of this run.
+    """
     for part, entries in wanted.items():
         before = found.get(part)
         if before == entries:

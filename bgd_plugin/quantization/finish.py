@@ -28,7 +28,7 @@ _LEAST_HALF = torch.finfo(torch.half).smallest_normal
 
 
 def finish(job: Job, network: nn.Module) -> int:
-    """Round the compressed network's tensors to the values that its file will have; returns the file's length."""
+    """Round the compressed network's tensors to the values that its file will have; returns the file's bytes."""
     round_to_storage_(network, job.survey)
     synchronize_(network)
     size, target = file_size(stored(network)), job.config.budget_bytes(job.survey.original_bytes)

@@ -59,5 +59,5 @@ class Job:
         return None if found.tied else self.norms.get(found.target)
 
     def generator(self, *purpose: str) -> torch.Generator:
-        """The random generator of a layer, independent of the layers done before."""
+        """A random generator for a purpose, such as one layer's fit; independent of what was drawn for others."""
         return seeded(self.config.seed, *purpose)

@@ -48,7 +48,7 @@ def quantize_layer(
         job: the run; its student is changed.
         walk: positioned at the layer.
         index: the layer's index among those to be quantized.
-        logits: the teacher's logits per batch, if the layer is distilled.
+        logits: the teacher's logits per batch, `[batch, classes]`, if the layer is distilled.
         skip: the skip connection whose drift the layer compensates for.
     """
     found, planned = job.survey.chosen[index]
@@ -82,9 +82,13 @@ def quantize_layer(
 
 
 def treat_unreached(job: Job, index: int) -> LayerReport | SkippedLayer:
-    """A layer that no calibration input reaches stays float; within a budget it is fitted to its weight alone.
+    """A layer that no calibration input reaches stays float; with a budget it is fitted to its weight alone.
 
-    What it does is unknown, so that it is better left as it is. A budget has counted on its bytes.
+    Its effect is unknown, so it is better left as it is; a budget, however, counts on the bytes that it saves.
+
+    Args:
+        job: the run; its student is changed.
+        index: the layer's index among those to be quantized.
     """
     found, planned = job.survey.chosen[index]
     job.bar.update(1 + (job.config.distillation.steps if job.config.distillation else 0))

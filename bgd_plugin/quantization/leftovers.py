@@ -30,6 +30,12 @@ def leftover_nodes(job: Job) -> dict[str, tuple[str, fx.Node]]:
 def treat_leftover(job: Job, walk: Walk, weight_name: str, call: fx.Node) -> Gain | None:
     """Refit a depthwise layer to the student's inputs; round any layer to its storage type.
 
+    Args:
+        job: the run; its student is changed.
+        walk: positioned at the call.
+        weight_name: the weight's name among the network's parameters.
+        call: the node that uses the weight.
+
     Returns:
         the gain of the refit; None if there was none.
     """

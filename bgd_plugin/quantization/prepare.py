@@ -32,7 +32,12 @@ class Prepared:
 
 
 def prepared(model: nn.Module, config: BGDConfig, original_bytes: int | None) -> Prepared:
-    """Look at a network without data.
+    """Survey a network without data.
+
+    Args:
+        model: the caller's network.
+        config: the settings.
+        original_bytes: size of the float network; None: count its parameters and buffers.
 
     Raises:
         ConfigError: no layer to quantize, or a budget below the smallest file.
@@ -43,7 +48,13 @@ def prepared(model: nn.Module, config: BGDConfig, original_bytes: int | None) ->
 def prepared_for(
     first: Prepared, model: nn.Module, config: BGDConfig, original_bytes: int | None, batches: Sequence[Batch]
 ) -> Prepared:
-    """The same on the data: the network is looked at again only if it is fitted in another form than without data.
+    """The same with data: the network is surveyed again only if it is fitted in another form than without data.
+
+    Args:
+        first: the result of `prepared`.
+        model, config: as there.
+        original_bytes: as there.
+        batches: calibration batches.
 
     Returns:
         the network in evaluation mode.

@@ -78,6 +78,8 @@ class Run:
         """The gradient steps of the stage with this name.
 
         Args:
+            name: of the stage; its file has the same name.
+            on_steps: called with the number of steps done since the last call.
             is_shared: whether all processes take the steps together; otherwise only the first one does.
         """
         return Steps(self._steps_file(name), on_steps, is_shared=is_shared and self._is_kept)
@@ -96,7 +98,7 @@ class Run:
             raise
 
     def finished(self, index: int, layer: PlannedLayer) -> FittedLayer | None:
-        """Codebook and codes of a layer finished by an earlier call.
+        """Codebook and codes of the layer at this index, if an earlier call finished it.
 
         Raises:
             CheckpointError: the layer's file is damaged.
@@ -124,7 +126,7 @@ class Run:
             raise CheckpointError(f"{file} is damaged ({error}): delete it to fit the layer again") from error
 
     def store(self, index: int, fit: FittedLayer) -> None:
-        """Save a finished layer."""
+        """Save the finished layer at this index."""
         file = self._file(index)
         if file is not None:
             values = {f.name: getattr(fit, f.name) for f in dataclasses.fields(fit)}
@@ -145,7 +147,7 @@ class Run:
 
 
 def stage(index: int) -> str:
-    """The name of a layer's training stage."""
+    """The name of the training stage of the layer at this index."""
     return f"layer-{index:04d}"
 
 

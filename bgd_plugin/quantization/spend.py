@@ -16,7 +16,16 @@ __all__ = ["spent"]
 def spent(
     survey: Survey, budget: Budget | None, batches: Sequence[Batch], log: Log, realized: float, *, progress: bool
 ) -> Survey:
-    """The survey with the sizes that the budget chooses from measurements on `batches`; the same without a budget."""
+    """The survey with the sizes that the budget chooses from measurements on `batches`; the same without a budget.
+
+    Args:
+        survey: the network's layers and the settings.
+        budget: None: no budget.
+        batches: calibration batches.
+        log: takes the seconds spent.
+        realized: divergence found in an earlier try, as a factor of the one expected.
+        progress: show a progress bar.
+    """
     if budget is None:
         return survey
     with log.timed("budget"):

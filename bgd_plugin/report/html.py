@@ -89,7 +89,7 @@ def page(title: str, body: Sequence[str], style: str = "") -> str:
 
 
 def cards(values: Sequence[tuple[str, str]]) -> str:
-    """Key figures, each with a caption."""
+    """Key figures: pairs of values and captions."""
     return (
         '<div class="cards">'
         + "".join(f"<div><b>{escape(v)}</b><span>{escape(w)}</span></div>" for v, w in values)
@@ -100,7 +100,7 @@ def cards(values: Sequence[tuple[str, str]]) -> str:
 def layer_sections(
     layers: Sequence[LayerReport], skipped: Sequence[SkippedLayer], notes: Sequence[str], seconds: Mapping[str, float]
 ) -> list[str]:
-    """The sections about layers: chart, table, layers left float, notes and times."""
+    """The sections about layers: chart, table, layers left float, notes, and the seconds spent on each step."""
     sections = [
         "<h2>Bytes and error, layer by layer</h2>",
         '<p class="note">Left: size of the layer in float (pale) and compressed (solid). Right: the relative error '
@@ -170,7 +170,7 @@ def _layer_table(layers: Sequence[LayerReport]) -> str:
 def table(
     header: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: Sequence[int] = (), wrap: int = -1
 ) -> str:
-    """A table of text: the columns `numbers` are right-aligned, the column `wrap` may wrap."""
+    """A table of a header and rows of text: the columns `numbers` are right-aligned, the column `wrap` may wrap."""
     kinds = [' class="num"' if i in numbers else ' class="wrap"' if i == wrap else "" for i in range(len(header))]
     head = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in zip(header, kinds, strict=True))
     lines = [

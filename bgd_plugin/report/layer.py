@@ -59,7 +59,7 @@ class LayerReport:
         Args:
             planned: the layer as planned.
             relative_error: as in the attribute.
-            bias_gain: as in the attribute.
+            bias_gain: a share of the outputs' variance, as in the attribute.
             warnings: warnings about the fit.
 
         Returns:

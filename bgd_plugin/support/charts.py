@@ -32,7 +32,7 @@ def line_chart(
         points: pairs of x and y, x ascending, at least one; x above 0, a y below 1e-6 is drawn at 1e-6.
         x_name, y_name: titles of the axes.
         x_text: how an x is written at the axis.
-        mark: one more point that stands out, and its label.
+        mark: one more highlighted point, its x and y in the units of `points`, and its label.
 
     Returns:
         an `<svg>` element.

@@ -56,7 +56,14 @@ def watched() -> Iterator[None]:
 
 
 def finish(work: Any) -> None:
-    """Wait for a collective that was started, and check on the other processes meanwhile."""
+    """Wait for a collective, and check on the other processes meanwhile.
+
+    Args:
+        work: the handle that an asynchronous collective of `torch.distributed` returns.
+
+    Raises:
+        DistributedError: another process stopped responding.
+    """
     began = looked = time.monotonic()
     while not work.is_completed():
         now = time.monotonic()

@@ -38,21 +38,25 @@ __all__ = [
 
 
 def sum_(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its sum over all processes, in place; bit-identical in every process."""
+    """Replace each tensor by its sum over all processes, in place; bit-identical in every process.
+
+    Args:
+        tensors: of the same shapes in every process.
+    """
     if processes() > 1:
         for tensor in tensors:
             finish(dist.all_reduce(tensor, async_op=True))
 
 
 def total(value: float) -> float:
-    """The sum of a number over all processes."""
+    """The sum of a value over all processes."""
     number = torch.tensor([float(value)], dtype=torch.float64, device=group_device())
     sum_([number])
     return float(number)
 
 
 def largest(value: int) -> int:
-    """The maximum of a number over all processes."""
+    """The maximum of a value over all processes."""
     number = torch.tensor([value], device=group_device())
     if processes() > 1:
         finish(dist.all_reduce(number, dist.ReduceOp.MAX, async_op=True))

@@ -38,7 +38,7 @@ class Stateful(Protocol):
         ...
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
-        """Restore the state in place."""
+        """Restore the state from a `state_dict`, in place."""
         ...
 
 
@@ -70,7 +70,11 @@ class Steps:
         self._is_shared = is_shared and processes() > 1
 
     def run(self, total: int, **parts: Part) -> Iterator[int]:
-        """Yield the numbers of the remaining steps; the state of `parts` is saved between steps and at the end.
+        """Yield the indices of the remaining steps; the state of `parts` is saved between steps and at the end.
+
+        Args:
+            total: number of steps of the stage.
+            parts: what to save and restore, by name.
 
         Raises:
             CheckpointError: the file is damaged, or cannot be written.

@@ -20,7 +20,7 @@ def mib(size_bytes: float) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A text table: numbers are right-aligned, words left-aligned, empty columns omitted."""
+    """A text table of a header and rows: numbers are right-aligned, words left-aligned, empty columns omitted."""
     cells = [list(header)] + [[str(cell) for cell in row] for row in rows]
     keep = [i for i in range(len(header)) if not rows or any(row[i] for row in cells[1:])]
     cells = [[row[i] for i in keep] for row in cells]

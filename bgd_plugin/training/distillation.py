@@ -38,7 +38,7 @@ def distill_(
         walk: positioned at the layer's node, which has not run yet. For a network without a graph, each step runs the
             whole network.
         layer: the student's module at that node.
-        teacher_logits: one tensor per calibration batch.
+        teacher_logits: one tensor per calibration batch, of the shapes in `kl_to_teacher`.
         steps: saves and reports progress.
         tokens: for each calibration batch, `[batch, tokens]`, which tokens count; None: all.
 

@@ -27,7 +27,7 @@ _DEFAULT_EPOCHS = 9
 
 
 def total_steps(config: FinetuningConfig, batches_per_epoch: int) -> int:
-    """Number of gradient steps of a finetuning run."""
+    """Number of gradient steps of a finetuning run, with this number of `batches_per_epoch`."""
     return config.steps or (config.epochs or _DEFAULT_EPOCHS) * batches_per_epoch
 
 
@@ -71,7 +71,7 @@ class Epochs:
         return {"number": self._number, "taken": self._taken}
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Go there."""
+        """Go to the position of a saved state: the epochs and batches before it are drawn again."""
         number, taken = state["number"], state["taken"]
         for earlier in range(0 if not self._can_skip else number, number):
             collections.deque(self._epoch(earlier), maxlen=0)
@@ -95,6 +95,8 @@ def finetune_(
         student: with product-quantized modules; changed in place, left in evaluation mode.
         teacher: in evaluation mode.
         data: the calibration data, iterated over repeatedly.
+        batches_per_epoch: number of batches in one pass over the data.
+        config: the settings.
         steps: saves and reports progress.
 
     Returns:

@@ -21,6 +21,12 @@ def kl_to_teacher(student: Tensor, teacher: Tensor, tokens: Tensor | None = None
             `[batch, classes, height, width]`.
         tokens: `[batch, tokens]`, true where a token counts; None: all count.
 
+    Returns:
+        a scalar, in nats.
+
+    Raises:
+        CalibrationError: the shapes differ.
+
     **Source**: arXiv 1907.05686, section 3.3.
     """
     if student.shape != teacher.shape:

@@ -25,6 +25,15 @@ def outputs_to_teacher(student: nn.Module, teacher: nn.Module, batch: Batch, pat
     The student repeats the teacher's decisions (`calibration.replay`), so a detector's second stage sees the same
     regions in both networks, and its outputs can be compared element by element.
 
+    Args:
+        student: the network being trained.
+        teacher: the network whose outputs are matched.
+        batch: the input of both.
+        patterns: globs of module names.
+
+    Returns:
+        a scalar.
+
     Raises:
         ConfigError: a glob matches no module, or the modules return no floating-point tensors.
     """

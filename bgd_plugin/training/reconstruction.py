@@ -47,7 +47,7 @@ class Reconstruction:
 
     @classmethod
     def of(cls, losses: Sequence[tuple[float, float]]) -> Reconstruction:
-        """From each block's loss before and after."""
+        """From the losses of each block, before and after."""
         count = max(1, len(losses))
         return cls(
             blocks=len(losses),
@@ -122,7 +122,10 @@ def _outputs(block: nn.Module, batches: Sequence[Batch]) -> list[Any]:
 
 
 def chunks_of(inputs: Batch, target: Any, size: int) -> list[_Chunk]:
-    """Split a batch into chunks of at most `size` samples; not split if samples are not along the first dimension."""
+    """Split a batch and its target outputs into chunks of at most `size` samples.
+
+    They stay whole if samples are not along the first dimension.
+    """
     leaves = [t for t in pytree.tree_leaves((inputs.args, inputs.kwargs, target)) if isinstance(t, Tensor)]
     count = inputs.size
     if not isinstance(target, Tensor) or any(t.ndim == 0 or t.shape[0] != count for t in leaves):
@@ -148,7 +151,11 @@ class BlockTraining:
         self._owners = _owners(student, block)
 
     def run_(self, config: ReconstructionConfig, generator: torch.Generator, steps: Steps) -> tuple[float, float]:
-        """Train the block; returns its loss on the held-out samples, before and after."""
+        """Train the block; returns its loss on the held-out samples, before and after.
+
+        Raises:
+            CalibrationError: the loss is not finite.
+        """
         before = self._heldout_loss()
         old = [owners[0][0]._parameters[owners[0][1]] for owners in self._owners]
         new = [nn.Parameter(parameter.detach().clone()) for parameter in old if parameter is not None]
