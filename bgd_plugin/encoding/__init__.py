@@ -1,1 +1,1 @@
-"""Compact encodings: packed codes, masks, 8-bit grids."""
+"""Compact encodings: packed codes, entropy-coded streams, masks, 8-bit grids."""
