@@ -74,6 +74,7 @@ test: $(STAMP) $(FRAMEWORKS_STAMP)
 
 ## make test-slow      the slow tests and the measured bounds
 test-slow: $(STAMP) $(FRAMEWORKS_STAMP)
+	$(if $(FRAMEWORKS),$(RUN) -m pip install --constraint $(PINNED) --editable ".[runtimes]")
 	$(TEST_ENVIRONMENT) $(RUN) -m pytest -m "slow or benchmark" $(PYTEST_ARGS)
 
 ## make check          format, lint, types, import floors, docs
