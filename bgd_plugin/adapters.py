@@ -17,7 +17,7 @@ from typing import Any
 
 from bgd_plugin.errors import BGDError
 
-__all__ = ["Adapter", "Requirement", "adapter_names", "adapters", "load_adapter", "notify_hosts"]
+__all__ = ["Adapter", "Requirement", "adapters", "load_adapter", "notify_hosts"]
 
 _GROUP = "bgd_plugin.adapters"
 _HOSTS = "bgd_plugin.hosts"
@@ -65,11 +65,6 @@ class Adapter:
     extra: str
     requirements: tuple[Requirement, ...]
     problem: str | None
-
-
-def adapter_names() -> tuple[str, ...]:
-    """Names of the installed adapters."""
-    return tuple(sorted(_points()))
 
 
 def adapters(*, imported: bool = False) -> tuple[Adapter, ...]:

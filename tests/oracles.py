@@ -17,6 +17,7 @@ __all__ = [
     "literal_em",
     "literal_least_squares",
     "pooled_inputs",
+    "reconstruction_objective",
 ]
 
 
@@ -33,8 +34,6 @@ class LiteralFit:
 
     codebook: Tensor
     codes: Tensor
-    objective: float
-    history: tuple[float, ...]
 
 
 def correlated_layer(
@@ -89,7 +88,7 @@ def literal_em(
     """
     flat = blocks.reshape(-1, blocks.shape[-1])
     start = torch.randperm(len(flat), generator=generator)[:codebook_size]
-    codebook, codes, history = flat[start].clone(), torch.empty(0), [float("inf")]
+    codebook, codes, before = flat[start].clone(), torch.empty(0), float("inf")
     for _ in range(iterations):
         distances = torch.stack([literal_distances(activations, flat, codeword) for codeword in codebook], dim=1)
         new_codes = distances.argmin(1)
@@ -100,16 +99,23 @@ def literal_em(
             if len(members):
                 new_codebook[cluster] = literal_least_squares(activations, members)
         objective = float((activations @ (flat - new_codebook[new_codes]).T).square().sum())
-        if not objective < history[-1]:
+        if not objective < before:
             break
-        codebook, codes = new_codebook, new_codes
-        history.append(objective)
-    return LiteralFit(
-        codebook=codebook,
-        codes=codes.view(blocks.shape[:2]),
-        objective=history[-1],
-        history=tuple(history[1:]),
-    )
+        codebook, codes, before = new_codebook, new_codes, objective
+    return LiteralFit(codebook=codebook, codes=codes.view(blocks.shape[:2]))
+
+
+def reconstruction_objective(blocks: Tensor, codebook: Tensor, codes: Tensor, gram: Tensor) -> float:
+    """Σ_v (v − c_{a(v)})ᵀ G (v − c_{a(v)}) in float64.
+
+    Args:
+        blocks: `[rows, blocks_per_row, d]`.
+        codebook: `[codebook_size, d]`.
+        codes: int64 `[rows, blocks_per_row]`.
+        gram: `[d, d]`.
+    """
+    difference = (blocks - codebook[codes]).double().flatten(0, 1)
+    return float(((difference @ gram.double()) * difference).sum())
 
 
 def literal_least_squares(activations: Tensor, members: Tensor) -> Tensor:

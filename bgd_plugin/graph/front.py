@@ -37,23 +37,22 @@ class Front:
     reason: str = ""
 
 
-def front_end(model: nn.Module, given: Mapping[str, Any] | None = None, *, share_tensors: bool = False) -> Front:
+def front_end(model: nn.Module, *, share_tensors: bool = False) -> Front:
     """A network in the forms that the library works on; parametrized weights are folded.
 
     Args:
         model: left as it is.
-        given: what the network is called with, as for `trace`; None: not known.
         share_tensors: keep the very parameters; nothing may be written into them.
     """
     own: nn.Module = copy_module(model, share_tensors=share_tensors)
     folded = fold_parametrizations_(own)
     if isinstance(own, fx.GraphModule):
         return Front(own=own, network=own, folded=folded)
-    return retraced(Front(own=own, network=own, folded=folded), given)
+    return retraced(Front(own=own, network=own, folded=folded), None)
 
 
 def retraced(front: Front, given: Mapping[str, Any] | None) -> Front:
-    """The same network, traced for what it is called with."""
+    """The same network, traced for what it is called with, as for `trace`; None: not known."""
     working: nn.Module = copy_module(front.own, share_tensors=True)
     try:
         return dataclasses.replace(front, network=trace(working, given), reason="")

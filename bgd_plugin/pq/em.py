@@ -6,26 +6,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from bgd_plugin.pq.kmeans import cluster_sums, kmeans
 from bgd_plugin.pq.powers import near_one
 
-__all__ = ["Fit", "fit_em", "gram_root", "reconstruction_objective"]
+__all__ = ["Fit", "fit_em", "gram_root"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """A fitted codebook, its codes, and their objective."""
+    """A fitted codebook and its codes."""
 
     codebook: Tensor
     """`[codebook_size, block_size]`, dtype and device of the blocks."""
     codes: Tensor
     """int64 `[rows, blocks_per_row]`."""
-    objective: float
-    """Σ_v (v − c)ᵀ G (v − c) of this codebook and these codes."""
-    history: tuple[float, ...]
-    """The objective after each iteration, computed with the floor on G's eigenvalues."""
 
 
 @torch.no_grad()
@@ -54,41 +49,16 @@ def fit_em(blocks: Tensor, gram: Tensor, codebook_size: int, iterations: int, *,
     flat = blocks.flatten(0, 1)
     flat, unit = near_one(flat if flat.dtype == torch.float64 else flat.float())
     chosen = torch.randperm(flat.shape[0], generator=generator, device=generator.device)[:codebook_size].to(flat.device)
-    root, scale = gram_root(gram, flat.dtype)
-    root = root.to(flat)
+    root = gram_root(gram, flat.dtype).to(flat)
     found = kmeans(flat @ root, flat[chosen] @ root, iterations, generator=generator)
     counts = torch.bincount(found.codes, minlength=codebook_size).unsqueeze(1)
     means = cluster_sums(flat, found.codes, codebook_size) / counts.clamp(min=1)
     codebook = (torch.where(counts > 0, means, flat[chosen]) * unit).to(blocks.dtype)
-    codes = found.codes.view(blocks.shape[:2])
-    return Fit(
-        codebook=codebook,
-        codes=codes,
-        objective=reconstruction_objective(blocks, codebook, codes, gram),
-        history=tuple(value * scale * unit**2 for value in found.history),
-    )
+    return Fit(codebook=codebook, codes=found.codes.view(blocks.shape[:2]))
 
 
-@torch.no_grad()
-def reconstruction_objective(blocks: Tensor, codebook: Tensor, codes: Tensor, gram: Tensor) -> float:
-    """Σ_v (v − c_{a(v)})ᵀ G (v − c_{a(v)}), computed in chunks and summed in float64.
-
-    Args:
-        blocks: `[rows, blocks_per_row, d]`.
-        codebook: `[codebook_size, d]`.
-        codes: int64 `[rows, blocks_per_row]`.
-        gram: `[d, d]`.
-    """
-    scatter = torch.zeros(gram.shape, dtype=torch.float64, device=blocks.device)
-    flat, codes = blocks.flatten(0, 1), codes.flatten()
-    for part, part_codes in zip(torch.split(flat, 8192), torch.split(codes, 8192), strict=True):
-        difference = (part - functional.embedding(part_codes, codebook)).double()
-        scatter.addmm_(difference.T, difference)
-    return float((scatter * gram.to(scatter)).sum())
-
-
-def gram_root(gram: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """L (float64 `[d, d]`) and a number s with s · L Lᵀ = G; s scales L's entries to the order of 1.
+def gram_root(gram: Tensor, dtype: torch.dtype) -> Tensor:
+    """L (float64 `[d, d]`) with L Lᵀ in proportion to G, and entries of the order of 1.
 
     Uses an eigendecomposition, because Cholesky fails on singular Grams, which do occur: dead channels, fewer inputs
     than d, all zeros. Eigenvalues below the rounding error of `dtype` are raised to it, so that directions without
@@ -101,10 +71,10 @@ def gram_root(gram: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
     symmetric = (gram.double() + gram.double().T) / 2
     trace = float(symmetric.trace())
     if trace <= 0:
-        return torch.eye(len(gram), dtype=torch.float64, device=gram.device), 1.0
-    scale = trace / len(gram)
-    values, vectors = torch.linalg.eigh(symmetric / scale)
-    return vectors * values.clamp(min=len(gram) * torch.finfo(dtype).eps).sqrt(), scale
+        return torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    values, vectors = torch.linalg.eigh(symmetric / (trace / len(gram)))
+    root: Tensor = vectors * values.clamp(min=len(gram) * torch.finfo(dtype).eps).sqrt()
+    return root
 
 
 def _check(blocks: Tensor, gram: Tensor, codebook_size: int) -> None:

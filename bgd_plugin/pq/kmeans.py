@@ -10,6 +10,7 @@ product ends in a barrier. So k-means on a CPU uses one thread, and its result d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,21 +32,13 @@ class KMeans:
     """Result of `kmeans`.
 
     `centroids` are the means of the clusters given by `codes`. The last step updates the means, so without an early
-    stop a point may be nearer to another centroid; the objective belongs to these codes and these centroids.
+    stop a point may be nearer to another centroid.
     """
 
     centroids: Tensor
     """`[codebook_size, block_size]`."""
     codes: Tensor
     """int64 `[points]`."""
-    objective: float
-    """Sum of the squared distances of the points to their centroids."""
-    history: tuple[float, ...]
-    """The objective after each iteration; never rises."""
-    iterations: int
-    """Iterations run."""
-    repairs: int
-    """Number of empty clusters refilled."""
 
 
 @torch.no_grad()
@@ -82,25 +75,18 @@ def _lloyd(points: Tensor, start: Tensor, iterations: int, generator: torch.Gene
     homogeneous = points.new_ones(points.shape[0], points.shape[1] + 1)
     torch.sub(points, centre, out=homogeneous[:, :-1])
     centroids = start.to(points) - centre
-    codes, repairs = torch.empty(0, dtype=torch.int64), 0
-    history: list[float] = []
+    codes: Tensor | None = None
+    objective = math.inf
     for _ in range(iterations):
         new_codes = _assign(homogeneous, centroids)
-        repairs += _fill_empty(homogeneous, new_codes, centroids.shape[0], generator)
+        _fill_empty(homogeneous, new_codes, centroids.shape[0], generator)
         new_centroids = _means(homogeneous, new_codes, centroids)
-        objective = _objective(homogeneous, new_centroids, new_codes)
-        if history and not objective < history[-1]:  # `not <` also ends a run that meets a NaN
+        new_objective = _objective(homogeneous, new_centroids, new_codes)
+        if codes is not None and not new_objective < objective:  # `not <` also ends a run that meets a NaN
             break
-        centroids, codes = new_centroids, new_codes
-        history.append(objective)
-    return KMeans(
-        centroids=centroids + centre,
-        codes=codes,
-        objective=history[-1],
-        history=tuple(history),
-        iterations=len(history),
-        repairs=repairs,
-    )
+        centroids, codes, objective = new_centroids, new_codes, new_objective
+    assert codes is not None
+    return KMeans(centroids=centroids + centre, codes=codes)
 
 
 @contextmanager
@@ -181,8 +167,8 @@ def _objective(homogeneous: Tensor, centroids: Tensor, codes: Tensor) -> float:
     return total
 
 
-def _fill_empty(homogeneous: Tensor, codes: Tensor, clusters: int, generator: torch.Generator) -> int:
-    """Refill each empty cluster with part of the most populated one, in `codes`; returns the number refilled.
+def _fill_empty(homogeneous: Tensor, codes: Tensor, clusters: int, generator: torch.Generator) -> None:
+    """Refill each empty cluster with part of the most populated one, in `codes`.
 
     Each attempt refills a cluster or rules out a source that cannot be split because its points are all equal. So the
     loop ends, also with fewer distinct points than clusters: the rest stay empty.
@@ -203,7 +189,6 @@ def _fill_empty(homogeneous: Tensor, codes: Tensor, clusters: int, generator: to
         counts[largest] -= moved
         counts[empty[filled]] = moved
         filled += 1
-    return filled
 
 
 def _split(homogeneous: Tensor, codes: Tensor, source: int, target: int, generator: torch.Generator) -> int:

@@ -7,6 +7,8 @@ m_i m_j, so one matrix product gives the distances of many blocks to all codewor
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -65,7 +67,7 @@ def nearest_masked(points: Tensor, metrics: Tensor, codebook: Tensor, mask: Tens
 @torch.no_grad()
 def fit_masked(
     blocks: Tensor, metrics: Tensor, mask: Tensor, codebook_size: int, iterations: int, *, generator: torch.Generator
-) -> tuple[Tensor, Tensor, tuple[float, ...]]:
+) -> tuple[Tensor, Tensor]:
     """K-means with one metric per position p: min Σ_p Σ_v (v − m∘c_a)ᵀ P_p (v − m∘c_a).
 
     An iteration solves each codeword by least squares over its blocks, (Σ P ∘ m mᵀ) c = Σ m ∘ P v, then assigns each
@@ -81,20 +83,20 @@ def fit_masked(
         generator: draws the initial codewords.
 
     Returns:
-        codebook `[codebook_size, d]`, the nearest codes `[positions, n]`, and the objective after each iteration.
+        codebook `[codebook_size, d]`, and the nearest codes `[positions, n]`.
     """
     codebook = _start(blocks, mask, codebook_size, generator)
     codes = nearest_masked(blocks, metrics, codebook, mask)
-    history: list[float] = []
+    objective = math.inf
     for _ in range(iterations):
         codebook = _least_squares(blocks, metrics, mask, codes, codebook)
         losses = _losses(blocks, metrics, mask, codebook[codes])
-        history.append(float(losses.sum()))
+        before, objective = objective, float(losses.sum())
         codebook = _filled(blocks, mask, codes, codebook, losses)
         codes = nearest_masked(blocks, metrics, codebook, mask)
-        if len(history) > 1 and not history[-1] < history[-2] * (1 - _STILL):
+        if not objective < before * (1 - _STILL):
             break
-    return codebook, codes, tuple(history)
+    return codebook, codes
 
 
 @torch.no_grad()
@@ -112,15 +114,10 @@ def fit_em_masked(
         generator: draws the initial codewords.
     """
     flat, unit = near_one(blocks.flatten(0, 1).unsqueeze(0))
-    root, scale = gram_root(gram, torch.float32)
+    root = gram_root(gram, torch.float32)
     metric, kept = (root @ root.T).unsqueeze(0), mask.flatten(0, 1).unsqueeze(0)
-    codebook, codes, history = fit_masked(flat, metric, kept, codebook_size, iterations, generator=generator)
-    return Fit(
-        codebook=(codebook * unit).to(blocks.dtype),
-        codes=codes.view(blocks.shape[:2]),
-        objective=scale * unit**2 * float(_losses(flat, metric, kept, codebook[codes]).sum()),
-        history=tuple(scale * unit**2 * value for value in history),
-    )
+    codebook, codes = fit_masked(flat, metric, kept, codebook_size, iterations, generator=generator)
+    return Fit(codebook=(codebook * unit).to(blocks.dtype), codes=codes.view(blocks.shape[:2]))
 
 
 def codeword_uses(codes: Tensor, mask: Tensor | None, codebook_size: int, block_size: int) -> Tensor:

@@ -17,6 +17,7 @@ from bgd_plugin.support.tables import mib
 __all__ = ["bars", "cards", "details", "layer_sections", "page", "table", "write_page"]
 
 _FLOAT_BYTES = 4
+_LONGEST_NAME = 36  # characters
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2733; --soft: #5d6b7a; --paper: #f6f7f9; --card: #fff; --line: #e1e6eb;
@@ -153,8 +154,8 @@ def bars(layers: Sequence[LayerReport]) -> str:
     )
 
 
-def _shortened(name: str, length: int = 36) -> str:
-    return name if len(name) <= length else "…" + name[1 - length :]
+def _shortened(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else "…" + name[1 - _LONGEST_NAME :]
 
 
 def _layer_table(layers: Sequence[LayerReport]) -> str:

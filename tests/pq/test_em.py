@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from bgd_plugin.pq.em import Fit, fit_em, reconstruction_objective
-from tests.oracles import SHAPES, correlated_layer, literal_em, literal_least_squares
+from bgd_plugin.pq.em import Fit, fit_em
+from tests.oracles import SHAPES, correlated_layer, literal_em, literal_least_squares, reconstruction_objective
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -18,8 +21,8 @@ def _layer(shape: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tens
     return correlated_layer(SHAPES[shape], images=2, size=8, dtype=dtype)
 
 
-def _check(blocks: Tensor, gram: Tensor, fit: Fit, codebook_size: int) -> None:
-    """Shapes, ranges, finiteness, codewords are means of their blocks, and the objective is what it says."""
+def _check(blocks: Tensor, fit: Fit, codebook_size: int) -> None:
+    """Shapes, ranges, finiteness, and codewords are means of their blocks."""
     assert fit.codebook.shape == (codebook_size, blocks.shape[2])
     assert fit.codebook.dtype == blocks.dtype
     assert fit.codes.shape == blocks.shape[:2]
@@ -27,10 +30,10 @@ def _check(blocks: Tensor, gram: Tensor, fit: Fit, codebook_size: int) -> None:
     assert bool(torch.isfinite(fit.codebook).all())
     for code in set(fit.codes.flatten().tolist()):
         torch.testing.assert_close(fit.codebook[code], blocks[fit.codes == code].mean(0), atol=1e-5, rtol=1e-5)
-    difference = (blocks - fit.codebook[fit.codes]).double().flatten(0, 1)
-    expected = float(torch.einsum("nd,de,ne->", difference, gram.double(), difference))
-    assert fit.objective == pytest.approx(expected, rel=1e-9, abs=1e-12)
-    assert all(later < earlier for earlier, later in zip(fit.history, fit.history[1:], strict=False))
+
+
+def _objective(fit: Any, blocks: Tensor, gram: Tensor) -> float:
+    return reconstruction_objective(blocks, fit.codebook, fit.codes, gram)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -40,10 +43,19 @@ def test_it_is_the_papers_em(shape: str) -> None:
     fast = fit_em(blocks, gram, 24, 15, generator=_generator(3))
     literal = literal_em(blocks, activations, 24, 15, generator=_generator(3))
     assert torch.equal(fast.codes, literal.codes)
-    assert fast.objective == pytest.approx(literal.objective, rel=1e-6)
-    assert fast.history == pytest.approx(literal.history, rel=1e-6)
+    assert _objective(fast, blocks, gram) == pytest.approx(_objective(literal, blocks, gram), rel=1e-6)
     torch.testing.assert_close(fast.codebook, literal.codebook, rtol=1e-6, atol=1e-8)
-    _check(blocks, gram, fast, 24)
+    _check(blocks, fast, 24)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_iteration_raises_the_objective(shape: str) -> None:
+    blocks, activations = _layer(shape)
+    gram = activations.T @ activations
+    fits = [fit_em(blocks, gram, 24, iterations, generator=_generator(3)) for iterations in range(1, 12)]
+    objectives = [_objective(fit, blocks, gram) for fit in fits]
+    assert all(later <= earlier for earlier, later in itertools.pairwise(objectives))
+    assert objectives[-1] < 0.9 * objectives[0]
 
 
 def test_it_is_the_papers_em_when_clusters_start_empty() -> None:
@@ -55,7 +67,7 @@ def test_it_is_the_papers_em_when_clusters_start_empty() -> None:
     fast = fit_em(blocks, gram, 48, 8, generator=_generator(3))
     literal = literal_em(blocks, activations, 48, 8, generator=_generator(3))
     assert torch.equal(fast.codes, literal.codes)
-    assert fast.objective == pytest.approx(literal.objective, rel=1e-6)
+    assert _objective(fast, blocks, gram) == pytest.approx(_objective(literal, blocks, gram), rel=1e-6)
     assert len(set(fast.codes.flatten().tolist())) == 48
 
 
@@ -75,8 +87,9 @@ def test_single_precision_comes_close(shape: str) -> None:
     gram = activations.T @ activations
     double = fit_em(blocks, gram, 32, 25, generator=_generator(3))
     single = fit_em(blocks.float(), gram.float(), 32, 25, generator=_generator(3))
-    _check(blocks.float(), gram.float(), single, 32)
-    assert single.objective == pytest.approx(double.objective, rel=0.02)
+    _check(blocks.float(), single, 32)
+    found, expected = (_objective(fit, blocks, gram) for fit in (single, double))
+    assert found == pytest.approx(expected, rel=0.02)
 
 
 def test_it_beats_what_ignores_the_inputs() -> None:
@@ -84,7 +97,7 @@ def test_it_beats_what_ignores_the_inputs() -> None:
     gram = activations.T @ activations
     ours = fit_em(blocks, gram, 32, 50, generator=_generator())
     plain = fit_em(blocks, torch.eye(9), 32, 50, generator=_generator())
-    assert ours.objective < 0.9 * reconstruction_objective(blocks, plain.codebook, plain.codes, gram)
+    assert _objective(ours, blocks, gram) < 0.9 * _objective(plain, blocks, gram)
 
 
 def test_only_the_directions_the_inputs_show_count() -> None:
@@ -95,17 +108,18 @@ def test_only_the_directions_the_inputs_show_count() -> None:
     for inputs in (dead, flat):
         gram = inputs.T @ inputs
         fit = fit_em(blocks, gram, 32, 50, generator=_generator())
-        _check(blocks, gram, fit, 32)
+        _check(blocks, fit, 32)
         plain = fit_em(blocks, torch.eye(4), 32, 50, generator=_generator())
-        assert fit.objective < 0.9 * reconstruction_objective(blocks, plain.codebook, plain.codes, gram)
+        assert _objective(fit, blocks, gram) < 0.9 * _objective(plain, blocks, gram)
 
 
 def test_directions_without_energy_decide_between_what_is_equal_otherwise() -> None:
     """The inputs show the first of four weights only, and that one has two values: 30 codewords are left over."""
     blocks = torch.randn(64, 8, 4, generator=_generator())
     blocks[..., 0] = blocks[..., 0].sign()
-    fit = fit_em(blocks, torch.diag(torch.tensor([5.0, 0.0, 0.0, 0.0])), 32, 50, generator=_generator())
-    assert fit.objective < 1e-6
+    gram = torch.diag(torch.tensor([5.0, 0.0, 0.0, 0.0]))
+    fit = fit_em(blocks, gram, 32, 50, generator=_generator())
+    assert _objective(fit, blocks, gram) < 1e-6
     assert len(set(fit.codes.flatten().tolist())) == 32
     hidden = (blocks - fit.codebook[fit.codes])[..., 1:].square().mean()
     assert hidden < 0.5 * blocks[..., 1:].square().mean()
@@ -116,8 +130,7 @@ def test_inputs_of_zero_mean_plain_k_means(dtype: torch.dtype) -> None:
     blocks, _ = _layer("3x3 d=9", dtype)
     zero = fit_em(blocks, torch.zeros(9, 9, dtype=dtype), 32, 50, generator=_generator())
     plain = fit_em(blocks, torch.eye(9, dtype=dtype), 32, 50, generator=_generator())
-    _check(blocks, torch.zeros(9, 9, dtype=dtype), zero, 32)
-    assert zero.objective == 0.0
+    _check(blocks, zero, 32)
     assert (zero.codes == plain.codes).float().mean() > 0.99
 
 
@@ -128,21 +141,20 @@ def test_the_scale_of_the_inputs_does_not_matter(scale: float) -> None:
     fit = fit_em(blocks, gram * scale, 32, 50, generator=_generator())
     expected = fit_em(blocks, gram, 32, 50, generator=_generator())
     assert (fit.codes == expected.codes).float().mean() > 0.99
-    assert fit.objective == pytest.approx(expected.objective * scale, rel=1e-3)
+    assert _objective(fit, blocks, gram) == pytest.approx(_objective(expected, blocks, gram), rel=1e-3)
 
 
 def test_fewer_distinct_blocks_than_codewords_are_kept_exactly() -> None:
     blocks = torch.randn(5, 1, 4).repeat(8, 6, 1)
     gram = torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0]))
     fit = fit_em(blocks, gram, 16, 50, generator=_generator())
-    _check(blocks, gram, fit, 16)
+    _check(blocks, fit, 16)
     torch.testing.assert_close(fit.codebook[fit.codes], blocks)
 
 
 def test_weights_of_zero_give_codewords_of_zero() -> None:
     fit = fit_em(torch.zeros(8, 6, 4), torch.eye(4), 16, 50, generator=_generator())
     assert not fit.codebook.any()
-    assert fit.objective == 0.0
 
 
 def test_half_precision_blocks_get_a_codebook_of_theirs() -> None:

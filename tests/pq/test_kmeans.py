@@ -22,7 +22,7 @@ def _run(points: Tensor, clusters: int, iterations: int = 50) -> KMeans:
 
 
 def _check(points: Tensor, found: KMeans, tolerance: float = 1e-6) -> None:
-    """What holds for every result: finite, ranges, means, the objective, and that it never rose."""
+    """What holds for every result: finite, ranges, and means."""
     assert bool(torch.isfinite(found.centroids).all())
     assert found.codes.dtype == torch.int64
     assert found.codes.shape == points.shape[:1]
@@ -31,11 +31,10 @@ def _check(points: Tensor, found: KMeans, tolerance: float = 1e-6) -> None:
     for cluster in sorted(set(found.codes.tolist())):
         mean = points[found.codes == cluster].double().mean(0)
         torch.testing.assert_close(found.centroids[cluster].double(), mean, atol=tolerance * scale, rtol=tolerance)
-    objective = float((points.double() - found.centroids[found.codes].double()).square().sum())
-    assert found.objective == pytest.approx(objective, rel=tolerance, abs=(tolerance * scale) ** 2 * points.numel())
-    assert len(found.history) == found.iterations >= 1
-    assert found.history[-1] == found.objective
-    assert all(later < earlier for earlier, later in zip(found.history, found.history[1:], strict=False))
+
+
+def _objective(points: Tensor, found: KMeans) -> float:
+    return float((points.double() - found.centroids[found.codes].double()).square().sum())
 
 
 def test_it_is_lloyds_algorithm() -> None:
@@ -46,8 +45,6 @@ def test_it_is_lloyds_algorithm() -> None:
         codes = torch.cdist(points, centroids).argmin(1)
         centroids = torch.stack([points[codes == cluster].mean(0) for cluster in range(40)])
     found = kmeans(points, start, iterations, generator=_generator())
-    assert found.repairs == 0
-    assert found.iterations == iterations
     assert torch.equal(found.codes, codes)
     torch.testing.assert_close(found.centroids, centroids)
     _check(points, found)
@@ -56,7 +53,6 @@ def test_it_is_lloyds_algorithm() -> None:
 def test_a_run_that_ends_early_gives_each_point_to_its_nearest_centroid() -> None:
     points = torch.randn(2000, 3)
     found = _run(points, 16, 1000)
-    assert found.iterations < 1000
     distances = torch.cdist(points.double(), found.centroids.double())
     nearest = distances.gather(1, found.codes.unsqueeze(1)).squeeze(1)
     torch.testing.assert_close(nearest, distances.min(1).values, atol=1e-5, rtol=0)
@@ -77,17 +73,16 @@ def test_any_points_give_a_sound_result(
     generator = _generator(seed)
     kinds = torch.randn(distinct, size, generator=generator, dtype=torch.float64 if double else torch.float32)
     points = kinds[torch.randint(0, distinct, (count,), generator=generator)]
-    found = _run(points, min(clusters, count))
+    few, found = (_run(points, min(clusters, count), iterations) for iterations in (2, 50))
     _check(points, found, 1e-9 if double else 1e-4)
+    assert _objective(points, found) <= _objective(points, few) * (1 + 1e-5) + 1e-9
 
 
 @pytest.mark.parametrize("value", [0.0, 3.7, -1e20])
 def test_points_that_are_all_the_same_end_at_once(value: float) -> None:
     points = torch.full((5000, 9), value)
     found = _run(points, 256)
-    assert found.iterations <= 2
-    assert found.repairs == 0
-    assert found.objective <= 1e-12 * value**2 * points.numel()
+    assert len(set(found.codes.tolist())) == 1
     torch.testing.assert_close(found.centroids[found.codes], points)
 
 
@@ -96,8 +91,8 @@ def test_as_many_clusters_as_distinct_points_find_them_all() -> None:
     points = kinds.repeat(50, 1)
     start = kinds[:1].repeat(32, 1)  # all centroids in one place: 31 clusters start empty
     found = kmeans(points, start, 100, generator=_generator())
-    assert found.repairs >= 31
-    assert found.objective < 1e-9
+    assert len(set(found.codes.tolist())) == 32
+    assert _objective(points, found) < 1e-9
     _check(points, found)
 
 
@@ -106,11 +101,10 @@ def test_an_empty_cluster_takes_a_part_of_the_most_populated_one() -> None:
     points = torch.cat([left, right])
     start = torch.tensor([[0.0, 0.0], [50.0, 0.0], [1e4, 1e4]])
     found = kmeans(points, start, 1, generator=_generator())
-    assert found.repairs == 1
     assert set(found.codes[:100].tolist()) == {0}
     assert set(found.codes[100:].tolist()) == {1, 2}
     without = float((left - left.mean(0)).square().sum() + (right - right.mean(0)).square().sum())
-    assert found.objective < without
+    assert _objective(points, found) < without
 
 
 def test_points_far_from_the_origin_lose_no_digits() -> None:
@@ -118,7 +112,7 @@ def test_points_far_from_the_origin_lose_no_digits() -> None:
     start = near[:32]
     expected = kmeans(near, start, 5, generator=_generator())
     moved = kmeans((near + 4096).float(), (start + 4096).float(), 5, generator=_generator())
-    assert moved.objective == pytest.approx(expected.objective, rel=1e-4)
+    assert _objective(near + 4096, moved) == pytest.approx(_objective(near, expected), rel=1e-4)
     assert (moved.codes == expected.codes).float().mean() > 0.99
 
 
@@ -162,7 +156,7 @@ def test_sums_by_matrix_product_are_the_sums() -> None:
 def test_a_nan_ends_the_run() -> None:
     points = torch.randn(100, 2)
     points[3, 1] = float("nan")
-    assert _run(points, 8, 10**6).iterations == 1
+    assert _run(points, 8, 10**9).codes.shape == (100,)
 
 
 def test_it_says_what_is_wrong() -> None:

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bgd_plugin.pq.em import fit_em, reconstruction_objective
+from bgd_plugin.pq.em import fit_em
 from bgd_plugin.pq.feedback import damped, encode_with_feedback
 from bgd_plugin.pq.full_gram import fit_full
 from bgd_plugin.pq.least_squares import output_objective, refine_codes, solve_codebook
 from bgd_plugin.pq.masked import codeword_uses, fit_em_masked, fit_masked, nearest_masked
 from tests.encoding.test_masks import n_of_m
+from tests.oracles import reconstruction_objective
 from tests.pq.test_feedback import layer, random_codebook
 
 
@@ -42,18 +43,19 @@ def test_the_nearest_codeword_is_the_one_a_search_finds() -> None:
 
 def test_the_objective_never_rises_and_pruned_places_do_not_count() -> None:
     blocks, mask = _blocks(4, 200, 4)
-    codebook, codes, history = fit_masked(blocks, _metrics(4, 4), mask, 32, 30, generator=_generator())
-    assert all(later <= earlier * (1 + 1e-5) for earlier, later in itertools.pairwise(history))
-    assert history[-1] < 0.7 * history[0]
-    difference = blocks - codebook[codes] * mask
-    loss = float(torch.einsum("pni,pij,pnj->", difference, _metrics(4, 4), difference))
-    assert loss <= history[-1] * (1 + 1e-5)
+    losses = []
+    for iterations in (1, 2, 3, 5, 8, 30):
+        codebook, codes = fit_masked(blocks, _metrics(4, 4), mask, 32, iterations, generator=_generator())
+        difference = blocks - codebook[codes] * mask
+        losses.append(float(torch.einsum("pni,pij,pnj->", difference, _metrics(4, 4), difference)))
+    assert all(later <= earlier * (1 + 1e-5) for earlier, later in itertools.pairwise(losses))
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_a_codeword_is_the_mean_of_what_is_kept_where_all_directions_count_the_same() -> None:
     blocks, mask = _blocks(1, 300, 4)
     metrics = torch.eye(4).unsqueeze(0)
-    codebook, codes, _ = fit_masked(blocks, metrics, mask, 8, 100, generator=_generator())
+    codebook, codes = fit_masked(blocks, metrics, mask, 8, 100, generator=_generator())
     uses = codeword_uses(codes, mask, 8, 4)
     sums = torch.zeros(8, 4).index_add_(0, codes.flatten(), blocks.flatten(0, 1))
     assert uses.min() > 0
@@ -72,10 +74,8 @@ def test_a_whole_mask_gives_an_em_as_good_as_without() -> None:
     whole = torch.ones_like(blocks, dtype=torch.bool)
     ours = fit_em_masked(blocks, pooled, whole, 16, 60, generator=_generator())
     theirs = fit_em(blocks, pooled, 16, 60, generator=_generator())
-    assert ours.objective == pytest.approx(theirs.objective, rel=0.1)
-    assert ours.objective == pytest.approx(
-        reconstruction_objective(blocks, ours.codebook, ours.codes, pooled), rel=1e-3
-    )
+    found, expected = (reconstruction_objective(blocks, fit.codebook, fit.codes, pooled) for fit in (ours, theirs))
+    assert found == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize("gram", [torch.zeros(4, 4), torch.diag(torch.tensor([1.0, 0.0, 0.0, 2.0]))])
@@ -90,7 +90,7 @@ def test_inputs_without_energy_and_rows_without_weights_are_fitted(gram: Tensor)
 def test_nothing_but_zeros_is_fitted() -> None:
     blocks = torch.zeros(32, 4, 4)
     fit = fit_em_masked(blocks, torch.eye(4), torch.zeros(32, 4, 4, dtype=torch.bool), 16, 20, generator=_generator())
-    assert fit.objective == 0
+    assert not fit.codebook[fit.codes].any()
     assert torch.isfinite(fit.codebook).all()
 
 
