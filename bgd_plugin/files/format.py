@@ -32,6 +32,8 @@ __all__ = [
     "Stored",
     "file_bytes",
     "file_size",
+    "identity",
+    "layer_header",
     "narrowest",
     "restored",
     "scales",
@@ -110,7 +112,7 @@ def stored_state(state: State) -> Stored:
             raise CheckpointError(
                 f"{name!r} in the network's state is a {type(value).__name__}, not a tensor, and cannot be saved"
             )
-        first = names.setdefault(_identity(name, value), name)
+        first = names.setdefault(identity(name, value), name)
         if first != name:
             parts.aliases[name] = first
         else:
@@ -130,7 +132,7 @@ def stored_state(state: State) -> Stored:
     header: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "layers": {
-            path: _layer_header(layer) for path, layer in state.layers.items() if f"{path}.codes" in parts.tensors
+            path: layer_header(layer) for path, layer in state.layers.items() if f"{path}.codes" in parts.tensors
         },
     }
     return Stored(tensors=parts.tensors, header=header | {name: entry for name, entry in entries.items() if entry})
@@ -235,15 +237,16 @@ def file_size(content: Stored) -> int:
 
 def state_bytes(state: Mapping[str, Any]) -> int:
     """Bytes of all parameters and buffers of a state dict, shared ones counted once."""
-    distinct = {_identity(name, t): t for name, t in state.items() if isinstance(t, Tensor)}
+    distinct = {identity(name, t): t for name, t in state.items() if isinstance(t, Tensor)}
     return sum(t.numel() * t.element_size() for t in distinct.values())
 
 
-def _layer_header(layer: PQModule) -> list[Any]:
+def layer_header(layer: PQModule) -> list[Any]:
+    """What the header says of a layer: its class, block size, codebook size, and the shape of its weight."""
     return [type(layer).__name__, layer.block_size, layer.codebook_size, list(layer.weight_shape)]
 
 
-def _identity(name: str, value: Tensor) -> tuple[Any, ...]:
+def identity(name: str, value: Tensor) -> tuple[Any, ...]:
     """A key that is equal for two names of the same tensor."""
     if value.numel() == 0 or value.is_meta:
         return (id(value.untyped_storage()._cdata), name) if value.numel() == 0 else (value.untyped_storage()._cdata,)

@@ -12,7 +12,8 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from bgd_plugin.errors import CheckpointError
-from bgd_plugin.files.format import FORMAT_VERSION, METADATA_KEY, file_bytes, stored
+from bgd_plugin.files.content import content_of
+from bgd_plugin.files.format import FORMAT_VERSION, METADATA_KEY, file_bytes
 from bgd_plugin.graph import copy_module, isolated, materialize_, unwrapped
 from bgd_plugin.nn import PQModule
 from bgd_plugin.support.atomic import write_atomically
@@ -56,7 +57,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
         )
     if not Path(path).parent.is_dir():
         raise CheckpointError(f"{path}: the folder {Path(path).parent} does not exist: create it first")
-    content = file_bytes(stored(model))
+    content = file_bytes(content_of(model))
     write_atomically(Path(path), content)
     return len(content)
 

@@ -12,7 +12,7 @@ from torch import nn
 from bgd_plugin.calibration import require_rewalkable
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import ConfigError
-from bgd_plugin.quantization.fingerprint import digest
+from bgd_plugin.support.digest import digest
 from bgd_plugin.support.processes import from_all, largest, processes
 
 __all__ = ["check_arguments", "require_same_layers"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import ConfigError
-from bgd_plugin.files.format import file_size, stored
+from bgd_plugin.files.content import measured_size
 from bgd_plugin.fitting import FittedLayer, fit_weight
 from bgd_plugin.graph import Front, baked, copy_module, find_layers, fold_parametrizations_, install_, isolated
 from bgd_plugin.nn import PQModule, quantized
@@ -74,7 +74,7 @@ def quantize_weights(model: nn.Module, config: BGDConfig | None = None) -> Quant
         layers=tuple(reports),
         skipped=survey.skipped,
         original_bytes=survey.original_bytes,
-        compressed_bytes=file_size(stored(student)),
+        compressed_bytes=measured_size(student),
         paper_bytes=paper_bytes(student),
         seconds=log.seconds,
         notes=(*survey.notes, _NOTE),

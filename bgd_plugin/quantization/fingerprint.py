@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from bgd_plugin.calibration import Batch
 from bgd_plugin.config import BGDConfig
+from bgd_plugin.support.digest import digest
 from bgd_plugin.version import __version__
 
-__all__ = ["described", "differing", "digest"]
+__all__ = ["described", "differing"]
 
 _SHOWN = 3
 
@@ -70,16 +70,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _digests(module: nn.Module) -> dict[str, str]:
     return {"class": type(module).__name__} | {name: digest([value]) for name, value in module.state_dict().items()}
-
-
-def digest(values: Iterable[Any]) -> str:
-    """A fingerprint of tensors; other values are represented by their printed form."""
-    hashed = hashlib.sha256()
-    for value in values:
-        if isinstance(value, Tensor):
-            hashed.update(f"{value.dtype}{list(value.shape)}".encode())
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            hashed.update(flat.view(torch.uint8).numpy().data)
-        else:
-            hashed.update(repr(value).encode())
-    return hashed.hexdigest()[:32]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bgd_plugin.calibration import BatchStore
-from bgd_plugin.files.format import file_size, stored
+from bgd_plugin.files.content import measured_size
 from bgd_plugin.files.rounding import round_floats_, round_weights_
 from bgd_plugin.graph import module_or_none, set_modes
 from bgd_plugin.nn import PQModule, freeze_norms_
@@ -31,14 +31,14 @@ def finish(job: Job, network: nn.Module) -> int:
     """Round the compressed network's tensors to the values that its file will have; returns the file's bytes."""
     round_to_storage_(network, job.survey)
     synchronize_(network)
-    size, target = file_size(stored(network)), job.config.budget_bytes(job.survey.original_bytes)
+    size, target = measured_size(network), job.config.budget_bytes(job.survey.original_bytes)
     if target is None or size <= target:
         return size
     names = _round_tiny_values_(network)
     if not names:
         return size
     job.log.note(f"budget: tiny values rounded to half precision to stay within it: {', '.join(names)}")
-    return file_size(stored(network))
+    return measured_size(network)
 
 
 def round_to_storage_(student: nn.Module, survey: Survey) -> None:
