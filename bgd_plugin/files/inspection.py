@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from bgd_plugin.errors import CheckpointError
+from bgd_plugin.files.compact import FILE_BYTES
 from bgd_plugin.files.save import read_file
 from bgd_plugin.support.tables import mib, table
 
@@ -26,14 +27,15 @@ def inspected(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: as `bgd_plugin.load`, as far as can be checked without the network.
     """
     tensors, header = read_file(path)
+    sizes = {name: _bytes(tensor) for name, tensor in tensors.items()} | header.get(FILE_BYTES, {})
     try:
         masks = header.get("masks", {})
-        layers = [_layer(name, entry, tensors, masks.get(name)) for name, entry in header.get("layers", {}).items()]
+        layers = [_layer(name, entry, sizes, masks.get(name)) for name, entry in header.get("layers", {}).items()]
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CheckpointError(f"{path}: the layers in its header are damaged ({error!r})") from error
     quantized = {f"{layer['name']}.{part}" for layer in layers for part in ("codes", "codebook", "mask")}
     others: list[dict[str, Any]] = [
-        {"name": name, "shape": list(t.shape), "dtype": _dtype(t), "bytes": _bytes(t)}
+        {"name": name, "shape": list(t.shape), "dtype": _dtype(t), "bytes": sizes[name]}
         for name, t in sorted(tensors.items())
         if name not in quantized
     ]
@@ -81,7 +83,7 @@ def inspection_text(content: dict[str, Any]) -> str:
     )
 
 
-def _layer(name: str, entry: Any, tensors: dict[str, Tensor], mask: str | None) -> dict[str, Any]:
+def _layer(name: str, entry: Any, sizes: dict[str, int], mask: str | None) -> dict[str, Any]:
     match entry:
         case [str(kind), int(block_size), int(codebook_size), [*shape]] if all(type(side) is int for side in shape):
             pass
@@ -89,17 +91,17 @@ def _layer(name: str, entry: Any, tensors: dict[str, Tensor], mask: str | None) 
             raise ValueError(f"the entry of {name!r} does not consist of kind, block size, codebook size and shape")
     if not all(0 < side < 2**63 for side in (block_size, codebook_size, *shape)):
         raise ValueError(f"the sizes of {name!r} are out of range")
-    codes, codebook = tensors[f"{name}.codes"], tensors[f"{name}.codebook"]
-    mask_bytes = 0 if mask is None else _bytes(tensors[f"{name}.mask"])
+    codes, codebook = sizes[f"{name}.codes"], sizes[f"{name}.codebook"]
+    mask_bytes = 0 if mask is None else sizes[f"{name}.mask"]
     return {
         "name": name,
         "kind": kind,
         "weight_shape": shape,
         "block_size": block_size,
         "codebook_size": codebook_size,
-        "bits_per_weight": 8 * (_bytes(codes) + _bytes(codebook) + mask_bytes) / math.prod(shape),
-        "codes_bytes": _bytes(codes),
-        "codebook_bytes": _bytes(codebook),
+        "bits_per_weight": 8 * (codes + codebook + mask_bytes) / math.prod(shape),
+        "codes_bytes": codes,
+        "codebook_bytes": codebook,
         "mask": mask or "",
         "mask_bytes": mask_bytes,
     }

@@ -12,14 +12,18 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from bgd_plugin.errors import CheckpointError
+from bgd_plugin.files.compact import expanded
+from bgd_plugin.files.container import CONTENT, parted
 from bgd_plugin.files.content import content_of
-from bgd_plugin.files.format import FORMAT_VERSION, METADATA_KEY, file_bytes
+from bgd_plugin.files.format import FORMAT_VERSION, METADATA_KEY, Stored, file_bytes
 from bgd_plugin.graph import copy_module, isolated, materialize_, unwrapped
 from bgd_plugin.nn import PQModule
 from bgd_plugin.support.atomic import write_atomically
 
 __all__ = ["materialize", "read_file", "save"]
 
+_CONTAINED = 3
+"""The first format with a header of its own inside."""
 _HEADER_ENTRIES = (
     ("layers", dict),
     ("frozen", list),
@@ -104,7 +108,15 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its header is damaged ({error})") from error
     _check_header(header, path)
-    return tensors, header
+    if header["format"] < _CONTAINED:
+        return tensors, header
+    try:
+        inside, inner_header = parted(tensors[CONTENT])
+        content = expanded(Stored(tensors=inside, header=inner_header))
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    _check_header(content.header, path)
+    return content.tensors, content.header
 
 
 def _check_header(header: Any, path: Any) -> None:

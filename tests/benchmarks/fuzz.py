@@ -20,6 +20,7 @@ import struct
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,7 +117,15 @@ def seeds() -> list[tuple[str, bytes]]:
 def changed(content: bytes, rng: random.Random) -> bytes:
     """The file with one change."""
     return rng.choice(
-        (_bytes_changed, _header_changed, _header_changed, _ours_changed, _ours_changed, _values_changed)
+        (
+            _bytes_changed,
+            _header_changed,
+            _header_changed,
+            _ours_changed,
+            _ours_changed,
+            _values_changed,
+            _inner_changed,
+        )
     )(content, rng)
 
 
@@ -246,6 +255,33 @@ def _values_changed(content: bytes, rng: random.Random) -> bytes:
             values = (fill * (size // len(fill) + 1))[:size]
             return _joined(json.dumps(header), data[:start] + values + data[start + size :])
     return _joined(json.dumps(header), rng.choice((data[:-1], data + b"\x00", data * 2, b"")))
+
+
+def _inner_changed(content: bytes, rng: random.Random) -> bytes:
+    """The header inside a file of format 3, or the tensors behind it."""
+    parts = _split(content)
+    try:
+        (place,) = [e["data_offsets"] for n, e in (parts or ({}, b""))[0].items() if n == "#content"]
+        data = parts[1][place[0] : place[1]] if parts else b""
+        length = int.from_bytes(data[:4], "little")
+        header, rest = zlib.decompress(data[4 : 4 + length]), data[4 + length :]
+        inner = json.loads(header)
+    except (ValueError, KeyError, TypeError, IndexError, zlib.error, RecursionError):
+        return _ours_changed(content, rng)
+    match rng.randrange(6):
+        case 0:
+            rest = _bytes_changed(rest, rng)
+        case 1:
+            header = rng.choice((header[:-1], b"[" * 50_000, b'{"tensors":' * 1000, header + b" " * 10**7, b"null"))
+        case 2 if isinstance(inner, dict):
+            entry = rng.choice(("streams", "grids", "tensors", "layers", "format", "file_bytes", "scaled"))
+            header = json.dumps({**inner, entry: rng.choice(_VALUES)}).encode()
+        case _:
+            header = json.dumps(_deep_change(inner, rng)).encode()
+    head = zlib.compress(header, rng.choice((0, 9)))
+    data = len(head).to_bytes(4, "little") + head + rest
+    ours = {"#content": {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}
+    return _joined(json.dumps({"__metadata__": {"bgd_plugin": '{"format":3}'}, **ours}), data)
 
 
 def _deep_change(value: Any, rng: random.Random) -> Any:
