@@ -1,7 +1,7 @@
-"""Whether two networks give the same answers: a graph and the network that it was made of, before and after the fit.
+"""Whether a graph and the network from which it was traced give the same outputs, before and after the fit.
 
-A trace is a claim. What it decides once and for all (a branch, a length, whether an argument is given), and what it
-does not see (hooks, state that `forward` writes) shows when both answer the same batches.
+A trace can be wrong: it fixes decisions (a branch, a length, whether an argument is given), and it misses hooks and
+state that `forward` writes. Both show when the graph and the network run on the same batches.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bgd_plugin.graph import FROM_DATA, copy_module, set_modes
 __all__ = ["difference", "given_arguments"]
 
 _BATCHES = 6
-"""Batches that are compared, at most: the first ones, those of another form, and the last one."""
+"""Maximum number of batches compared: the first two, the first of each structure and shapes, and the last one."""
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError, AssertionError)
@@ -31,10 +31,15 @@ _FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, Ke
 
 @torch.no_grad()
 def difference(graph: fx.GraphModule, network: nn.Module, batches: Sequence[Batch]) -> str:
-    """In what the answers of a graph and of a network differ first, in words; empty if they are the same.
+    """The first difference between the outputs of a graph and of a network, as text; empty if there is none.
 
-    Both answer one batch after another, as copies in evaluation mode and from the same random numbers on, so that state
-    which only one of them writes shows.
+    Copies of both run on batch after batch, in evaluation mode and with the same random numbers, so that state that
+    only one of them writes shows.
+
+    Args:
+        graph: traced from the network.
+        network: the caller's, which stays unchanged.
+        batches: calibration batches; up to six of them are compared.
 
     Raises:
         CalibrationError: the network itself fails on a batch.
@@ -52,7 +57,7 @@ def difference(graph: fx.GraphModule, network: nn.Module, batches: Sequence[Batc
             except _FAILURES as error:
                 raise failure or CalibrationError(f"the network fails on calibration batch {index}: {error}") from error
         if failure is not None:
-            return f"its graph fails on calibration batch {index}, where the network answers ({failure})"
+            return f"its graph fails on calibration batch {index}, the network itself does not ({failure})"
         where = _first_difference(found, wanted, "its answer")
         if where:
             return f"its graph answers calibration batch {index} differently: {where}"
@@ -60,14 +65,19 @@ def difference(graph: fx.GraphModule, network: nn.Module, batches: Sequence[Batc
 
 
 def given_arguments(network: nn.Module, batches: Sequence[Batch]) -> dict[str, Any] | None:
-    """What the network is called with, for `trace`: the constants, and `FROM_DATA` for what differs or holds tensors.
+    """The network's arguments by name, for `trace`: constants, and `FROM_DATA` for those that vary or hold tensors.
 
-    None where that cannot be said by names, as with `*args`.
+    Args:
+        network: the caller's network.
+        batches: calibration batches.
+
+    Returns:
+        None if the arguments cannot be told by name, as with `*args`, or differ from batch to batch.
 
     Raises:
         CalibrationError: a batch with inputs that the network does not take, or that lacks one.
     """
-    if network._forward_pre_hooks:  # they may make other arguments of what is given
+    if network._forward_pre_hooks:  # they may change the arguments
         return None
     signature = inspect.signature(network.forward)
     given: dict[str, Any] = {}
@@ -79,7 +89,7 @@ def given_arguments(network: nn.Module, batches: Sequence[Batch]) -> dict[str, A
             is_constant = not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
             same = index == 0 or (name in given and _is_same(given[name], value))
             given[name] = value if is_constant and same else FROM_DATA
-        if given.keys() != bound.keys():  # given in some batches only: each way has a branch of its own
+        if given.keys() != bound.keys():  # an argument given in some batches only: each case takes its own branch
             return None
     return given
 
@@ -92,7 +102,7 @@ def _bound(signature: inspect.Signature, network: nn.Module, batch: Batch, index
         gives = ", ".join(batch.kwargs) if batch.kwargs else f"{len(batch.args)} inputs"
         raise CalibrationError(
             f"calibration batch {index} gives {gives}; {type(network).__name__}.forward takes {takes} ({error}): give "
-            "batches of these, or say how a batch is to be given to the network by forward=callable(model, batch)"
+            "batches of these, or pass forward=callable(model, batch), which calls the model on a batch"
         ) from error
 
 
@@ -121,7 +131,7 @@ def _same_random_numbers() -> Iterator[None]:
 
 
 def _answer_of_graph(graph: fx.GraphModule, batch: Batch) -> tuple[Any, CalibrationError | None]:
-    """As the walk over the graph computes it, node by node."""
+    """The graph's output, computed node by node as in a walk; or the error."""
     try:
         given = {node.name: value for node, value in batch.placeholders(graph.graph).items()}
         values = dict(given)
@@ -136,7 +146,7 @@ def _answer_of_graph(graph: fx.GraphModule, batch: Batch) -> tuple[Any, Calibrat
 
 
 def _first_difference(found: Any, wanted: Any, where: str) -> str:
-    """Where two answers differ: in structure, in type, or in values beyond rounding."""
+    """The first place where two outputs differ in structure, in type, or in values beyond rounding."""
     if isinstance(wanted, Tensor) or isinstance(found, Tensor):
         return _tensor_difference(found, wanted, where)
     if isinstance(wanted, Mapping) and isinstance(found, Mapping):

@@ -1,4 +1,4 @@
-"""Calibration samples kept aside: they judge the compressed network, and no step of the fit sees them."""
+"""Calibration samples kept aside: no step of the fit uses them; the compressed network is judged by them."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from bgd_plugin.calibration.batches import Batch, Batches
 __all__ = ["first_samples", "take_aside_"]
 
 _FEWEST = 16
-"""Calibration samples, at least, of which some are kept aside: a fit on fewer needs them all."""
+"""Minimum number of calibration samples for some to be kept aside: with fewer, the fit needs them all."""
 _MOST = 64
-"""Samples kept aside, at most."""
+"""Maximum number of samples kept aside."""
 
 
 def take_aside_(batches: Batches, share: float) -> list[Batch]:
-    """Take samples out of the calibration data, evenly spread over it, in place.
+    """Take evenly spread samples out of the calibration data, in place.
 
     Args:
-        batches: all calibration data; afterwards what the fit may see, at least one batch.
-        share: of the samples, 0 to below 1; at most 64 samples are taken, and none of fewer than 16.
+        batches: all calibration data; afterwards the data for the fit, at least one batch.
+        share: of the samples, from 0 to below 1; at most 64 samples are taken, and none from fewer than 16.
 
     Returns:
-        the samples taken, possibly none. A batch whose tensors do not all have the samples as their first dimension is
-        not cut: then every n-th batch is taken whole, n = 1 / share.
+        the samples taken, possibly none. If some batch has tensors whose first dimension is not the samples, every n-th
+        batch is taken whole, n = 1 / share.
     """
     count = sum(batch.size for batch in batches)
     wanted = min(_MOST, math.floor(share * count)) if count >= _FEWEST else 0
@@ -59,7 +59,7 @@ def take_aside_(batches: Batches, share: float) -> list[Batch]:
 
 
 def first_samples(batches: Sequence[Batch], count: int) -> list[Batch]:
-    """The first `count` samples; a batch that cannot be cut is taken whole."""
+    """The first `count` samples of the batches; a batch that cannot be split is taken whole."""
     taken: list[Batch] = []
     for batch in batches:
         rest = count - sum(b.size for b in taken)
@@ -76,7 +76,7 @@ def _can_be_cut(batch: Batch) -> bool:
 
 
 def _samples(batch: Batch, places: list[int]) -> Batch:
-    """Some samples of a batch; all of them: the batch itself."""
+    """The samples of a batch at some indices; the batch itself if these are all."""
     if len(places) == batch.size:
         return batch
     args, kwargs = pytree.tree_map_only(

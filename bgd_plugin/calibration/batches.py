@@ -18,7 +18,7 @@ __all__ = ["Batch", "Batches", "Forward", "collect_batches", "iterate_batches", 
 Forward = Callable[[nn.Module, Any], Any]
 
 _MOST_BATCHES = 4096
-"""Batches taken from data that does not tell its length; what gives more is taken to be endless."""
+"""Maximum number of batches from data without a length; data that gives more is considered endless."""
 
 _LOGITS = ("logits", "out")
 
@@ -70,7 +70,7 @@ class Batch:
 
     @property
     def size(self) -> int:
-        """Number of samples in the batch: the first dimension of its first tensor."""
+        """Number of samples in the batch: the size of its first tensor's first dimension."""
         tensors = [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor) and t.ndim]
         return tensors[0].shape[0] if tensors else 1
 
@@ -83,7 +83,7 @@ class Batches(Sequence[Batch]):
 
     @classmethod
     def of(cls, batches: Iterable[Batch], memory_bytes: int | None = None) -> Batches:
-        """Batches in a new store with a bound; batches that are already in a store are returned unchanged."""
+        """Batches in a new store that holds `memory_bytes` in memory; batches already in a store are returned as is."""
         if isinstance(batches, Batches):
             return batches
         result = cls(BatchStore(memory_bytes))
@@ -103,11 +103,11 @@ class Batches(Sequence[Batch]):
         return (self[index] for index in range(len(self)))
 
     def replace(self, index: int, batch: Batch) -> None:
-        """Put another batch in the place of one."""
+        """Put another batch in the place of the one at this index."""
         self.store.open(index)["batch"] = (batch.args, batch.kwargs)
 
     def remove(self, indices: Sequence[int]) -> None:
-        """Drop batches."""
+        """Drop the batches at these indices."""
         self.store.remove(indices)
 
 
@@ -119,7 +119,14 @@ def collect_batches(
     forward: Forward | None,
     memory_bytes: int | None = None,
 ) -> Batches:
-    """All batches of the calibration data, on `device`; `memory_bytes` limits how much of them is held in memory.
+    """All batches of the calibration data, on `device`.
+
+    Args:
+        calibration: as in `iterate_batches`.
+        model: as in `iterate_batches`.
+        device: where the batches go.
+        forward: as in `iterate_batches`.
+        memory_bytes: limit of what is held in memory; None: no limit.
 
     Raises:
         CalibrationError: there is no batch, or a batch has an unsupported form.
@@ -136,7 +143,19 @@ def collect_batches(
 def iterate_batches(
     calibration: Iterable[Any], model: nn.Module, *, device: torch.device, forward: Forward | None
 ) -> Iterator[Batch]:
-    """The batches of one pass over the calibration data."""
+    """The batches of one pass over the calibration data.
+
+    Args:
+        calibration: an iterable of tensors, of sequences whose first item is the input, or of mappings of keyword
+            arguments; of anything with `forward`.
+        model: the network.
+        device: where the batches go.
+        forward: `forward(model, batch)` calls the model on an item; None: items have one of the forms above.
+
+    Raises:
+        CalibrationError: not an iterable of batches, a batch of an unsupported form or without samples, or endless
+            data.
+    """
     if isinstance(calibration, (Tensor, str, Mapping)) or not isinstance(calibration, Iterable):
         raise CalibrationError(
             f"calibration is a {type(calibration).__name__}: give an iterable of batches, for one batch [batch]"
@@ -145,8 +164,8 @@ def iterate_batches(
     for index, item in enumerate(calibration):
         if is_open_ended and index >= _MOST_BATCHES:
             raise CalibrationError(
-                f"the calibration data has given {_MOST_BATCHES} batches, tells no length, and shows no end: give a "
-                "list or DataLoader, or only some of it, as by itertools.islice"
+                f"the calibration data has no length and gave more than {_MOST_BATCHES} batches: give a list or a "
+                "DataLoader, or limit it, for example with itertools.islice"
             )
         batch = _captured(model, item, forward) if forward else _batch(item, index)
         if not batch.size:
@@ -156,6 +175,10 @@ def iterate_batches(
 
 def require_rewalkable(calibration: Iterable[Any], purpose: str) -> None:
     """Reject an iterator if the data is needed more than once.
+
+    Args:
+        calibration: the caller's data.
+        purpose: what needs the data again, for the message.
 
     Raises:
         CalibrationError: `calibration` is an iterator.
@@ -169,6 +192,9 @@ def require_rewalkable(calibration: Iterable[Any], purpose: str) -> None:
 
 def logits_of(output: Any) -> Tensor:
     """The logits in a network's output: a tensor, a field or item `logits` or `out`, or a sequence's first tensor.
+
+    Returns:
+        `[batch, classes]`, `[batch, tokens, classes]` or `[batch, classes, height, width]`.
 
     Raises:
         CalibrationError: the output contains none of these.

@@ -1,4 +1,4 @@
-"""Which modules' outputs a tensor was computed from: what a network does between its modules, operator by operator."""
+"""From which modules' outputs a tensor was computed, followed operator by operator between the modules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["DECIDED", "Dataflow", "is_plain", "tensors_in"]
 
 _aten: Any = torch.ops.aten
 DECIDED = "decided"
-"""Who reads a value that decides how the network goes on."""
+"""The reader of values that decide which code runs next."""
 
 _DECIDING = frozenset((_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.equal.default))
 _PLAIN = (Tensor, type(None), bool, int, float, complex, str, torch.dtype, torch.device)
@@ -23,10 +23,10 @@ _NONE: Sources = frozenset()
 
 
 class Dataflow:
-    """Marks every tensor with the modules whose outputs it comes from, by the memory that it lies in.
+    """Marks every tensor, by its memory, with the modules from whose outputs it was computed.
 
     Attributes:
-        readers: for each module, who reads its output: other modules, whose own output it goes into, layers, and
+        readers: for each module, the readers of its output: other modules whose output depends on it, layers, and
             `DECIDED`.
     """
 
@@ -35,16 +35,16 @@ class Dataflow:
         self._sources: dict[int, Sources] = {}
 
     def sources(self, tensors: Iterable[Tensor]) -> Sources:
-        """The modules whose outputs these tensors come from."""
+        """The modules from whose outputs these tensors (any shapes) were computed."""
         return _NONE.union(*(self._sources.get(_memory(t), _NONE) for t in tensors))
 
     def read(self, reader: str, tensors: Iterable[Tensor]) -> None:
-        """Note who reads the tensors."""
+        """Record that `reader`, a module or layer, reads these tensors of any shape."""
         for source in self.sources(tensors):
             self.readers.setdefault(source, set()).add(reader)
 
     def computed(self, operator: Any, arguments: Any, result: Any) -> None:
-        """Note what an operator made of what."""
+        """Record the operator's result as computed from its arguments."""
         read = list(_tensors(arguments))
         sources = self.sources(read)
         if operator in _DECIDING:
@@ -59,7 +59,7 @@ class Dataflow:
                 self._mark(_memory(t), self._sources.get(_memory(t), _NONE) | sources)
 
     def left(self, module: str, given: Any, output: Any) -> None:
-        """Note that a module has run: its output comes from it, and where it hands on what it was given, from both."""
+        """Record that a module returned `output`; parts of `given` that it returns unchanged keep their sources too."""
         tensors = tensors_in(output)
         self.read(module, tensors)
         shared = {_memory(t) for t in tensors_in(given)}
@@ -75,19 +75,19 @@ class Dataflow:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors of a tree."""
+    """All tensors in a value, a tree of any structure and shapes."""
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a tree holds tensors and constants alone, so that a copy of it stands for it."""
+    """Whether a value is a tree of tensors and constants only, so that a copy can replace it."""
     return all(isinstance(leaf, _PLAIN) for leaf in pytree.tree_leaves(value))
 
 
 def _memory(tensor: Tensor) -> int:
     try:
         return int(tensor.untyped_storage()._cdata)
-    except NotImplementedError:  # a sparse tensor, for one
+    except NotImplementedError:  # for example a sparse tensor
         return id(tensor)
 
 

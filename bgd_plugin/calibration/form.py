@@ -1,4 +1,4 @@
-"""The form in which a network is fitted: as a graph only where that gives the network's own answers."""
+"""The form in which a network is fitted: as a graph only if the graph gives the network's own outputs."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ __all__ = ["checked", "shared_difference"]
 
 
 def checked(front: Front, batches: Sequence[Batch]) -> Front:
-    """The network as it will be fitted: as a graph only where that gives the network's own answers.
+    """The network as it will be fitted: as a graph only if the graph gives the network's own outputs.
+
+    Args:
+        front: the network, and the graph made of it without data.
+        batches: calibration batches, on which both are run.
 
     Raises:
-        CalibrationError: batches that the network does not take, or on which it fails.
-        TraceError: a graph of the user's whose nodes do not give its answers, for which there is no other way.
+        CalibrationError: the network does not accept a batch, or fails on it.
+        TraceError: the caller gave a graph whose nodes do not give its outputs.
     """
     given = given_arguments(front.own, batches)
     if isinstance(front.own, fx.GraphModule):
         if reason := shared_difference(front.own, front.own, batches):
             raise TraceError(
                 f"the network does more than its graph: {reason}. A hook on the graph module itself, or a "
-                "replaced forward, is not among its nodes: take it off, or give the network that the graph was made of"
+                "replaced forward, is not among its nodes: remove it, or give the network that was traced"
             )
         return front
     if given is not None and not _is_as_planned(front.own, given):
@@ -44,13 +48,13 @@ def checked(front: Front, batches: Sequence[Batch]) -> Front:
 
 
 def _is_as_planned(network: nn.Module, given: Mapping[str, Any]) -> bool:
-    """Whether a network is called as `front_end` took it to be: with every argument that has no default, from data."""
+    """Whether a network is called as `front_end` assumed: with data for exactly the arguments without a default."""
     parameters = inspect.signature(network.forward).parameters.values()
     needed = {p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     return given.keys() == needed and all(value is FROM_DATA for value in given.values())
 
 
 def shared_difference(graph: fx.GraphModule, network: nn.Module, batches: Sequence[Batch]) -> str:
-    """As `difference`; of several processes, all go the same way."""
+    """`difference` between a graph and a network on the batches; a difference in one process counts in all."""
     found = difference(graph, network, batches)
     return found or ("they differ on another process's batches" if largest(bool(found)) else "")

@@ -36,7 +36,7 @@ class PooledGram:
 
 @torch.no_grad()
 def pooled_gram(inputs: LayerInputs, block_size: int) -> PooledGram:
-    """Σ x̃ᵀx̃ / n over every block of every input, computed from chunks of unfolded inputs.
+    """Σ x̃ᵀx̃ / n over every block (of this block size) of every input, computed from chunks of unfolded inputs.
 
     Raises:
         CalibrationError: the layer's inputs are not finite, or no input reached it.

@@ -1,4 +1,4 @@
-"""A layer's inputs, streamed over the batches: those of the compressed network, and of the float one beside it."""
+"""A layer's inputs, streamed over the batches, in the compressed network and in the float one."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ __all__ = [
 
 @dataclass(kw_only=True)
 class SharedInputs:
-    """What several layers that compute on one and the same input have in common.
+    """Shared by several layers that have the same input.
 
     Attributes:
         name: of the first of them.
-        statistics: what the first one that is fitted has gathered; None before.
+        statistics: gathered by the first one that is fitted; None before.
     """
 
     name: str
@@ -38,17 +38,17 @@ class SharedInputs:
 
 
 class LayerInputs:
-    """The inputs of a layer, call by call and batch by batch; each walk over them starts anew.
+    """The inputs of a layer, call by call and batch by batch; each iteration starts at the beginning.
 
     Args:
-        walk: stands at the layer's first call.
+        walk: positioned at the layer's first call.
         name: the layer's, for errors.
         calls: names of the nodes that compute with the layer's weight.
-        hidden: the weight, where the nodes hide what it computes with.
+        hidden: the weight, if its inputs are not visible in the graph, as inside an attention module.
     """
 
     shared: SharedInputs | None = None
-    """Set where other layers have the very same inputs."""
+    """Set if other layers have the same inputs."""
 
     def __init__(self, walk: Walk, name: str, calls: Sequence[str], hidden: Tensor | None = None) -> None:
         self.name = name
@@ -66,7 +66,7 @@ class LayerInputs:
         return self._count
 
     def __iter__(self) -> Iterator[tuple[Tensor, Geometry]]:
-        """Each input, and how the call walks over it.
+        """Each input, and the geometry of the call.
 
         Raises:
             CalibrationError: an input is not a tensor.
@@ -81,20 +81,20 @@ class LayerInputs:
                     yield value, geometry
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor, Geometry]]:
-        """Each input of the student, the float network's at the same place, and how the call walks over them.
+        """Each input of the student, the float network's input there (of the same shape), and the geometry of the call.
 
-        Batch by batch, so that the last ones are of samples that the first ones have not seen.
+        In the order of the batches, so that the last ones contain other samples than the first ones.
         """
         for batch in range(self._walk.batch_count):
             for node in self._calls:
                 mine, theirs = self._read(node, batch), self._read(node, batch, of_reference=True)
                 if [_shape(x) for x, _ in mine] != [_shape(x) for x, _ in theirs]:
-                    theirs = mine  # it sent its samples to other experts
+                    theirs = mine  # the float network sent its samples to other experts
                 for (own, geometry), (other, _) in zip(mine, theirs, strict=True):
                     yield own, other, geometry
 
     def _read(self, node: fx.Node, batch: int, *, of_reference: bool = False) -> list[tuple[Tensor, Geometry]]:
-        """What a node computes on with the layer's weight, and how."""
+        """The inputs that meet the layer's weight in a node, and their geometries."""
         if self._hidden is None:
             value = self._walk.reference_value if of_reference else self._walk.student_value
             return [(value(call_input(node), batch), call_geometry(self._walk.student, node))]
@@ -115,8 +115,8 @@ class CollectedInputs(LayerInputs):
 
     Args:
         name: the layer's, for errors.
-        student, reference: for each batch the input of each call, and how the call walks over it.
-        shared: where other layers have the very same inputs.
+        student, reference: for each batch the input of each call, and the call's geometry.
+        shared: set if other layers have the same inputs.
     """
 
     def __init__(
@@ -133,12 +133,12 @@ class CollectedInputs(LayerInputs):
         return sum(len(calls) for calls in self._student)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Geometry]]:
-        """Each input, and how the call walks over it."""
+        """Each input, and the geometry of the call."""
         for calls in self._student:
             yield from calls
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor, Geometry]]:
-        """Each input of the student, the float network's at the same place, and how the call walks over them."""
+        """Each input of the student, the float network's input there (of the same shape), and the call's geometry."""
         for mine, theirs in zip(self._student, self._reference, strict=True):
             for (own, geometry), (other, _) in zip(mine, theirs, strict=True):
                 yield own, other, geometry
@@ -150,6 +150,10 @@ def _shape(value: Any) -> Any:
 
 def require_finite(statistic: Tensor, name: str) -> None:
     """Check that a statistic of a layer's inputs is finite.
+
+    Args:
+        statistic: any shape.
+        name: the layer's, for the message.
 
     Raises:
         CalibrationError: it is not finite; the message names the layer.

@@ -1,4 +1,4 @@
-"""Step between a network and the modules that it calls, hooks included, while it runs as it is."""
+"""Intercept a network's calls of its modules, hooks included, without changing its code."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from bgd_plugin.graph import module_or_none
 __all__ = ["OnModule", "intercepted", "run_module"]
 
 OnModule = Callable[..., Any]
-"""Called as `on_module(path, module, *args, **kwargs)`; what it returns is what the caller of the module gets."""
+"""Called as `on_module(path, module, *args, **kwargs)`; its result is returned to the module's caller."""
 
-_SLOT = "_compiled_call_impl"  # what torch calls in place of a module's forward and hooks, where it is set
+_SLOT = "_compiled_call_impl"  # if set, torch calls it instead of the module's forward and hooks
 
 
 @contextmanager
 def intercepted(network: nn.Module, paths: Iterable[str], on_module: OnModule) -> Iterator[None]:
-    """Let `on_module` answer the calls of the modules at `paths`; a path without a module is passed over."""
+    """While the context is open, `on_module` answers the network's calls of the modules at `paths`.
+
+    Paths without a module are ignored.
+    """
     changed: list[tuple[dict[str, Any], Any]] = []
     try:
         for path in paths:
@@ -40,6 +43,6 @@ def intercepted(network: nn.Module, paths: Iterable[str], on_module: OnModule) -
 
 
 def run_module(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """What a call of the module gives that nobody intercepts: forward and hooks."""
+    """Run the module's forward and hooks on positional `args` and keyword `kwargs`, without interception."""
     call: Any = module._call_impl
     return call(*args, **kwargs)

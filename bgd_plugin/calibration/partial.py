@@ -1,4 +1,4 @@
-"""One run of a network over one batch, up to some layers or a norm, over what earlier runs have kept."""
+"""One run of a network on one batch, up to some layers or a norm, using outputs kept by earlier runs."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ _Call = tuple[Tensor, Geometry]
 
 
 class PartialRun:
-    """A run that ends as soon as it has seen what is wanted.
+    """A run that ends as soon as it has found the requested inputs.
 
     Args:
         network: the compressed one or the float one.
         batch: the arguments.
-        recording: of the float network's whole run over this batch.
-        names: the layers whose inputs are wanted, or one norm.
+        recording: of the float network's whole run on this batch.
+        names: the layers whose inputs are requested, or one norm.
         weights: of the layers among them, by name.
-        outputs: of pieces that are not to run again; what this run adds is put into it.
+        outputs: of pieces that need not run again; this run adds to it.
         finished: the pieces whose outputs may be kept.
         blanks: see `revived`.
 
     Attributes:
-        calls: for each name, what it computed on, and how it walks over it.
+        calls: for each name, its inputs and their geometries.
         stored: the pieces whose outputs this run has added.
-        strayed: the run came to other operators than the recorded one did.
-        given: the arguments of the piece up to which `up_to` ran; None where it did not come there.
-        answer: what that piece returned.
+        strayed: whether this run executed other operators than the recorded one.
+        given: the arguments of the piece up to which `up_to` ran; None if the run did not reach it.
+        answer: the output of that piece.
     """
 
     def __init__(
@@ -64,19 +64,19 @@ class PartialRun:
         self._weights = weights
         self._outputs, self._finished, self._blanks = outputs, finished, blanks
         self._left = sum(recording.counts[name] for name in names)
-        # layers that are asked for together have one input; the run ends there, so that nothing can write to it
+        # layers requested together share one input; the run ends there, so nothing can write to it
         self._goes_on = self._left > len(names)
         self._replayer = Replayer(recording.decisions)
         self._last: tuple[Tensor, Tensor, tuple[Any, ...] | None] | None = None
 
     @property
     def strayed(self) -> bool:
-        """Whether the run came to other operators than the recorded one did."""
+        """Whether this run executed other operators than the recorded one."""
         return self._replayer.lost
 
     @torch.no_grad()
     def go(self) -> PartialRun:
-        """Run; nothing is run where nothing is to be seen."""
+        """Run, unless none of the requested layers runs on this batch."""
         if self._left or self._piece:
             paths = {*self._outputs, *self._finished, *self._norms, *filter(None, (self._piece,))}
             with contextlib.suppress(Stop), contextlib.ExitStack() as stack:
@@ -87,7 +87,7 @@ class PartialRun:
         return self
 
     def up_to(self, piece: str) -> PartialRun:
-        """Run up to a piece and through it, whatever layers are wanted."""
+        """Run up to a piece and through it, whatever layers are requested."""
         self._piece, self._goes_on = piece, True
         return self.go()
 

@@ -1,7 +1,7 @@
-"""The pieces of a network that is no graph: modules whose output, once known, can stand for their run.
+"""The pieces of a network that is not a graph: modules whose kept output can replace another run.
 
-A piece holds layers or norms, runs at most once in each batch, leaves what it is given as it was, and returns tensors.
-Pieces lie within pieces: a model, its encoder, an encoder layer, its attention, a projection.
+A piece contains layers or norms, runs at most once per batch, does not modify its arguments, and returns tensors.
+Pieces are nested: a model, its encoder, an encoder layer, its attention, a projection.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Kept", "Pieces", "freed", "kept", "revived"]
 
 @dataclass(frozen=True)
 class _Gone:
-    """A tensor that nothing to come depends on; a later run gets any values in its place."""
+    """A tensor on which nothing later depends; a later run gets zeros in its place."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -29,7 +29,7 @@ class _Gone:
 
 
 Kept = dict[str, Any]
-"""Outputs of pieces by path; whoever runs the network gets copies of them in place of a run."""
+"""Outputs of pieces by path; in a later run, copies of them replace the computation."""
 
 
 class Pieces:
@@ -37,8 +37,8 @@ class Pieces:
 
     Attributes:
         order: layers and norms as they first run.
-        last: for each piece, the place in `order` of the last layer or norm in it.
-        contents: for each piece, the layers and norms in it.
+        last: for each piece, the index in `order` of the last layer or norm in it.
+        contents: for each piece, the names of the layers and norms in it.
     """
 
     def __init__(self, recordings: Sequence[Recording]) -> None:
@@ -59,11 +59,11 @@ class Pieces:
         self._readers = [self._resolved(recording) for recording in recordings]
 
     def finished(self, place: int) -> set[str]:
-        """Pieces all of whose layers and norms stand before a place in the order."""
+        """Pieces whose layers and norms all come before the index `place` in `order`."""
         return {path for path, last in self.last.items() if last < place}
 
     def parent(self, batch: int, path: str) -> str:
-        """The piece within which another one runs; "" for none."""
+        """The piece inside which the piece at `path` runs, in the batch at this index; "" for none."""
         parents = self._recordings[batch].parents
         path = parents.get(path, "")
         while path and path not in self.last:
@@ -71,11 +71,11 @@ class Pieces:
         return path
 
     def readers(self, batch: int, path: str) -> Collection[str]:
-        """Pieces, layers and norms that read a piece's output, and what else does (see `Recording.readers`)."""
+        """The readers of the piece at `path` in the batch at this index: pieces, layers, norms, and the network's answer."""
         return self._readers[batch].get(path, ())
 
     def together(self, name: str) -> list[str]:
-        """The layers that compute on the same input as this one, in every batch and right after it; itself first."""
+        """The layer of this name, and those right after it that have the same input in every batch."""
         place = self.order.index(name)
         group = [name]
         for other in self.order[place + 1 :]:
@@ -85,7 +85,15 @@ class Pieces:
         return group
 
     def blocks(self, layers: Collection[str], most: int) -> list[str]:
-        """The largest pieces with no more than so many of these layers, in the order in which they run."""
+        """The largest pieces with one to `most` of these layers, in the order in which they run.
+
+        Args:
+            layers: names of layers.
+            most: maximum number of layers in a piece.
+
+        Returns:
+            paths of pieces.
+        """
         counts = {path: len(found & set(layers)) for path, found in self.contents.items()}
         fitting = {path for path, count in counts.items() if 0 < count <= most}
         batches = range(len(self._recordings))
@@ -93,11 +101,11 @@ class Pieces:
         return sorted(largest, key=lambda path: (self.first(path), path))
 
     def first(self, path: str) -> int:
-        """The place in the order of the first layer or norm in a piece."""
+        """The index in `order` of the first layer or norm in the piece at `path`."""
         return min(self.order.index(name) for name in self.contents[path])
 
     def _resolved(self, recording: Recording) -> dict[str, set[str]]:
-        """Readers that are no pieces, replaced by those who read what these give."""
+        """The readers of each piece; a reader that is not a piece is replaced by its own readers."""
         result: dict[str, set[str]] = {}
         for path in self.last:
             found: set[str] = set()
@@ -114,7 +122,7 @@ class Pieces:
 
 
 def _shares(recording: Recording, name: str, group: Sequence[str]) -> bool:
-    """Whether a layer's only input is that of a group, or neither of them runs."""
+    """Whether a layer's only input is that of the group, or none of them runs."""
     counts = [recording.counts[other] for other in (*group, name)]
     return not any(counts) or (counts == [1] * len(counts) and recording.shares.get(name) in group)
 
@@ -130,11 +138,11 @@ def _gone(output: Any) -> Any:
 
 
 def revived(output: Any, blanks: dict[Any, Tensor]) -> Any:
-    """A kept output for a run that may write to it.
+    """A copy of a kept output, for a run that may write to it.
 
     Args:
-        output: what was kept.
-        blanks: zeros, in place of values that nothing depends on; one tensor serves for all of a kind.
+        output: the kept output.
+        blanks: zeros that replace values on which nothing depends, one tensor per shape, dtype and device; extended.
     """
 
     def alive(leaf: Any) -> Any:
@@ -153,7 +161,7 @@ def _has_values(output: Any) -> bool:
 
 
 def _merged(known: list[str], seen: list[str]) -> list[str]:
-    """One order out of two: what is new comes right after what it followed."""
+    """Merge two orders: a new name comes right after the one that it followed."""
     result = list(known)
     place = 0
     for name in seen:
@@ -166,12 +174,20 @@ def _merged(known: list[str], seen: list[str]) -> list[str]:
 
 
 def _needed(pieces: Pieces, batch: int, path: str, *, done: Collection[str], stored: Collection[str]) -> bool:
-    """Whether something to come reads a piece's output."""
+    """Whether a later layer, norm or piece reads a piece's output."""
     return not all(reader in done or reader in stored for reader in pieces.readers(batch, path))
 
 
 def freed(pieces: Pieces, batch: int, kept_outputs: Kept, *, done: Collection[str], stored: Collection[str]) -> Kept:
-    """What is still to be kept: nothing within a piece that is kept itself, no values that nobody will read."""
+    """The kept outputs that are still needed: none inside a piece that is kept itself, and no values without a reader.
+
+    Args:
+        pieces: of the network.
+        batch: index of the batch.
+        kept_outputs: the outputs kept so far.
+        done: layers and norms that will not run again.
+        stored: pieces whose output is kept.
+    """
     result: Kept = {}
     for path, output in kept_outputs.items():
         if pieces.parent(batch, path) in stored:

@@ -1,4 +1,4 @@
-"""One run of the float network over a calibration batch, and all that is to be known of it afterwards."""
+"""One run of the float network on a calibration batch, and the record of what it did."""
 
 from __future__ import annotations
 
@@ -22,30 +22,29 @@ from bgd_plugin.pq.blocks import Geometry
 __all__ = ["ANSWER", "Print", "Recording", "fingerprint", "input_identity", "recorded", "same_print"]
 
 ANSWER = "answer"
-"""Who reads a value that the network's answer is made of."""
+"""The reader of values that go into the network's output."""
 
 _CLOSE = 1e-3
 
 Print = tuple[tuple[int, ...], float, float]
-"""Shape, mean and root mean square of an input: enough to tell whether a later run comes to the same."""
+"""Shape, mean and root mean square of an input: enough to tell whether a later run has the same input."""
 
 
 @dataclass(kw_only=True)
 class Recording:
-    """What one run over one batch showed.
+    """The record of one run on one batch.
 
     Attributes:
-        order: names of layers and paths of norms, as they ran; a layer that only looks rows up is marked.
-        counts: how often each layer computed on an input, and each norm ran.
+        order: names of layers and paths of norms, in the order in which they ran.
+        counts: how often each layer computed on an input (table look-ups not counted), and each norm ran.
         calls: how often each module ran.
-        contents: for each module, the layers and norms that ran within it.
-        parents: the module within whose run each module ran; "" for none.
-        spans: for each module, how many decisions had been taken before it ran and after.
+        contents: for each module, the layers and norms that ran inside it.
+        parents: for each module, the module inside which it ran; "" for none.
+        spans: for each module, the number of decisions taken before it ran and after.
         readers: see `Dataflow.readers`; layers and norms by name, modules by path.
-        unfit: modules whose output cannot stand for their run: they write to what they are given, or give more than
-            tensors.
-        shares: for each layer, the layer right before it that computed on the very same input.
-        prints: of the inputs of each layer.
+        unfit: modules whose output cannot replace a run: they write to their arguments, or return more than tensors.
+        shares: for each layer, the layer right before it that had the same input.
+        prints: fingerprints of each layer's inputs.
         decisions: see `Recorder`.
     """
 
@@ -64,7 +63,7 @@ class Recording:
 
 @torch.no_grad()
 def recorded(network: nn.Module, batch: Batch, weights: Mapping[str, Tensor], norms: Sequence[str]) -> Recording:
-    """Run a network on a batch.
+    """Run a network on a batch, and record the run.
 
     Args:
         network: float, in evaluation mode.
@@ -90,7 +89,7 @@ def _can_be_watched(module: nn.Module) -> bool:
 
 
 class _Observer:
-    """Sees layers, modules and operators of one run; stands where decisions are recorded."""
+    """Observes the layers, modules and operators of one run, and records the network's decisions."""
 
     def __init__(self, norms: Sequence[str]) -> None:
         self.recording = Recording()
@@ -101,13 +100,13 @@ class _Observer:
         self._last: tuple[str, Tensor, tuple[Any, ...] | None] | None = None
 
     def compute(self, operator: Any, args: Any, kwargs: Any) -> Any:
-        """One operator: computed, and noted."""
+        """Compute one operator, and record it."""
         result = self.recorder.compute(operator, args, kwargs)
         self.flow.computed(operator, (args, kwargs), result)
         return result
 
     def on_layer(self, name: str, x: Tensor, geometry: Geometry | None) -> None:
-        """A layer computes on an input, or looks rows up."""
+        """Record that a layer computes on an input x, or (without a geometry) looks up rows of its table."""
         recording = self.recording
         self._note(name)
         if geometry is None:
@@ -120,10 +119,10 @@ class _Observer:
             recording.prints.setdefault(name, []).append(recording.prints[self._last[0]][-1])
         else:
             recording.prints.setdefault(name, []).append(fingerprint(x))
-        self._last = (name, x, identity)  # held, so that no other tensor takes its place in memory
+        self._last = (name, x, identity)  # x is kept alive, so that no other tensor gets its address
 
     def on_module(self, path: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """A module runs."""
+        """Run a module, and record it."""
         recording = self.recording
         recording.calls[path] += 1
         recording.parents[path] = self._running[-1] if self._running else ""
@@ -156,21 +155,21 @@ class _Observer:
 
 
 def input_identity(x: Tensor) -> tuple[Any, ...] | None:
-    """Equal for two tensors that are one and the same; None where that cannot be told."""
+    """A key of a tensor x of any shape: equal for two handles of one unchanged tensor; None if that is unknown."""
     if x.is_inference():
         return None
     return (x.data_ptr(), x.dtype, x.shape, x.stride(), x._version, x.device)
 
 
 def fingerprint(x: Tensor) -> Print:
-    """What `same_print` compares."""
+    """The fingerprint of an input x of any shape, for `same_print`."""
     values = x.detach().float()
     size = max(1, x.numel())
     return tuple(x.shape), float(values.sum()) / size, float(torch.linalg.vector_norm(values)) / math.sqrt(size)
 
 
 def same_print(one: Sequence[Print], other: Sequence[Print]) -> bool:
-    """Whether inputs are the same but for rounding."""
+    """Whether one sequence of inputs equals the other, up to rounding, judged by fingerprints."""
     return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
 
 

@@ -1,8 +1,8 @@
-"""What a network decides on the way: which boxes it keeps, which branch it takes.
+"""A network's decisions on its data: which boxes it keeps, which branch it takes.
 
-Two networks that decide for themselves are soon at different things, a detector for one: its second stage looks at the
-regions that its first stage chose. Values of the compressed network then have no counterpart in the float one. So the
-float network's decisions are recorded, and the compressed one is made to follow them.
+Two networks that decide for themselves soon compute on different things: a detector's second stage, for example, looks
+at the regions that its first stage chose. Values of the compressed network then have no counterpart in the float one.
+So the float network's decisions are recorded, and the compressed one is made to follow them.
 
 A decision is an operator that makes integers or truth values out of real numbers: comparisons, `argmax`, non-maximum
 suppression, rounding to an index. Where positions come with values (`topk`, `sort`, `max`), positions are decided and
@@ -34,20 +34,24 @@ _DROPS_DIMENSION = frozenset((_aten.max.dim, _aten.min.dim))
 
 
 class Decisions(Protocol):
-    """Computes operators, and keeps or gives decisions."""
+    """Computes operators, and records or replays decisions."""
 
     def compute(self, operator: Any, args: Any, kwargs: Any) -> Any:
-        """What the operator gives."""
+        """The result of the operator on positional `args` and keyword `kwargs`."""
 
 
 class Recorder:
-    """Keeps every decision of a run."""
+    """Records every decision of a run.
+
+    Attributes:
+        decisions: the operators that decided, in order, and the tensors of integers or truth values that they gave.
+    """
 
     def __init__(self) -> None:
         self.decisions: list[tuple[Any, list[Tensor]]] = []
 
     def compute(self, operator: Any, args: Any, kwargs: Any) -> Any:
-        """Compute, and keep what was decided."""
+        """Apply the operator to `args` and `kwargs`, and record a decision."""
         result = operator(*args, **kwargs)
         if operator in _RANKINGS:
             self.decisions.append((operator, [result[1].clone()]))
@@ -57,10 +61,10 @@ class Recorder:
 
 
 class Replayer:
-    """Decides as recorded.
+    """Replays recorded decisions.
 
     Attributes:
-        lost: the run came to other operators than the recorded one did; from there on it decides for itself.
+        lost: whether the run has executed other operators than the recorded one; from then on it decides for itself.
     """
 
     def __init__(self, decisions: list[tuple[Any, list[Tensor]]]) -> None:
@@ -69,11 +73,11 @@ class Replayer:
         self.lost = False
 
     def skip_to(self, position: int) -> None:
-        """Pass over decisions of a part of the network that does not run."""
+        """Go forward to the decision at this position, after a part of the network that did not run."""
         self._position = max(self._position, position)
 
     def compute(self, operator: Any, args: Any, kwargs: Any) -> Any:
-        """Compute, but decide as recorded."""
+        """Apply the operator to `args` and `kwargs`, but return the recorded decision."""
         result = operator(*args, **kwargs)
         if self.lost:
             return result

@@ -1,9 +1,9 @@
-"""Calibration of a network that is not a graph: it is run again for each layer, and each time only what is new.
+"""Calibration of a network that is not a graph: it runs again for each layer, and recomputes only what is new.
 
-Without nodes there are no live values to go on from. But a network is made of modules, and what a module gave can stand
-for its run. So each run goes up to the layers whose turn it is; modules whose layers are all done answer with what they
-gave in an earlier run, and are not computed again. However many layers there are, each module is computed once in the
-compressed network and once in the float one, but for operators between the layers of one block, such as attention.
+Without a graph there are no live values to continue from, but a network consists of modules, and a module's output can
+be kept and returned in place of another run. So each run stops at the layers to be fitted next; a module whose layers
+are all fitted returns its kept output. However many layers there are, each module is computed once in the compressed
+network and once in the float one, except for operators between the layers of one block, such as attention.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, Ke
 
 
 class Rerun:
-    """The compressed network and the float one, run as often as something is asked of them.
+    """The compressed network and the float one, run again whenever values of a layer or norm are requested.
 
-    Layers and norms are to be asked for in their order: what comes before is taken to be done.
+    Request layers and norms in `order`: everything before the requested one counts as finished.
 
-    The compressed network follows the float one's decisions (see `calibration.replay`), so that both come to the same
-    layers, on the same samples.
+    The compressed network follows the float one's decisions (see `calibration.replay`), so that both reach the same
+    layers with the same samples.
 
     Args:
-        student: the network whose layers are replaced on the way.
-        reference: the same network, float; the student itself where nothing is replaced.
+        student: the network whose layers are replaced during calibration.
+        reference: the same network, float; the student itself if nothing is replaced.
         batches: the calibration data.
         weights: of the layers, by name.
         norms: paths of the batch norms.
@@ -49,11 +49,11 @@ class Rerun:
 
     Attributes:
         order: names of layers and paths of batch norms in the order in which they first run.
-        seconds: spent in runs.
-        place: what is asked for at present, for errors.
-        strayed: layers where the compressed network came to other operators than the float one, so that their inputs
+        seconds: time spent in runs.
+        place: the layer or norm requested last, for error messages.
+        strayed: layers before which the compressed network ran other operators than the float one, so that their inputs
             could not be compared.
-        is_whole: runs are of the whole network, since what modules gave did not suffice to come to the same inputs.
+        is_whole: whether each run is of the whole network, because with kept outputs it did not reproduce the inputs.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Rerun:
         finishes: bool = False,
     ) -> None:
         self.student, self.reference = student, reference
-        # the float network by itself is run once for both
+        # one run serves both if they are the same network
         self._sides = {"reference": reference} if student is reference else {"student": student, "reference": reference}
         self.batches = Batches.of(batches)
         self._weights, self._norms = weights, set(norms)
@@ -89,23 +89,23 @@ class Rerun:
             store.open(batch).update({f"{self._own}{side} kept": {} for side in self._sides})
 
     def times(self, name: str) -> int:
-        """How often a layer or norm runs in the calibration data."""
+        """How often the layer or norm of this name runs in the calibration data."""
         return sum(recording.counts[name] for recording in self._recordings)
 
     def runs_twice(self, name: str) -> bool:
-        """Whether something runs more than once in a batch."""
+        """Whether the layer or norm of this name runs more than once in a batch."""
         return any(recording.counts[name] > 1 for recording in self._recordings)
 
     def together(self, name: str) -> list[str]:
-        """The layers that are fitted to one and the same input, this one among them."""
+        """The names of the layers that have the same input as the one of this name, itself included."""
         return self._group if name in self._group else self._pieces.together(name)
 
     def inputs(self, name: str, *, paired: bool = True) -> CollectedInputs:
-        """The inputs of a layer, kept until another one's turn comes.
+        """The inputs of a layer, kept until another layer or norm is requested.
 
         Args:
             name: the layer's.
-            paired: whether the float network's are wanted, too; else they are the compressed network's.
+            paired: whether to give the float network's inputs too; otherwise the compressed network's stand for them.
         """
         if name not in self._group:
             self._group = self._pieces.together(name)
@@ -115,7 +115,7 @@ class Rerun:
         return CollectedInputs(name, student, reference if paired else student, self._shared)
 
     def norm_inputs(self, path: str) -> tuple[list[Tensor], list[Tensor]]:
-        """The inputs of a batch norm in the compressed and in the float network, batch by batch."""
+        """The inputs `[N, C, ...]` of the batch norm at `path` in the compressed and in the float network, by batch."""
         self._group = [path]
         self._collect(self._group)
         student, reference = (
@@ -124,13 +124,20 @@ class Rerun:
         return student, reference
 
     def blocks(self, layers: Collection[str], most: int) -> list[str]:
-        """Modules of a few layers each that stand for their runs, in order: see `Pieces.blocks`."""
+        """Paths of the modules to reconstruct as blocks, with up to `most` of the layers each: see `Pieces.blocks`."""
         return self._pieces.blocks(layers, most)
 
     def block_runs(self, path: str) -> list[tuple[tuple[Any, Any], Any]]:
-        """For each batch in which a module runs: what the compressed network gives it, and the float one's output.
+        """The arguments of the module at `path` in the compressed network, and its output in the float network.
 
-        All layers before it are taken to be done. Nothing where what modules gave did not suffice (`is_whole`).
+        All layers before it count as finished.
+
+        Returns:
+            a pair for each batch in which the module runs; empty if kept outputs do not reproduce its inputs
+            (`is_whole`).
+
+        Raises:
+            CalibrationError: the network fails on a batch.
         """
         position = self._pieces.first(path)
         finished, done = self._pieces.finished(position), {*self.order[:position], *self._always_done}
@@ -163,7 +170,7 @@ class Rerun:
         return side if side in self._sides else "reference"
 
     def finish(self, batch: int) -> Any:
-        """The compressed network's answer to one batch. Gradients flow."""
+        """The compressed network's output for the batch at this index. Gradients are kept."""
         held: Kept = {} if self.is_whole else self.batches.store.open(batch)[f"{self._own}{self._side('student')} kept"]
 
         def answer(path: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -177,7 +184,7 @@ class Rerun:
             return recorded(self.reference, self.batches[batch], self._weights, norms)
 
     def _collect(self, names: Sequence[str]) -> None:
-        """Run up to some layers, or a norm, and keep what they compute on."""
+        """Run up to some layers, or a norm, and keep their inputs."""
         self.place = names[0]
         position = self.order.index(names[0])
         done = {*self.order[:position], *self._always_done}
@@ -194,14 +201,14 @@ class Rerun:
                     )
                     runs[side] = run.go()
             if not self.is_whole and not self._is_as_recorded(recording, runs["reference"]):
-                self.is_whole = True  # from the first batch on: what was kept cannot be relied on
+                self.is_whole = True  # and again from the first batch: the kept outputs are not reliable
                 self._collect(names)
                 return
             self._stored[batch] |= runs["reference"].stored
             self._keep(batch, content, runs, done)
 
     def _keep(self, batch: int, content: dict[str, Any], runs: Mapping[str, PartialRun], done: set[str]) -> None:
-        """Hold the inputs that two runs have seen, and of what modules gave only what is still needed."""
+        """Keep the inputs found by the two runs, and only those kept outputs that are still needed."""
         mine, theirs = (runs[self._side(side)].calls for side in ("student", "reference"))
         has_strayed = any(run.strayed for run in runs.values())
         for name in mine:
@@ -216,7 +223,7 @@ class Rerun:
             content[f"{self._own}{side} inputs"] = runs[side].calls
 
     def _is_as_recorded(self, recording: Recording, run: PartialRun) -> bool:
-        """Whether the float network came to the inputs that it has when it is run as a whole."""
+        """Whether the float network's inputs are those of its whole run."""
         layers = {name: calls for name, calls in run.calls.items() if name in self._weights}
         return all(
             same_print([fingerprint(x) for x, _ in calls], recording.prints.get(name, []))
@@ -235,7 +242,7 @@ class Rerun:
 
 
 class _Calls(Sequence[Any]):
-    """Batch by batch, what one layer or norm computed on."""
+    """The inputs of one layer or norm, batch by batch."""
 
     def __init__(self, store: BatchStore, entry: str, name: str) -> None:
         self._store, self._entry, self._name = store, entry, name

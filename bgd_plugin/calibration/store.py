@@ -24,7 +24,7 @@ from bgd_plugin.calibration.spill import Extent, SpillFile
 __all__ = ["DEFAULT_BOUND_BYTES", "BatchStore", "Shelf", "memory_of"]
 
 DEFAULT_BOUND_BYTES = 1 << 30
-"""What is held in memory unless the caller says otherwise: 1 GiB."""
+"""Default limit of the values held in memory: 1 GiB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,19 +84,19 @@ class BatchStore:
         return len(self._items)
 
     def claim(self, owner: object, networks: Sequence[nn.Module]) -> str:
-        """A prefix for the names under which a walk keeps values in the content of batches.
+        """A unique prefix for the names under which a walk keeps values in the content of batches.
 
-        No other walk has it, so walks over one set of batches cannot overwrite each other's values. What stands under
-        such names is dropped once the owner is gone.
+        No other walk gets the same one, so two walks over one set of batches cannot overwrite each other's values.
+        Values under the prefix are dropped when the owner is garbage-collected.
 
         Args:
             owner: the walk.
-            networks: those that it runs. Their own tensors, which values may share, are neither counted nor spilled.
+            networks: the networks it runs. Their own tensors, which values may share, are neither counted nor spilled.
         """
         prefix = f"walk {next(self._numbers)} "
         tensors = (t for module in networks for t in (*module.parameters(), *module.buffers()))
         self._exempt[prefix] = {memory_of(t).data_ptr() for t in tensors}
-        # not dropped right then: an object may go while a batch is being moved
+        # not dropped right away: the owner may be collected while a batch is being moved
         weakref.finalize(owner, self._ended.append, prefix).atexit = False
         return prefix
 
@@ -117,13 +117,13 @@ class BatchStore:
         return sum(memory.nbytes() for memory in self._memories(item.content).values())
 
     def append(self, content: dict[str, Any]) -> None:
-        """Add a batch, and open it."""
+        """Add a batch with this content, and open it."""
         self._close()
         self._items.append(_Item(content))
         self._open = self._items[-1]
 
     def open(self, index: int) -> dict[str, Any]:
-        """Open a batch: its content, valid until another batch is opened."""
+        """Open the batch at this index; returns its content, valid until another batch is opened."""
         self._drop_ended()
         item = self._items[index]
         if item is not self._open:
@@ -135,7 +135,7 @@ class BatchStore:
         return item.content
 
     def remove(self, indices: Sequence[int]) -> None:
-        """Drop batches and what is held for them."""
+        """Drop the batches at these indices, with their content."""
         self._close()
         gone = set(indices)
         self._resident_bytes -= sum(self._items[i].bytes for i in gone if not self._items[i].is_spilled)
@@ -225,7 +225,7 @@ class Shelf(Sequence[Any]):
 
 
 def memory_of(tensor: Tensor) -> torch.UntypedStorage:
-    """The storage of a tensor."""
+    """The storage of a tensor of any shape."""
     return tensor.untyped_storage()
 
 

@@ -108,16 +108,21 @@ class Walk:
             yield mine[node.name], theirs[node.name]
 
     def drift(self, node: fx.Node, batch: int) -> Tensor:
-        """The student's error at a node that has run: the reference's value minus the student's."""
+        """The student's error at a node that has run: the reference's value minus the student's, of the same shape.
+
+        Args:
+            node: its value is one tensor.
+            batch: index of the batch.
+        """
         difference: Tensor = self.reference_value(node, batch) - self.student_value(node, batch)
         return difference
 
     def student_value(self, node: fx.Node, batch: int) -> Any:
-        """The student's value at `node`: the live value, or one computed ahead with the current modules."""
+        """The student's value at `node` in a batch (by index): live, or computed ahead with the current modules."""
         return self._value(self.student, node, self.student_values[batch], batch)
 
     def reference_value(self, node: fx.Node, batch: int) -> Any:
-        """The reference's value at `node`: the live value, or one computed ahead."""
+        """The reference's value at `node` in a batch (by index): live, or computed ahead."""
         assert self.reference is not None
         return self._value(self.reference, node, self.reference_values[batch], batch)
 
@@ -132,7 +137,14 @@ class Walk:
         raise AssertionError(f"{node.name} is not live and does not come later")
 
     def run_ahead(self, node: fx.Node, batch: int, context: AbstractContextManager[Any], *, of_reference: bool) -> None:
-        """Run the graph up to a node on copies of the live values, and the node itself inside a context."""
+        """Run the graph up to a node on copies of the live values, and the node itself inside a context.
+
+        Args:
+            node: where to stop.
+            batch: index of the batch.
+            context: entered for the node alone.
+            of_reference: run the reference instead of the student.
+        """
         network = self.reference if of_reference else self.student
         values = (self.reference_values if of_reference else self.student_values)[batch]
         assert network is not None
@@ -144,7 +156,7 @@ class Walk:
                 return
 
     def finish(self, batch: int) -> Any:
-        """The student's output for one batch, computed from the live values. Gradients are kept."""
+        """The student's output for the batch at this index, computed from the live values. Gradients are kept."""
         values = dict(self.student_values[batch])
         for node in self.order[self.position :]:
             if node.op == "output":

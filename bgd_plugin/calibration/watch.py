@@ -1,6 +1,6 @@
-"""See which layers run, and on what, while a network or a part of it runs as it is.
+"""Observe which layers of a network run, and on which inputs, without changing its code.
 
-Watching is done below modules and functions, on the operators of torch: a layer is recognised by the memory of its
+The observer stands below modules and functions, at torch's operators: a layer is recognised by the memory of its
 weight, however its code is written.
 """
 
@@ -39,12 +39,12 @@ OnCall = Callable[[str, Tensor, Geometry | None], None]
 
 
 class Stop(BaseException):
-    """Ends a run that has shown what was wanted; not an Exception, so that the network's own code lets it pass."""
+    """Ends a run early; not an Exception, so that the network's own handlers do not catch it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
-    """Where a weight lies in its memory, and how many numbers one of its matrices has."""
+    """A weight's range in its memory, and the number of weights in one of its matrices."""
 
     name: str
     start: int
@@ -55,11 +55,12 @@ class _Place:
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Calls `on_call(name, input, geometry)` before each operator that computes with a watched weight.
 
-    An embedding, which looks rows up, has no geometry.
+    An embedding, which looks up rows, has no geometry.
 
     Args:
-        weights: the watched weights by name; a view on one is recognised, too.
-        decisions: records or replays what the network decides on the way.
+        weights: the watched weights by name; a view of one is recognised, too.
+        on_call: called with the layer's name, the input, and the geometry of the call.
+        decisions: records or replays the network's decisions.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], on_call: OnCall, decisions: Decisions | None = None) -> None:
@@ -86,7 +87,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         torch.backends.mha.set_fastpath_enabled(self._fast_path)
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """One operator: seen, then computed."""
+        """Look at one operator, then compute it."""
         if operator in _CONVOLUTIONS:
             self._see_convolution(*args)
         elif operator in _PRODUCTS:
@@ -133,7 +134,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._on_call(name, x[members == member].flatten(0, 1), Geometry.linear(member))
 
     def _see_grouped_product(self, x: Tensor, weight: Tensor, ends: Tensor) -> None:
-        """Rows of x, sorted by the matrix that they meet, and where each matrix's rows end."""
+        """Rows of x are sorted by the matrix that multiplies them; `ends` says where the rows of each matrix end."""
         place = self._place(weight)
         if place is not None and x.ndim == 2 and weight.ndim == 3:
             bounds = [0, *ends.tolist()]

@@ -181,7 +181,7 @@ def test_tensors_outside_of_the_state_are_stored_or_refused(tmp_path: Path) -> N
 def test_a_graph_that_is_not_the_whole_network_is_refused() -> None:
     graph = fx.symbolic_trace(randomized(SmallResNet()).eval())
     graph.register_forward_hook(lambda module, args, output: output * 2)
-    with pytest.raises(TraceError, match=r"the network does more than its graph: .*take it off"):
+    with pytest.raises(TraceError, match=r"the network does more than its graph: .*remove it"):
         bgd.quantize(graph, images(), em(), progress=False)
 
 
@@ -201,7 +201,7 @@ def test_position_tables_stay_exact() -> None:
 
 def test_data_without_an_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bgd_plugin.calibration.batches._MOST_BATCHES", 5)
-    with pytest.raises(CalibrationError, match=r"has given 5 batches, tells no length.*islice"):
+    with pytest.raises(CalibrationError, match=r"has no length and gave more than 5 batches.*islice"):
         bgd.quantize(PlainNet(), itertools.repeat(vectors()[0]), em(), progress=False)
 
 
