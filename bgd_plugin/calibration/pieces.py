@@ -71,7 +71,7 @@ class Pieces:
         return path
 
     def readers(self, batch: int, path: str) -> Collection[str]:
-        """The readers of the piece at `path` in the batch at this index: pieces, layers, norms, and the network's answer."""
+        """The readers of the piece at `path`, in the batch at this index: pieces, layers, norms, the network's output."""
         return self._readers[batch].get(path, ())
 
     def together(self, name: str) -> list[str]:
