@@ -71,7 +71,7 @@ class Pieces:
         return path
 
     def readers(self, batch: int, path: str) -> Collection[str]:
-        """The readers of the piece at `path`, in the batch at this index: pieces, layers, norms, the network's output."""
+        """The readers of the piece at `path`, in the batch at this index: pieces, layers, norms, `ANSWER`."""
         return self._readers[batch].get(path, ())
 
     def together(self, name: str) -> list[str]:

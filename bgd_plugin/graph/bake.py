@@ -25,11 +25,11 @@ def baked(model: nn.Module) -> nn.Module:
     (a parametrization does). Neither is a parameter that could be compressed, and the first cannot even be copied.
 
     Args:
-        model: left as it is.
+        model: the caller's network; not changed.
 
     Returns:
-        `model` itself where it has no mask; else a copy, which shares every tensor that is not under a mask. Its
-        masked parameters keep their names, without `_orig`.
+        `model` itself if it has no mask; otherwise a copy that shares every tensor that is not masked. Its masked
+        parameters keep their names, without `_orig`.
 
     Raises:
         ConfigError: a parameter is held as a sparse tensor, or as a tensor of another library's own kind.
@@ -81,9 +81,8 @@ def _masked(original: nn.Parameter, mask: Tensor) -> nn.Parameter:
 
 
 def _sparse_tensors(module: nn.Module) -> list[str]:
-    """Names of the parameters that a sparsifier of `torch.ao.pruning` masks; none where something else computes others.
-
-    A module of which other parameters are parametrized stays as it is: the plan names it.
+    """Names of the parameters masked by a sparsifier of `torch.ao.pruning`; none if the module has other
+    parametrizations, too: it then stays as it is, and the plan names it.
     """
     if not parametrize.is_parametrized(module):
         return []

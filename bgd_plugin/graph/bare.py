@@ -21,7 +21,7 @@ _PROBE_ROWS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class _Role:
-    """What a parameter does: the layer's kind and family, the name of its bias, and as in `FoundLayer`."""
+    """The role of a parameter: kind and family of its layer, the name of its bias; the rest as in `FoundLayer`."""
 
     kind: str = "linear"
     family: str = "linear"
@@ -33,13 +33,13 @@ class _Role:
 def bare_layers(
     module: nn.Module, name: str, calls: tuple[str, ...], seen: set[int]
 ) -> Iterator[FoundLayer | LeftLayer]:
-    """What a module holds itself that is none of the kinds which another module can stand for.
+    """The layers whose weights are parameters of a module that cannot itself be replaced.
 
     Args:
         module: the module.
         name: its path.
         calls: names of the nodes that run it.
-        seen: ids of parameters that have been met; new ones are added.
+        seen: ids of the parameters already found; new ones are added.
     """
     others = []
     for attribute, parameter in module._parameters.items():
@@ -66,11 +66,11 @@ def bare_layers(
         )
     if others:
         label = name or ", ".join(others)
-        yield LeftLayer(name=label, reason=f"{type(module).__name__} has no product-quantized form here")
+        yield LeftLayer(name=label, reason=f"{type(module).__name__} has no product-quantized form")
 
 
 def bias_of(module: nn.Module, path: str, name: str = "bias") -> str | None:
-    """The path of a module's bias, if it has one."""
+    """The path of a module's bias, if it has a parameter of this name."""
     return None if module._parameters.get(name) is None else f"{path}.{name}".lstrip(".")
 
 
@@ -89,13 +89,13 @@ def _role(module: nn.Module, attribute: str, parameter: Tensor) -> _Role | None:
 
 
 def _experts(module: nn.Module) -> int:
-    """How many experts a module says that it holds."""
+    """The number of experts, by the module's own attributes."""
     names = [name for name in vars(module) if name.endswith("num_experts") or name == "num_local_experts"]
     return next((vars(module)[name] for name in names if isinstance(vars(module)[name], int)), 0)
 
 
 def _is_transposed(module: nn.Module, parameter: Tensor) -> bool:
-    """Whether experts' weights are `[experts, in, out]`: as the module says, or by what fits together."""
+    """Whether experts' weights are `[experts, in, out]`: by the module's attribute, or by the shapes that match."""
     said = getattr(module, "is_transposed", None)
     if isinstance(said, bool):
         return said
@@ -106,12 +106,12 @@ def _is_transposed(module: nn.Module, parameter: Tensor) -> bool:
 
 
 def _halves(size: int) -> tuple[int, int]:
-    """A size, and half of it where a gate and a value stand side by side."""
+    """A size, and half of it, for weights that hold a gate and a value side by side."""
     return size, size // 2
 
 
 def _mixed_convolution(module: Any, attribute: str, parameter: Tensor) -> _Role | None:
-    """A convolution whose kernel is a mix of several, one in each row: nothing is known of the inputs of each."""
+    """A convolution whose kernel is a mix of several, one in each row; the inputs of each are unknown."""
     kernel = getattr(module, "kernel_size", None)
     if attribute != "weight" or parameter.ndim != 2 or len(parameter) != _experts(module):
         return None
@@ -126,9 +126,9 @@ def _mixed_convolution(module: Any, attribute: str, parameter: Tensor) -> _Role 
 
 
 def multiplies_by_columns(module: nn.Module) -> bool:
-    """Whether a module is a linear layer whose weight is `[in, out]`, as transformers' `Conv1D`; found out by a try.
+    """Whether a module is a linear layer whose weight is `[in, out]`, as transformers' `Conv1D`, found by a trial run.
 
-    The try is made with other, small weights; neither hooks nor the module's own weights take part.
+    The trial uses random weights instead of the module's own, and no hooks.
     """
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if weight is None or weight.ndim != 2 or any(True for _ in module.children()) or "forward" in vars(module):
@@ -156,7 +156,7 @@ def _multiplies(module: nn.Module, shape: tuple[int, int], *, has_bias: bool) ->
         vars(plain)[hooks] = {}
     try:
         answer = functional_call(plain, state, (x,))
-    except Exception:  # the module's own code, on an input that it may not take
+    except Exception:  # the module's own code, on an input that it may not accept
         return False
     expected = x @ weight + state.get("bias", torch.zeros((), device="cpu"))
     return isinstance(answer, Tensor) and answer.shape == expected.shape and torch.allclose(answer, expected, atol=1e-4)

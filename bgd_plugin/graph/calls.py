@@ -1,4 +1,4 @@
-"""The calls of a graph that compute with a weight: their arguments, how they walk over their input, who else reads."""
+"""The calls of a graph that compute with a weight: their arguments and geometry, and who else reads the weight."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def call_input(node: fx.Node) -> fx.Node:
 
 
 def call_geometry(graph_module: fx.GraphModule, node: fx.Node) -> Geometry:
-    """How a call walks over its input: kernel, stride, padding, dilation, groups."""
+    """The geometry of a call: kernel, stride, padding, dilation, groups."""
     if node.op == "call_module":
         module = module_at(graph_module, str(node.target))
         if hasattr(module, "in_features"):
@@ -60,7 +60,7 @@ def call_geometry(graph_module: fx.GraphModule, node: fx.Node) -> Geometry:
 
 
 def pointwise(dimensions: int, groups: int) -> Geometry:
-    """Each position by itself."""
+    """The geometry of a layer that reads one position at a time, with this number of spatial dimensions and groups."""
     return Geometry.of((1,) * dimensions, 1, 0, 1, groups)
 
 
@@ -84,13 +84,13 @@ def _weight_shape(graph_module: fx.GraphModule, node: fx.Node) -> torch.Size:
 
 
 def attribute(module: nn.Module, path: str) -> Any:
-    """What stands at a dotted path."""
+    """The attribute at a dotted path."""
     owner, _, name = path.rpartition(".")
     return getattr(module.get_submodule(owner), name)
 
 
 def _weight_node(node: fx.Node) -> Any:
-    """The node that gives a functional call its weight."""
+    """The node whose value is the weight of a functional call."""
     return node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
 
 
@@ -100,7 +100,7 @@ def _is_functional(node: fx.Node) -> bool:
 
 
 def calls_by_weight(graph_module: fx.GraphModule) -> dict[str, list[fx.Node]]:
-    """Calls that compute with one weight, under the module's or the parameter's path, in order of the first call."""
+    """The calls that compute with each weight, by the module's or the parameter's path, in order of the first call."""
     calls: dict[str, list[fx.Node]] = {}
     path_of: dict[int, str] = {}
     for node in graph_module.graph.nodes:
@@ -113,7 +113,7 @@ def calls_by_weight(graph_module: fx.GraphModule) -> dict[str, list[fx.Node]]:
             weight = _weight_node(node)
             if isinstance(weight, fx.Node) and weight.op == "get_attr":
                 value = attribute(graph_module, str(weight.target))
-                # its own key: a weight that a module and a function share is told apart from one that modules share
+                # its own key: a weight shared by a module and a function differs from one shared by modules
                 calls.setdefault(path_of.setdefault(-id(value), str(weight.target)), []).append(node)
             elif not _is_weight_module(graph_module, weight):
                 calls[node.name] = [node]
@@ -129,7 +129,7 @@ def _is_weight_module(graph_module: fx.GraphModule, node: Any) -> bool:
 
 
 def users_of_parameters(graph_module: fx.GraphModule) -> dict[int, set[str]]:
-    """For each parameter, who uses it: called modules by path, and kinds of function that read it as a tensor."""
+    """The users of each parameter (by id): called modules, by path, and functions that read it as a tensor."""
     users: dict[int, set[str]] = {}
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
@@ -145,7 +145,7 @@ def users_of_parameters(graph_module: fx.GraphModule) -> dict[int, set[str]]:
 
 
 def spoken(node: fx.Node) -> str:
-    """What a node does, and in which module of the user's: names of nodes are the tracer's own."""
+    """A node in the user's words: what it does and in which module, because its name is the tracer's."""
     if node.op == "call_module":
         return f"layer {str(node.target)!r}"
     what = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", node.op)
@@ -154,7 +154,7 @@ def spoken(node: fx.Node) -> str:
 
 
 def module_around(node: fx.Node) -> str:
-    """The path of the module whose code a node comes from; empty for the network itself, or where it is not known."""
+    """The path of the module whose code a node comes from; empty for the network itself, or if unknown."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     path = stack[-1][0] if stack and isinstance(stack[-1], tuple) else ""
     return path if isinstance(path, str) and "[" not in path else ""
@@ -170,5 +170,5 @@ def has_computed_geometry(call: fx.Node) -> bool:
 
 
 def kind_at(graph_module: fx.GraphModule, node: fx.Node) -> str | None:
-    """The kind of the module that a node calls; None if it is no layer."""
+    """The kind of the layer that a node calls; None if it calls another module."""
     return kind_of(module_at(graph_module, str(node.target)))

@@ -1,8 +1,8 @@
 """Computed parameters: reading `module.weight` then returns the output of another module.
 
-A module whose code reads its parameter by name (`F.linear(x, self.in_proj_weight)`), and is no graph that could be
-rewritten, keeps its code and gets a class of its own in which the name is a property. The computing module hangs at the
-parameter's path, so names in a state dict begin as before.
+A module whose code reads its parameter by name (`F.linear(x, self.in_proj_weight)`), and is not a graph that could be
+rewritten, keeps its code and gets a new class in which the name is a property. The computing module is registered under
+the parameter's name, so names in a state dict keep their beginning.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = [
 
 
 def module_at(root: nn.Module, path: str) -> nn.Module:
-    """The module at a dotted path, also where reading the name gives a computed weight.
+    """The module at a dotted path below `root`, also if reading the name returns a computed weight.
 
     Raises:
         AttributeError: there is none.
@@ -36,7 +36,7 @@ def module_at(root: nn.Module, path: str) -> nn.Module:
 
 
 def module_or_none(root: nn.Module, path: str) -> nn.Module | None:
-    """The same, None where there is no such module: a parameter's path, for one."""
+    """The module at a dotted path below `root`; None if there is none, for example at a parameter's path."""
     module: nn.Module | None = root
     for atom in filter(None, path.split(".")):
         module = None if module is None else module._modules.get(atom)
@@ -87,10 +87,10 @@ def restore_parameter_(owner: nn.Module, name: str, parameter: nn.Parameter) -> 
 
 
 def set_apart_(root: nn.Module) -> None:
-    """Hang each computing module beside its parameter, as `NAME_computed`, in place.
+    """Register each computing module beside its parameter, as `NAME_computed`, in place.
 
-    A network cannot be loaded or saved then, but torch's functional calls, and `torch.export` with them, find every
-    module under its name by `getattr`, where a computed parameter would be in the way.
+    The network cannot be loaded or saved then; but torch's functional calls, and so `torch.export`, look up modules by
+    `getattr`, which would return the computed parameter instead of its module.
     """
     for owner in list(root.modules()):
         names = computed_parameters(owner)

@@ -1,4 +1,4 @@
-"""Copies of networks: everything that a call could change is the copy's own, functions that close over a module too."""
+"""Copies of networks that share nothing a call could change; functions that close over a module are copied, too."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def copy_module(model: nn.Module, *, share_tensors: bool = False) -> Any:
 
 
 def drop_hooks_(model: nn.Module) -> None:
-    """Take every hook that runs with a forward or backward pass off a network, in place."""
+    """Remove every forward and backward hook of a network, in place."""
     for module in model.modules():
         for table in vars(module):
             if table.startswith(("_forward_", "_backward_")) and "hooks" in table:
@@ -97,13 +97,13 @@ def require_initialized(model: nn.Module) -> None:
 
 
 def _without_history(model: nn.Module) -> _Memo:
-    """Attributes that a hook computes at each call (pruning masks, norms), for a copy: themselves, cut off."""
+    """A memo for a copy: attributes that a hook computes at each call (pruning masks, norms), detached."""
     attributes = (value for module in model.modules() for value in vars(module).values())
     return {id(t): t.detach() for t in attributes if isinstance(t, Tensor) and t.grad_fn is not None}
 
 
 class _HistoryDropped(TorchFunctionMode):
-    """Copies a tensor that has a history as its values; by itself it refuses to be copied."""
+    """Copies the values of a tensor that has a gradient history; `deepcopy` alone would refuse it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__ and args[0].grad_fn is not None:
@@ -124,10 +124,10 @@ def _why_not(model: nn.Module, error: Exception) -> str:
             except Exception as cause:  # as above
                 where = f"{path}.{name}".lstrip(".")
                 return (
-                    f"attribute {where!r} of the network, a {_kind(value)}, cannot be copied ({cause}), and the work "
-                    "is done on a copy: remove it first (locks, open files and the like belong outside of a network)"
+                    f"attribute {where!r} of the network, a {_kind(value)}, cannot be copied ({cause}), but the "
+                    "library works on a copy: remove it first (keep locks, open files and the like elsewhere)"
                 )
-    return f"the network cannot be copied ({type(error).__name__}: {error}), and the work is done on a copy"
+    return f"the network cannot be copied ({type(error).__name__}: {error}), but the library works on a copy"
 
 
 def _kind(value: Any) -> str:
@@ -136,7 +136,7 @@ def _kind(value: Any) -> str:
 
 
 def _give_attributes_(mine: nn.Module, theirs: nn.Module, memo: _Memo) -> None:
-    """What the copy of a `GraphModule` has lost: attributes of the user's, and hooks."""
+    """Give the copy of a `GraphModule` what copying drops: the user's attributes, and hooks."""
     hooks = {name for name in vars(theirs) if name.endswith("_hooks") or "_hooks_" in name}
     for name, value in vars(theirs).items():
         if name not in vars(mine) or (name in hooks and not vars(mine)[name] and value):
@@ -172,7 +172,7 @@ def _is_function(value: Any) -> bool:
 
 
 def _rebound(value: Any, memo: _Memo, done: dict[int, Any]) -> Any:
-    """A function, or what one holds, with copies in the place of originals; itself where it refers to none."""
+    """A function, or a value that it holds, with copies in place of originals; unchanged if it refers to none."""
     if id(value) in done:
         return done[id(value)]
     if isinstance(value, types.MethodType):
@@ -223,5 +223,5 @@ _EMPTY: Any = object()
 def _content(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # a variable that has no value yet
+    except ValueError:  # a variable without a value yet
         return _EMPTY

@@ -1,4 +1,4 @@
-"""A network cut into blocks: runs of its graph that hand on a single value."""
+"""Cut a network into blocks: parts of its graph that pass a single value to the next part."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import fx
 
 __all__ = ["Block", "block_module", "partition"]
 
-_MAX_LAYERS = 4  # in a block that is put together from a chain; a residual block stays whole, however many it has
+_MAX_LAYERS = 4  # in a block joined from a chain; a residual block stays whole, however many it has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +27,11 @@ class Block:
 
 
 def partition(graph_module: fx.GraphModule, layers: Collection[str]) -> list[Block]:
-    """Cut a network, wherever it hands on a single value, into blocks that each have a few of `layers`.
+    """Cut a network into blocks that each have a few of `layers`; cuts are where a single value is passed on.
 
-    A residual block cannot be cut and stays whole. Layers in a chain go together where they are parts of one numbered
-    module (`features.3.conv.0`, `features.3.conv.2`), four at most. What comes after the last block of several layers
-    is one block up to the output. The first block has no layers, if the network begins with something else.
+    A residual block cannot be cut and stays whole. Layers in a chain form one block if they are parts of one numbered
+    module (`features.3.conv.0`, `features.3.conv.2`), up to four. Everything after the last block with several layers
+    is one block. The first block has no layers if the network begins with other modules.
 
     Args:
         graph_module: the network.
@@ -55,9 +55,9 @@ def partition(graph_module: fx.GraphModule, layers: Collection[str]) -> list[Blo
 
 
 def block_module(graph_module: fx.GraphModule, block: Block) -> fx.GraphModule:
-    """A block as a network of its own, over the same modules: from its start's value to its end's.
+    """A block as a network over the same modules, from the value of its start to that of its end.
 
-    The first block takes what the network takes, and the last one gives what the network gives.
+    The first block has the network's inputs, and the last one its output.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -99,7 +99,7 @@ def _is_batch_size(node: fx.Node) -> bool:
 
 
 def _segments(graph_module: fx.GraphModule, layers: Collection[str]) -> list[Block]:
-    """The shortest runs between two cuts; what has no layer belongs to the segment before it."""
+    """The shortest parts between two cuts; a part without layers belongs to the one before it."""
     nodes = list(graph_module.graph.nodes)
     cuts = _cuts(nodes)
     result: list[Block] = []
@@ -127,7 +127,7 @@ def _cuts(nodes: Sequence[fx.Node]) -> set[fx.Node]:
             last[used] = node
     furthest, cuts = -1, set()
     for i, node in enumerate(nodes[:-1]):
-        # what came before must not be read after this node
+        # no later node may read a value from before this one
         is_value = node.op != "placeholder" and not _is_source(node) and not _is_batch_size(node)
         if furthest <= i and is_value and position[last[node]] > i:
             cuts.add(node)

@@ -27,14 +27,14 @@ from bgd_plugin.pq.blocks import AS_IT_IS
 
 __all__ = ["find_layers"]
 
-# A function that none of these brings is a network's own: what it does with a weight shows when it runs.
+# A function of any other package is the network's own: only a run shows what it does with a weight.
 _LIBRARIES = frozenset(("torch", "operator", "_operator", "math", "builtins"))
 
 
 def find_layers(network: nn.Module) -> tuple[list[FoundLayer], list[LeftLayer]]:
     """All layers that can be quantized, and all weights left alone, each with its reason.
 
-    In the order in which they run; for a network that is not a graph, in the order in which it holds them.
+    In the order in which they run; for a network that is not a graph, in the order of its modules.
     """
     if not isinstance(network, fx.GraphModule):
         found, left = find_inside(network)
@@ -65,7 +65,7 @@ def _find_in_graph(graph_module: fx.GraphModule) -> tuple[list[FoundLayer], list
 
 
 def _speaker(graph_module: fx.GraphModule, target: str, nodes: list[fx.Node]) -> str:
-    """Which of tied modules the layer goes by: an embedding is fitted on the inputs of the layer tied to it, if any."""
+    """The tied module that names the layer: an embedding is fitted on the inputs of a layer tied to it, if any."""
     if nodes[0].op != "call_module":
         return target
     others = [node for node in nodes if kind_at(graph_module, node) != "embedding"]
@@ -81,7 +81,7 @@ def _tied(found: list[FoundLayer]) -> list[FoundLayer]:
 
 
 def _as_one(group: list[FoundLayer]) -> FoundLayer:
-    """An embedding gives its family to the layers that are tied to it, and is fitted on the inputs that they get."""
+    """One layer for tied ones: of an embedding's family if one is an embedding, fitted on the inputs of the others."""
     first = next((layer for layer in group if layer.kind != "embedding"), group[0])
     family = "embedding" if any(layer.kind == "embedding" for layer in group) else first.family
     return replace(first, family=family, tied=tuple(layer.target for layer in group if layer is not first))
@@ -133,7 +133,7 @@ def _examine(
 
 
 def _held(graph_module: fx.GraphModule, target: str, *, functional: bool) -> tuple[str, nn.Module, nn.Parameter | None]:
-    """What users call the layer at a target, the module that holds its weight, and the weight if it is a parameter."""
+    """The user's name of the layer at a target, the module that holds its weight, and the weight if a parameter."""
     path, _, attribute = target.rpartition(".") if functional else (target, "", "weight")
     owner = graph_module.get_submodule(path)
     return _user_name(graph_module, target) if functional else target, owner, owner._parameters.get(attribute)
@@ -147,7 +147,7 @@ def _tied_to(graph_module: fx.GraphModule, target: str, nodes: list[fx.Node]) ->
 
 
 def _bias_of_call(graph_module: fx.GraphModule, call: fx.Node) -> str | None:
-    """The path of the parameter that a call alone adds."""
+    """The path of a call's bias, if it is a parameter that no other call uses."""
     bias = conv_arguments(call).get("bias")
     if not isinstance(bias, fx.Node) or bias.op != "get_attr" or list(bias.users) != [call]:
         return None
@@ -155,7 +155,7 @@ def _bias_of_call(graph_module: fx.GraphModule, call: fx.Node) -> str | None:
 
 
 def _user_name(graph_module: fx.GraphModule, target: str) -> str:
-    """`block.conv.weight` is called `block.conv`; a weight of any other name keeps its own."""
+    """The user's name of a weight: `block.conv` for `block.conv.weight`, otherwise its path."""
     owner, _, attribute = target.rpartition(".")
     parts = graph_module.get_submodule(owner).children() if owner else ()
     alone = owner and attribute == "weight" and not any(True for part in parts for _ in part.parameters())
@@ -163,7 +163,7 @@ def _user_name(graph_module: fx.GraphModule, target: str) -> str:
 
 
 def _other_weights(graph_module: fx.GraphModule, calls: dict[str, list[fx.Node]]) -> Iterator[FoundLayer | LeftLayer]:
-    """Weights that no conv or linear call of the graph reads: hidden in the nodes that use them, or left alone."""
+    """Weights that no conv or linear call of the graph reads: layers inside other nodes, or weights left alone."""
     seen: set[str] = set()
     for node in graph_module.graph.nodes:
         target = str(node.target)
@@ -184,7 +184,7 @@ def _other_weights(graph_module: fx.GraphModule, calls: dict[str, list[fx.Node]]
 
 
 def _read_byfunction_of(graph_module: fx.GraphModule, target: str, weight: nn.Parameter) -> FoundLayer | LeftLayer:
-    """A weight that goes into functions: a layer's, if a layer owns it and unknown functions alone read it."""
+    """A weight that functions read: a layer's, if a layer owns it and only the network's own functions read it."""
     readers = [n for n in graph_module.graph.nodes if n.op == "get_attr" and n.target == target]
     users = list(dict.fromkeys(user for reader in readers for user in reader.users))
     owner_path, _, name = target.rpartition(".")

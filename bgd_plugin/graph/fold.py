@@ -1,4 +1,4 @@
-"""Weights that a parametrization computes at each call become plain ones."""
+"""Fold parametrizations: a weight that is computed at each call becomes a plain one."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ _OLD_NORMS = ("WeightNorm", "SpectralNorm")
 
 @torch.no_grad()
 def fold_parametrizations_(model: nn.Module) -> dict[str, str]:
-    """Fold every parametrized weight in place, and say which: names of layers, and what computed their weight.
+    """Fold every parametrized weight, in place; tensors are replaced, never written to.
 
-    Both forms that torch has: `torch.nn.utils.parametrize` (its weight and spectral norm, and one's own), and the older
-    hooks of `torch.nn.utils.weight_norm` and `spectral_norm`. Tensors are replaced, never written to.
+    Both of torch's forms are folded: `torch.nn.utils.parametrize` (weight norm, spectral norm, the user's own), and the
+    older hooks of `torch.nn.utils.weight_norm` and `spectral_norm`.
+
+    Returns:
+        by layer, what computed its weight.
     """
     folded: dict[str, str] = {}
     for path, module in list(model.named_modules()):

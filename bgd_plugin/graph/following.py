@@ -17,7 +17,7 @@ _NO_OPS = (nn.Identity, nn.modules.dropout._DropoutNd)  # in evaluation mode
 
 
 def following_batchnorm(graph_module: fx.GraphModule, calls: tuple[str, ...]) -> str | None:
-    """Path of the batch norm with running statistics that alone reads a layer's output, and reads nothing else.
+    """Path of the batch norm (with running statistics) that is the only reader of a layer's output, and reads only it.
 
     Args:
         calls: names of the nodes that compute with the layer's weight; with more than one there is no such batch norm.
@@ -27,7 +27,7 @@ def following_batchnorm(graph_module: fx.GraphModule, calls: tuple[str, ...]) ->
 
 
 def following_batchnorm_node(graph_module: fx.GraphModule, calls: tuple[str, ...]) -> fx.Node | None:
-    """The node of `following_batchnorm`."""
+    """The node of the batch norm that `following_batchnorm` finds for the same `calls`."""
     if len(calls) != 1:
         return None
     call = next(node for node in graph_module.graph.nodes if node.name == calls[0])
@@ -41,10 +41,10 @@ def following_batchnorm_node(graph_module: fx.GraphModule, calls: tuple[str, ...
 
 
 def added_to(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """The node whose value is added to that of `node`, if nothing else is done with the latter; else None.
+    """The node whose value is added to that of `node`, if `node` has no other reader; otherwise None.
 
-    At the end of a residual block these are the branch and the skip, either way round. Modules that do nothing in
-    evaluation mode may stand between.
+    At the end of a residual block these are the branch and the skip, in either order. Modules that do nothing in
+    evaluation mode may come in between.
     """
     users = list(node.users)
     if len(users) != 1:

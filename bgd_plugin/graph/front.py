@@ -1,4 +1,4 @@
-"""The front end: from the network that a user gives to the form that the library works on."""
+"""The front end: from the caller's network to the form in which the library works on it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Front:
     """A network as the library works on it.
 
     Attributes:
-        own: a copy of the network, of its own class, with plain weights: what is compressed ends up here.
-        network: what the layers are fitted in: a graph, over a second copy that shares its parameters with `own`; that
-            copy itself where there is no graph that can stand for it; `own`, if that is a graph.
-        folded: layers whose weight something computed, and what.
+        own: a copy of the network, of its own class, with plain weights; it receives the compressed layers.
+        network: in which the layers are fitted: a graph over a second copy that shares its parameters with `own`; that
+            copy itself if it cannot be traced; `own` if that is a graph.
+        folded: layers whose weight was computed, and by what.
         reason: why `network` is not a graph; empty if it is one.
     """
 
@@ -38,11 +38,11 @@ class Front:
 
 
 def front_end(model: nn.Module, *, share_tensors: bool = False) -> Front:
-    """A network in the forms that the library works on; parametrized weights are folded.
+    """A network in the forms in which the library works on it; parametrized weights are folded.
 
     Args:
-        model: left as it is.
-        share_tensors: keep the very parameters; nothing may be written into them.
+        model: the caller's network; not changed.
+        share_tensors: share the caller's parameters instead of copying them; never write to them.
     """
     own: nn.Module = copy_module(model, share_tensors=share_tensors)
     folded = fold_parametrizations_(own)
@@ -52,7 +52,7 @@ def front_end(model: nn.Module, *, share_tensors: bool = False) -> Front:
 
 
 def retraced(front: Front, given: Mapping[str, Any] | None) -> Front:
-    """The same network, traced for what it is called with, as for `trace`; None: not known."""
+    """The same network, traced for the arguments of its calls, `given` as for `trace`; None: unknown."""
     working: nn.Module = copy_module(front.own, share_tensors=True)
     try:
         return dataclasses.replace(front, network=trace(working, given), reason="")
@@ -61,11 +61,10 @@ def retraced(front: Front, given: Mapping[str, Any] | None) -> Front:
 
 
 def unwrapped(model: nn.Module | ExportedProgram) -> nn.Module:
-    """The network itself: out of an exported program, of `torch.compile`, of `DataParallel`.
+    """The network inside `model`: an exported program, or a wrapper of `torch.compile` or `DataParallel`.
 
     Raises:
-        ConfigError: a scripted network, whose code cannot be changed, lazy layers that have never run, or something
-            that is no network.
+        ConfigError: a scripted network, whose code cannot be changed; lazy layers that have never run; not a network.
     """
     if isinstance(model, ExportedProgram):
         return model.module()

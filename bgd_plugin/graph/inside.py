@@ -22,11 +22,11 @@ __all__ = ["bias_of", "find_inside", "unfit"]
 def find_inside(
     root: nn.Module, path: str = "", calls: tuple[str, ...] = ()
 ) -> tuple[list[FoundLayer], list[LeftLayer]]:
-    """All layers in the module at `path`, in the order in which it holds them, and all weights left alone.
+    """All layers in the module at `path`, in the order of its modules, and all weights left alone.
 
     Args:
         root: the network; names are paths from here.
-        path: of the module to look into.
+        path: of the module to examine.
         calls: names of the nodes that run it.
     """
     found: list[FoundLayer] = []
@@ -44,9 +44,9 @@ def find_inside(
 
 
 def _other_owners(root: nn.Module) -> dict[int, str]:
-    """Parameters of modules that stay as they are, such as an embedding with a forward of its own and a tied head.
+    """Parameters of modules that stay as they are, such as an embedding with its own forward that is tied to the head.
 
-    And those that several modules read by name: each would need a weight of its own.
+    Also parameters that several modules read by name: each would need its own weight.
     """
     owners: dict[int, str] = {}
     holders: dict[int, bool] = {}  # whether the module that holds a weight reads it by name
@@ -114,9 +114,15 @@ def _layer(module: nn.Module, name: str, kind: str, calls: tuple[str, ...]) -> F
 
 
 def unfit(module: Any, kind: str, *, functional: bool) -> str:
-    """Why a module of a known kind cannot be quantized; empty if it can."""
+    """Why a module of a known kind cannot be quantized; empty if it can.
+
+    Args:
+        module: of a class in `MODULES`.
+        kind: as in `FoundLayer`.
+        functional: whether code reads the weight as a tensor instead of calling the module.
+    """
     if functional and kind not in FUNCTIONS.values():
-        return f"{type(module).__name__} computes in a way of its own"
+        return f"{type(module).__name__} overrides its layer's forward"
     if kind == "embedding" and (module.max_norm is not None or module.sparse or module.scale_grad_by_freq):
-        return "an embedding with max_norm, sparse or scale_grad_by_freq writes to its weight or needs it whole"
+        return "an embedding with max_norm, sparse or scale_grad_by_freq needs its whole weight, or writes to it"
     return ""

@@ -33,7 +33,7 @@ FUNCTIONS: dict[Callable[..., Any], str] = {
     F.conv_transpose2d: "conv_transpose2d",
     F.conv_transpose3d: "conv_transpose3d",
     F.linear: "linear",
-    # what they are in a graph that torch.export made
+    # the same in graphs of torch.export
     torch.ops.aten.conv1d.default: "conv1d",
     torch.ops.aten.conv2d.default: "conv2d",
     torch.ops.aten.conv3d.default: "conv3d",
@@ -50,10 +50,10 @@ def kind_of(module: nn.Module) -> str | None:
 
 
 def runs_its_parents_forward(module: nn.Module) -> bool:
-    """Whether a module of one of our kinds computes as its kind does, so that another module may stand for it.
+    """Whether a module of one of our kinds computes as its base class, so that a quantized one can replace it.
 
-    Looked at: the class, for a `forward` or `_conv_forward` of its own or a weight that is a property, and the
-    instance, for a method that was put in the place of the class's.
+    It does not if its class overrides `forward` or `_conv_forward` or makes the weight a property, or if a method of
+    the instance was replaced.
     """
     base = next((base for base in MODULES if isinstance(module, base)), None)
     if base is None or any(name in vars(module) for name in _METHODS):
@@ -65,12 +65,12 @@ def runs_its_parents_forward(module: nn.Module) -> bool:
 
 
 def layout_of(kind: str, groups: int) -> Layout:
-    """How a layer's weight stands for its matrix, where code reads the weight by name."""
+    """The layout of a weight that code reads by name, for a layer of this kind with this number of groups."""
     return Layout(groups=groups) if kind.startswith("conv_transpose") else AS_IT_IS
 
 
 def family_of(kind: str, shape: Sequence[int], groups: int) -> str:
-    """Which setting of `BGDConfig` applies to a layer with a weight of this shape."""
+    """The setting of `BGDConfig` for a layer of this kind, with a weight of this shape and this number of groups."""
     if kind in ("linear", "embedding"):
         return kind
     if kind.startswith("conv_transpose"):

@@ -1,4 +1,4 @@
-"""What finding layers gives."""
+"""A layer that can be quantized, and a weight that is left alone, as found in a network."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ class FoundLayer:
     """A convolution or linear layer that can be quantized.
 
     Attributes:
-        name: what users call it: the module's path, or the parameter's where a weight stands alone.
+        name: the user's name: the module's path, or the parameter's if a weight is read by name.
         target: path of the module that is, or will be, replaced.
         kind: "conv1d" to "conv3d", "conv_transpose1d" to "conv_transpose3d", "linear" or "embedding".
         family: which setting of `BGDConfig` applies: "conv", "pointwise_conv", "depthwise_conv", "linear"
             or "embedding".
         weight: `[C_out, C_in / groups, *kernel]`, `[C_out, C_in]`, or as the kind of module has it.
-        calls: names of the nodes that compute with it, in order; none where the network is not a graph.
-        functional: whether code reads the weight as a tensor, rather than call the module that holds it.
+        calls: names of the nodes that compute with it, in order; none if the network is not a graph.
+        functional: whether code reads the weight as a tensor instead of calling the module that holds it.
         groups: of a convolution.
-        hidden: whether its inputs show only while the nodes of `calls`, or the network, run.
+        hidden: whether its inputs are visible only while the nodes of `calls`, or the network, run.
         bias: path of the parameter that the layer adds, if it adds one.
         tied: targets of other layers that compute with the same weight.
-        layout: how the weight stands for a matrix, where code reads it as a tensor.
-        members: matrices that the weight holds, each with inputs of its own.
+        layout: from the weight to its matrix, if code reads the weight as a tensor.
+        members: number of matrices in the weight, each with its own inputs.
     """
 
     name: str
@@ -49,7 +49,7 @@ class FoundLayer:
 
     @property
     def matrix(self) -> Tensor:
-        """The weight as it is cut into blocks, rows first."""
+        """The weight as it is cut into blocks: `[rows, ...]`."""
         if self.kind.startswith("conv_transpose"):
             return transposed_matrix(self.weight.detach(), self.groups)
         return self.weight if self.layout == AS_IT_IS else self.layout.matrix(self.weight.detach())
@@ -74,7 +74,7 @@ class FoundLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class LeftLayer:
-    """Something with weights that stays as it is, and why."""
+    """A module or parameter that is left alone, and why."""
 
     name: str
     reason: str

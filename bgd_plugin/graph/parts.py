@@ -1,4 +1,4 @@
-"""What follows what in a network that is not a graph: its largest parts that trace tell."""
+"""The batch norms that follow layers in a network that is not a graph, found in its largest traceable parts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["batchnorms_in_parts"]
 
 
 def batchnorms_in_parts(network: nn.Module) -> dict[str, str]:
-    """From layers' targets to the paths of the batch norms that `following_batchnorm` finds for them."""
+    """By layer's target, the path of the batch norm that `following_batchnorm` finds in the traceable parts."""
     return {
         prefix + layer.target: f"{prefix}{norm}"
         for prefix, part in _graphs(network, "")

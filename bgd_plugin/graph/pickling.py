@@ -1,4 +1,4 @@
-"""Pickling of a network whose class cannot be imported, since it is local to a function: as its graph."""
+"""Pickling of a network whose class cannot be imported, such as a class local to a function: as its graph."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _OURS = ("__reduce_ex__", "__deepcopy__")
 
 
 def make_picklable_(network: nn.Module) -> None:
-    """Let a network be pickled although its class cannot be imported: what is read back is a `GraphModule`.
+    """Make a network whose class cannot be imported picklable, in place; it is unpickled as a `GraphModule`.
 
-    Pickle stores a class by its name; the float network could not be pickled at all. Copies stay of the class.
+    Pickle stores a class by its name, so the float network could not be pickled at all. Copies keep the class.
     """
     kind = type(network)
     if isinstance(network, fx.GraphModule) or _is_importable(kind) or any(hasattr(kind, name) for name in _OURS[1:]):

@@ -1,4 +1,4 @@
-"""A layer at a place that is known, without a search."""
+"""The layer at a known path, without a search."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["layer_at"]
 
 
 def layer_at(network: nn.Module, target: str, tied: Sequence[str] = ()) -> FoundLayer | None:
-    """The layer at a target: a module that computes as its kind does, or a parameter; None where there is neither.
+    """The layer at a target: a module that computes as its base class, or a parameter; None if there is neither.
 
     Args:
         network: not a graph.
         target: path of the module or of the parameter.
-        tied: other targets that are to hold the same codes.
+        tied: other targets that will have the same codes.
     """
     module = module_or_none(network, target)
     path, _, attribute = target.rpartition(".")
@@ -56,5 +56,5 @@ def layer_at(network: nn.Module, target: str, tied: Sequence[str] = ()) -> Found
 
 
 def _is_another(network: nn.Module, target: str, owner: nn.Module, *, functional: bool) -> bool:
-    """Whether something else than `owner` stands at a target; a module that is shared has several paths."""
+    """Whether the module at a target is another one than `owner`; a shared module has several paths."""
     return module_or_none(network, target.rpartition(".")[0] if functional else target) is not owner

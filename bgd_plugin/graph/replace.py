@@ -26,21 +26,21 @@ __all__ = [
 
 
 def module_paths(root: nn.Module, module: nn.Module) -> list[str]:
-    """Every path under which a module hangs: a module that is shared has several."""
+    """Every path of a module below `root`; a shared module has several."""
     return [path for path, child in root.named_modules(remove_duplicate=False) if child is module]
 
 
 def float_module(root: nn.Module, target: str, layout: Layout = AS_IT_IS) -> nn.Module:
-    """The module that stands at a layer's target, or one that returns the parameter there."""
+    """The module at a layer's target, or one that returns the parameter there, in this layout."""
     owner_path, _, name = target.rpartition(".")
     parameter = module_at(root, owner_path)._parameters.get(name)
     return module_at(root, target) if parameter is None else FloatWeight(parameter, layout)
 
 
 def swap_(root: nn.Module, target: str, module: nn.Module) -> None:
-    """Put `module` in the place of the one at `target`, under every path it has, or of the parameter there.
+    """Replace the module at `target`, under each of its paths, or the parameter there, by `module`.
 
-    The hooks of a replaced layer move along.
+    The hooks of a replaced layer are kept.
     """
     owner_path, _, name = target.rpartition(".")
     owner = module_at(root, owner_path)
@@ -55,7 +55,7 @@ def swap_(root: nn.Module, target: str, module: nn.Module) -> None:
 
 
 def become_(old: nn.Module, module: nn.Module) -> nn.Module:
-    """Turn a layer into another one in place, if only the layer is known and not the module that holds it.
+    """Turn a layer into another one in place, without access to the module that holds it.
 
     Args:
         old: the layer; its hooks are kept.
@@ -74,7 +74,15 @@ def become_(old: nn.Module, module: nn.Module) -> nn.Module:
 def install_(
     network: nn.Module, layer: FoundLayer, codebook: Tensor, codes: Tensor, mask: Tensor | None = None
 ) -> list[PQModule]:
-    """Insert a layer's product-quantized modules: its own, and one with the same tensors for each tied layer."""
+    """Insert a layer's product-quantized modules: its own, and one with the same tensors for each tied layer.
+
+    Args:
+        network: changed in place.
+        layer: as found in it.
+        codebook: `[codebook_size, block_size]`.
+        codes: integers `[rows, blocks_per_row]`.
+        mask: bool, the shape of the layer's matrix; false where the decoded weight is zero. None: nowhere.
+    """
     modules: list[PQModule] = []
     for target in (layer.target, *layer.tied):
         module = quantized(float_module(network, target, layer.layout), codebook, codes, mask)
@@ -143,7 +151,7 @@ def materialize_(network: nn.Module, paths: Collection[str] | None = None) -> nn
             swap_(network, path, materialized(layer, weight))
     if isinstance(network, fx.GraphModule):
         for node in network.graph.nodes:
-            node.meta.pop("nn_module_stack", None)  # names classes that stood there; exporters go by it
+            node.meta.pop("nn_module_stack", None)  # has the classes before the replacement; exporters rely on it
         network.graph.lint()
         network.recompile()
     return network

@@ -1,7 +1,7 @@
-"""Weights that a layer's own `forward` computes from its parameters, as NFNet's and BiT's standardized convolutions do.
+"""Weights that a layer's `forward` computes from its parameters, such as NFNet's and BiT's standardized convolutions.
 
-What the layer multiplies with is then another weight than the one that it holds. Where it is the same at each call, and
-nothing else is done, the layer is an ordinary one with that weight.
+The layer then multiplies by another weight than the one it holds. If that weight is the same at each call, and
+`forward` does nothing else, an ordinary layer with that weight replaces it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ __all__ = ["fold_computed_weights_"]
 
 _FUNCTIONS = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d, "linear": F.linear}
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_SIZES = (9, 12)  # of the positions that a convolution is tried on, beyond its kernel
+_SIZES = (9, 12)  # input sizes of the trial runs, beyond the kernel's
 _TOLERANCE = 1e-5
 
 
 def fold_computed_weights_(model: nn.Module) -> dict[str, str]:
-    """Put ordinary layers in the place of those that compute their weight; which ones, and what computed it.
+    """Replace layers that compute their weight by ordinary ones, in place.
 
-    Found out by a try with random inputs, on copies without hooks. The root of a network stays as it is.
+    They are found by trial runs with random inputs, on copies without hooks. The network itself is not replaced.
+
+    Returns:
+        by layer, the class that computed its weight.
     """
     folded: dict[str, str] = {}
     plain: dict[int, nn.Module] = {}
@@ -50,7 +53,7 @@ def fold_computed_weights_(model: nn.Module) -> dict[str, str]:
 
 @dataclass
 class _Calls(TorchFunctionMode):
-    """The calls of one function, by name of their arguments, and what they gave."""
+    """The calls of one function: arguments by name, and results."""
 
     function: Any
     seen: list[tuple[dict[str, Any], Tensor]] = field(default_factory=list)
@@ -67,13 +70,13 @@ class _Calls(TorchFunctionMode):
 
 @torch.no_grad()
 def _plain_layer(module: Any, function: Any) -> nn.Module | None:
-    """The ordinary layer that computes as a module does; None where there is none, or nothing is computed."""
+    """The ordinary layer equal to a module; None if there is none, or the module does not compute its weight."""
     held = module._parameters.get("weight")
     if held is None or not held.is_floating_point():
         return None
     try:
         calls = [_call(module, function, x) for x in _inputs(module, held)]
-    except Exception:  # the module's own code, on inputs that it may not take
+    except Exception:  # the module's own code, on inputs that it may not accept
         return None
     if any(call is None for call in calls):
         return None
@@ -95,7 +98,7 @@ def _inputs(module: Any, weight: Tensor) -> list[Tensor]:
 
 
 def _call(module: Any, function: Any, x: Tensor) -> tuple[dict[str, Any], Tensor] | None:
-    """The one call of the function, on the input itself, whose result is the module's; None if it is not so."""
+    """The module's only call of the function, if it is on the input itself and returns the output; otherwise None."""
     bare = module.__class__.__new__(module.__class__)
     vars(bare).update({k: OrderedDict() if k.endswith("_hooks") else copy.copy(v) for k, v in vars(module).items()})
     bare._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
@@ -110,7 +113,7 @@ def _call(module: Any, function: Any, x: Tensor) -> tuple[dict[str, Any], Tensor
 
 
 def _layer(module: Any, arguments: dict[str, Any], weight: Tensor) -> nn.Module:
-    """The layer of a call's arguments, with the hooks, mode and flags of the module in whose place it stands."""
+    """The layer with a call's arguments, and the hooks, mode and flags of the module that it replaces."""
     bias = arguments.get("bias")
     if isinstance(module, nn.Linear):
         result: Any = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")

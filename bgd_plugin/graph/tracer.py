@@ -1,4 +1,4 @@
-"""Tracing: a network becomes a graph in which every layer that we replace is one node."""
+"""Tracing: a network becomes a graph in which every layer that can be replaced is one node."""
 
 from __future__ import annotations
 
@@ -26,15 +26,14 @@ _SWAPPABLE = tuple(MODULES)
 
 
 class PQTracer(fx.Tracer):
-    """A tracer that stops at our own modules, at norms with running statistics, and at the layers that we replace.
+    """A tracer whose leaves are our own modules, norms with running statistics, and the layers that can be replaced.
 
-    Without the first rule a second pass would walk into the decoding of a weight. A subclass of Conv or Linear with a
-    forward of its own is walked into, and found by its functional call.
+    If our modules were no leaves, a second pass would trace the decoding of a weight. A subclass of Conv or Linear that
+    overrides forward is traced into, and found by its functional call.
 
     Args:
-        given: what the network is called with: the value of each argument, or `FROM_DATA`. Values are constants of the
-            graph, and so are the defaults of arguments that are not among them. None: each argument is an input of the
-            graph.
+        given: the arguments of the network's calls: a value for each, or `FROM_DATA`. Values, and the defaults of the
+            other arguments, become constants of the graph. None: each argument is an input of the graph.
     """
 
     def __init__(self, given: Mapping[str, Any] | None = None) -> None:
@@ -42,6 +41,7 @@ class PQTracer(fx.Tracer):
         self._given = given
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """As in `torch.fx.Tracer`: whether module `m` becomes one node; `module_qualified_name` is its path."""
         ours = isinstance(m, (PQModule, FloatWeight, FrozenNorm))
         is_opaque = isinstance(m, torch.jit.ScriptModule) or is_quantized_elsewhere(m)
         if ours or is_opaque or has_running_statistics(m):
@@ -51,7 +51,11 @@ class PQTracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name) or _reads_layers_by_name(m)
 
     def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> Any:
-        """As in `torch.fx.Tracer`; arguments that are constants do not become inputs of the graph."""
+        """As in `torch.fx.Tracer`; arguments that are constants do not become inputs of the graph.
+
+        Args:
+            root_fn, is_module, concrete_args: as there.
+        """
         parameters = list(inspect.signature(inspect.unwrap(root_fn)).parameters.values())[1:]
         if self._given is None or not is_module:
             return super().create_args_for_root(root_fn, is_module, concrete_args)
@@ -75,15 +79,15 @@ class PQTracer(fx.Tracer):
 
 
 def _reads_layers_by_name(module: nn.Module) -> bool:
-    """Whether a module without parts holds the weights of layers itself, as a mixture's experts; seen from outside."""
+    """Whether a module without submodules holds layers' weights itself, as a mixture of experts does."""
     is_alone = not any(True for _ in module.children())
     return is_alone and any(isinstance(layer, FoundLayer) for layer in bare_layers(module, "", (), set()))
 
 
 def is_quantized_elsewhere(module: nn.Module) -> bool:
-    """Whether a module holds integers of another quantizer in place of a weight.
+    """Whether a module holds another quantizer's integers instead of a weight.
 
-    Walking into it would decode the weight while tracing, and leave it in the graph as a float constant.
+    Tracing into it would decode the weight and store it in the graph as a float constant.
     """
     is_layer = hasattr(module, "in_features") or hasattr(module, "in_channels")
     if isinstance(module, PQModule) or not is_layer or any(p.ndim > 1 for p in module.parameters()):
@@ -94,16 +98,17 @@ def is_quantized_elsewhere(module: nn.Module) -> bool:
 def trace(model: nn.Module, given: Mapping[str, Any] | None = None) -> fx.GraphModule:
     """The graph of `model`, over the same modules and parameters.
 
-    A `GraphModule` is passed on as it is. The graph follows the branches of evaluation mode. A copy without hooks is
-    traced: neither `model` nor anything that hooks write to sees the stand-ins that the tracer sends through it. What
-    hooks do to values is not in the graph, but for those of modules that are one node.
+    A `GraphModule` is returned as it is. The graph follows the branches of evaluation mode. A copy without hooks is
+    traced, so that neither `model` nor anything that hooks write to sees the tracer's proxies. The effects of hooks are
+    not in the graph, except those of modules that are one node.
 
     Args:
-        given: as for `PQTracer`. None: as if every argument that has no default were given, from data; where that does
-            not trace, every argument is an input.
+        model: the network; not changed.
+        given: as for `PQTracer`. None: every argument without a default comes from data; if that does not trace, every
+            argument is an input.
 
     Raises:
-        TraceError: naming the smallest submodule that cannot be traced, and what to do about it.
+        TraceError: naming the smallest submodule that cannot be traced, and what to do.
     """
     if isinstance(model, fx.GraphModule):
         return model
@@ -112,7 +117,7 @@ def trace(model: nn.Module, given: Mapping[str, Any] | None = None) -> fx.GraphM
     scratch.eval()
     try:
         graph = _graph_of(scratch, given or {})
-    except Exception as error:  # a tracer runs the user's forward: anything may come out of it
+    except Exception as error:  # tracing runs the user's forward, which may raise anything
         if given is not None:
             raise _error(scratch, error) from error
         try:
@@ -128,7 +133,7 @@ def _graph_of(scratch: nn.Module, given: Mapping[str, Any]) -> fx.Graph:
 
 
 def _over(model: nn.Module, scratch: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """A graph that was made of a copy, over the modules of the original."""
+    """The graph traced from a copy, over the modules of the original."""
     targets = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
     root = {target: _at(model, target, _at(scratch, target, None)) for target in targets}
     result = fx.GraphModule(root, graph, type(model).__name__)
@@ -139,7 +144,7 @@ def _over(model: nn.Module, scratch: nn.Module, graph: fx.Graph) -> fx.GraphModu
 
 
 def _at(root: nn.Module, target: str, otherwise: Any) -> Any:
-    """What stands at a dotted path; constants that tracing has made are at none of the original's."""
+    """The value at a dotted path; `otherwise` if there is none, as for constants created by tracing."""
     value: Any = root
     for atom in target.split("."):
         modules = getattr(value, "_modules", {})  # reading the name may give a computed weight
@@ -155,14 +160,14 @@ def _error(model: nn.Module, error: Exception) -> TraceError:
     reason = f"the network does not trace: {where} raises {type(cause).__name__}: {cause}"
     return TraceError(
         f"{reason}. Its forward depends on the values of its inputs, or runs code that torch.fx does not follow. "
-        "Quantize the parts that do trace (bgd_plugin.quantize on a submodule), or pass a GraphModule from a tracer of "
-        "your own in which that part is a leaf",
+        "Quantize the parts that do trace (bgd_plugin.quantize on a submodule), or pass a GraphModule from your own "
+        "tracer in which that part is a leaf",
         reason,
     )
 
 
 def _keep_owners_(result: fx.GraphModule, model: nn.Module) -> None:
-    """Put layers in place of which the graph reads parameters only: a `GraphModule` has plain holders there."""
+    """Insert the layers of which the graph only reads parameters; a `GraphModule` has plain holders instead."""
     for node in result.graph.nodes:
         owner = str(node.target).rpartition(".")[0]
         module = module_or_none(model, owner) if node.op == "get_attr" and owner else None

@@ -1,7 +1,7 @@
-"""What a network's code reaches outside of the network: dicts that hooks write to, counters, variables of closures.
+"""State outside a network that its code can change: dicts that hooks write to, counters, variables of closures.
 
-A network is run and traced on copies of its own, but a copy shares its functions, and with them what these close over.
-That is noted before the work and put back afterwards.
+Runs and traces use copies of the network, but a copy shares the network's functions and the variables that they close
+over. These values are saved before the work and restored afterwards.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["isolated", "world_kept"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_DEPTH = 6  # containers within containers that are looked into
+_DEPTH = 6  # maximum nesting of containers that is followed
 _LIBRARIES = frozenset(("torch", "builtins", "numpy", "bgd_plugin"))
 _CONTAINERS = (dict, list, set, collections.deque)
 _PLAIN: tuple[Any, ...] = (collections.OrderedDict, *_CONTAINERS)
@@ -41,11 +41,11 @@ _SIMPLE = (int, float, complex, str, bytes, bool, type(None))
 
 @contextmanager
 def world_kept(*models: nn.Module) -> Iterator[None]:
-    """Put back, at the end, what the code of these networks wrote outside of them.
+    """Restore, at the end, what the code of these networks has changed outside of them.
 
-    Code means hooks, functions among the attributes, and the methods and attributes of classes that are not a library's
-    own. What it reaches: variables of closures, default arguments, global containers that it names, and attributes of
-    objects, some containers deep.
+    Code means hooks, functions among the attributes, and the methods and attributes of the user's own classes. Restored
+    are variables of closures, default arguments, global containers that the code names, and attributes of objects, up
+    to six containers deep.
     """
     noted = _Noted()
     for model in models:
@@ -59,7 +59,7 @@ def world_kept(*models: nn.Module) -> Iterator[None]:
 
 
 def isolated(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a function in `plain_modes`, and keep the world of the networks among its arguments."""
+    """Run a function in `plain_modes`, and restore what the networks among its arguments change outside of them."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -73,13 +73,13 @@ def isolated(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _own_class(module: nn.Module) -> list[Any]:
-    """The classes of a module that its user wrote, and their methods."""
+    """The classes of a module that are not a library's, and their methods."""
     classes = [kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] not in _LIBRARIES]
     return [*classes, *(value for kind in classes for value in vars(kind).values() if callable(value))]
 
 
 class _Noted:
-    """Contents of what can be changed, and how to put them back."""
+    """Saved values, and how to restore them."""
 
     def __init__(self) -> None:
         self._seen: dict[int, Any] = {}
@@ -91,15 +91,15 @@ class _Noted:
             undo()
 
     def look(self, value: Any, depth: int = _DEPTH) -> None:
-        """Note something and what it holds."""
+        """Save a value and what it contains."""
         if depth < 0 or isinstance(value, (*_SIMPLE, types.ModuleType)) or id(value) in self._seen:
             return
-        self._seen[id(value)] = value  # kept alive: its id is its name here
+        self._seen[id(value)] = value  # kept alive, so that its id stays unique
         for part in self._note(value):
             self.look(part, depth - 1)
 
     def _note(self, value: Any) -> Iterable[Any]:
-        """Note a value's content, and tell what is in it."""
+        """Save a value's content; returns the values in it."""
         if isinstance(value, types.FunctionType):
             return self._note_function(value)
         if isinstance(value, types.MethodType):
@@ -107,7 +107,7 @@ class _Noted:
         if isinstance(value, functools.partial):
             return [value.func, *value.args, *value.keywords.values()]
         if isinstance(value, nn.Module):
-            return []  # work is on copies
+            return []  # a copy is used instead
         if isinstance(value, Tensor):
             self._note_tensor(value)
             return []
@@ -126,7 +126,7 @@ class _Noted:
         for cell in function.__closure__ or ():
             try:
                 content = cell.cell_contents
-            except ValueError:  # a variable that has no value yet
+            except ValueError:  # a variable without a value yet
                 continue
             self._undo.append(functools.partial(setattr, cell, "cell_contents", content))
             contents.append(content)
@@ -173,7 +173,7 @@ class _Noted:
 
 
 def _held(container: Any) -> Iterable[Any]:
-    """What is in a container, of a dict its pairs; past methods of its own, which may make things anew at each look."""
+    """The items of a container, of a dict its pairs; read by the base class, because a subclass may create items."""
     if isinstance(container, dict):
         return dict.items(container)
     base = next(kind for kind in _PLAIN if isinstance(container, kind))
@@ -182,12 +182,12 @@ def _held(container: Any) -> Iterable[Any]:
 
 
 def _flat(items: Iterable[Any]) -> list[int]:
-    """The identities of what is in a container, in order; of pairs, of both."""
+    """The ids of a container's items, in order; for a pair, the ids of both."""
     return [id(part) for item in items for part in (item if isinstance(item, tuple) else (item,))]
 
 
 def _is_users_object(value: Any) -> bool:
-    """Whether something is an object of a class that a user wrote, whose attributes code may change."""
+    """Whether a value is an object of the user's own class, whose attributes can be changed."""
     origin = type(value).__module__.partition(".")[0]
     is_theirs = origin not in _LIBRARIES and origin not in sys.stdlib_module_names
     return is_theirs and isinstance(getattr(value, "__dict__", None), dict)

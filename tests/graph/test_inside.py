@@ -14,7 +14,7 @@ from bgd_plugin.graph.inside import find_inside
 
 
 class Scaled(nn.Embedding):
-    """An embedding that computes in a way of its own."""
+    """An embedding that overrides its forward."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) * 3
