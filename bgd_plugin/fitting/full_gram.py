@@ -43,11 +43,11 @@ def _collect(context: LayerContext, generator: torch.Generator) -> _Statistics |
         return pooled_gram(context.inputs, context.layer.block_size)
     shared = context.inputs.shared
     if shared is None:
-        return _gathered(context, context.weight.detach().float().flatten(1), generator)
+        return _gathered(context, context.rows, generator)
     if shared.statistics is None:  # the same rows, whichever of the layers is fitted first
         generator = seeded(context.config.seed, f"{shared.name} inputs")
         shared.statistics = _gathered(context, None, generator)
-    return _through(shared.statistics, context.weight.detach().float().flatten(1))
+    return _through(shared.statistics, context.rows)
 
 
 def _gathered(context: LayerContext, weight: Tensor | None, generator: torch.Generator) -> _Statistics:
@@ -59,7 +59,8 @@ def _gathered(context: LayerContext, weight: Tensor | None, generator: torch.Gen
     for piece in pieces:
         groups = len(piece.reference)
         outputs = piece.reference if weight is None else piece.reference @ weight.reshape(groups, -1, columns).mT
-        if context.skip is not None and piece.drift is not None:
+        if context.skip is not None:
+            assert piece.drift is not None
             wanted = piece.drift * _inverse(context.skip.gain.float())
             outputs = outputs + wanted.reshape(len(wanted), len(outputs), -1).transpose(0, 1)
         cut = _rows_to_fit(piece.student.shape[1], piece.index, piece.pieces)
@@ -96,7 +97,7 @@ def _solve(context: LayerContext, statistics: _Statistics | PooledGram, generato
         pooled = em.EM.solve(context, statistics, generator)
         note = f"{context.weight[0].numel()} columns: too wide for a full Gram, fitted to the pooled Gram of its blocks"
         return dataclasses.replace(pooled, warnings=(note, *pooled.warnings))
-    weight = context.weight.detach().float().flatten(1)
+    weight = context.rows
     takes_mean = context.has_batchnorm or context.has_bias
     damping = min(1.0, _DAMPING * (1 + weight.shape[1] / statistics.rows))
     aim = _aim(context, statistics, damping)
@@ -136,7 +137,7 @@ class _Aim:
 def _aim(context: LayerContext, statistics: _Statistics, damping: float) -> _Aim:
     everything = Moments.pooled(statistics.fitted, statistics.heldout, statistics.share)
     gram, cross = everything.centred_()
-    rows, step, scale = context.weight.detach().float().flatten(1), context.config.asymmetric_step, None
+    rows, step, scale = context.rows, context.config.asymmetric_step, None
     if step:
         rows = ridge_target(rows, gram, cross, step=step, damping=damping)
     if context.has_batchnorm and not context.has_bias:

@@ -57,6 +57,11 @@ class LayerContext:
     skip: Skip | None = None
     scale_bounds: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def rows(self) -> Tensor:
+        """The weight as float32 `[C_out, columns]`."""
+        return self.weight.detach().float().flatten(1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FittedLayer:

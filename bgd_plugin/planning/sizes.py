@@ -53,7 +53,7 @@ class Sketch:
             return file_size(content)
         whole = state.tensors
         is_exact = self._config.float_storage == "float32"
-        changing = {name for name, value in whole.items() if _may_change(name, value) and is_exact}
+        changing = {name for name, value in whole.items() if _may_change(value) and is_exact}
         tensors = {n: whole[n].to("meta") if n in changing else tensor for n, tensor in content.tensors.items()}
         counters = sum(not t.is_floating_point() and t.ndim == 0 for t in whole.values())
         reserve = _COUNTER_BYTES * counters if self._config.finetuning else 0
@@ -153,5 +153,5 @@ def _paper_bits(model: nn.Module) -> int:
     return bits + sum(32 * p.numel() for p in model.parameters() if id(p) not in codebooks)
 
 
-def _may_change(name: str, value: Tensor) -> bool:
-    return value.is_floating_point() and value.ndim == 1 and not name.endswith(".codebook")
+def _may_change(value: Tensor) -> bool:
+    return value.is_floating_point() and value.ndim == 1

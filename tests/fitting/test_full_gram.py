@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import bgd_plugin as bgd
 from bgd_plugin.correction import absorb_row_scale_
+from bgd_plugin.fitting import LayerContext, full_gram
 from tests.networks import FunctionalNet, PlainNet, SmallResNet, TwiceNet, images, randomized, vectors
 
 _SETTING = bgd.LayerConfig(block_size=4, codebook_size=16)
@@ -190,3 +192,125 @@ def test_notes_survive_resuming(tmp_path: Path) -> None:
     ]
     assert "pooled Gram" in notes[0]
     assert notes[0] == notes[1]
+
+
+# --- parts of the fit, literally
+
+
+def _context(weight: Tensor, **fields: Any) -> LayerContext:
+    planned: Any = None
+    inputs: Any = None
+    common = {"layer": planned, "inputs": inputs, "has_batchnorm": True, "has_bias": False, "config": bgd.BGDConfig()}
+    return LayerContext(weight=weight, **(common | fields))
+
+
+def _covariances(groups: int, columns: int) -> Tensor:
+    x = torch.randn(groups, 3 * columns, columns, dtype=torch.float64)
+    return x.mT @ x / (3 * columns)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_rows_scale_is_one_over_the_deviation_of_its_outputs(groups: int) -> None:
+    rows, covariance = torch.randn(6, 5), _covariances(groups, 5)
+    rows[1] *= 1e-9  # next to nothing, as a dead channel
+    per_row = covariance.repeat_interleave(6 // groups, 0)
+    deviation = torch.einsum("ri,rij,rj->r", rows.double(), per_row, rows.double()).sqrt()
+    deviation[1] = deviation.mean()
+    found = full_gram._row_scale(rows, covariance, _context(rows))
+    torch.testing.assert_close(found.double(), 1 / deviation, rtol=1e-5, atol=0)
+
+
+def test_a_rows_scale_stays_where_the_norm_can_take_it_out_again() -> None:
+    rows, covariance = torch.randn(4, 5), _covariances(1, 5)
+    free = full_gram._row_scale(rows, covariance, _context(rows))
+    least, largest = 2 * free, 3 * free
+    least[0], largest[1] = 0.5 * free[0], 0.25 * free[1]
+    least[1] = 0.1 * free[1]
+    found = full_gram._row_scale(rows, covariance, _context(rows, scale_bounds=(least.double(), largest.double())))
+    torch.testing.assert_close(found, torch.stack([free[0], 0.25 * free[1], 2 * free[2], 2 * free[3]]))
+
+
+def test_scaled_rows_stay_within_the_weights_type() -> None:
+    """Inputs that hardly vary ask for scales that half precision does not hold; nothing asks for more than 1e30."""
+    rows, covariance = 100 * torch.randn(4, 5), 1e-12 * _covariances(1, 5)
+    free = full_gram._row_scale(rows, covariance, _context(rows))
+    assert float((rows.abs().amax(1) * free).max()) > 65504 / 4
+    found = full_gram._row_scale(rows, covariance, _context(rows.half()))
+    torch.testing.assert_close(found.double() * rows.double().abs().amax(1), torch.full((4,), 65504.0 / 4).double())
+    tiny = full_gram._row_scale(1e-38 * rows, covariance, _context(rows))
+    assert bool((tiny == 1e30).all())
+    nothing = full_gram._row_scale(torch.zeros(4, 5), covariance, _context(rows))
+    assert bool(torch.isfinite(nothing).all()) and bool((nothing > 0).all())
+
+
+def test_channels_without_gain_are_not_asked_for_anything() -> None:
+    gain = torch.tensor([2.0, -1.0, 0.0, 1e-4])
+    floor = 0.01 * gain.square().mean()
+    torch.testing.assert_close(full_gram._inverse(gain), gain / (gain.square() + floor))
+    assert torch.equal(full_gram._inverse(torch.zeros(3)), torch.zeros(3))
+
+
+@pytest.mark.parametrize("batch", [0, 4])
+def test_inputs_whose_squares_overflow_name_the_layer(batch: int) -> None:
+    """Whether the rows are fitted or held out."""
+    data = [torch.randn(20, 12) for _ in range(5)]
+    data[batch] *= 1e25
+    with pytest.raises(bgd.BGDError, match="layer '0'"):
+        bgd.quantize(
+            nn.Sequential(nn.Linear(12, 64)).eval(), data, _config("full", first_layer=_SETTING), progress=False
+        )
+
+
+class _Shared(nn.Module):
+    """Two layers with one input, in a network that does not trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(16, 24), nn.Linear(16, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if bool(x.sum() > 1e9) else self.q(x) @ self.k(x)[:, :24].T
+
+
+def test_layers_with_one_input_are_fitted_to_the_same_rows_whoever_comes_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A sample of the rows, which depends on the seed of the run and on nothing that was done before."""
+    monkeypatch.setattr(full_gram, "_MIN_ROWS", 40)
+    monkeypatch.setattr(full_gram, "_ROWS_PER_COLUMN", 1)
+    model, data = _Shared().eval(), [torch.randn(60, 16) for _ in range(5)]
+
+    def codebooks(**fields: Any) -> dict[str, Tensor]:
+        config = _config("full", first_layer=_SETTING, kept_aside=0.0, **fields)
+        result = bgd.quantize(model, data, config, checkpoint=tmp_path / str(fields), progress=False)
+        return {name: x for name, x in result.model.state_dict().items() if name.endswith("codebook")}
+
+    whole = codebooks()
+    (tmp_path / "{}" / "layer-0001.safetensors").unlink()  # the second layer is fitted again, the first one is not
+    again, other = codebooks(), codebooks(seed=1)
+    assert torch.equal(whole["k.codebook"], again["k.codebook"])
+    assert not torch.equal(whole["k.codebook"], other["k.codebook"])
+
+
+def test_a_network_in_double_precision_aims_at_the_drift_of_its_skip_too() -> None:
+    """The same codes and nearly the same codewords as in single precision."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.skip, self.branch = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, bias=False)
+            self.norm = nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.sigmoid(self.skip(x))
+            return x + self.norm(self.branch(x))
+
+    first = bgd.LayerConfig(block_size=1, codebook_size=4)
+    config = _config("full", overrides=(("skip", first),), kept_aside=0.0, codebook_storage="float16")
+    model = randomized(Block())
+    single = bgd.quantize(model, images(5), config, progress=False).model
+    double = bgd.quantize(model.double(), [x.double() for x in images(5)], config, progress=False).model
+    one, other = (net.state_dict() for net in (single, double))
+    assert torch.equal(one["branch.codes"], other["branch.codes"])
+    torch.testing.assert_close(one["branch.codebook"].double(), other["branch.codebook"], rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(one["norm.running_var"].double(), other["norm.running_var"], rtol=1e-2, atol=1e-3)
