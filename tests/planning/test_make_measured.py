@@ -83,3 +83,46 @@ def test_a_bound_that_leaves_everything_float_is_refused() -> None:
 def test_bounds_that_are_none(value: object) -> None:
     with pytest.raises(bgd.BGDError, match=r"max_divergence=.*: give a positive number"):
         bgd.BGDConfig(max_divergence=value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_the_bar_of_the_measurements_can_be_turned_off(progress: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    config = bgd.BGDConfig(target_ratio=4)
+    bgd.plan(_wide(), config, _rows(), progress=progress)
+    assert ("measure" in capsys.readouterr().err) == progress
+
+
+def test_a_budget_says_which_zeros_stay() -> None:
+    model = _wide()
+    model[2].weight.data[:, ::2] = 0
+    plan = bgd.plan(model, bgd.BGDConfig(target_ratio=8, preserve_zeros=True))
+    notes = {layer.name: layer.note for layer in plan.layers}
+    assert "zeros: " in notes["2"] and "bits/weight" in notes["2"] and notes["2"].startswith("budget: ")
+
+
+def test_samples_that_quantize_keeps_aside_are_not_measured() -> None:
+    """A few of them are so large that every loss would be another one."""
+    model, data = _wide(), [torch.randn(10, 12) for _ in range(4)]
+    aside = {int((place + 0.5) * 40 / 8) for place in range(8)}
+    plans = []
+    for factor in (1.0, 30.0):
+        scaled = torch.cat(data) * torch.tensor([factor if i in aside else 1.0 for i in range(40)])[:, None]
+        plans.append(bgd.plan(model, bgd.BGDConfig(target_ratio=6, kept_aside=0.2), scaled.split(10), progress=False))
+    assert plans[0] == plans[1]
+
+
+def test_a_chain_of_steps_keeps_the_bytes_it_started_from() -> None:
+    plan = bgd.plan(_wide(), bgd.BGDConfig(target_ratio=6), _rows(), progress=False, original_bytes=60_000)
+    assert plan.original_bytes == 60_000 and 9_000 < plan.compressed_bytes <= 10_000
+
+
+def test_batches_of_another_form_are_given_as_the_function_says() -> None:
+    def forward(model: nn.Module, batch: dict[str, list[torch.Tensor]]) -> torch.Tensor:
+        result: torch.Tensor = model(batch["rows"][0])
+        return result
+
+    config, data = bgd.BGDConfig(target_ratio=4), _rows()
+    model = _wide()
+    plain = bgd.plan(model, config, data, progress=False)
+    other = bgd.plan(model, config, [{"rows": [x]} for x in data], forward=forward, progress=False)
+    assert other == plain

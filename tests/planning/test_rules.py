@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import bgd_plugin as bgd
@@ -59,3 +60,41 @@ def test_a_block_size_that_is_given_is_never_adjusted() -> None:
 
 def test_nothing_given_is_the_default() -> None:
     assert BGDConfig(linear=LayerConfig()) == BGDConfig()
+
+
+def test_a_row_shorter_than_a_block_is_one_block() -> None:
+    (layer,) = bgd.plan(nn.Sequential(nn.Linear(3, 64)), BGDConfig(first_layer=LayerConfig(codebook_size=8))).layers
+    assert layer.block_size == 3 and layer.note == "block 4 → 3: 3 weights per row"
+
+
+def test_what_was_folded_into_a_weight_and_what_shares_it_is_said() -> None:
+    model = _Kinds()
+    nn.utils.parametrizations.weight_norm(model.point)
+    model.head.weight = nn.Parameter(torch.randn(64, 64))
+    model.tail = nn.Linear(64, 64)
+    model.tail.weight = model.head.weight
+    notes = {
+        layer.name: layer.note for layer in bgd.plan(model, BGDConfig(linear=LayerConfig(codebook_size=64))).layers
+    }
+    assert "WeightNorm folded into the weight" in notes["point"]
+    assert notes["head"] == "tied to tail"
+    assert notes["wide"] == "block 9 → 8: 1600 weights per row"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "zeros", "expected"),
+    [
+        (torch.float32, False, "int8"),
+        (torch.float32, True, "float16"),
+        (torch.float64, False, "float16"),
+        (torch.bfloat16, False, "float16"),
+    ],
+)
+def test_eight_bits_are_for_single_precision_without_zeros(dtype: torch.dtype, zeros: bool, expected: str) -> None:
+    model = nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 64)).to(dtype)
+    if zeros:
+        model[1].weight.data[:, ::2] = 0
+    (layer,) = bgd.plan(model, BGDConfig(preserve_zeros=zeros, codebook_storage="int8")).layers
+    assert layer.codebook_storage == expected
+    (layer,) = bgd.plan(model, BGDConfig(preserve_zeros=zeros, codebook_storage="float16")).layers
+    assert layer.codebook_storage == "float16"

@@ -292,7 +292,8 @@ def test_the_step_is_called_once_for_each_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "expected"), [((64, 64), "4×"), ((64, 32, 3, 3), "9×"), ((64, 32, 1, 1), "4×"), ((64, 32, 5, 5), "25×")]
+    ("shape", "expected"),
+    [((64, 64), "4×"), ((64, 32, 3, 3), "9×"), ((64, 32, 1, 1), "4×"), ((64, 32, 5, 5), "25×"), ((64, 32, 3, 1), "3×")],
 )
 def test_a_layer_is_measured_at_the_size_of_its_kind(shape: tuple[int, ...], expected: str) -> None:
     layer = nn.Linear(64, 64) if len(shape) == 2 else nn.Conv2d(shape[1], shape[0], shape[2:])
