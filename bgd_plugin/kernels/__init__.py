@@ -1,7 +1,7 @@
-"""Fast inference on codes: kernels that read a sixteenth of the bytes, and when they are used.
+"""Fast inference on codes: kernels that read codes instead of weights, and when they are used.
 
-Quantized layers choose them by themselves on a CPU where no gradient is needed and `llvmlite` (the extra `fast`) is
-installed. The plain path, decoding and then torch's operator, stays the reference, and is what trains and is exported.
+Quantized layers use them on a CPU, if no gradient is needed and `llvmlite` (the extra `fast`) is installed. The plain
+path, which decodes the weight and calls torch's operator, is the reference; training and export use it.
 """
 
 from bgd_plugin.kernels.switch import disabled, enabled

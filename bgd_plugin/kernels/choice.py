@@ -1,4 +1,4 @@
-"""Which kernel is fastest for a layer and a number of inputs: measured at the first call, and kept in a small file."""
+"""The fastest kernel for a layer and a number of inputs, measured at the first call and cached in a small file."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ Ways = Mapping[str, Callable[[], Any]]
 
 
 def cache_file() -> Path:
-    """Where measurements are kept: `kernels.json` in `$BGD_CACHE`, or in `bgd_plugin` in the user's cache folder."""
+    """The file of cached measurements: `kernels.json` in `$BGD_CACHE`, or in `bgd_plugin` in the cache folder."""
     if folder := os.environ.get("BGD_CACHE"):
         return Path(folder) / "kernels.json"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bgd_plugin" / "kernels.json"
 
 
 def fastest(key: tuple[Any, ...], ways: Callable[[], Ways]) -> str:
-    """The name of the fastest way; it is measured once for each key, machine and version of torch.
+    """The name of the fastest way to compute, measured once for each key, machine and version of torch.
 
     Args:
-        key: all that the time depends on.
-        ways: gives the calls to choose from, by name; they do the same work. Only asked for where it has to be measured
-            or looked up in the file.
+        key: everything on which the time depends.
+        ways: returns the calls to choose from, by name; they compute the same. Called only if the file has to be read
+            or the time measured.
     """
     found = _chosen.get(key)
     if found is None:
@@ -58,8 +58,8 @@ def _kept_or_measured(key: str, ways: Ways) -> str:
 
 
 def _measure(key: str, ways: Ways) -> str:
-    """The way with the shortest of three calls, after one that is not counted; the ways take turns."""
-    # one thread's own time is not disturbed by what else the machine does
+    """The way with the shortest of three calls, after a warm-up; calls of the ways alternate."""
+    # the CPU time of one thread does not depend on what else the machine runs
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds = dict.fromkeys(ways, float("inf"))
     for number in range(_ROUNDS + 1):
@@ -82,7 +82,7 @@ def _machine() -> str:
 
 
 def _read() -> dict[str, str]:
-    """What was measured on this machine before; nothing where the file is missing or is not ours."""
+    """Earlier measurements on this machine; empty if the file is missing or not ours."""
     content = _content().get(_machine())
     return content if isinstance(content, dict) else {}
 
@@ -96,7 +96,7 @@ def _content() -> dict[str, Any]:
 
 
 def _write(key: str, name: str) -> None:
-    """Keep a measurement; where the folder cannot be written to, it is kept for this process only."""
+    """Cache a measurement; if the folder is not writable, for this process only."""
     content = _content()
     content[_machine()] = {**_read(), key: name}
     try:
@@ -104,4 +104,4 @@ def _write(key: str, name: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(content, indent=1, sort_keys=True).encode())
     except (OSError, RuntimeError, BGDError) as error:
-        _log.debug("kernel measurements are not kept: %s", error)
+        _log.debug("kernel measurements are not cached: %s", error)

@@ -17,6 +17,10 @@ __all__ = ["decode_program", "decode_rows", "decode_rows_into"]
 def decode_program(block_size: int, code_bits: int, value_bits: int) -> Any:
     """`output[r − first, i] = codebook[codes[r, i]]`: whole rows of the weight, of any type of `value_bits` bits.
 
+    Args:
+        block_size: d, the number of weights in a block.
+        code_bits, value_bits: bits of a code and of a weight in memory.
+
     The function takes the addresses of codebook `[codebook_size, block_size]`, codes and output
     `[last − first, columns]`, then `first`, `last` and `blocks`.
     """
@@ -53,10 +57,10 @@ def decode_rows_into(output: Tensor, codebook: Tensor, codes: Tensor, first: int
     """Decode rows `first` and following into `output` `[count, columns]`, contiguous and of the codebook's type.
 
     Args:
-        output: as many rows as are wanted.
+        output: `[count, columns]`.
         codebook: `[codebook_size, block_size]`, contiguous.
         codes: `[rows, blocks_per_row]`, contiguous.
-        first: the first row.
+        first: index of the first row.
     """
     size, blocks = codebook.shape[1], codes.shape[1]
     program = decode_program(size, codes.element_size() * 8, codebook.element_size() * 8)
@@ -70,7 +74,12 @@ def decode_rows_into(output: Tensor, codebook: Tensor, codes: Tensor, first: int
 
 
 def decode_rows(codebook: Tensor, codes: Tensor) -> Tensor:
-    """All rows of the weight, `[rows, columns]`; arguments as for `decode_rows_into`."""
+    """All rows of the weight, `[rows, columns]`.
+
+    Args:
+        codebook: `[codebook_size, block_size]`, contiguous.
+        codes: `[rows, blocks_per_row]`, contiguous.
+    """
     output = codebook.new_empty(codes.shape[0], codes.shape[1] * codebook.shape[1])
     decode_rows_into(output, codebook, codes)
     return output

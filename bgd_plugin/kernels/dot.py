@@ -12,7 +12,7 @@ from bgd_plugin.kernels.vectors import fetch, fma, load, masked, total, tree, ze
 __all__ = ["dot_program"]
 
 _ROWS = 4
-"""Rows worked on at once."""
+"""Rows computed at once."""
 _CACHE_LINE = 64
 
 
@@ -20,12 +20,17 @@ _CACHE_LINE = 64
 def dot_program(block_size: int, code_bits: int, has_mask: bool) -> Any:
     """`output[r] = Σ_i ⟨input block i, codeword of codes[r, i]⟩` for one input, in float32.
 
-    A codeword is one or two vectors of the codebook, which lies in the innermost cache; the weight exists in registers
-    alone. Several sums are kept apart, so that none waits for another. A few rows at a time share the input's
-    vectors, because the loads are what takes the time.
+    A codeword is one or two vectors of the codebook, which stays in the innermost cache; the weight exists only in
+    registers. Several independent sums keep the processor's pipelines full. A few rows at a time share the input's
+    vectors, because loads take most of the time.
+
+    Args:
+        block_size: d, the number of weights in a block.
+        code_bits: bits of a code in memory.
+        has_mask: whether the layer has a mask.
 
     The function takes the addresses of input `[columns]`, codebook `[codebook_size, block_size]`, codes, mask (bytes
-    `[rows, columns]`, where it has one) and output `[rows]`, then `first`, `last` and `blocks`.
+    `[rows, columns]`, if it has one) and output `[rows]`, then `first`, `last` and `blocks`.
     """
     from llvmlite import ir
 
@@ -45,7 +50,7 @@ def dot_program(block_size: int, code_bits: int, has_mask: bool) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class _Kind:
-    """The function that is being built, and what it is for."""
+    """The function being generated, and the kind of layer that it is for."""
 
     builder: Any
     a: dict[str, Any]
@@ -55,7 +60,7 @@ class _Kind:
 
 
 def _fetch_rows(kind: _Kind, first: Any) -> None:
-    """Ask for the codes of the next rows, which processors do not foresee; past the last row this does nothing."""
+    """Prefetch the codes of the next rows, which processors do not predict; past the last row it has no effect."""
     from llvmlite import ir
 
     builder, a, whole = kind.builder, kind.a, ir.IntType(64)
@@ -67,7 +72,7 @@ def _fetch_rows(kind: _Kind, first: Any) -> None:
 
 
 def _sum_rows(kind: _Kind, rows: list[Any]) -> None:
-    """The outputs of some rows, which share what is read of the input."""
+    """The outputs of some rows, which share the loads of the input."""
     from llvmlite import ir
 
     builder, a, whole = kind.builder, kind.a, ir.IntType(64)
@@ -90,7 +95,7 @@ def _sum_rows(kind: _Kind, rows: list[Any]) -> None:
 
 
 def _products(kind: _Kind, bases: list[Any], start: Any, count: int, sums: list[Any]) -> list[Any]:
-    """The sums with `count` more blocks; each block of each row has its own, piece by piece."""
+    """The sums after `count` more blocks; there is one sum for each block, row and vector."""
     from llvmlite import ir
 
     builder, a, whole = kind.builder, kind.a, ir.IntType(64)
@@ -115,6 +120,6 @@ def _products(kind: _Kind, bases: list[Any], start: Any, count: int, sums: list[
 
 
 def _unrolled(block_size: int, rows: int) -> int:
-    """Blocks worked on at once: as many as their sums fit the registers."""
+    """Number of blocks computed at once, so that their sums fit in the registers."""
     vectors = rows * len(pieces(block_size))
     return next((count for count in (8, 4, 2) if count * vectors <= vector_registers() // 2), 1)

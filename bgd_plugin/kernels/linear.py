@@ -18,7 +18,7 @@ __all__ = ["FEW_INPUTS", "WAYS", "lookup_linear"]
 
 _MOST_DOTS = 4
 FEW_INPUTS = 64
-"""Inputs up to which reading codes may beat decoding tiles."""
+"""Maximum number of inputs for which reading codes may be faster than decoding tiles."""
 _LARGEST_TABLE_BLOCK = 32
 
 Way = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -35,7 +35,7 @@ def lookup_linear(x: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | Non
         bias: `[rows]` or None.
 
     Returns:
-        `[..., rows]`, to rounding what torch gives with the decoded weight.
+        `[..., rows]`, equal up to rounding to torch's result with the decoded weight.
     """
     rows, columns = codes.shape[0], codes.shape[1] * codebook.shape[1]
     inputs = x.reshape(-1, columns).contiguous()
@@ -50,7 +50,7 @@ def lookup_linear(x: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | Non
 
 
 def _choice(inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None) -> str:
-    """The fastest of the ways that can be gone, by batch sizes in powers of two."""
+    """The fastest of the possible ways; batch sizes are rounded up to powers of two."""
     count = inputs.shape[0]
     if count > FEW_INPUTS:
         return "tiles"
@@ -62,7 +62,7 @@ def _choice(inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None
 def _candidates(
     inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None
 ) -> dict[str, Callable[[], Tensor]]:
-    """The ways that can be gone."""
+    """The possible ways."""
     names = ["tiles"]
     if inputs.shape[0] <= _MOST_DOTS:
         names.append("dot")
@@ -72,7 +72,7 @@ def _candidates(
 
 
 def _by_dots(inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None) -> Tensor:
-    """One input after the other; the codes are read once for each."""
+    """One input after the other; each reads all codes."""
     single, table = inputs.float(), codebook.float()
     (rows, blocks), (count, columns) = codes.shape, single.shape
     output = single.new_empty(count, rows)
@@ -112,7 +112,7 @@ def _by_tables(inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | N
 
 
 def _by_tiles(inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None) -> Tensor:
-    """Each tile of the weight multiplied by torch while it is in the cache."""
+    """Tile by tile: torch multiplies each decoded tile while it is in the cache."""
     output = inputs.new_empty(inputs.shape[0], codes.shape[0])
     for first, tile in decoded_tiles(codebook, codes, mask):
         torch.mm(inputs, tile.t(), out=output[:, first : first + len(tile)])

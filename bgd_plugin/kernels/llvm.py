@@ -1,8 +1,8 @@
-"""How the kernels become machine code: LLVM compiles them for this processor in some milliseconds, with no compiler.
+"""Compilation of the kernels by LLVM, for this processor, in some milliseconds; no compiler needs to be installed.
 
-The kernels are written in LLVM's intermediate representation through `llvmlite`, an optional package. What they share
-is here: loops, vectors in pieces, reading codes, and turning a module into a function that ctypes can call. A call
-through ctypes releases Python's global lock, so that rows can be shared among threads.
+The kernels are written in LLVM's intermediate representation through `llvmlite`, an optional package. This module has
+what they share: loops, blocks as vectors, reading codes, and compiling a module to a function that ctypes can call. A
+call through ctypes releases Python's global lock, so threads can work on rows in parallel.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 __all__ = ["AVAILABLE", "Loop", "compiled", "define", "pieces", "read_codes", "vector_registers"]
 
 _LANES = 16
-"""Floats in the widest vector; LLVM splits it where the processor's are narrower."""
+"""Floats in the widest vector; LLVM splits it if the processor's vectors are narrower."""
 _WORD = 64
 
 AVAILABLE = sys.byteorder == "little" and importlib.util.find_spec("llvmlite") is not None
@@ -26,7 +26,7 @@ AVAILABLE = sys.byteorder == "little" and importlib.util.find_spec("llvmlite") i
 
 
 def pieces(size: int) -> list[tuple[int, int]]:
-    """A block as vectors of 16, 8, 4, 2 and 1 lanes, the widest first: (offset, lanes)."""
+    """Split a block of this size into vectors of 16, 8, 4, 2 and 1 lanes, the widest first: (offset, lanes)."""
     found, offset, lanes = [], 0, _LANES
     while offset < size:
         while lanes > size - offset:
@@ -37,10 +37,15 @@ def pieces(size: int) -> list[tuple[int, int]]:
 
 
 def define(name: str, pointers: Sequence[str], numbers: Sequence[str]) -> tuple[Any, Any, dict[str, Any]]:
-    """A function that takes addresses, then 64-bit integers, and returns nothing.
+    """Begin a function that takes addresses, then 64-bit integers, and returns nothing.
+
+    Args:
+        name: of the function.
+        pointers: names of the addresses; their memory must not overlap.
+        numbers: names of the 64-bit integers.
 
     Returns:
-        Its module, a builder at its start, and its arguments by name. The addresses overlap nowhere.
+        its module, a builder at its start, and its arguments by name.
     """
     from llvmlite import ir
 
@@ -54,10 +59,10 @@ def define(name: str, pointers: Sequence[str], numbers: Sequence[str]) -> tuple[
 
 
 class Loop:
-    """`for index in range(start, stop, step)` in generated code, with values that each turn hands to the next.
+    """`for index in range(start, stop, step)` in generated code, with values carried from one iteration to the next.
 
-    Inside the `with` block, `index` and `values` are those of this turn, and `carry` names those of the next. After it
-    `values` are those that the last turn left.
+    Inside the `with` block, `index` and `values` are those of the current iteration, and `carry` sets the values of the
+    next one. After the block, `values` are those of the last iteration.
     """
 
     def __init__(self, builder: Any, start: Any, stop: Any, step: int = 1, values: Sequence[Any] = ()) -> None:
@@ -82,7 +87,7 @@ class Loop:
         return self
 
     def carry(self, values: Sequence[Any]) -> None:
-        """The values of the next turn."""
+        """Set the values of the next iteration."""
         self._next = list(values)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -98,12 +103,12 @@ class Loop:
 
 
 def read_codes(builder: Any, codes: Any, first: Any, count: int, bits: int) -> list[Any]:
-    """`count` codes of `bits` bits from number `first` on, as 64-bit integers; read in words of up to 64 bits.
+    """`count` codes of `bits` bits, beginning at index `first`, as 64-bit integers; read in words of up to 64 bits.
 
     Args:
         builder: at the place where the codes are read.
         codes: address of the codes, none of them negative.
-        first: number of the first, a 64-bit integer.
+        first: index of the first code, a 64-bit integer.
         count: 1, 2, 4 or 8.
         bits: 8, 16 or 32.
     """
@@ -123,7 +128,7 @@ def read_codes(builder: Any, codes: Any, first: Any, count: int, bits: int) -> l
 
 @cache
 def vector_registers() -> int:
-    """How many vectors the processor holds: 32, but for x86 without AVX-512."""
+    """Number of the processor's vector registers: 32, or 16 on x86 without AVX-512."""
     from llvmlite import binding
 
     features = binding.get_host_cpu_features()
@@ -133,7 +138,7 @@ def vector_registers() -> int:
 
 @cache
 def _target() -> Any:
-    """Code generation for the processor that this runs on."""
+    """Code generation for this processor."""
     from llvmlite import binding
 
     binding.initialize_native_target()
@@ -144,7 +149,7 @@ def _target() -> Any:
 
 
 def compiled(module: Any) -> Any:
-    """The module's one function, callable with integers: addresses first. It is kept for the life of the process."""
+    """Compile a module; returns its one function, which takes integers (addresses first) and is never freed."""
     from llvmlite import binding
 
     target = _target()

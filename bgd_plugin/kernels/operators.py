@@ -1,4 +1,4 @@
-"""The operators that torch knows: for torch.compile, which takes them as they are, with shapes and gradients."""
+"""The kernels as operators of torch, with shapes and gradients, so that torch.compile keeps them whole."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _to_codebook(gradient: Tensor, codebook: Tensor, codes: Tensor) -> Tensor:
 
 @torch.library.custom_op("bgd_plugin::pq_decode", mutates_args=())
 def pq_decode(codebook: Tensor, codes: Tensor) -> Tensor:
-    """The weight `[rows, columns]` that a codebook and codes stand for: by a kernel on a CPU, elsewhere by torch.
+    """The weight `[rows, columns]` decoded from a codebook and codes: by a kernel on a CPU, elsewhere by torch.
 
     Args:
         codebook: `[codebook_size, block_size]`.
@@ -66,9 +66,17 @@ pq_decode.register_autograd(_backward_of_decode, setup_context=_setup_decode)
 
 @torch.library.custom_op("bgd_plugin::pq_linear", mutates_args=())
 def pq_linear(x: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
-    """`x @ weight.T + bias`: by a kernel on a CPU or a CUDA device where there is one, else with the decoded weight.
+    """`x @ weight.T + bias`: by a kernel on a CPU or a CUDA device if there is one, otherwise with the decoded weight.
 
-    Arguments and result are those of `bgd_plugin.kernels.linear.lookup_linear`.
+    Args:
+        x: `[..., columns]`.
+        codebook: `[codebook_size, block_size]`, of x's type.
+        codes: `[rows, columns / block_size]`.
+        mask: bool of the weight's shape, false where it is zero; None: nowhere.
+        bias: `[rows]` or None.
+
+    Returns:
+        `[..., rows]`.
     """
     if x.is_cuda and _HAS_TRITON:
         from bgd_plugin.kernels.triton_linear import triton_linear
@@ -109,7 +117,14 @@ pq_linear.register_autograd(_backward, setup_context=_setup)
 
 
 def run_linear(x: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
-    """As `pq_linear`, where no gradient is needed: torch.compile meets the operator, all others call the kernel."""
+    """`pq_linear` without gradients: torch.compile sees the operator, every other caller gets the kernel.
+
+    Args:
+        x, codebook, codes, mask, bias: of the shapes in `pq_linear`.
+
+    Returns:
+        `[..., rows]`.
+    """
     if torch.compiler.is_compiling():
         output: Tensor = pq_linear(x, codebook, codes, mask, bias)
         return output
@@ -117,7 +132,14 @@ def run_linear(x: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None, 
 
 
 def run_decode(codebook: Tensor, codes: Tensor) -> Tensor:
-    """As `pq_decode`, where no gradient is needed: torch.compile meets the operator, all others call the kernel."""
+    """`pq_decode` without gradients: torch.compile sees the operator, every other caller gets the kernel.
+
+    Args:
+        codebook, codes: of the shapes in `pq_decode`.
+
+    Returns:
+        `[rows, columns]`.
+    """
     if torch.compiler.is_compiling():
         output: Tensor = pq_decode(codebook, codes)
         return output

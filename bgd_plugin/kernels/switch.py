@@ -1,4 +1,4 @@
-"""When the kernels are used: on a CPU, where no gradient is needed, unless they are switched off."""
+"""When the kernels are used: on a CPU, if no gradient is needed, unless they are turned off."""
 
 from __future__ import annotations
 
@@ -39,22 +39,21 @@ def disabled() -> Iterator[None]:
 
 
 def enabled() -> bool:
-    """Whether kernels would be used here: `llvmlite` is installed, and they are not switched off."""
+    """Whether kernels can be used: `llvmlite` is installed, and they are not turned off."""
     return not _is_off_by_environment and not _is_off.get() and AVAILABLE
 
 
 def usable(x: Tensor, codebook: Tensor, codes: Tensor, *others: Tensor | None) -> bool:
-    """Whether a layer's input may go through the kernels now.
+    """Whether the kernels may compute a layer's output now.
 
-    Not where a gradient is needed, where a model is traced or exported (a graph holds torch's operators), where
-    something stands between an operator and its kernel (autocast, vmap, dispatch modes, subclasses of tensors), and not
-    for types of numbers that the kernels do not know.
+    They may not if a gradient is needed, while a model is traced or exported (graphs hold torch's operators), if calls
+    of operators are intercepted (autocast, vmap, dispatch modes, tensor subclasses), or for unsupported dtypes.
 
     Args:
-        x: the input.
+        x: the input, any shape.
         codebook: `[codebook_size, block_size]`.
         codes: `[rows, blocks_per_row]`.
-        others: what else the layer computes with: bias and mask.
+        others: the layer's other tensors, of any shape: bias and mask.
     """
     if type(x) not in _TENSORS or not (x.is_cpu and codebook.is_cpu and codes.is_cpu) or _is_traced():
         return False
@@ -72,16 +71,16 @@ def _need_gradient(*tensors: Tensor | None) -> bool:
 
 
 def _is_traced() -> bool:
-    """Whether torch.jit.trace or torch.export runs; older versions cannot tell the latter from compilation."""
+    """Whether torch.jit.trace or torch.export is running; older versions do not tell the latter from compilation."""
     jit: Any = torch.jit
     exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
     return bool(jit.is_tracing() or exporting())
 
 
 def _is_intercepted() -> bool:
-    """Whether something stands between an operator and its kernel: a dispatch mode or a transform of torch.func.
+    """Whether operator calls are intercepted: by a dispatch mode or a transform of torch.func.
 
-    The compiler does, too, but it knows our operators.
+    The compiler intercepts them, too, but it knows our operators.
     """
     return not torch.compiler.is_compiling() and bool(
         torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None

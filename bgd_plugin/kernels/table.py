@@ -1,4 +1,4 @@
-"""The table kernel: a few inputs at once, by sums of products that are made once for all rows."""
+"""The table kernel: a few inputs at once, with tables of products computed once for all rows."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from bgd_plugin.kernels.vectors import fma, load, splat, store, tree, zero
 __all__ = ["LANES", "TABLE_POSITIONS", "table_program"]
 
 LANES = 8
-"""Inputs that the table kernel works on at once."""
+"""Number of inputs that the table kernel computes at once."""
 TABLE_POSITIONS = 8
-"""Block positions whose tables the table kernel holds at once."""
+"""Number of block positions whose tables are in memory at once."""
 
 
 @cache
@@ -21,7 +21,11 @@ def table_program(block_size: int, code_bits: int) -> Any:
     """`output[r, :] = Σ_i table_i[codes[r, i], :]` for `LANES` inputs at once, in float32.
 
     `table_i[c, :]` holds the products of all inputs' block i with codeword c. Tables of `TABLE_POSITIONS` positions are
-    made and used up before the next ones, so that they stay in the caches.
+    computed and used before the next ones, so that they stay in the caches.
+
+    Args:
+        block_size: d, the number of weights in a block.
+        code_bits: bits of a code in memory.
 
     The function takes the addresses of input `[columns, LANES]`, codebook `[codebook_size, block_size]`, codes, output
     `[rows, LANES]` and table `[TABLE_POSITIONS, codebook_size, LANES]`, then `first`, `last`, `blocks`, `codewords`.

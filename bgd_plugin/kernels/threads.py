@@ -1,4 +1,4 @@
-"""Rows shared among threads of our own, as many as torch may use."""
+"""Distribute rows over our own threads, as many as torch may use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 __all__ = ["share_rows"]
 
 _CODES_PER_THREAD = 1 << 17
-"""Codes below which waking a thread costs more than it saves: about 50 µs of work."""
+"""Number of codes below which another thread costs more time than it saves: about 50 µs of work."""
 
 _pool: ThreadPoolExecutor | None = None
 _lock = threading.Lock()
@@ -23,9 +23,9 @@ def share_rows(rows: int, blocks: int, work: Callable[[int, int], object]) -> No
     """Call `work(first, last)` for all rows, on up to `torch.get_num_threads()` threads.
 
     Args:
-        rows: of the codes.
-        blocks: codes in a row.
-        work: writes the outputs of rows `first` to `last` alone, and holds Python's global lock only for a moment.
+        rows: number of rows of the codes.
+        blocks: number of codes in a row.
+        work: writes only the outputs of rows `first` to `last`, and holds Python's global lock only briefly.
     """
     shares = min(torch.get_num_threads(), rows * blocks // _CODES_PER_THREAD, rows)
     if shares <= 1:
@@ -40,7 +40,7 @@ def share_rows(rows: int, blocks: int, work: Callable[[int, int], object]) -> No
 
 
 def _workers() -> ThreadPoolExecutor:
-    """The process's threads; they are started when they are first needed, and wait idle."""
+    """The process's threads; they are started at first use, and idle in between."""
     global _pool
     with _lock:
         if _pool is None:
@@ -49,7 +49,7 @@ def _workers() -> ThreadPoolExecutor:
 
 
 def _forget() -> None:
-    """A forked process has none of its parent's threads, and may have a lock that nobody will release."""
+    """Start afresh in a forked process: it has none of its parent's threads, and may have a lock that stays locked."""
     global _pool, _lock
     _pool, _lock = None, threading.Lock()
 

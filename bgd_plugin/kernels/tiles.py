@@ -1,4 +1,4 @@
-"""Weights decoded a tile at a time, into memory that is used again: no decoded weight is kept."""
+"""Decode a weight one tile at a time, into reused memory: no decoded weight is kept."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from bgd_plugin.kernels.decoding import decode_rows_into
 __all__ = ["TILE", "convolve_by_tiles", "decoded_tiles"]
 
 TILE = 1 << 20
-"""Weights decoded at once."""
+"""Number of weights decoded at once."""
 _ROWS = 64
-"""A tile's rows are a multiple of this, which torch's operators are quickest with."""
+"""A tile's rows are a multiple of this, for which torch's operators are fastest."""
 
 _scratch = threading.local()
 
 
 def decoded_tiles(codebook: Tensor, codes: Tensor, mask: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-    """The weight's rows, some at a time: (number of the first, tile `[count, columns]`).
+    """The weight's rows, some at a time: (index of the first, tile `[count, columns]`).
 
     A tile is overwritten by the next one, and by the next layer of this thread.
 
@@ -49,10 +49,10 @@ def convolve_by_tiles(
     shape: torch.Size,
     convolve: Callable[[Tensor, Tensor | None], Tensor],
 ) -> Tensor:
-    """A convolution without groups, some output channels at a time where its weight is large.
+    """A convolution without groups, some output channels at a time if its weight is large.
 
     Args:
-        codebook, codes, mask: as for `decoded_tiles`.
+        codebook, codes, mask: of the shapes in `decoded_tiles`.
         bias: `[C_out]` or None.
         shape: the weight's, `[C_out, C_in, *kernel]`.
         convolve: from `(weight, bias)` of some output channels to their output.
@@ -65,7 +65,7 @@ def convolve_by_tiles(
 
 
 def _memory(count: int, dtype: torch.dtype) -> Tensor:
-    """This thread's memory for a tile; it grows to the largest one that was needed."""
+    """This thread's memory for a tile; it grows to the largest size requested."""
     size = count * dtype.itemsize
     held: Tensor | None = getattr(_scratch, "held", None)
     if held is None or held.numel() < size:

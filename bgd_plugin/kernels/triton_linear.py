@@ -1,7 +1,7 @@
 """The look-up linear layer as a Triton kernel, for CUDA devices.
 
-It is tested under Triton's interpreter on a CPU, and has not been timed on a device: quantized layers do not choose it.
-It is what the operator `bgd_plugin::pq_linear` runs on tensors of a CUDA device.
+It is tested under Triton's interpreter on a CPU, and has not been timed on a device, so quantized layers do not use it.
+The operator `bgd_plugin::pq_linear` runs it on tensors of a CUDA device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 __all__ = ["triton_linear"]
 
 _INPUTS, _ROWS, _COLUMNS = 16, 64, 64
-"""A program's part: inputs and rows of its output, and the columns that it sums at once."""
+"""The part of one program: inputs and rows of its output, and columns that it sums at once."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -60,7 +60,14 @@ def _kernel(
 
 
 def triton_linear(x: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
-    """`x @ weight.T + bias`, summed in float32; arguments and result as for `lookup_linear`, on a CUDA device."""
+    """`x @ weight.T + bias`, summed in float32.
+
+    Args:
+        x, codebook, codes, mask, bias: of the shapes in `lookup_linear`, on a CUDA device.
+
+    Returns:
+        `[..., rows]`.
+    """
     rows, block_size = codes.shape[0], codebook.shape[1]
     columns = codes.shape[1] * block_size
     flat = x.reshape(-1, columns).contiguous()

@@ -1,4 +1,7 @@
-"""Vectors of float32 in generated code: loads, stores, arithmetic and sums of lanes."""
+"""Vectors of float32 in generated code: loads, stores, arithmetic and sums of lanes.
+
+In each function, `builder` emits the code, and addresses and values belong to the generated code.
+"""
 
 from __future__ import annotations
 
@@ -8,35 +11,35 @@ __all__ = ["fetch", "fma", "load", "masked", "splat", "store", "total", "tree", 
 
 
 def zero(lanes: int) -> Any:
-    """A vector of zeros."""
+    """A vector of zeros with this number of lanes."""
     from llvmlite import ir
 
     return ir.Constant(vector(lanes), None)
 
 
 def vector(lanes: int) -> Any:
-    """The type of a vector."""
+    """The type of a vector with this number of lanes."""
     from llvmlite import ir
 
     return ir.VectorType(ir.FloatType(), lanes)
 
 
 def load(builder: Any, pointer: Any, place: Any, lanes: int) -> Any:
-    """The `lanes` floats from number `place` on; they need not be aligned."""
+    """The `lanes` floats from index `place` on, behind a pointer; they need not be aligned."""
     from llvmlite import ir
 
     return builder.load(builder.gep(pointer, [place], source_etype=ir.FloatType()), typ=vector(lanes), align=4)
 
 
 def store(builder: Any, value: Any, pointer: Any, place: Any) -> None:
-    """Write a vector to the floats from number `place` on."""
+    """Write a vector, `value`, to the floats from index `place` on, behind a pointer."""
     from llvmlite import ir
 
     builder.store(value, builder.gep(pointer, [place], source_etype=ir.FloatType()), align=4)
 
 
 def fetch(builder: Any, address: Any) -> None:
-    """Bring what lies at an address into the caches, without waiting for it."""
+    """Prefetch the memory at an address into the caches."""
     from llvmlite import ir
 
     name, number = "llvm.prefetch.p0", ir.IntType(32)
@@ -59,7 +62,7 @@ def fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
 
 
 def masked(builder: Any, mask: Any, place: Any, x: Any, lanes: int) -> Any:
-    """The vector x where the mask's bytes are not zero, else 0."""
+    """The vector x, of this number of lanes, where the mask's bytes from index `place` on are not zero; otherwise 0."""
     from llvmlite import ir
 
     kind = ir.VectorType(ir.IntType(8), lanes)
@@ -68,7 +71,7 @@ def masked(builder: Any, mask: Any, place: Any, x: Any, lanes: int) -> Any:
 
 
 def splat(builder: Any, number: Any, lanes: int) -> Any:
-    """A vector of one lane as many equal lanes."""
+    """A vector of this number of lanes, all equal to `number`, a vector of one lane."""
     from llvmlite import ir
 
     places = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
@@ -76,7 +79,7 @@ def splat(builder: Any, number: Any, lanes: int) -> Any:
 
 
 def total(builder: Any, vector: Any, lanes: int) -> Any:
-    """The sum of a vector's lanes."""
+    """The sum of a vector's lanes; `lanes` is their number, a power of two."""
     from llvmlite import ir
 
     nothing = ir.Undefined
@@ -94,7 +97,7 @@ def total(builder: Any, vector: Any, lanes: int) -> Any:
 
 
 def tree(builder: Any, values: list[Any]) -> Any:
-    """The sum of several vectors, in pairs."""
+    """The sum of several vectors, `values`, in pairs."""
     while len(values) > 1:
         values = [
             builder.fadd(*values[i : i + 2]) if i + 1 < len(values) else values[i] for i in range(0, len(values), 2)

@@ -64,7 +64,11 @@ class PQModule(nn.Module):
         notify_hosts()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in `nn.Module`, but rejects a `weight`: this layer can no longer be pruned or reparametrized."""
+        """As in `nn.Module`, but rejects the name `weight`: this layer can no longer be pruned or reparametrized.
+
+        Raises:
+            ConfigError: the name is `weight`, or ends with `_orig`.
+        """
         if name == "weight" or name.endswith("_orig"):
             raise ConfigError(
                 f"{type(self).__name__}({self.pq_repr()}) has codewords and codes, but no weight parameter to prune "
@@ -115,7 +119,7 @@ class PQModule(nn.Module):
 
     @property
     def matrix(self) -> Tensor:
-        """The shape in which the weight is cut into blocks, rows first; differs only for transposed convolutions."""
+        """The decoded weight as it is cut into blocks, of shape `matrix_shape`, rows first."""
         if usable(self.codebook, self.codebook, self.codes):
             return masked(run_decode(self.codebook, self.codes).reshape(self.matrix_shape), self.mask)
         return masked(decode(self.codebook, self.codes, self.matrix_shape), self.mask)

@@ -37,7 +37,7 @@ class PQConv(PQModule):
         self.bias = like.bias
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map `[batch, in_channels, *spatial]` to `[batch, out_channels, *spatial]`, like the float convolution."""
+        """Map input `[batch, in_channels, *spatial]` to `[batch, out_channels, *spatial]`, as the float convolution."""
         if not torch.compiler.is_compiling() and usable(input, self.codebook, self.codes, self.bias):
             return self._forward_by_kernels(input)
         return self._convolved(input, self.weight, self.bias)
@@ -78,6 +78,7 @@ class PQConv(PQModule):
         return self.float_type(self.in_channels, self.out_channels, kernel, bias=bias, device="meta", **arguments)
 
     def extra_repr(self) -> str:
+        """Geometry, block size and codebook size, for `print`."""
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, {self.pq_repr()}"

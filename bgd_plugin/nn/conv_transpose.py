@@ -54,7 +54,12 @@ class PQConvTranspose(PQModule):
         return from_transposed_matrix(self.matrix, self.weight_shape, self.groups)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Map `[batch, in_channels, *spatial]` to `[batch, out_channels, *spatial]`, like the float module."""
+        """Map input `[batch, in_channels, *spatial]` to `[batch, out_channels, *spatial]`, like the float module.
+
+        Args:
+            input: `[batch, in_channels, *spatial]`, in the codebook's dtype.
+            output_size: spatial size of the output, where the stride leaves several possible.
+        """
         run: Any = self.float_type.forward
         output: Tensor = run(self, input, output_size)
         return output
@@ -65,6 +70,7 @@ class PQConvTranspose(PQModule):
         return self.float_type(bias=self.bias is not None, device="meta", **arguments)
 
     def extra_repr(self) -> str:
+        """Geometry, block size and codebook size, for `print`."""
         geometry = ", ".join(f"{name}={getattr(self, name)}" for name in _GEOMETRY)
         return f"{geometry}, {self.pq_repr()}"
 

@@ -21,7 +21,7 @@ class PQEmbedding(PQModule):
         self.padding_idx = like.padding_idx
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map indices `[...]` to `[..., embedding_dim]`."""
+        """Map an input of indices `[...]` to `[..., embedding_dim]`."""
         if self.mask is not None:
             return functional.embedding(input, self.weight, self.padding_idx)
         return decode(self.codebook, self.codes[input], (*input.shape, self.embedding_dim))
@@ -31,4 +31,5 @@ class PQEmbedding(PQModule):
         return nn.Embedding(self.num_embeddings, self.embedding_dim, padding_idx=self.padding_idx, device="meta")
 
     def extra_repr(self) -> str:
+        """Number and size of rows, block size and codebook size, for `print`."""
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.pq_repr()}"

@@ -36,18 +36,19 @@ class FrozenNorm(nn.Module):
         return cls(weight.to(dtype), (offset - mean * weight).to(dtype)).train(norm.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Scale and shift `[batch, channels, ...]` or `[batch, channels]` per channel."""
+        """Scale and shift input `[batch, channels, ...]` or `[batch, channels]` per channel."""
         shape = (-1, *(1 for _ in input.shape[2:]))
         return torch.addcmul(self.bias.reshape(shape), input, self.weight.reshape(shape))
 
     def extra_repr(self) -> str:
+        """Number of channels, for `print`."""
         return f"{len(self.weight)}"
 
 
 def freeze_norms_(model: nn.Module) -> list[str]:
     """Replace every batch norm with running statistics by a `FrozenNorm`, in place; returns their paths.
 
-    Norms that do more than a batch norm, such as one with an activation of its own, stay as they are; hooks move along.
+    Norms that do more than a batch norm, such as one that includes an activation, stay as they are. Hooks are kept.
     """
     frozen: dict[int, FrozenNorm] = {}
     paths = []

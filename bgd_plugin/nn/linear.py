@@ -22,7 +22,7 @@ class PQLinear(PQModule):
         self.bias = like.bias
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map `[..., in_features]` to `[..., out_features]`."""
+        """Map input `[..., in_features]` to `[..., out_features]`."""
         if usable(input, self.codebook, self.codes, self.bias):
             return run_linear(input, self.codebook, self.codes, self.mask, self.bias)
         return F.linear(input, self.weight, self.bias)
@@ -32,5 +32,6 @@ class PQLinear(PQModule):
         return nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
 
     def extra_repr(self) -> str:
+        """Sizes, block size and codebook size, for `print`."""
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.pq_repr()}"

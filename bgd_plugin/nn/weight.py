@@ -24,7 +24,7 @@ class FloatWeight(nn.Module):
         self.layout = layout
 
     def forward(self) -> Tensor:
-        """The weight."""
+        """The weight, of its own shape."""
         return self.weight
 
 
@@ -47,4 +47,5 @@ class PQWeight(PQModule):
         return self.weight
 
     def extra_repr(self) -> str:
+        """Shape, block size and codebook size, for `print`."""
         return f"{tuple(self.weight_shape)}, {self.pq_repr()}"
