@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from bgd_plugin import integration
 from bgd_plugin.integration import ConfigError, PQModule
-from bgd_plugin_adapters.transformers.config import BGDQuantizationConfig
+from bgd_plugin_adapters.transformers.config import QUANT_METHOD, BGDQuantizationConfig, parts_of
 from bgd_plugin_adapters.transformers.quantizer import BGDHfQuantizer
 from bgd_plugin_adapters.transformers.ties import forget_names, remember_names
 
@@ -36,9 +36,10 @@ def register() -> None:
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         quantizer = _quantizer_of(self)
         if quantizer is None:
+            _forget_config(self)
             return save(self, *args, **kwargs)
         given = inspect.signature(save).bind(self, *args, **kwargs).arguments.get("state_dict")
-        with quantizer.saving(given):
+        with quantizer.saving(self, given):
             return save(self, *args, **kwargs)
 
     @functools.wraps(resize)
@@ -58,10 +59,10 @@ def _quantizer_of(model: Any) -> BGDHfQuantizer | None:
         ConfigError: the model has another library's quantizer, or layers that a folder could not give back.
     """
     quantizer = getattr(model, "hf_quantizer", None)
-    if isinstance(quantizer, BGDHfQuantizer):
-        return quantizer
     if not any(isinstance(module, PQModule) for module in model.modules()):
         return None
+    if isinstance(quantizer, BGDHfQuantizer):
+        return quantizer
     if hasattr(PreTrainedModel, "_modelopt_cache") and hasattr(model, "_modelopt_state"):
         return None  # ModelOpt saves such models itself (mto.enable_huggingface_checkpointing), and restores our layers
     if quantizer is not None:
@@ -73,6 +74,22 @@ def _quantizer_of(model: Any) -> BGDHfQuantizer | None:
     made = BGDHfQuantizer(BGDQuantizationConfig(layers=integration.placement_of(model)))
     made.attach_(model)
     return made
+
+
+def _forget_config(model: Any) -> None:
+    """Take our config off a model without quantized layers, built from a quantized folder's config or made float.
+
+    With it, the model's folder would be read as a quantized one.
+    """
+    if isinstance(getattr(model, "hf_quantizer", None), BGDHfQuantizer):
+        model.hf_quantizer, model.is_quantized = None, False
+        vars(model).pop("quantization_method", None)
+        remember_names(model)
+    for part in (model.config, *parts_of(model.config)):
+        found = getattr(part, "quantization_config", None)
+        method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+        if method == QUANT_METHOD:
+            del part.quantization_config
 
 
 def _require_loadable(model: Any) -> None:

@@ -29,10 +29,12 @@ class Layout:
     Attributes:
         placement: sizes of each quantized layer, by its path in the model.
         names: what each packed tensor of the folder is in the model: several names where layers are tied.
+        shared: paths in the model of layers that are tied, and of the layer whose tensors they share.
     """
 
     placement: dict[str, Sequence[int]]
     names: dict[str, tuple[str, ...]]
+    shared: dict[str, str]
 
 
 def renamings_for(model: Any) -> list[WeightRenaming]:
@@ -59,16 +61,27 @@ def layout_in(model: Any, config: BGDQuantizationConfig, packed_bytes: Mapping[s
             placement[place] = sizes
             if sizes:  # not a frozen norm, whose tensors are packed in no way
                 places[path] = place
-    for path in config.tied:
-        if path not in (config.layers or {}) and (place := paths.find(path)) is not None:
+    shared: dict[str, str] = {}
+    for path, source in config.tied.items():
+        place, first = paths.find(path), places.get(source)
+        if place is not None and path not in (config.layers or {}):
             places[path] = place
+            if first is not None and not paths.is_one(place, first):  # one module when it was saved, two here
+                placement[place] = placement[first]
+        if first is not None and path in places:
+            shared[places[path]] = first
+    return Layout(placement=placement, names=_names(paths, _sources(places, config.tied)), shared=shared)
+
+
+def _names(paths: _Paths, sources: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """What each packed tensor of the folder is in the model, by the paths that share what stands at each source."""
     names: dict[str, tuple[str, ...]] = {}
-    for path, targets in _sources(places, config.tied).items():
+    for path, targets in sources.items():
         for name, part in (("weight", "codes"), ("codes", "codes"), ("mask", "mask"), ("codebook", "codebook")):
             if part != "codebook" or targets != (paths.find(path),):
                 renamed = tuple(f"{target}.{part}" for target in targets)
                 names |= dict.fromkeys((f"{path}.{name}", paths.renamed(f"{path}.{name}")), renamed)
-    return Layout(placement=placement, names=names)
+    return names
 
 
 def _sources(places: Mapping[str, str], tied: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
@@ -85,6 +98,7 @@ class _Paths:
 
     def __init__(self, model: Any) -> None:
         self.state: dict[str, Tensor] = model.state_dict() | _parametrized(model)
+        self._modules = dict(model.named_modules(remove_duplicate=False))
         self._renamings = renamings_for(model)
         self._prefix = model.base_model_prefix
         self._state: Any = self.state
@@ -103,6 +117,10 @@ class _Paths:
                 if name in self.state and name.endswith(suffix):
                     return name.removesuffix(suffix)
         return None
+
+    def is_one(self, place: str, other: str) -> bool:
+        """Whether one module hangs at both places."""
+        return self._modules.get(place) is self._modules.get(other)
 
     def shape(self, place: str) -> tuple[int, ...]:
         """Of the weight at a place."""

@@ -80,7 +80,7 @@ class BGDHfQuantizer(HfQuantizer):
         layout = layout_in(model, config, packed_lengths(files))
         integration.make_room_(model, layout.placement)
         self._places = layout.names
-        self._tied = forget_names(model)
+        self._tied = layout.shared | forget_names(model)
         self._loading = [module for module in model.modules() if isinstance(module, PQModule)]
         loose_weights_(model)
 
@@ -120,13 +120,19 @@ class BGDHfQuantizer(HfQuantizer):
             part.quantization_config = own
 
     @contextmanager
-    def saving(self, state_dict: Mapping[str, Any] | None) -> Iterator[None]:
-        """While `save_pretrained` runs: the state dict that it was given."""
+    def saving(self, model: Any, state_dict: Mapping[str, Any] | None) -> Iterator[None]:
+        """While `save_pretrained` runs: the state dict that it was given, and nothing left out.
+
+        A class may name parameters that it computes anew when it is built, such as Marian's positions. In a quantized
+        model they are rounded to half precision, and the folder holds them so.
+        """
         self._given = state_dict
+        left_out, model._keys_to_ignore_on_save = model._keys_to_ignore_on_save, set()
         try:
             yield
         finally:
             self._given = None
+            model._keys_to_ignore_on_save = left_out
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """What `save_pretrained` writes; the layers and the checksum go to `config.json`."""
