@@ -20,7 +20,13 @@ _CORRECTIONS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The result of `choose`: an option for each layer, the file's length in bytes, and the sum of the losses."""
+    """The result of `choose`.
+
+    Attributes:
+        options: one for each layer.
+        file_bytes: length of the file.
+        loss: sum of the options' losses.
+    """
 
     options: tuple[Option, ...]
     file_bytes: int

@@ -1,7 +1,7 @@
-"""What transformers' own models must do about quantized layers, however these came into them.
+"""Changes to transformers' own models for quantized layers, whichever way these were inserted.
 
-`save_pretrained` asks a model's quantizer what to write. A model that was quantized through another entrance has none:
-its folder would name no layers, and load with random weights.
+`save_pretrained` asks a model's quantizer what to write. A model that was quantized by other means has none: its
+folder would name no quantized layers, and load with random weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Let every transformers model save and resize quantized layers; a second call changes nothing."""
+    """Make every transformers model save and resize quantized layers; a second call changes nothing."""
     if getattr(PreTrainedModel.save_pretrained, "knows_bgd", False):
         return
     save, resize = PreTrainedModel.save_pretrained, PreTrainedModel.resize_token_embeddings
@@ -53,10 +53,10 @@ def register() -> None:
 
 
 def _quantizer_of(model: Any) -> BGDHfQuantizer | None:
-    """The quantizer of a model with quantized layers, a new one where there is none.
+    """The quantizer of a model with quantized layers; a new one if it has none.
 
     Raises:
-        ConfigError: the model has another library's quantizer, or layers that a folder could not give back.
+        ConfigError: the model has another library's quantizer, or layers that a folder cannot restore.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if not any(isinstance(module, PQModule) for module in model.modules()):
@@ -93,7 +93,7 @@ def _forget_config(model: Any) -> None:
 
 
 def _require_loadable(model: Any) -> None:
-    """Refuse what cannot be built anew from the model's class, its config and the sizes of its layers."""
+    """Refuse a model that cannot be rebuilt from its class, its config and the sizes of its layers."""
     try:
         with torch.device("meta"):
             skeleton: nn.Module = type(model)(model.config)
@@ -110,14 +110,14 @@ def _require_loadable(model: Any) -> None:
 
 
 def _make_embeddings_float_(model: Any) -> None:
-    """Decode quantized embeddings of tokens and the head, so that rows can be added and taken away."""
+    """Decode quantized token embeddings and the head, so that rows can be added and removed."""
     both = (model.get_input_embeddings(), model.get_output_embeddings())
     tables = {id(module.codebook) for module in both if isinstance(module, PQModule)}
     layers = {path: module for path, module in model.named_modules() if isinstance(module, PQModule)}
     paths = [path for path, module in layers.items() if id(module.codebook) in tables]
     if not paths:
         return
-    _logger.warning("%s: decoded to be resized, float from now on", ", ".join(paths))
+    _logger.warning("%s: decoded for resizing, float from now on", ", ".join(paths))
     integration.materialize_(model, paths)
     remember_names(model)
     forget_names(model)

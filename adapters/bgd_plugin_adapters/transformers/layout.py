@@ -1,8 +1,8 @@
-"""Where the quantized layers of a folder stand in a model, which need not be of the class that was saved.
+"""The paths of a folder's quantized layers in a model, which may be of another class than the saved one.
 
-A folder of ours holds the names of the model that was saved. A model of another class gets the renamings that
-transformers applies to a float folder, prefixes of base models included; what is not in the model is left out, and a
-layer of another shape stays float, so that transformers treats it as it treats a float folder's.
+A folder holds the names of the saved model. For a model of another class, the renamings that transformers applies to a
+float folder are applied, prefixes of base models included. Layers that are not in the model are left out. A layer of
+another shape stays float, so that transformers treats it as in a float folder.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Layout:
 
     Attributes:
         placement: sizes of each quantized layer, by its path in the model.
-        names: what each packed tensor of the folder is in the model: several names where layers are tied.
-        shared: paths in the model of layers that are tied, and of the layer whose tensors they share.
+        names: the names in the model of each packed tensor of the folder; several if layers are tied.
+        shared: tied layers by their path in the model, and the path of the layer whose tensors they share.
     """
 
     placement: dict[str, Sequence[int]]
@@ -38,7 +38,7 @@ class Layout:
 
 
 def renamings_for(model: Any) -> list[WeightRenaming]:
-    """The renamings of a float folder, where the model is of another class than the one that was saved."""
+    """The renamings of a float folder, if the model is of another class than the saved one; otherwise none."""
     if type(model).__name__ in (model.config.architectures or ()):
         return []
     return [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
@@ -48,9 +48,9 @@ def layout_in(model: Any, config: BGDQuantizationConfig, packed_bytes: Mapping[s
     """Find the layers of a folder in a float model.
 
     Args:
-        model: as it is built, before its layers are replaced.
-        config: of the folder; its `layers` are given.
-        packed_bytes: length of the packed codes by their name in the folder, as far as it is known.
+        model: before its layers are replaced.
+        config: of the folder, with its `layers`.
+        packed_bytes: length of the packed codes, by name in the folder, as far as known.
     """
     paths = _Paths(model)
     places: dict[str, str] = {}
@@ -59,7 +59,7 @@ def layout_in(model: Any, config: BGDQuantizationConfig, packed_bytes: Mapping[s
         place = paths.find(path)
         if place is not None and _fits(paths, place, path, sizes, config, packed_bytes):
             placement[place] = sizes
-            if sizes:  # not a frozen norm, whose tensors are packed in no way
+            if sizes:  # not a frozen norm, whose tensors are not packed
                 places[path] = place
     shared: dict[str, str] = {}
     for path, source in config.tied.items():
@@ -85,7 +85,7 @@ def _names(paths: _Paths, sources: Mapping[str, tuple[str, ...]]) -> dict[str, t
 
 
 def _sources(places: Mapping[str, str], tied: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """The places in the model, by the path under which a folder stores the layer."""
+    """The paths in the model, by the path under which the folder stores the layer."""
     sources: dict[str, tuple[str, ...]] = {}
     for path, place in places.items():
         source = tied.get(path, path)
@@ -94,7 +94,7 @@ def _sources(places: Mapping[str, str], tied: Mapping[str, str]) -> dict[str, tu
 
 
 class _Paths:
-    """Paths of a folder in a model."""
+    """Finds paths of a folder in a model."""
 
     def __init__(self, model: Any) -> None:
         self.state: dict[str, Tensor] = model.state_dict() | _parametrized(model)
@@ -104,7 +104,7 @@ class _Paths:
         self._state: Any = self.state
 
     def renamed(self, name: str) -> str:
-        """A name of the folder as transformers would rename it before it looks for it."""
+        """A name of the folder after transformers' renamings."""
         return rename_source_key(name, self._renamings, [])[0] if self._renamings else name
 
     def find(self, path: str) -> str | None:
@@ -123,13 +123,13 @@ class _Paths:
         return self._modules.get(place) is self._modules.get(other)
 
     def shape(self, place: str) -> tuple[int, ...]:
-        """Of the weight at a place."""
+        """The shape of the weight at a path."""
         value = self.state.get(f"{place}.weight", self.state.get(place))
         return tuple(value.shape) if value is not None else ()
 
 
 def _parametrized(model: nn.Module) -> dict[str, Tensor]:
-    """Weights that a parametrization computes, such as a weight norm; folded before a folder's layers are put in."""
+    """Weights computed by a parametrization, such as a weight norm; they are folded before layers are inserted."""
     modules = dict(model.named_modules())
     return {f"{p}.weight": m.weight for p, m in modules.items() if parametrize.is_parametrized(m, "weight")}
 
@@ -142,7 +142,7 @@ def _fits(
     config: BGDQuantizationConfig,
     packed_bytes: Mapping[str, int],
 ) -> bool:
-    """Whether the layer has its folder's shape; judged by the length of the codes where a folder names no shapes."""
+    """Whether the layer has the folder's shape; if the folder has no shapes, by the length of the codes."""
     if not sizes:  # a frozen norm
         return True
     shape = paths.shape(place)
