@@ -1,6 +1,6 @@
 """Calibration: the network's live values on the user's data, node by node, and the statistics that the fit needs."""
 
-from bgd_plugin.calibration.agreement import difference, given_arguments
+from bgd_plugin.calibration.agreement import answers_differ, difference, given_arguments
 from bgd_plugin.calibration.aside import first_samples, take_aside_
 from bgd_plugin.calibration.batches import (
     Batch,
@@ -14,6 +14,7 @@ from bgd_plugin.calibration.batches import (
 from bgd_plugin.calibration.form import checked, shared_difference
 from bgd_plugin.calibration.gram import PooledGram, pooled_gram
 from bgd_plugin.calibration.inputs import CollectedInputs, LayerInputs, require_finite
+from bgd_plugin.calibration.interception import intercepted, run_module
 from bgd_plugin.calibration.replay import Recorder, Replayer
 from bgd_plugin.calibration.rerun import Rerun
 from bgd_plugin.calibration.rows import InputSample, PairedRows, paired_pieces, sampled_inputs
@@ -37,17 +38,20 @@ __all__ = [
     "Rerun",
     "Walk",
     "Watch",
+    "answers_differ",
     "checked",
     "collect_batches",
     "difference",
     "first_samples",
     "given_arguments",
+    "intercepted",
     "iterate_batches",
     "logits_of",
     "paired_pieces",
     "pooled_gram",
     "require_finite",
     "require_rewalkable",
+    "run_module",
     "sampled_inputs",
     "shared_difference",
     "take_aside_",

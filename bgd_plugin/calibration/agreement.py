@@ -18,9 +18,9 @@ from torch.utils import _pytree as pytree
 from bgd_plugin.calibration.batches import Batch
 from bgd_plugin.calibration.walk import run_node
 from bgd_plugin.errors import CalibrationError
-from bgd_plugin.graph import FROM_DATA, set_modes, untouched
+from bgd_plugin.graph import FROM_DATA, copy_module, set_modes
 
-__all__ = ["difference", "given_arguments"]
+__all__ = ["answers_differ", "difference", "given_arguments"]
 
 _BATCHES = 6
 """Maximum number of batches compared: the first two, the first of each structure and shapes, and the last one."""
@@ -33,8 +33,8 @@ _FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, Ke
 def difference(graph: fx.GraphModule, network: nn.Module, batches: Sequence[Batch]) -> str:
     """The first difference between the outputs of a graph and of a network, as text; empty if there is none.
 
-    Both run on batch after batch, in evaluation mode and with the same random numbers, so that state that only one of
-    them writes shows; `untouched` keeps it out of both.
+    Copies of both run on batch after batch, in evaluation mode and with the same random numbers, so that state that
+    only one of them writes shows.
 
     Args:
         graph: traced from the network.
@@ -44,13 +44,9 @@ def difference(graph: fx.GraphModule, network: nn.Module, batches: Sequence[Batc
     Raises:
         CalibrationError: the network itself fails on a batch.
     """
-    with untouched(graph, network) as (graph, network):
-        for one in (graph, network):
-            set_modes(one, {"": False})
-        return _difference(graph, network, batches)
-
-
-def _difference(graph: fx.GraphModule, network: nn.Module, batches: Sequence[Batch]) -> str:
+    graph, network = (copy_module(one, share_tensors=True) for one in (graph, network))
+    for one in (graph, network):
+        set_modes(one, {"": False})
     for index in _compared(batches):
         batch = batches[index]
         with _same_random_numbers():
@@ -66,6 +62,33 @@ def _difference(graph: fx.GraphModule, network: nn.Module, batches: Sequence[Bat
         if where:
             return f"its graph answers calibration batch {index} differently: {where}"
     return ""
+
+
+@torch.no_grad()
+def answers_differ(one: nn.Module, other: nn.Module, batches: Sequence[Batch]) -> str:
+    """In what the answers of two networks in evaluation mode differ beyond rounding, in words; empty if in nothing.
+
+    Compared are the tensors in mappings and sequences. Other objects, such as a cache of keys and values, are taken to
+    be the network's own affair.
+    """
+    for index, batch in enumerate(batches):
+        with _same_random_numbers():
+            found = _plain(batch.call(one))
+        with _same_random_numbers():
+            wanted = _plain(batch.call(other))
+        where = _first_difference(found, wanted, "its answer")
+        if where:
+            return f"calibration batch {index}: {where}"
+    return ""
+
+
+def _plain(answer: Any) -> Any:
+    """The tensors of an answer."""
+    if isinstance(answer, Mapping):
+        return {key: _plain(value) for key, value in answer.items()}
+    if isinstance(answer, (list, tuple)):
+        return [_plain(value) for value in answer]
+    return answer if isinstance(answer, Tensor) else None
 
 
 def given_arguments(network: nn.Module, batches: Sequence[Batch]) -> dict[str, Any] | None:

@@ -31,10 +31,9 @@ _PREFIXES = ("module.", "_orig_mod.")
 
 @dataclass(frozen=True, kw_only=True)
 class NamedModel:
-    """A network built from its name.
+    """A network, in evaluation mode.
 
     Attributes:
-        model: the network, in evaluation mode.
         transform: the preprocessing (PIL image to tensor) that belongs to the weights, or None.
         has_weights: False if the weights are known to be random.
     """

@@ -19,7 +19,7 @@ def check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Require that the value of the setting called `name` is one of `choices`.
 
     Raises:

@@ -43,6 +43,9 @@ class BGDConfig:
         rounds: rounds of least squares and coordinate descent in method "full".
         asymmetric_step: target of method "full", from the layer's own weight (0) to the weight that best reproduces the
             float network's outputs on the student's inputs (1).
+        rotation: put a transformer's weights into random bases before the fit, by rotations that fold into neighbouring
+            layers, so that the float network computes the same. "auto": in method "full", where that is so and no zeros
+            are to be preserved. The report says what was rotated, or why not.
         refit_depthwise: refit depthwise convolutions that stay float, in method "full", to the float network's outputs
             on the student's inputs.
         em_iterations: maximum number of EM iterations per layer.
@@ -88,6 +91,7 @@ class BGDConfig:
     em_iterations: int = 100
     rounds: int = 2
     asymmetric_step: float = 0.5
+    rotation: bool | Literal["auto"] = False
     refit_depthwise: bool = True
     batchnorm: Literal["matched", "reestimate", "keep"] = "matched"
     distillation: DistillationConfig | None = None
@@ -109,6 +113,7 @@ class BGDConfig:
         check(self.rounds >= 0, f"rounds={self.rounds}: give 0 or more")
         step = self.asymmetric_step
         check(0 <= step <= 1, f"asymmetric_step={step}: give a number from 0 to 1")
+        check_choice("rotation", self.rotation, (True, False, "auto"))
         check_choice("batchnorm", self.batchnorm, ("matched", "reestimate", "keep"))
         check_choice("codebook_storage", self.codebook_storage, ("int8", "float16"))
         check_choice("weight_storage", self.weight_storage, ("int8", "float16", "float32"))

@@ -34,6 +34,7 @@ def paper_settings(
         "conv": LayerConfig(block_size=9 if small else 18, codebook_size=codebook_size),
         "pointwise_conv": LayerConfig(block_size=pointwise, codebook_size=codebook_size),
         "linear": LayerConfig(block_size=4, codebook_size=fc_codebook_size),
+        "rotation": False,
         "batchnorm": "keep",
         "kept_aside": 0.0,
         "codebook_storage": "float16",

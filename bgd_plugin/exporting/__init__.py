@@ -1,1 +1,1 @@
-"""Export: a compressed network as one small file of another runtime, checked in that runtime."""
+"""Out of Python: a compressed network as one small file of another runtime, checked there before the call returns."""

@@ -1,4 +1,4 @@
-"""The difference between the outputs of an exported file and those of the network."""
+"""How far the outputs of an exported file are from the network's."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ __all__ = ["largest_difference"]
 def largest_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest difference between two lists of outputs, relative to the range of each expected output's values.
 
-    Values that are infinite or NaN in both are equal; in only one of them, the difference is infinite.
-
-    Args:
-        found, expected: outputs of any shapes, the same in both.
+    What is infinite or NaN in both is equal; in one of them it is an infinite difference.
 
     Raises:
         BGDError: the lists differ in their number or shapes.

@@ -26,6 +26,7 @@ from bgd_plugin.errors import CheckpointError
 from bgd_plugin.files.attributes import fingerprint, other_tensors
 from bgd_plugin.files.compact import compacted
 from bgd_plugin.files.container import CONTENT, content_length, joined
+from bgd_plugin.files.rotated import rotated_in
 from bgd_plugin.files.rounding import eight_bit_rows
 from bgd_plugin.files.stored import Stored
 from bgd_plugin.nn import FrozenNorm, PQModule
@@ -66,6 +67,7 @@ class State:
         frozen: paths of the frozen norms.
         attributes: names and types of tensors that are in no state dict, and are stored all the same.
         marks: fingerprints of others, which are not.
+        rotated: width of each norm that has a matrix behind it, by path.
         stream_bytes: of layers whose codes are yet to be coded, the bytes of their streams.
     """
 
@@ -74,6 +76,7 @@ class State:
     frozen: tuple[str, ...]
     attributes: dict[str, str] = field(default_factory=dict)
     marks: dict[str, list[Any]] = field(default_factory=dict)
+    rotated: dict[str, int] = field(default_factory=dict)
     stream_bytes: dict[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -87,6 +90,7 @@ class State:
             frozen=tuple(path for path, module in modules.items() if isinstance(module, FrozenNorm)),
             attributes={name: str(tensor.dtype).removeprefix("torch.") for name, tensor in whole.items()},
             marks={name: fingerprint(tensor) for name, tensor in marked.items()},
+            rotated=rotated_in(model),
         )
 
 
@@ -124,6 +128,7 @@ def stored_state(state: State) -> Stored:
         "masks": parts.masks,
         "attributes": state.attributes,
         "marks": state.marks,
+        "rotated": state.rotated,
     }
     header: dict[str, Any] = {
         "format": _PACKED,
@@ -262,7 +267,7 @@ def layer_header(layer: PQModule) -> list[Any]:
 
 
 def identity(name: str, value: Tensor) -> tuple[Any, ...]:
-    """A key of a tensor of any shape, equal for two names (`name`) of the same tensor (`value`)."""
+    """A key that is equal for two names of the same tensor."""
     if value.numel() == 0 or value.is_meta:
         return (id(value.untyped_storage()._cdata), name) if value.numel() == 0 else (value.untyped_storage()._cdata,)
     return (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)

@@ -53,7 +53,7 @@ class Grids:
         return result
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors again, by name, in their own shapes.
+        """The tensors again.
 
         Raises:
             ValueError: integers or steps do not suit the members.
@@ -82,7 +82,7 @@ def group_size(group: str) -> int:
 
 
 def members_of(entry: Any) -> list[list[Any]]:
-    """Check a group's members, `entry` in a file's header.
+    """A group's members as the header of a file has them.
 
     Raises:
         ValueError: they are damaged.

@@ -14,6 +14,7 @@ from bgd_plugin.encoding.masks import unpack_mask
 from bgd_plugin.errors import BGDError, CheckpointError, TraceError
 from bgd_plugin.files.attributes import give_attributes_
 from bgd_plugin.files.format import Stored, restored
+from bgd_plugin.files.rotated import make_rotated_
 from bgd_plugin.files.save import read_file
 from bgd_plugin.graph import (
     FoundLayer,
@@ -62,7 +63,7 @@ def load(path: str | os.PathLike[str], *, like: nn.Module | ExportedProgram) -> 
     network: nn.Module = copy_module(baked(unwrapped(like)), share_tensors=True)
     fold_parametrizations_(network)
     found = _places(network, header)
-    problems: list[str] = []
+    problems = make_rotated_(network, header.get("rotated", {}))
     layers = _checked_layers(header, tensors, found, problems)
     _raise_if(problems, path)
     isolate_weights_(network, [found[target] for target in layers])

@@ -15,6 +15,7 @@ from torch import nn
 from bgd_plugin.config import MAX_CODEBOOK_SIZE
 from bgd_plugin.encoding.codes import code_dtype
 from bgd_plugin.errors import CheckpointError, ConfigError
+from bgd_plugin.files.rotated import make_rotated_, rotated_in
 from bgd_plugin.graph import (
     FoundLayer,
     baked,
@@ -24,14 +25,14 @@ from bgd_plugin.graph import (
     install_,
     swap_,
 )
-from bgd_plugin.nn import FrozenNorm, PQModule, has_running_statistics, is_batchnorm
+from bgd_plugin.nn import FrozenNorm, PQModule, RotatedNorm, has_running_statistics, is_batchnorm
 
 __all__ = ["Placement", "make_room_", "placement_in", "placement_of", "transplant_", "transplanted"]
 
 Placement = dict[str, tuple[int, ...]]
 """From a module's path to its block size, its codebook size, and a 1 if a mask preserves its zeros.
 
-The tuple is empty for a frozen batch norm.
+The tuple is empty for a frozen batch norm, and holds the width alone for a norm that has a matrix behind it.
 """
 
 
@@ -46,7 +47,12 @@ def placement_of(model: nn.Module) -> Placement:
     """
     layers = {path: module for path, module in model.named_modules() if isinstance(module, PQModule)}
     frozen: Placement = {path: () for path, module in model.named_modules() if isinstance(module, FrozenNorm)}
-    return frozen | {p: (m.block_size, m.codebook_size, *(() if m.mask is None else (1,))) for p, m in layers.items()}
+    rotated: Placement = {path: (width,) for path, width in rotated_in(model).items()}
+    return (
+        frozen
+        | rotated
+        | {p: (m.block_size, m.codebook_size, *(() if m.mask is None else (1,))) for p, m in layers.items()}
+    )
 
 
 def placement_in(state: Mapping[str, Any]) -> Placement:
@@ -99,7 +105,7 @@ def transplant_(model: nn.Module, compressed: nn.Module, *, statistics_only: boo
     if baked(model) is not model:
         raise ConfigError("the network has pruning masks: make them permanent first (torch.nn.utils.prune.remove)")
     fold_parametrizations_(model)
-    layers = {path: x for path, x in compressed.named_modules() if isinstance(x, (PQModule, FrozenNorm))}
+    layers = {path: x for path, x in compressed.named_modules() if isinstance(x, (PQModule, FrozenNorm, RotatedNorm))}
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -137,9 +143,11 @@ def make_room_(model: nn.Module, placement: Mapping[str, Sequence[int]]) -> None
     found = {target: layer for layer in find_layers(model)[0] for target in (layer.target, *layer.tied)}
     norms = {path: norm for path, norm in model.named_modules() if is_batchnorm(norm)}
     frozen = [path for path, sizes in placement.items() if sizes == [] or sizes == ()]
-    placement = {path: sizes for path, sizes in placement.items() if path not in frozen}
+    rotated = {path: sizes[0] for path, sizes in placement.items() if _is_rotated(sizes)}
+    placement = {path: sizes for path, sizes in placement.items() if path not in frozen and path not in rotated}
     problems = [f"{path!r}: the network has no such batch norm" for path in frozen if path not in norms]
     problems += [problem for path, sizes in placement.items() if (problem := _misfit(found.get(path), sizes, path))]
+    problems += make_rotated_(model, rotated)
     if problems:
         raise CheckpointError("the quantized layers do not fit the network:" + "".join(f"\n  {p}" for p in problems))
     for path in frozen:
@@ -153,6 +161,10 @@ def make_room_(model: nn.Module, placement: Mapping[str, Sequence[int]]) -> None
         mask = torch.ones(layer.matrix.shape, dtype=torch.bool, device=weight.device) if masked else None
         for module in install_(model, layer, codebook, codes, mask):
             module.codebook.requires_grad_(weight.requires_grad)
+
+
+def _is_rotated(sizes: Sequence[int]) -> bool:
+    return isinstance(sizes, Sequence) and len(sizes) == 1
 
 
 def _misfit(layer: FoundLayer | None, sizes: Sequence[int], path: str) -> str:

@@ -34,6 +34,7 @@ _HEADER_ENTRIES = (
     ("masks", dict),
     ("attributes", dict),
     ("marks", dict),
+    ("rotated", dict),
 )
 
 

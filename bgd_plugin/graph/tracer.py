@@ -12,11 +12,10 @@ from torch import fx, nn
 from bgd_plugin.errors import TraceError
 from bgd_plugin.graph.bare import bare_layers
 from bgd_plugin.graph.computed import computed_parameters, module_or_none
-from bgd_plugin.graph.copying import drop_hooks_, set_modes
-from bgd_plugin.graph.in_place import untouched
+from bgd_plugin.graph.copying import copy_module, drop_hooks_, set_modes
 from bgd_plugin.graph.kinds import MODULES, runs_its_parents_forward
 from bgd_plugin.graph.layer import FoundLayer
-from bgd_plugin.nn import FloatWeight, FrozenNorm, PQModule, has_running_statistics
+from bgd_plugin.nn import FloatWeight, FrozenNorm, PQModule, RotatedNorm, has_running_statistics
 
 __all__ = ["FROM_DATA", "PQTracer", "is_quantized_elsewhere", "trace"]
 
@@ -43,7 +42,7 @@ class PQTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """As in `torch.fx.Tracer`: whether module `m` becomes one node; `module_qualified_name` is its path."""
-        ours = isinstance(m, (PQModule, FloatWeight, FrozenNorm))
+        ours = isinstance(m, (PQModule, FloatWeight, FrozenNorm, RotatedNorm))
         is_opaque = isinstance(m, torch.jit.ScriptModule) or is_quantized_elsewhere(m)
         if ours or is_opaque or has_running_statistics(m):
             return True
@@ -99,9 +98,9 @@ def is_quantized_elsewhere(module: nn.Module) -> bool:
 def trace(model: nn.Module, given: Mapping[str, Any] | None = None) -> fx.GraphModule:
     """The graph of `model`, over the same modules and parameters.
 
-    A `GraphModule` is returned as it is. The graph follows the branches of evaluation mode. The network is traced
-    without hooks, by `untouched`, so that neither it nor anything that hooks write to keeps the tracer's proxies. The
-    effects of hooks are not in the graph, except those of modules that are one node.
+    A `GraphModule` is returned as it is. The graph follows the branches of evaluation mode. A copy without hooks is
+    traced, so that neither `model` nor anything that hooks write to sees the tracer's proxies. The effects of hooks are
+    not in the graph, except those of modules that are one node.
 
     Args:
         model: the network; not changed.
@@ -113,35 +112,30 @@ def trace(model: nn.Module, given: Mapping[str, Any] | None = None) -> fx.GraphM
     """
     if isinstance(model, fx.GraphModule):
         return model
+    scratch = copy_module(model, share_tensors=True)
+    drop_hooks_(scratch)
+    scratch.eval()
     try:
-        graph, held = _traced(model, PQTracer(given or {}))
+        graph = _graph_of(scratch, given or {})
     except Exception as error:  # tracing runs the user's forward, which may raise anything
         if given is not None:
-            raise _error(model, error) from error
+            raise _error(scratch, error) from error
         try:
-            graph, held = _traced(model, PQTracer())
+            scratch = copy_module(scratch, share_tensors=True)
+            graph = PQTracer().trace(scratch)
         except Exception:  # as above
-            raise _error(model, error) from error
-    return _over(model, graph, held)
+            raise _error(scratch, error) from error
+    return _over(model, scratch, graph)
 
 
-def _traced(model: nn.Module, tracer: PQTracer) -> tuple[fx.Graph, dict[str, Any]]:
-    """A graph, and what its nodes refer to, constants that tracing has made included."""
-    with untouched(model) as (scratch,):
-        drop_hooks_(scratch)
-        scratch.eval()
-        graph = tracer.trace(scratch)
-        targets = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
-        return graph, {target: _at(scratch, target, None) for target in targets}
+def _graph_of(scratch: nn.Module, given: Mapping[str, Any]) -> fx.Graph:
+    return PQTracer(given).trace(scratch)
 
 
-def _over(model: nn.Module, graph: fx.Graph, held: Mapping[str, Any]) -> fx.GraphModule:
-    """A graph over the modules of the network that it was made of.
-
-    Args:
-        held: what its nodes refer to, for what the network does not have.
-    """
-    root = {target: _at(model, target, value) for target, value in held.items()}
+def _over(model: nn.Module, scratch: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """The graph traced from a copy, over the modules of the original."""
+    targets = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
+    root = {target: _at(model, target, _at(scratch, target, None)) for target in targets}
     result = fx.GraphModule(root, graph, type(model).__name__)
     result.training = model.training
     _keep_owners_(result, model)
@@ -198,7 +192,7 @@ def _smallest_untraceable(model: nn.Module, prefix: str, error: Exception) -> tu
         if tracer.is_leaf_module(child, path):
             continue
         try:
-            _traced(child, PQTracer({}))
+            PQTracer({}).trace(child)
         except Exception as inner:  # as above: the user's own forward
             return _smallest_untraceable(child, path, inner)
     return prefix, error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from bgd_plugin.config import BGDConfig
 from bgd_plugin.graph import Front, front_end, set_modes
 from bgd_plugin.planning.budget import Budget
 from bgd_plugin.planning.survey import Survey, surveyed
+from bgd_plugin.rotation import Rotated, rotated
+from bgd_plugin.support.processes import processes, total
 
 __all__ = ["Prepared", "prepared", "prepared_for"]
 
@@ -48,7 +51,7 @@ def prepared(model: nn.Module, config: BGDConfig, original_bytes: int | None) ->
 def prepared_for(
     first: Prepared, model: nn.Module, config: BGDConfig, original_bytes: int | None, batches: Sequence[Batch]
 ) -> Prepared:
-    """The same with data: the network is surveyed again only if it is fitted in another form than without data.
+    """The same with data: the network is rotated where it can be, and surveyed again if its form is another one.
 
     Args:
         first: the result of `prepared`.
@@ -63,9 +66,22 @@ def prepared_for(
         CalibrationError, TraceError: as `checked`.
         ConfigError: settings that need a graph, for a network that is fitted without one; otherwise as `prepared`.
     """
-    front = checked(first.front, batches)
+    turned = _rotated(model, config, batches)
+    front = checked(first.front if turned.network is None else front_end(turned.network), batches)
     set_modes(front.network, {"": False})
-    return first if front is first.front else _prepared(front, model, config, original_bytes)
+    ready = first if front is first.front else _prepared(front, model, config, original_bytes)
+    return dataclasses.replace(ready, survey=ready.survey.noted(turned.note)) if turned.note else ready
+
+
+def _rotated(model: nn.Module, config: BGDConfig, batches: Sequence[Batch]) -> Rotated:
+    """The network in random bases, if the settings ask for it and every process can rotate it."""
+    is_apt = config.method == "full" and not config.preserve_zeros
+    if not (config.rotation is True or (config.rotation == "auto" and is_apt)):
+        return Rotated(network=None, note="")
+    turned = rotated(model, batches, config.seed)
+    if total(float(turned.network is not None)) in (0.0, float(processes())):
+        return turned
+    return Rotated(network=None, note="rotation: none, since the processes do not agree on it")
 
 
 def _prepared(front: Front, model: nn.Module, config: BGDConfig, original_bytes: int | None) -> Prepared:

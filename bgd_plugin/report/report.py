@@ -111,7 +111,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Quantized:
-    """The result of `quantize`: the compressed network (`model`), and the report."""
+    """What `quantize` returns: the compressed network, and the report on it."""
 
     model: nn.Module
     report: Report

@@ -1,7 +1,7 @@
-"""Quantized layers in the files of a transformers folder.
+"""How a quantized layer lies in a transformers folder.
 
-The packed codes have the name of the float *weight*, and are a row of bytes: loading the folder without this adapter
-then raises transformers' error about mismatched sizes, instead of giving a model with random weights.
+The packed codes stand under the name of the float *weight*, as a row of bytes: who loads the folder without this
+adapter gets transformers' error about sizes that do not match, and not a model with random weights.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ __all__ = [
     "unpacked_mask",
 ]
 
-# A quantized layer's tensors in a file, besides its bias.
+# What a quantized layer has in a file, besides its bias.
 _PARTS = ("codes", "weight", "codebook", "mask")
 
 
 def code_name(path: str, layer: PQModule) -> str:
-    """The name in a file of the packed codes of the layer at `path`."""
+    """The name of a layer's packed codes in a file."""
     return f"{path}.codes" if isinstance(layer, PQWeight) else f"{path}.weight"
 
 
 def packed_state(model: nn.Module, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A state dict with packed codes, and floats in half precision if that is exact.
+    """A state dict with packed codes, and floats in half precision where that loses nothing.
 
-    Tensors that share memory stay one tensor, and a layer tied to an earlier one is left out.
+    Tensors that share memory stay one tensor, and a layer that is tied to an earlier one is left out.
 
     Args:
-        model: the quantized model.
+        model: its quantized layers say which tensors are codes.
         given: the state dict, if it is not the model's own; it may hold a part of the model.
 
     Raises:
-        ConfigError: a state dict that lacks a part of a layer, or has codes of another shape; tensors without values.
+        ConfigError: a state dict that lacks a part of a layer, or holds codes of another shape; tensors without values.
     """
     layers = {p: m for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, PQModule)}
     state = dict(model.state_dict() if given is None else given)
@@ -77,12 +77,12 @@ def _require_whole(path: str, layer: PQModule, codes: Tensor, state: Mapping[str
     if f"{path}.codebook" not in state or codes.shape != layer.codes.shape:
         raise ConfigError(
             f"layer {path!r}: the state dict has codes {list(codes.shape)}, the layer {list(layer.codes.shape)} and a "
-            "codebook: give all tensors of a layer or none"
+            "codebook: give all of a layer or nothing"
         )
 
 
 def _halved(value: Tensor, halves: dict[tuple[Any, ...], Tensor]) -> Tensor:
-    """A tensor in half precision if that is exact; tensors that share memory give the same tensor."""
+    """In half precision if that loses nothing; tensors of the same memory give the same tensor."""
     if hasattr(value, "full_tensor"):  # sharded over processes
         value = value.full_tensor()
     if value.dtype not in (torch.float32, torch.float64):
@@ -95,18 +95,10 @@ def _halved(value: Tensor, halves: dict[tuple[Any, ...], Tensor]) -> Tensor:
 
 
 def unpacked_codes(path: str, layer: PQModule, packed: Tensor) -> Tensor:
-    """The codes of the layer at `path`.
-
-    Args:
-        path: for the message.
-        layer: with codes of the right shape.
-        packed: uint8 `[bytes]`.
-
-    Returns:
-        integers `[rows, blocks_per_row]`.
+    """The codes of a layer.
 
     Raises:
-        CheckpointError: a code is out of range.
+        CheckpointError: a code that is out of range.
     """
     codes = unpack(packed, layer.code_bits, layer.codes.numel())
     if codes.numel() and int(codes.max()) >= layer.codebook_size:
@@ -115,13 +107,13 @@ def unpacked_codes(path: str, layer: PQModule, packed: Tensor) -> Tensor:
 
 
 def unpacked_mask(layer: PQModule, packed: Tensor) -> Tensor:
-    """The mask of a layer, bool `[*weight_shape]`, from packed bits, uint8 `[bytes]`."""
+    """The mask of a layer; a bool for each weight."""
     assert layer.mask is not None
     return unpack(packed, 1, layer.mask.numel()).bool().reshape(layer.mask.shape)
 
 
 def packed_lengths(files: Iterable[str]) -> dict[str, int]:
-    """The number of bytes of each one-dimensional uint8 tensor in the files, by name."""
+    """How many bytes each row of bytes in the files has, by name."""
     lengths: dict[str, int] = {}
     for file in files:
         with safe_open(file, framework="pt") as content:
@@ -133,7 +125,7 @@ def packed_lengths(files: Iterable[str]) -> dict[str, int]:
 
 
 def checksum(layers: Iterable[str], state: Mapping[str, Any]) -> str:
-    """A digest of all codes and codebooks, as they are stored: of the layers (paths) in a state dict."""
+    """A fingerprint of all codes and codebooks, as they are stored."""
     digest = hashlib.sha256()
     for path in sorted(layers):
         for name in (f"{path}.{part}" for part in _PARTS):
@@ -145,15 +137,15 @@ def checksum(layers: Iterable[str], state: Mapping[str, Any]) -> str:
 
 
 def checked_files(files: Iterable[str], layers: Mapping[str, Any], expected: str | None) -> None:
-    """Check that the quantized layers in `config.json` and in the files are the same.
+    """Compare what `config.json` says of the quantized layers with what the files hold.
 
     Args:
         files: of the folder.
-        layers: those with their own tensors, by path.
+        layers: those that have tensors of their own.
         expected: the checksum in `config.json`.
 
     Raises:
-        CheckpointError: a layer is missing on one side, or codes or codebooks were changed.
+        CheckpointError: a layer of either that the other lacks, or codes and codebooks that were changed.
     """
     names: dict[str, str] = {}
     for file in files:
@@ -162,7 +154,7 @@ def checked_files(files: Iterable[str], layers: Mapping[str, Any], expected: str
     packed = packed_lengths(set(names.values()))
     stems = {name.removesuffix(".codebook") for name in names if name.endswith(".codebook")}
     inside = {path for path in stems if f"{path}.weight" in packed or f"{path}.codes" in packed}
-    layers = {path: sizes for path, sizes in layers.items() if sizes}  # not the frozen norms
+    layers = {path: sizes for path, sizes in layers.items() if len(sizes) > 1}  # not the norms
     problems = [f"{path!r} is missing in the files" for path in sorted(set(layers) - inside)]
     problems += [f"{path!r} is in the files, but not in config.json" for path in sorted(inside - set(layers))]
     wanted = {f"{path}.{part}" for path in layers for part in _PARTS} & set(names)
