@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet18, resnet50
 
 import bgd_plugin as bgd
-import bgd_plugin.fitting.full_gram
+import bgd_plugin.fitting.method_full_gram
 from bgd_plugin.nn import PQModule
 from bgd_plugin.pq.target import MomentSums
 from bgd_plugin.support.processes import process_group
@@ -80,7 +80,7 @@ def worker(options: argparse.Namespace) -> None:
     with process_group("cpu"):
         rank, size = dist.get_rank(), dist.get_world_size()
         part = batches(options)[rank::size]
-        bgd_plugin.fitting.full_gram.MomentSums = Sketches  # type: ignore[misc]
+        bgd_plugin.fitting.method_full_gram.MomentSums = Sketches  # type: ignore[misc]
         dist.barrier()
         start = time.perf_counter()
         result = bgd.quantize(

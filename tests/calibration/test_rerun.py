@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bgd_plugin as bgd
 from bgd_plugin.calibration import Rerun, collect_batches, paired_pieces
 from bgd_plugin.calibration.pieces import Pieces
-from bgd_plugin.fitting import full_gram
+from bgd_plugin.fitting import method_full_gram as full_gram
 from bgd_plugin.graph import copy_module, find_layers
 from tests.networks import randomized, same_outputs, vectors
 

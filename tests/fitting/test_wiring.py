@@ -17,7 +17,7 @@ from torch.nn import functional
 
 import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, LayerConfig
-from bgd_plugin.fitting import full_gram
+from bgd_plugin.fitting import method_full_gram as full_gram
 from tests.networks import images, randomized, vectors
 
 _SMALL = LayerConfig(block_size=4, codebook_size=8)

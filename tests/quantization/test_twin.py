@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, LayerConfig
 from bgd_plugin.files.format import file_bytes, stored
-from bgd_plugin.fitting import full_gram
+from bgd_plugin.fitting import method_full_gram as full_gram
 from bgd_plugin.support import processes
 from tests.networks import SmallResNet, em, images, randomized, vectors
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, DistillationConfig, FinetuningConfig, LayerConfig, ReconstructionConfig
-from bgd_plugin.fitting import full_gram
+from bgd_plugin.fitting import method_full_gram as full_gram
 from tests.networks import PlainNet, SmallResNet, em, images, randomized, vectors
 
 _SMALL = LayerConfig(block_size=4, codebook_size=8)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.calibration import PooledGram, paired_pieces, pooled_gram, require_finite
-from bgd_plugin.fitting import em
+from bgd_plugin.fitting import method_em
 from bgd_plugin.fitting.method import FittedLayer, LayerContext, Method
 from bgd_plugin.nn import storable
 from bgd_plugin.pq.full_gram import fit_full
@@ -94,7 +94,7 @@ def _inverse(gain: Tensor) -> Tensor:
 
 def _solve(context: LayerContext, statistics: _Statistics | PooledGram, generator: torch.Generator) -> FittedLayer:
     if isinstance(statistics, PooledGram):
-        pooled = em.EM.solve(context, statistics, generator)
+        pooled = method_em.EM.solve(context, statistics, generator)
         note = f"{context.weight[0].numel()} columns: too wide for a full Gram, fitted to the pooled Gram of its blocks"
         return dataclasses.replace(pooled, warnings=(note, *pooled.warnings))
     weight = context.rows
