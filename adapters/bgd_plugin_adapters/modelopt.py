@@ -67,8 +67,8 @@ def quantize(
         the model.
 
     Raises:
-        ConfigError: settings that do not suit the network; a network that ModelOpt has quantized, or that a mode of
-            ModelOpt still has hold of.
+        ConfigError: settings that do not suit the network; a network that ModelOpt has quantized, or whose layers
+            another mode of ModelOpt has replaced.
     """
     register()
     values = config.to_dict() if isinstance(config, BGDConfig) else dict(config or {})
@@ -80,7 +80,7 @@ def quantize(
 
 
 def report(model: nn.Module) -> dict[str, Any]:
-    """What the last application of the mode did, as `Report.to_dict()`; it is saved along with the model.
+    """The report of the last application of the mode, as `Report.to_dict()`; it is saved with the model.
 
     Raises:
         ConfigError: the mode was never applied.
@@ -98,23 +98,27 @@ class BGDModeDescriptor(ModeDescriptor):
 
     @property
     def name(self) -> str:
+        """The name of the mode: "bgd"."""
         return "bgd"
 
     @property
     def config_class(self) -> Any:
+        """The class of the mode's settings."""
         return BGDModeConfig
 
     @property
     def next_prohibited_modes(self) -> set[str]:
-        """ModelOpt's other modes look for float layers, and would pass over ours in silence."""
+        """Modes that may not follow: they look for float layers, and would skip quantized ones without a warning."""
         return {"quantize", "real_quantize", "sparse_magnitude", "sparsegpt", "autonas", "fastnas", "gradnas"}
 
     @property
     def convert(self) -> Any:
+        """The function that quantizes a model."""
         return _convert
 
     @property
     def restore(self) -> Any:
+        """The function that puts empty quantized layers into a float model, before its state dict is loaded."""
         return _restore
 
 
@@ -152,13 +156,13 @@ def _restore(model: nn.Module, config: Any, metadata: Mapping[str, Any]) -> nn.M
 
 
 class _CodesAsSaved:
-    """A hook that compares the codes that were loaded with those that were saved; training does not change codes."""
+    """A hook that compares loaded codes with the saved ones, which training does not change."""
 
     def __init__(self, codes: Mapping[str, str]) -> None:
         self.codes = dict(codes)
 
     def __call__(self, model: nn.Module, incompatible: Any) -> None:
-        """Refuse codes that are others.
+        """Refuse codes that differ.
 
         Raises:
             CheckpointError: naming the layers.
@@ -180,7 +184,7 @@ def _codes_of(model: nn.Module) -> dict[str, str]:
 
 
 def _fingerprint(layer: PQModule) -> str:
-    """Of codes wider than a byte, the 16 bits that states saved by earlier versions held."""
+    """Codes wider than a byte are hashed as 16-bit numbers, as in states saved by earlier versions."""
     is_wide = 256 < layer.codebook_size <= 32768
     digest = hashlib.sha256()
     for tensor in (layer.codes.to(torch.int16) if is_wide else layer.codes, layer.mask):
@@ -190,7 +194,7 @@ def _fingerprint(layer: PQModule) -> str:
 
 
 def _core_config(config: Any, model: nn.Module) -> BGDConfig:
-    """The settings; what an override leaves out is what the config says of the layer's kind."""
+    """The core's settings; fields that an override leaves out are those of the layer's kind."""
     values = config.model_dump()
     overrides = values.pop("overrides")
     result = BGDConfig.from_dict(values)
@@ -201,7 +205,7 @@ def _core_config(config: Any, model: nn.Module) -> BGDConfig:
     for pattern, entry in overrides.items():
         setting = _setting(pattern, entry)
         names = [name for name in families if fnmatch.fnmatchcase(name, pattern)]
-        if setting is None or not names:  # the core says what is wrong with a name that matches nothing
+        if setting is None or not names:  # the core refuses a name that matches nothing
             complete.append((pattern, None if setting is None else LayerConfig(**setting)))
             continue
         for name in names:
@@ -211,10 +215,10 @@ def _core_config(config: Any, model: nn.Module) -> BGDConfig:
 
 
 def _setting(pattern: str, entry: Any) -> dict[str, Any] | None:
-    """An override in ModelOpt's words, where `enable` switches a layer on or off; None keeps the layer float.
+    """An override in ModelOpt's terms: `enable` turns a layer on or off, and None keeps it float.
 
     Raises:
-        ConfigError: what is no setting, or a field that no setting has.
+        ConfigError: not a setting, or an unknown field.
     """
     fields = dataclasses.asdict(entry) if isinstance(entry, LayerConfig) else entry
     if fields is None:
@@ -229,22 +233,22 @@ def _setting(pattern: str, entry: Any) -> dict[str, Any] | None:
 
 
 def _check_before(model: nn.Module) -> None:
-    """Refuse a network whose layers a mode of ModelOpt holds, and name one.
+    """Refuse a network in which a mode of ModelOpt has replaced layers.
 
     Raises:
-        ConfigError: with the way out.
+        ConfigError: naming one of them, and what to do.
     """
     for name, module in model.named_modules():
         if isinstance(module, DynamicModule):
             raise ConfigError(
-                f"{name!r} is a {type(module).__name__}, which a mode of ModelOpt holds: a network that ModelOpt has "
-                "quantized cannot be quantized again; after sparsity or a search, export first (mts.export, mtn.export)"
+                f"{name!r} is a {type(module).__name__} of a ModelOpt mode: a network that ModelOpt has quantized "
+                "cannot be quantized again; after sparsity or a search, export first (mts.export, mtn.export)"
             )
 
 
 @torch.no_grad()
 def _recorded(model: nn.Module, forward_loop: Callable[[nn.Module], Any]) -> list[Any]:
-    """The arguments of each call that the loop makes of the model, in evaluation mode."""
+    """The arguments of each call of the model by the loop, in evaluation mode."""
     calls: list[Any] = []
 
     def record(_: nn.Module, args: Any, kwargs: Any) -> None:

@@ -1,7 +1,7 @@
 """torchao: `quantize_(model, BGDWeightOnlyConfig())`, by itself and inside `FqnToConfig`.
 
-torchao hands its handlers one module at a time, without a name and without data. So torchao's own `quantize_` fits each
-weight by itself; the `quantize_` of this module takes calibration data too, sees the whole network, and refuses names
+torchao passes one module at a time to its handlers, without a name and without data. So torchao's own `quantize_` fits
+each weight separately; the `quantize_` of this module takes calibration data, sees the whole network, and rejects names
 that match nothing.
 """
 
@@ -38,14 +38,14 @@ _OF_NETWORKS = ("distillation", "reconstruction", "finetuning", "freeze_norms", 
 class BGDWeightOnlyConfig(BGDConfig, AOBaseConfig):
     """The settings of `BGDConfig` as a torchao config; every field means the same.
 
-    `overrides` stay empty: which layers, and which setting for which, is said by `filter_fn` and `FqnToConfig`.
+    `overrides` must be empty: `filter_fn` and `FqnToConfig` select layers and their settings.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.overrides:
             raise ConfigError("overrides: torchao chooses layers by filter_fn, and settings by name with FqnToConfig")
-        object.__setattr__(self, "overrides", [])  # torchao's JSON has no tuples, here and below
+        object.__setattr__(self, "overrides", [])  # lists, here and below: torchao's JSON has no tuples
         if self.finetuning:
             finetuning = dataclasses.replace(self.finetuning)
             object.__setattr__(finetuning, "outputs", list(finetuning.outputs))
@@ -66,21 +66,21 @@ def quantize_(
     calibration: Iterable[Any] | None = None,
     **options: Any,
 ) -> Report:
-    """Quantize in place, as torchao's `quantize_` does, with calibration data where it is given.
+    """Quantize in place, as torchao's `quantize_` does, and with calibration data if it is given.
 
     Args:
         model: changed in place.
-        config: a `BGDWeightOnlyConfig`, or a `FqnToConfig` that names such configs, and other configs of torchao for
-            other layers: these are applied afterwards, by torchao.
-        filter_fn: which modules are quantized; linear ones if not given. Not together with `FqnToConfig`.
-        calibration: batches, as for `bgd_plugin.quantize`; without it each weight is fitted by itself.
+        config: a `BGDWeightOnlyConfig`, or a `FqnToConfig` of such configs; it may also have other torchao configs for
+            other layers, which torchao applies afterwards.
+        filter_fn: selects the modules to quantize; default: linear ones. Not together with `FqnToConfig`.
+        calibration: batches, as for `bgd_plugin.quantize`; without it each weight is fitted separately.
         **options: of `bgd_plugin.quantize`: `teacher`, `forward`, `checkpoint`, `progress`.
 
     Returns:
         the report of `bgd_plugin.quantize`.
 
     Raises:
-        ConfigError: a name or filter that matches nothing, a layer that is quantized already, a config of another kind.
+        ConfigError: a name or filter that matches nothing, a layer that is already quantized, a config of another kind.
     """
     chosen = _by_name(model, config) if isinstance(config, FqnToConfig) else _by_filter(model, config, filter_fn)
     if isinstance(config, FqnToConfig) and filter_fn is not None:
@@ -103,10 +103,17 @@ def quantize_(
 
 
 def make_room_(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
-    """Put empty quantized layers where a state dict has some, so that `model.load_state_dict(state_dict)` fits.
+    """Insert empty quantized layers where a state dict has some, so that `model.load_state_dict(state_dict)` works.
+
+    Args:
+        model: the float network, changed in place.
+        state_dict: of the quantized network.
+
+    Returns:
+        `model`.
 
     Raises:
-        CheckpointError: the state dict holds no quantized layer, or one that the network has no place for.
+        CheckpointError: the state dict has no quantized layer, or one that does not fit the network.
     """
     placement = integration.placement_in(state_dict)
     if not placement:
@@ -116,23 +123,23 @@ def make_room_(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
 
 
 def _frozen_norms(model: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:
-    """Batch norms of a network that have a factor and a summand in the state dict, and no statistics."""
+    """Batch norms that have a scale and a shift in the state dict, but no statistics."""
     norms = [path for path, norm in model.named_modules() if getattr(norm, "running_mean", None) is not None]
     present = [path for path in norms if {f"{path}.weight", f"{path}.bias"} <= state_dict.keys()]
     return [path for path in present if not {f"{path}.running_mean", f"{path}.running_var"} & state_dict.keys()]
 
 
 def _handle(module: nn.Module, config: BGDWeightOnlyConfig) -> nn.Module:
-    """What torchao calls for each module that its filter or its names choose.
+    """The handler that torchao calls for each module that its filter or its names select.
 
-    The module itself is turned into the quantized one, as torchao's own configs do: who calls this on a bare layer
-    looks at that layer, and a module that hangs at two names is handed over once.
+    The module itself becomes the quantized one, as with torchao's own configs: a caller may quantize a bare layer, and
+    a module with two names is passed only once.
     """
     _require_float(module, f"a {type(module).__name__}")
     wholes = [name for name in _OF_NETWORKS if getattr(config, name)]
     if wholes:
         raise ConfigError(
-            f"{', '.join(wholes)}: for a whole network, and torchao hands over one layer at a time: use "
+            f"{', '.join(wholes)}: needs the whole network, but torchao passes one layer at a time: use "
             "bgd_plugin_adapters.torchao.quantize_(model, config, filter_fn, calibration=...)"
         )
     made = integration.quantize_module(module, _plain(config), name=f"a {type(module).__name__}")
@@ -150,7 +157,7 @@ def _require_float(module: nn.Module, where: str) -> None:
 
 
 def _by_filter(model: nn.Module, config: AOBaseConfig, filter_fn: Filter | None) -> dict[str, AOBaseConfig]:
-    """The outermost modules that a filter accepts, as torchao walks them."""
+    """The outermost modules that a filter accepts, as in torchao."""
     if not isinstance(config, BGDWeightOnlyConfig):
         raise ConfigError(f"config is a {type(config).__name__}: give a BGDWeightOnlyConfig or a FqnToConfig")
     accepts = filter_fn or _is_linear
@@ -167,10 +174,10 @@ def _by_filter(model: nn.Module, config: AOBaseConfig, filter_fn: Filter | None)
 
 
 def _by_name(model: nn.Module, config: FqnToConfig) -> dict[str, AOBaseConfig]:
-    """Which config each module gets; the exact name goes before the first regex that matches."""
+    """The config of each module; an exact name takes precedence over the first regex that matches."""
     paths = {path: module for path, module in model.named_modules(remove_duplicate=False) if path}
     names = [path for path, module in paths.items() if list(module.parameters(recurse=False))]
-    first = {id(module): path for path, module in reversed(paths.items())}  # of a module that hangs at several names
+    first = {id(module): path for path, module in reversed(paths.items())}  # the first name of a shared module
     rules: Mapping[str, Any] = config.fqn_to_config
     unused = set(rules) - {"_default"}
     chosen: dict[str, AOBaseConfig] = {}
@@ -192,7 +199,7 @@ def _some(names: list[str]) -> str:
 
 
 def _core_config(model: nn.Module, ours: Mapping[str, AOBaseConfig]) -> BGDConfig:
-    """One setting for the network: the first config, overrides where others differ, everything else float."""
+    """One setting for the network: the first config, overrides for those that differ, and everything else float."""
     plain = {name: _plain(config) for name, config in ours.items()}
     base = next(iter(plain.values()))
     families, reasons = integration.layers_in(model)

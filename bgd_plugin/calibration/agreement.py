@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from bgd_plugin.calibration.batches import Batch
 from bgd_plugin.calibration.walk import run_node
 from bgd_plugin.errors import CalibrationError
-from bgd_plugin.graph import FROM_DATA, copy_module, set_modes
+from bgd_plugin.graph import FROM_DATA, set_modes, untouched
 
 __all__ = ["answers_differ", "difference", "given_arguments"]
 
@@ -33,8 +33,8 @@ _FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, Ke
 def difference(graph: fx.GraphModule, network: nn.Module, batches: Sequence[Batch]) -> str:
     """The first difference between the outputs of a graph and of a network, as text; empty if there is none.
 
-    Copies of both run on batch after batch, in evaluation mode and with the same random numbers, so that state that
-    only one of them writes shows.
+    Both run on batch after batch, in evaluation mode and with the same random numbers, so that state that only one of
+    them writes shows; `untouched` keeps it out of both.
 
     Args:
         graph: traced from the network.
@@ -44,9 +44,13 @@ def difference(graph: fx.GraphModule, network: nn.Module, batches: Sequence[Batc
     Raises:
         CalibrationError: the network itself fails on a batch.
     """
-    graph, network = (copy_module(one, share_tensors=True) for one in (graph, network))
-    for one in (graph, network):
-        set_modes(one, {"": False})
+    with untouched(graph, network) as (graph, network):
+        for one in (graph, network):
+            set_modes(one, {"": False})
+        return _difference(graph, network, batches)
+
+
+def _difference(graph: fx.GraphModule, network: nn.Module, batches: Sequence[Batch]) -> str:
     for index in _compared(batches):
         batch = batches[index]
         with _same_random_numbers():

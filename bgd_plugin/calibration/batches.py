@@ -25,7 +25,7 @@ _LOGITS = ("logits", "out")
 
 @dataclass(frozen=True)
 class Batch:
-    """The arguments of one call to the network."""
+    """The arguments of one call to the network: positional `args` and keyword `kwargs`."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)

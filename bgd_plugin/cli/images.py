@@ -232,7 +232,7 @@ class _Varied:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A network's prediction for an image: up to five classes and their probabilities, the most likely first."""
+    """A prediction for an image file with a label: up to five classes and their probabilities, the likeliest first."""
 
     file: str
     label: int

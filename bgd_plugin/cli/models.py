@@ -31,9 +31,10 @@ _PREFIXES = ("module.", "_orig_mod.")
 
 @dataclass(frozen=True, kw_only=True)
 class NamedModel:
-    """A network, in evaluation mode.
+    """A network built from its name.
 
     Attributes:
+        model: the network, in evaluation mode.
         transform: the preprocessing (PIL image to tensor) that belongs to the weights, or None.
         has_weights: False if the weights are known to be random.
     """

@@ -19,7 +19,7 @@ __all__ = ["DriftedSkip", "NormCorrection"]
 
 @dataclass(frozen=True, kw_only=True)
 class DriftedSkip:
-    """The batch norm that ends a residual branch, and the other side of the addition."""
+    """The batch norm (`norm`) that ends a residual branch, and the other input (`node`) of the addition."""
 
     norm: fx.Node
     node: fx.Node

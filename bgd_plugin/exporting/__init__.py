@@ -1,1 +1,1 @@
-"""Out of Python: a compressed network as one small file of another runtime, checked there before the call returns."""
+"""Export: a compressed network as one small file of another runtime, checked in that runtime."""

@@ -15,7 +15,7 @@ from bgd_plugin.exporting.examples import Examples
 __all__ = ["captured", "reason"]
 
 _TRACES = ("custom", "nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn")
-"""What nodes keep of the code they came from: paths of files, and class names of layers that are others now."""
+"""Metadata of nodes about their source: paths of files, and class names of layers that have been replaced."""
 
 
 def captured(model: nn.Module, examples: Examples, dynamic: Any) -> ExportedProgram:
@@ -31,9 +31,9 @@ def captured(model: nn.Module, examples: Examples, dynamic: Any) -> ExportedProg
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporter, about itself
+            warnings.simplefilter("ignore")  # the exporter warns about its own code
             program = torch.export.export(model, examples.args, examples.kwargs, dynamic_shapes=dynamic, strict=False)
-    except Exception as error:  # a tracer runs the user's forward: anything may come out of it
+    except Exception as error:  # tracing runs the user's forward, which may raise anything
         raise BGDError(
             f"torch.export cannot capture the network: {reason(error)}. Export the part of the network that it can "
             "capture, or change its forward"

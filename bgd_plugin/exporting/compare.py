@@ -1,4 +1,4 @@
-"""How far the outputs of an exported file are from the network's."""
+"""The difference between the outputs of an exported file and those of the network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ __all__ = ["largest_difference"]
 def largest_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest difference between two lists of outputs, relative to the range of each expected output's values.
 
-    What is infinite or NaN in both is equal; in one of them it is an infinite difference.
+    Values that are infinite or NaN in both are equal; in only one of them, the difference is infinite.
+
+    Args:
+        found, expected: outputs of any shapes, the same in both.
 
     Raises:
         BGDError: the lists differ in their number or shapes.

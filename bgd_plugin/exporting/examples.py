@@ -1,4 +1,4 @@
-"""Example inputs: what the network is traced with, and what its exported file is checked with."""
+"""Example inputs: the network is traced with them, and its exported file is checked with them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Examples:
 
     @classmethod
     def of(cls, inputs: Any) -> Examples:
-        """From a tensor, a sequence of positional arguments, or a mapping of keyword arguments.
+        """From inputs: a tensor, a sequence of positional arguments, or a mapping of keyword arguments.
 
         Raises:
-            ConfigError: there is no tensor in it.
+            ConfigError: they contain no tensor.
         """
         if not tensors_in(inputs):
             raise ConfigError(
@@ -48,20 +48,20 @@ class Examples:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All tensors, in the order in which the exported network takes them."""
+        """All tensors, of any shapes, in the order of the exported network's inputs."""
         return tensors_in((self.args, self.kwargs))
 
     def batched(self, times: int) -> Examples:
-        """The same with a batch so many times as large: each tensor's first dimension repeats.
+        """The same with a batch `times` as large: each tensor is repeated along its first dimension.
 
         Raises:
-            ConfigError: the tensors' first dimensions differ, so they are no batch.
+            ConfigError: the tensors' first dimensions differ, so they are not a batch.
         """
         sizes = {tuple(tensor.shape[:1]) for tensor in self.tensors}
         if len(sizes) != 1 or sizes == {()}:
             shapes = ", ".join(str(list(tensor.shape)) for tensor in self.tensors)
             raise ConfigError(
-                f"dynamic=True: the first dimensions of the example inputs differ ({shapes}), so they are no batch; "
+                f"dynamic=True: the first dimensions of the example inputs differ ({shapes}), so they are not a batch; "
                 "give torch.export's dynamic_shapes as `dynamic` instead"
             )
 
@@ -83,17 +83,17 @@ class Examples:
 
     @torch.no_grad()
     def answers(self, model: nn.Module) -> tuple[Tensor, ...]:
-        """The tensors that the network gives for these inputs.
+        """The tensors, of any shapes, that the network returns for these inputs.
 
         Raises:
-            BGDError: the network does not run on them, or gives no tensor.
+            BGDError: the network fails on them, or returns no tensor.
         """
         try:
             outputs = tensors_in(model(*self.args, **self.kwargs))
-        except Exception as error:  # the user's own forward: anything may come out of it
+        except Exception as error:  # the user's own forward, which may raise anything
             raise BGDError(
-                f"the network does not run on the example inputs: {type(error).__name__}: {error}: give what its "
-                "forward takes"
+                f"the network fails on the example inputs ({type(error).__name__}: {error}): give the arguments that "
+                "its forward takes"
             ) from error
         if not outputs:
             raise BGDError("the network returns no tensor for the example inputs, so there is nothing to export")
@@ -101,5 +101,5 @@ class Examples:
 
 
 def tensors_in(value: Any) -> tuple[Tensor, ...]:
-    """All tensors in nested containers, in order."""
+    """All tensors, of any shapes, in a value of nested containers, in order."""
     return tuple(leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))

@@ -1,4 +1,4 @@
-"""The public way out: write the file, run it in its runtime, compare, and only then put it in its place."""
+"""Export of a network: write the file, run it in its runtime, compare the outputs, and only then rename it."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ def export(
     """Write a compressed network as one small file of another runtime, and check that file there.
 
     The file is written beside `path`, run in its runtime on the example inputs, and renamed only if its outputs are
-    those of the network. The network is exported in evaluation mode; it is left untouched.
+    those of the network. The network is exported in evaluation mode and is not changed.
 
     Args:
-        model: what `bgd_plugin.quantize` returned as `.model`, or what `bgd_plugin.load` gave.
-        path: the file; its suffix says what to export to: `.onnx`, `.mlpackage` (Core ML), `.pt2`.
+        model: the `.model` that `bgd_plugin.quantize` returns, or the network that `bgd_plugin.load` returns.
+        path: the file; its suffix selects the target: `.onnx`, `.mlpackage` (Core ML), `.pt2`.
         example_inputs: of one call: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
         dynamic: False: the exported network takes the shapes of the example inputs. True: any batch size, the first
             dimension of each tensor. Anything else is `dynamic_shapes` of `torch.export.export`.
-        tolerance: largest difference between an output of the file and of the network, relative to the range of that
-            output's values, above which there is an error and no file.
+        tolerance: largest allowed difference between an output of the file and of the network, relative to the range of
+            that output's values; above it, an error is raised and no file is written.
 
     Returns:
-        bytes, largest difference, and whether the weights are decoded once, when the file is loaded.
+        size in bytes, largest difference, and whether the weights are decoded once, when the file is loaded.
 
     Raises:
-        ConfigError: an unknown suffix, a missing folder, or example inputs that are none.
+        ConfigError: an unknown suffix, a missing folder, or example inputs without a tensor.
         BGDError: a package is missing (the message names the extra), the network cannot be exported, or the file's
             outputs differ from the network's.
     """
@@ -65,7 +65,7 @@ def export(
     expected = [case.answers(network) for case in cases]
     shapes = examples.dynamic_shapes() if dynamic is True else dynamic or None
     with _beside(place) as temporary:
-        # the largest batch: torch.export takes a dimension of 1 for one that stays
+        # with the largest batch, because torch.export fixes a dimension of 1
         notes = target.write(network, temporary, cases[-1], shapes)
         runs = [] if target.run is None else [target.run(temporary, case) for case in cases]
         pairs = zip(runs, expected[: len(runs)], strict=True)
@@ -85,17 +85,18 @@ def export(
 
 
 def _ready(model: nn.Module) -> nn.Module:
-    """A copy on the CPU in evaluation mode, over the same tensors where they are there already.
+    """A copy on the CPU in evaluation mode, which shares the tensors that are on the CPU already.
 
     Raises:
-        BGDError: nothing in the network is quantized, or it has no values.
+        ConfigError: not a network.
+        BGDError: nothing in the network is quantized, or it is on the meta device.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"the network is a {type(model).__name__}: give the .model that bgd_plugin.quantize returns")
     if not any(isinstance(module, PQModule) for module in model.modules()):
         raise BGDError(
-            "the network has no product-quantized layer: export the .model that bgd_plugin.quantize returns; a float "
-            "network is exported by torch.onnx.export or torch.export itself"
+            "the network has no product-quantized layer: export the .model that bgd_plugin.quantize returns; for a "
+            "float network use torch.onnx.export or torch.export"
         )
     tensors = (*model.parameters(), *model.buffers())
     if any(tensor.is_meta for tensor in tensors):
@@ -114,7 +115,7 @@ def _require_same(result: Exported, tolerance: float) -> None:
         raise BGDError(
             f"{result.path} was not written: in {result.runtime} the exported network differs from the network by "
             f"{difference:.1e} of the output's range, more than the tolerance of {tolerance:.1e}. Raise `tolerance` if "
-            "that is near enough"
+            "that is acceptable"
         )
 
 
@@ -124,7 +125,7 @@ def _size(path: Path) -> int:
 
 
 def _put(temporary: Path, place: Path) -> None:
-    """Give a file or a folder its place; a folder that is there gives way."""
+    """Rename a file or a folder to its final path; an existing one is replaced."""
     if place.is_dir() and temporary.is_dir():
         os.replace(place, temporary.with_name(f"{place.name}.before"))
     os.replace(temporary, place)
@@ -132,7 +133,7 @@ def _put(temporary: Path, place: Path) -> None:
 
 @contextmanager
 def _beside(place: Path) -> Iterator[Path]:
-    """A path of the same name in a folder of its own next to `place`, which is removed at the end."""
+    """A path of the same name in a temporary folder next to `place`, which is removed at the end."""
     folder = tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent)
     try:
         yield Path(folder) / place.name

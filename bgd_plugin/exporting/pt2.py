@@ -1,6 +1,6 @@
 """`.pt2`, a program of `torch.export`: for torch without this library, and for AOTInductor.
 
-Codes and codebooks stay as they are in memory; weights are decoded at each run, unless a compiler folds them.
+Codes and codebooks are stored as in memory; weights are decoded at each run, unless a compiler folds them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def write(model: nn.Module, path: Path, examples: Examples, dynamic: Any) -> tup
     program = captured(model, examples, dynamic)
     program._example_inputs = None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter, about itself
+        warnings.simplefilter("ignore")  # the exporter warns about its own code
         torch.export.save(program, path)
     wide = [layer for layer in layers if layer.code_bits < 8 * layer.codes.element_size()]
     saved = sum(m.codes.numel() * (8 * m.codes.element_size() - m.code_bits) for m in wide) // 8
@@ -51,7 +51,7 @@ def write(model: nn.Module, path: Path, examples: Examples, dynamic: Any) -> tup
 
 
 def run(path: Path, examples: Examples) -> Run:
-    """Load the file as another process would, and answer the inputs.
+    """Load the file at `path`, and run it on the examples.
 
     Raises:
         BGDError: torch cannot load or run it.

@@ -1,4 +1,4 @@
-"""What an export comes to."""
+"""The result of an export."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Run:
     """One run of an exported file in its runtime.
 
     Attributes:
-        outputs: the tensors that it gave, in the order of the network's.
+        outputs: the tensors that it returned, in the order of the network's outputs.
         is_folded: whether all weights were decoded once, when the file was loaded; None: the runtime does not say.
         runtime: name and version.
     """
@@ -30,14 +30,14 @@ class Exported:
     """An exported file; `str()` is the lines that the command line prints.
 
     Attributes:
-        path: where it lies.
+        path: of the file or package.
         size_bytes: of the file, or of all files of a package.
         file_bytes: of this library's own file of the network, as `bgd_plugin.save` would write it.
         largest_difference: between the runtime's outputs and the network's, relative to the range of each output;
-            None where no runtime on this machine runs the file.
-        is_folded: whether the runtime decodes the weights once, when it loads the file; None where it does not say.
+            None if no runtime on this machine runs the file.
+        is_folded: whether the runtime decodes the weights once, when it loads the file; None if unknown.
         runtime: name and version of the runtime that ran the file; empty if none did.
-        notes: what else there is to know, in sentences.
+        notes: further remarks, in sentences.
     """
 
     path: Path

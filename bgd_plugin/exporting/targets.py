@@ -1,4 +1,4 @@
-"""Which suffix is which runtime, and what each needs to be installed."""
+"""The targets of an export by suffix, and the packages that each needs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DENSE = {
     ".engine": "TensorRT",
     ".plan": "TensorRT",
 }
-"""Suffixes of runtimes that decode no weights at load."""
+"""Suffixes of runtimes that cannot decode weights when they load a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +34,12 @@ class Target:
     """A kind of file that a network is exported to.
 
     Attributes:
-        name: as people call it.
-        extra: of this distribution, which installs what the export needs; empty if nothing is needed.
-        modules: what is imported.
-        write: writes the file of a network in evaluation mode, with torch.export's dynamic_shapes or None; returns
-            notes for the user.
-        run: answers inputs from the file, in its runtime; None where that does not run on this system.
+        name: its usual name.
+        extra: the extra of this package that installs what the export needs; empty if nothing is needed.
+        modules: the modules that the export imports.
+        write: writes the file. Its arguments are the network in evaluation mode, the path, the examples, and
+            torch.export's dynamic_shapes or None. It returns notes for the user.
+        run: runs the file on examples in its runtime; None if no runtime on this system runs it.
     """
 
     name: str
@@ -64,10 +64,10 @@ TARGETS = {
 
 
 def target_of(path: Path) -> Target:
-    """The target that a path's suffix names, whose packages are installed.
+    """The target selected by a path's suffix, whose packages are installed.
 
     Raises:
-        ConfigError: a suffix of no target.
+        ConfigError: no target has this suffix.
         BGDError: a package is missing.
     """
     suffix = path.suffix.lower()

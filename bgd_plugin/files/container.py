@@ -46,12 +46,12 @@ def joined(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Tensor:
 
 
 def content_length(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> int:
-    """The length of `joined`; tensors may be on the meta device."""
+    """The length of `joined` in bytes; tensors may be on the meta device."""
     return 4 + len(_deflated(tensors, header)) + sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def parted(content: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The inverse of `joined`.
+    """The inverse of `joined`, from content uint8 `[length]`.
 
     Raises:
         ValueError: the bytes are damaged.

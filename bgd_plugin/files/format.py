@@ -267,7 +267,7 @@ def layer_header(layer: PQModule) -> list[Any]:
 
 
 def identity(name: str, value: Tensor) -> tuple[Any, ...]:
-    """A key that is equal for two names of the same tensor."""
+    """A key of a tensor of any shape, equal for two names (`name`) of the same tensor (`value`)."""
     if value.numel() == 0 or value.is_meta:
         return (id(value.untyped_storage()._cdata), name) if value.numel() == 0 else (value.untyped_storage()._cdata,)
     return (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)

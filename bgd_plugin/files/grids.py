@@ -53,7 +53,7 @@ class Grids:
         return result
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors again.
+        """The tensors again, by name, in their own shapes.
 
         Raises:
             ValueError: integers or steps do not suit the members.
@@ -82,7 +82,7 @@ def group_size(group: str) -> int:
 
 
 def members_of(entry: Any) -> list[list[Any]]:
-    """A group's members as the header of a file has them.
+    """Check a group's members, `entry` in a file's header.
 
     Raises:
         ValueError: they are damaged.

@@ -9,6 +9,7 @@ from bgd_plugin.graph.find import find_layers
 from bgd_plugin.graph.fold import fold_parametrizations_
 from bgd_plugin.graph.following import added_to, following_batchnorm, following_batchnorm_node
 from bgd_plugin.graph.front import Front, front_end, retraced, unwrapped
+from bgd_plugin.graph.in_place import untouched
 from bgd_plugin.graph.layer import FoundLayer, LeftLayer
 from bgd_plugin.graph.parts import batchnorms_in_parts
 from bgd_plugin.graph.pickling import make_picklable_
@@ -65,5 +66,6 @@ __all__ = [
     "spoken",
     "swap_",
     "trace",
+    "untouched",
     "unwrapped",
 ]

@@ -74,7 +74,7 @@ class FoundLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class LeftLayer:
-    """A module or parameter that is left alone, and why."""
+    """A module or parameter that is left alone: its name and the reason."""
 
     name: str
     reason: str

@@ -12,7 +12,8 @@ from torch import fx, nn
 from bgd_plugin.errors import TraceError
 from bgd_plugin.graph.bare import bare_layers
 from bgd_plugin.graph.computed import computed_parameters, module_or_none
-from bgd_plugin.graph.copying import copy_module, drop_hooks_, set_modes
+from bgd_plugin.graph.copying import drop_hooks_, set_modes
+from bgd_plugin.graph.in_place import untouched
 from bgd_plugin.graph.kinds import MODULES, runs_its_parents_forward
 from bgd_plugin.graph.layer import FoundLayer
 from bgd_plugin.nn import FloatWeight, FrozenNorm, PQModule, RotatedNorm, has_running_statistics
@@ -98,9 +99,9 @@ def is_quantized_elsewhere(module: nn.Module) -> bool:
 def trace(model: nn.Module, given: Mapping[str, Any] | None = None) -> fx.GraphModule:
     """The graph of `model`, over the same modules and parameters.
 
-    A `GraphModule` is returned as it is. The graph follows the branches of evaluation mode. A copy without hooks is
-    traced, so that neither `model` nor anything that hooks write to sees the tracer's proxies. The effects of hooks are
-    not in the graph, except those of modules that are one node.
+    A `GraphModule` is returned as it is. The graph follows the branches of evaluation mode. The network is traced
+    without hooks, by `untouched`, so that neither it nor anything that hooks write to keeps the tracer's proxies. The
+    effects of hooks are not in the graph, except those of modules that are one node.
 
     Args:
         model: the network; not changed.
@@ -112,30 +113,35 @@ def trace(model: nn.Module, given: Mapping[str, Any] | None = None) -> fx.GraphM
     """
     if isinstance(model, fx.GraphModule):
         return model
-    scratch = copy_module(model, share_tensors=True)
-    drop_hooks_(scratch)
-    scratch.eval()
     try:
-        graph = _graph_of(scratch, given or {})
+        graph, held = _traced(model, PQTracer(given or {}))
     except Exception as error:  # tracing runs the user's forward, which may raise anything
         if given is not None:
-            raise _error(scratch, error) from error
+            raise _error(model, error) from error
         try:
-            scratch = copy_module(scratch, share_tensors=True)
-            graph = PQTracer().trace(scratch)
+            graph, held = _traced(model, PQTracer())
         except Exception:  # as above
-            raise _error(scratch, error) from error
-    return _over(model, scratch, graph)
+            raise _error(model, error) from error
+    return _over(model, graph, held)
 
 
-def _graph_of(scratch: nn.Module, given: Mapping[str, Any]) -> fx.Graph:
-    return PQTracer(given).trace(scratch)
+def _traced(model: nn.Module, tracer: PQTracer) -> tuple[fx.Graph, dict[str, Any]]:
+    """A graph, and what its nodes refer to, constants that tracing has made included."""
+    with untouched(model) as (scratch,):
+        drop_hooks_(scratch)
+        scratch.eval()
+        graph = tracer.trace(scratch)
+        targets = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
+        return graph, {target: _at(scratch, target, None) for target in targets}
 
 
-def _over(model: nn.Module, scratch: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """The graph traced from a copy, over the modules of the original."""
-    targets = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
-    root = {target: _at(model, target, _at(scratch, target, None)) for target in targets}
+def _over(model: nn.Module, graph: fx.Graph, held: Mapping[str, Any]) -> fx.GraphModule:
+    """A graph over the modules of the network that it was made of.
+
+    Args:
+        held: what its nodes refer to, for what the network does not have.
+    """
+    root = {target: _at(model, target, value) for target, value in held.items()}
     result = fx.GraphModule(root, graph, type(model).__name__)
     result.training = model.training
     _keep_owners_(result, model)
@@ -192,7 +198,7 @@ def _smallest_untraceable(model: nn.Module, prefix: str, error: Exception) -> tu
         if tracer.is_leaf_module(child, path):
             continue
         try:
-            PQTracer({}).trace(child)
+            _traced(child, PQTracer({}))
         except Exception as inner:  # as above: the user's own forward
             return _smallest_untraceable(child, path, inner)
     return prefix, error

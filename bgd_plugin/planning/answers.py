@@ -1,4 +1,4 @@
-"""How well a compressed network still answers: its divergence from the float network, and its agreement with it."""
+"""Quality of a compressed network's outputs: divergence from the float network, and agreement with it."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Answers:
     """How a compressed network's answers compare with the float network's.
 
     Attributes:
-        samples: on which they were compared.
+        samples: number of samples on which they were compared.
         measure: "KL divergence" of the logits in nats, averaged over samples (and tokens or pixels); for an output
             without logits "relative squared error", ‖y − ŷ‖² / ‖y‖² over all floating point outputs.
-        divergence: in that measure; 0 means the same answers.
+        divergence: in that measure; 0 means the same outputs.
         agreement: share of samples (tokens, pixels) with the same most likely class; None without logits.
-        kept_aside: whether neither the fit nor any training has seen these samples.
+        kept_aside: whether these samples were used neither by the fit nor by training.
     """
 
     samples: int
@@ -54,7 +54,7 @@ class Answers:
 
 @dataclass
 class _Sums:
-    """What is added up over batches."""
+    """Sums over batches."""
 
     samples: float = 0.0
     divergence: float = 0.0
@@ -72,12 +72,12 @@ class _Sums:
 def compare_answers(
     compressed: Callable[[Batch], Any], reference: Callable[[Batch], Any], batches: Sequence[Batch], *, kept_aside: bool
 ) -> Answers:
-    """Compare two networks' outputs, batch by batch, so that no more than one batch's outputs are held.
+    """Compare two networks' outputs batch by batch, with the outputs of one batch in memory.
 
     Args:
-        compressed, reference: what each network answers to a batch, both in evaluation mode.
+        compressed, reference: from a batch to each network's output, in evaluation mode.
         batches: at least one.
-        kept_aside: whether these samples were kept out of the fit.
+        kept_aside: whether the fit has not used these samples.
     """
     sums = _Sums()
     is_logits = True
@@ -110,10 +110,13 @@ def compare_answers(
 
 
 def output_loss(output: Any, exact: Any, measure: Measure = "KL") -> tuple[float, str]:
-    """How far an output is from the float network's, and by which measure.
+    """The loss of an output against the float network's, and the name of its measure.
 
-    Logits, `[samples, classes]` or a field of that name, by their KL divergence if that is wanted; anything else by the
-    squared difference over the squares of the exact one.
+    Args:
+        output: of the compressed network.
+        exact: of the float network.
+        measure: "KL": for logits (`[samples, classes]`, or a field of that name) their KL divergence in nats. For other
+            outputs, and with "squared difference", ‖output − exact‖² / ‖exact‖².
     """
     if measure == "KL" and has_logits(exact):
         loss = float(kl_to_teacher(logits_of(output), logits_of(exact)))
@@ -122,7 +125,7 @@ def output_loss(output: Any, exact: Any, measure: Measure = "KL") -> tuple[float
 
 
 def has_logits(output: Any) -> bool:
-    """Whether an output is, or names, scores of classes."""
+    """Whether an output is, or has a field of, logits."""
     if isinstance(output, Tensor):
         return output.ndim == 2 and output.shape[1] > 1
     named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)

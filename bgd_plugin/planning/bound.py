@@ -1,4 +1,4 @@
-"""Sizes for a bound on the loss: the fewest bytes whose expected loss stays within it, and the curve of all bounds."""
+"""Sizes for a bound on the loss: the fewest bytes with an expected loss within it, and the curve over all bounds."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from bgd_plugin.planning.knapsack import allocate
 __all__ = ["fewest_bytes", "loss_by_bytes"]
 
 _FINE = 5e-4
-"""Relative step of bytes at which the search ends."""
+"""The search ends when the range of bytes is this fraction of them."""
 
 
 def fewest_bytes(layers: Sequence[Sequence[Option]], bound: float) -> list[int]:
-    """The index of each layer's option, so that the sum of losses is at most `bound` with the fewest bytes.
+    """The index of each layer's option for the fewest bytes whose sum of losses is at most `bound`.
 
-    The knapsack gives the least loss for a number of bytes, which falls as the bytes grow: so the bytes are bisected.
+    The knapsack gives the least loss for a number of bytes; it falls as the bytes grow, so the bytes are bisected.
 
     Args:
         layers: each layer's options, bytes ascending, losses falling; the last one (float) loses nothing.
         bound: of the sum of losses, in nats.
 
     Returns:
-        one index for each layer; where even the largest options lose more than `bound`, those.
+        one index for each layer; the largest options if even these lose more than `bound`.
     """
     low = sum(options[0].size_bytes for options in layers)
     high = sum(options[-1].size_bytes for options in layers)
@@ -43,11 +43,11 @@ def fewest_bytes(layers: Sequence[Sequence[Option]], bound: float) -> list[int]:
 
 
 def loss_by_bytes(layers: Sequence[Sequence[Option]], points: int) -> list[tuple[int, float]]:
-    """Pairs of bytes and the least sum of losses for them, bytes ascending by equal factors.
+    """Pairs of bytes and the least sum of losses for them; the bytes ascend by equal factors.
 
     Args:
         layers: as in `fewest_bytes`.
-        points: pairs, at most; equal ones are given once.
+        points: maximum number of pairs; equal ones are given once.
     """
     low = sum(options[0].size_bytes for options in layers)
     high = sum(options[-1].size_bytes for options in layers)

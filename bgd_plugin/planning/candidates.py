@@ -69,7 +69,13 @@ class Sensitivity:
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One way to store a layer: quantized so, or float (`layer` is None); its bytes and the loss it brings."""
+    """One way to store a layer.
+
+    Attributes:
+        layer: as it would be quantized; None: float.
+        size_bytes: of the layer in the file.
+        loss: expected divergence that it adds, in nats.
+    """
 
     layer: PlannedLayer | None
     size_bytes: int

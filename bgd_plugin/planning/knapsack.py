@@ -1,4 +1,4 @@
-"""Which of the layers' candidates to take: the least sum of losses whose file is no longer than a target."""
+"""Choose one candidate per layer: the least sum of losses for a file no longer than a target."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ from bgd_plugin.support.tables import mib
 __all__ = ["Choice", "allocate", "choose", "require_reachable"]
 
 _BINS = 1 << 14
-"""Steps into which the bytes to be shared out are cut."""
+"""Number of steps into which the available bytes are divided."""
 _CORRECTIONS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What `choose` found: an option for each layer, the length of the file, and the sum of the losses."""
+    """The result of `choose`.
+
+    Attributes:
+        options: one for each layer.
+        file_bytes: length of the file.
+        loss: sum of the options' losses.
+    """
 
     options: tuple[Option, ...]
     file_bytes: int
@@ -53,15 +59,15 @@ def require_reachable(
 def choose(
     layers: Sequence[Sequence[Option]], target_bytes: int, file_size: Callable[[Sequence[Option]], int]
 ) -> Choice:
-    """The options with the least sum of losses whose file is no longer than the target.
+    """The options with the least sum of losses for a file no longer than the target.
 
-    The knapsack knows the bytes of codes and codebooks; what a file holds beside them follows from measuring whole
-    files, and the bytes to be shared out are corrected by the difference.
+    The knapsack counts the bytes of codes and codebooks. The rest of a file is measured: the length of the whole file
+    is computed, and the available bytes are corrected by the difference.
 
     Args:
-        layers: each one's options, bytes ascending.
-        target_bytes: never exceeded.
-        file_size: length of the file with these options.
+        layers: each layer's options, bytes ascending.
+        target_bytes: maximum length of the file.
+        file_size: the length of the file, in bytes, with these options.
 
     Raises:
         ConfigError: even the smallest options make a longer file.
@@ -83,14 +89,14 @@ def choose(
 
 
 def allocate(layers: Sequence[Sequence[Option]], shared_bytes: int) -> list[int]:
-    """A knapsack with one option for each layer: the least sum of losses within a sum of bytes.
+    """A knapsack with one option per layer: the least sum of losses within a sum of bytes.
 
-    By dynamic programming over the bytes beyond each layer's smallest option, in up to `_BINS` steps, each rounded up:
-    the sum of the bytes never exceeds `shared_bytes`, unless the smallest options do.
+    Dynamic programming over the bytes beyond each layer's smallest option, in up to `_BINS` steps. Costs are rounded
+    up, so the sum of the bytes exceeds `shared_bytes` only if the smallest options do.
 
     Args:
-        layers: each one's options, the smallest first.
-        shared_bytes: for all of them.
+        layers: each layer's options, the smallest first.
+        shared_bytes: for all layers together.
 
     Returns:
         the index of each layer's option.

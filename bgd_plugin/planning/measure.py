@@ -1,4 +1,4 @@
-"""Measure what each layer's error does to the output, where sizes are chosen by it."""
+"""Measure the effect of each layer's error on the output, for choosing sizes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["measured"]
 
 
 def measured(budget: Budget, batches: Sequence[Batch], *, progress: bool) -> dict[str, Sensitivity]:
-    """The sensitivity of each layer whose size is to be chosen, by name: the first process measures it, on its data.
+    """The sensitivity of each layer whose size is to be chosen, by name; a layer that no input reaches has none.
 
-    A layer that no input reaches has none.
+    The first process measures it, on its own data.
 
     Args:
         budget: holds the survey, and the layers whose size is to be chosen.

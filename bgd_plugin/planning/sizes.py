@@ -12,7 +12,7 @@ from bgd_plugin.config import BGDConfig
 from bgd_plugin.encoding.masks import mask_form, pack_mask
 from bgd_plugin.files.format import State, Stored, file_size, stored_state
 from bgd_plugin.files.rounding import round_floats_, round_weights_
-from bgd_plugin.graph import FoundLayer, copy_module, float_module, module_at
+from bgd_plugin.graph import FoundLayer, float_module, module_at, untouched
 from bgd_plugin.nn import PQModule, freeze_norms_, quantized
 from bgd_plugin.planning.survey import Chosen, Survey
 from bgd_plugin.planning.types import PlannedLayer
@@ -33,13 +33,13 @@ class Sketch:
         self._network = survey.own
         self._config = survey.config
         self._paths = {layer.name: dict(paths) for layer, paths in _weight_paths(survey.own, survey.chosen)}
-        base: nn.Module = copy_module(survey.own, share_tensors=True)
         always_quantized = [
             f.weight for f, p in survey.chosen if not (survey.config.has_budget and p.name in survey.free)
         ]
-        _empty_(base, always_quantized)
-        _round_(base, survey.config, survey.leftovers)
-        self._state = State.of(base)
+        with untouched(survey.own) as (base,):
+            _empty_(base, always_quantized)
+            _round_(base, survey.config, survey.leftovers)
+            self._state = State.of(base)
 
     def file_size(self, chosen: Chosen) -> int:
         """Length in bytes of the file with the chosen layers quantized and the rest float, rounded as the settings say.

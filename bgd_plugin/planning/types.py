@@ -97,7 +97,7 @@ class PlannedLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class SkippedLayer:
-    """A layer that stays float, and why."""
+    """A layer that stays float: its name and the reason."""
 
     name: str
     reason: str
@@ -105,7 +105,7 @@ class SkippedLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
-    """A file that could be chosen: its length, and the divergence from the float network to expect with it."""
+    """A point of the curve: `file_bytes`, and the `expected_divergence` (nats) of a file of that length."""
 
     file_bytes: int
     expected_divergence: float

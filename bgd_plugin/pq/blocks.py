@@ -116,9 +116,9 @@ def decode(codebook: Tensor, codes: Tensor, shape: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """How a layer reads its input, in torch's terms. Each tuple has one item per spatial dimension.
+    """How a layer reads its input: `kernel_size`, `stride`, `padding`, `dilation`, `groups` and so on, as in torch.
 
-    A linear layer has no spatial dimensions: `Geometry.linear()`.
+    Each tuple has one item per spatial dimension; a linear layer has none, see `Geometry.linear`.
     """
 
     kernel_size: tuple[int, ...]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from bgd_plugin.calibration import first_samples
-from bgd_plugin.graph import copy_module, set_modes
+from bgd_plugin.graph import set_modes, untouched
 from bgd_plugin.planning.answers import Answers, compare_answers
 from bgd_plugin.quantization.job import Job
 from bgd_plugin.support.processes import largest
@@ -21,16 +21,15 @@ def judged(job: Job, network: nn.Module) -> Answers:
 
     Args:
         job: the run.
-        network: what will be saved; a copy of it answers, in evaluation mode. Finetuning walks all of the
-            calibration data, so that after it no sample counts as kept aside.
+        network: what will be saved; it answers in evaluation mode, and is as before afterwards. Finetuning walks all of
+            the calibration data, so that after it no sample counts as kept aside.
     """
     has_aside = -largest(-len(job.aside)) > 0  # in every process
     batches = job.aside if has_aside else first_samples(job.batches, _JUDGED)
-    network = copy_module(network, share_tensors=True)
-    set_modes(network, {"": False})
-    with job.log.timed("answers"):
+    with untouched(network) as (answering,), job.log.timed("answers"):
+        set_modes(answering, {"": False})
         return compare_answers(
-            lambda batch: batch.call(network),
+            lambda batch: batch.call(answering),
             lambda batch: batch.call(job.reference),
             batches,
             kept_aside=has_aside and not job.config.finetuning,

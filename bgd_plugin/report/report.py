@@ -111,7 +111,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Quantized:
-    """What `quantize` returns: the compressed network, and the report on it."""
+    """The result of `quantize`: the compressed network (`model`), and the report."""
 
     model: nn.Module
     report: Report

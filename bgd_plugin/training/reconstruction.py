@@ -36,7 +36,7 @@ class Reconstruction:
     """Result of training the blocks.
 
     Attributes:
-        blocks: number of trained blocks, and of those whose training was undone.
+        blocks, taken_back: number of trained blocks, and of those whose training was undone.
         before, after: the mean over blocks of the loss on held-out samples.
     """
 

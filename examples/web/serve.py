@@ -83,7 +83,7 @@ def check(folder: Path, timeout: float = 180.0) -> dict[str, Any]:
 
     Returns:
         `photos`, `equal` (same class as torch's), `largest_difference` of a probability, `first_answer_ms` since the
-        page began to load, and `transferred_bytes` of the network.
+        page was asked for, `after_load_ms` since its load event, and `transferred_bytes` of the network.
     """
     browser = chromium()
     if browser is None:
@@ -107,6 +107,7 @@ def check(folder: Path, timeout: float = 180.0) -> dict[str, Any]:
         "equal": sum(one["answer"] == other["answer"] for one, other in pairs),
         "largest_difference": max(abs(one["probability"] - other["probability"]) for one, other in pairs),
         "first_answer_ms": found["firstAnswerMs"],
+        "after_load_ms": found["afterLoadMs"],
         "transferred_bytes": found["transferredBytes"],
     }
 

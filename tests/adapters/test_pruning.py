@@ -190,7 +190,7 @@ def test_torch_pruning_refuses_masks(tp: Any) -> None:
     register()
     model = randomized(SmallResNet())
     prune.l1_unstructured(model.conv1, "weight", 0.5)
-    with pytest.raises(ConfigError, match=r"layer 'conv1' is under a mask: make it permanent with .*prune.remove"):
+    with pytest.raises(ConfigError, match=r"layer 'conv1' has a pruning mask: make it permanent with .*prune.remove"):
         tp.DependencyGraph().build_dependency(model, images()[0])
     prune.remove(model.conv1, "weight")
     assert narrow(tp, model).get_submodule("conv1").weight.shape[0] == 8
@@ -321,7 +321,7 @@ def test_neural_compressor_takes_the_linear_layers_before_or_after_us(
     [
         (
             lambda: PlainNet(),
-            r"'0' has a weight \[32, 12\] in the file, \[16, 12\] in the network, which is not the one",
+            r"'0' has a weight \[32, 12\] in the file, \[16, 12\] in the network: give the network that",
         ),
         (lambda: nn.Sequential(nn.Conv1d(12, 32, 1)), r"'0' has a weight \[32, 12\] in the file, \[32, 12, 1\] in the"),
     ],
@@ -414,7 +414,7 @@ def beside_a_quantized_layer(module: nn.Module, path: Path) -> nn.Module:
 @pytest.mark.parametrize(
     ("saved", "dense", "message"),
     [
-        (nn.LSTM(8, 16), nn.LSTM(8, 32), "the widths of a LSTM are not told by one tensor"),
+        (nn.LSTM(8, 16), nn.LSTM(8, 32), "one tensor does not determine the widths of a LSTM"),
         (nn.GroupNorm(3, 12), nn.GroupNorm(8, 16), "8 groups do not divide 12 channels"),
         (nn.Conv2d(8, 12, 3, groups=4), nn.Conv2d(16, 24, 3, groups=8), "8 groups do not divide its channels"),
     ],

@@ -297,10 +297,10 @@ def test_torchao_may_have_what_we_left() -> None:
 
 
 def test_what_needs_the_whole_network_is_refused_by_torchaos_own_quantize() -> None:
-    with pytest.raises(ConfigError, match="finetuning: for a whole network"):
+    with pytest.raises(ConfigError, match="finetuning: needs the whole network"):
         quantize_(PlainNet(), adapter.BGDWeightOnlyConfig(finetuning=FinetuningConfig(steps=1)))
     for settings in ({"freeze_norms": True}, {"reconstruction": ReconstructionConfig()}, {"target_ratio": 4.0}):
-        with pytest.raises(ConfigError, match=f"{next(iter(settings))}: for a whole network"):
+        with pytest.raises(ConfigError, match=f"{next(iter(settings))}: needs the whole network"):
             quantize_(PlainNet(), adapter.BGDWeightOnlyConfig(**settings))
     with pytest.raises(ConfigError, match="finetuning: training needs data"):
         adapter.quantize_(PlainNet(), adapter.BGDWeightOnlyConfig(finetuning=FinetuningConfig(steps=1)))

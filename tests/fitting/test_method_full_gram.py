@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,27 @@ def test_scaled_rows_stay_within_the_weights_type() -> None:
     assert bool(torch.isfinite(nothing).all()) and bool((nothing > 0).all())
 
 
+def test_what_the_fit_found_out_is_in_the_layers_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = full_gram.fit_full
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        return dataclasses.replace(real(*args, **kwargs), notes=("something was found out",))
+
+    monkeypatch.setattr(full_gram, "fit_full", noting)
+    model, data = nn.Sequential(nn.Linear(12, 64)).eval(), vectors()
+    (layer,) = bgd.quantize(model, data, _config("full", first_layer=_SETTING), progress=False).report.layers
+    assert "something was found out" in layer.note
+
+
+def test_a_layer_too_wide_for_its_gram_says_what_its_fit_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(full_gram, "_MAX_COLUMNS", 11)
+    model, data = nn.Sequential(nn.Linear(12, 64)).eval(), vectors()
+    model[0].weight.data.copy_(model[0].weight.data[:1].expand(64, 12))  # three blocks, again and again
+    (layer,) = bgd.quantize(model, data, _config("full", first_layer=_SETTING), progress=False).report.layers
+    assert "12 columns: too wide for a full Gram" in layer.note
+    assert "13 of 16 codewords are not used" in layer.note
+
+
 def test_channels_without_gain_are_not_asked_for_anything() -> None:
     gain = torch.tensor([2.0, -1.0, 0.0, 1e-4])
     floor = 0.01 * gain.square().mean()
@@ -278,18 +300,25 @@ def test_layers_with_one_input_are_fitted_to_the_same_rows_whoever_comes_first(
     """A sample of the rows, which depends on the seed of the run and on nothing that was done before."""
     monkeypatch.setattr(full_gram, "_MIN_ROWS", 40)
     monkeypatch.setattr(full_gram, "_ROWS_PER_COLUMN", 1)
+    real, grams = full_gram.fit_full, list[Tensor]()
+
+    def watched(weight: Tensor, gram: Tensor, *args: Any, **kwargs: Any) -> Any:
+        grams.append(gram.clone())
+        return real(weight, gram, *args, **kwargs)
+
+    monkeypatch.setattr(full_gram, "fit_full", watched)
     model, data = _Shared().eval(), [torch.randn(60, 16) for _ in range(5)]
 
-    def codebooks(**fields: Any) -> dict[str, Tensor]:
+    def last_gram(**fields: Any) -> Tensor:
         config = _config("full", first_layer=_SETTING, kept_aside=0.0, **fields)
-        result = bgd.quantize(model, data, config, checkpoint=tmp_path / str(fields), progress=False)
-        return {name: x for name, x in result.model.state_dict().items() if name.endswith("codebook")}
+        bgd.quantize(model, data, config, checkpoint=tmp_path / str(fields), progress=False)
+        return grams[-1]
 
-    whole = codebooks()
+    both = last_gram()
     (tmp_path / "{}" / "layer-0001.safetensors").unlink()  # the second layer is fitted again, the first one is not
-    again, other = codebooks(), codebooks(seed=1)
-    assert torch.equal(whole["k.codebook"], again["k.codebook"])
-    assert not torch.equal(whole["k.codebook"], other["k.codebook"])
+    alone, other = last_gram(), last_gram(seed=1)
+    assert len(grams) == 2 + 1 + 2
+    assert torch.equal(both, alone) and not torch.equal(both, other)
 
 
 def test_a_network_in_double_precision_aims_at_the_drift_of_its_skip_too() -> None:

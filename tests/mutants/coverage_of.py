@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,9 @@ import coverage
 import pytest
 
 __all__ = ["Tests", "measured"]
+
+_SHARED = re.compile(r"\b(sum_|sum_of|total|share_|sums)\b")
+_TWIN = "test_twin.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,7 @@ class Tests:
     def of(self, path: str, line: int, source: str, *, seconds: float) -> list[str]:
         """Tests of a line, those of the folder of the same name first, then the fastest, within a sum of seconds.
 
+        Where values of several processes are summed up, the test that pretends a second process comes first.
         A line that is executed when the module is imported, such as a constant's, has the tests of all lines that
         mention what it defines; where there are none, those of the whole module.
         """
@@ -43,8 +48,11 @@ class Tests:
         if not found:
             found = {t for place, tests in self.lines.items() if place.startswith(f"{path}:") for t in tests}
         folder = f"tests/{Path(path).parent.name}/"
+        is_shared = _SHARED.search(source.splitlines()[line - 1]) is not None
         chosen, spent = [], 0.0
-        for test in sorted(found, key=lambda t: (not t.startswith(folder), self.seconds[t])):
+        for test in sorted(
+            found, key=lambda t: (not (is_shared and _TWIN in t), not t.startswith(folder), self.seconds[t])
+        ):
             spent += self.seconds[test]
             if spent > seconds and chosen:
                 break
@@ -64,6 +72,13 @@ def _mentioning(source: str, line: int) -> Iterator[int]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and node.id in names and node.lineno != line:
             yield node.lineno
+
+
+def _in_functions(source: str) -> Iterator[int]:
+    """Lines of functions' bodies; others run when the module is imported, whichever test comes to it first."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from range(node.body[0].lineno, (node.end_lineno or node.lineno) + 1)
 
 
 class _Contexts:
@@ -110,9 +125,10 @@ def measured(root: Path, folders: Sequence[str], tests: Sequence[str], kept: Pat
         raise SystemExit("the tests fail without any mutant: repair that first")
     data, lines = cover.get_data(), dict[str, list[str]]()
     for file in data.measured_files():
-        path = Path(file).relative_to(root)
+        path, called = Path(file).relative_to(root), set(_in_functions(Path(file).read_text()))
         for line, names in data.contexts_by_lineno(file).items():
-            lines[f"{path}:{line}"] = sorted(set(names) - {""})
+            if line in called:
+                lines[f"{path}:{line}"] = sorted(set(names) - {""})
     result = Tests(lines={k: v for k, v in lines.items() if v}, seconds=dict(contexts.seconds))
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps({"state": state, "lines": result.lines, "seconds": result.seconds}))

@@ -1,6 +1,7 @@
 """One call looks for layers once, copies the weights once, and computes what a file holds once to tell its length.
 
-Other copies are of modules alone and share the weights: they run where the network itself must not be changed by it.
+Two more copies share the weights: the network that the layers are fitted in, and the float one beside it. Checks of
+the trace, its tracing, the sizes and the answers need none: they run a network as it is, and put it back.
 `save` writes what was computed then, unless the network has changed (`tests/files/test_content.py`).
 """
 
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
+from torch import fx, nn
 
 import bgd_plugin as bgd
 from bgd_plugin import BGDConfig
@@ -57,14 +58,20 @@ CONFIGS = {
 def test_a_network_is_looked_at_once(name: str, counted: Counter[str], tmp_path: Path) -> None:
     result = bgd.quantize(randomized(SmallResNet()), images(size=12), CONFIGS[name], progress=False)
     bgd.save(result.model, tmp_path / "net")
-    assert (counted["find"], counted["copy"], counted["content"]) == (1, 1, 1)
+    assert (counted["find"], counted["copy"], counted["shared copy"], counted["content"]) == (1, 1, 2, 1)
 
 
 def test_a_budget_takes_no_further_look(counted: Counter[str]) -> None:
     bgd.quantize(randomized(SmallResNet()), images(size=12), BGDConfig(target_ratio=4, rounds=1), progress=False)
-    assert (counted["find"], counted["copy"]) == (1, 1)
+    assert (counted["find"], counted["copy"], counted["shared copy"]) == (1, 1, 2)
+
+
+def test_a_graph_is_fitted_as_it_is(counted: Counter[str]) -> None:
+    graph = fx.symbolic_trace(randomized(SmallResNet()))
+    bgd.quantize(graph, images(size=12), CONFIGS["em"], progress=False)
+    assert (counted["find"], counted["copy"], counted["shared copy"]) == (1, 1, 1)
 
 
 def test_plan_looks_once_and_copies_no_weight(counted: Counter[str]) -> None:
     bgd.plan(randomized(SmallResNet()))
-    assert (counted["find"], counted["copy"], counted["content"]) == (1, 0, 1)
+    assert (counted["find"], counted["copy"], counted["shared copy"], counted["content"]) == (1, 0, 2, 1)

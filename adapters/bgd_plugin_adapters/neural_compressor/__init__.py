@@ -1,7 +1,7 @@
 """`bgd_plugin` as an algorithm of neural-compressor: its configs, its entry points, its files.
 
-`quantize`, `prepare`, `convert`, `autotune` and `save` are neural-compressor's own. What it saves is read back by the
-`load` that stands here, since neural-compressor's own knows only its own algorithms.
+`quantize`, `prepare`, `convert`, `autotune` and `save` are neural-compressor's own. Saved networks are loaded by `load`
+of this package, because neural-compressor's own `load` supports only its own algorithms.
 """
 
 from bgd_plugin_adapters.neural_compressor.algorithm import BGDQuantizer

@@ -1,4 +1,4 @@
-"""The algorithm behind the config: record what calibration feeds the network, then quantize with the core."""
+"""The algorithm: record the network's arguments during calibration, then quantize with the core."""
 
 from __future__ import annotations
 
@@ -31,33 +31,44 @@ def bgd_entry(model: nn.Module, configs_mapping: Mapping, *args: Any, mode: Any 
     Args:
         model: the float or the prepared network.
         configs_mapping: the config of each layer, by name and type.
+        *args: ignored; neural-compressor passes them to some algorithms.
         mode: prepare, convert or quantize.
         **kwargs: `run_fn` and `run_args`; `convert` also passes on the options of `bgd_plugin.quantize`: `teacher`,
             `checkpoint`, `memory_bytes`, `reproducible`, `progress`, `original_bytes`.
+
+    Raises:
+        CalibrationError: no `run_fn`, or the network was not called during calibration.
     """
     return BGDQuantizer(configs_mapping).execute(model, mode, *args, **kwargs)
 
 
 class BGDQuantizer(Quantizer):
-    """Prepare, calibrate, convert. The state is in the prepared network, none is here."""
+    """Prepare, calibrate, convert. The state is in the prepared network; the quantizer has none.
+
+    The `args` and `kwargs` of its methods are those of `bgd_entry`.
+    """
 
     def execute(self, model: nn.Module, mode: Any, *args: Any, **kwargs: Any) -> Any:
-        """Do one of the three."""
+        """Run one step: `mode` is prepare, convert or quantize; `args` and `kwargs` are those of `bgd_entry`."""
         steps = {Mode.PREPARE: self.prepare, Mode.CONVERT: self.convert, Mode.QUANTIZE: self.quantize}
         return steps[mode](model, *args, **kwargs)
 
     def prepare(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        """Let the network record what it is called with."""
+        """Make the network record the arguments of its calls; `args` and `kwargs` are ignored."""
         _take_recording(model)
         recording = _Recording()
         model.register_forward_pre_hook(recording, with_kwargs=True)
-        if isinstance(model, fx.GraphModule):  # its hooks do not survive a deepcopy, its meta does
+        if isinstance(model, fx.GraphModule):  # a deepcopy drops its hooks, and keeps its meta
             graph: Any = model
             graph.meta[_META] = recording
         return model
 
     def quantize(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Prepare, run `run_fn`, convert."""
+        """Prepare the network, run `run_fn` from `kwargs` (`args` are ignored), and convert.
+
+        Raises:
+            CalibrationError: no `run_fn`, or it does not call the network.
+        """
         run_fn = kwargs.get("run_fn")
         if run_fn is None:
             raise CalibrationError(
@@ -72,7 +83,11 @@ class BGDQuantizer(Quantizer):
         return self.convert(model)
 
     def convert(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Quantize with what was recorded."""
+        """Quantize with the recorded batches; `kwargs` may hold options of `bgd_plugin.quantize`, `args` are ignored.
+
+        Raises:
+            CalibrationError: the network is not prepared, or was not called.
+        """
         recording = _take_recording(model)
         if recording is None or not recording.batches:
             what = "was not called" if recording else "is not prepared"
@@ -87,15 +102,15 @@ class BGDQuantizer(Quantizer):
         for skipped in result.report.skipped:
             logger.info("bgd leaves %s as it is: %s", skipped.name, skipped.reason)
         logger.info("bgd: %d bytes, %.1f times smaller", result.report.compressed_bytes, result.report.ratio)
-        for name in ("is_prepared", "quant_config", "example_inputs"):  # what `prepare` left on the copied network
+        for name in ("is_prepared", "quant_config", "example_inputs"):  # set by neural-compressor's `prepare`
             vars(result.model).pop(name, None)
-        earlier = getattr(model, "qconfig", None)  # of another algorithm, or of layers that were quantized before
+        earlier = getattr(model, "qconfig", None)  # of another algorithm, or of layers quantized before
         qconfig = (earlier if isinstance(earlier, dict) else {}) | self.quant_config
         return as_quantized_(result.model, qconfig, result.report)
 
 
 class _Recording:
-    """A hook that keeps the arguments of each call; copies share what was kept."""
+    """A hook that records the arguments of each call; copies share the record."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[Any, Any]] = []
@@ -116,7 +131,7 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 
 def _take_recording(model: nn.Module) -> _Recording | None:
-    """Take the recording off a prepared network, which then is as it was before."""
+    """Remove the recording from a prepared network, which is then as before."""
     meta: dict[str, Any] = model.meta if isinstance(model, fx.GraphModule) else {}
     found: _Recording | None = meta.pop(_META, None)
     for key, hook in list(model._forward_pre_hooks.items()):

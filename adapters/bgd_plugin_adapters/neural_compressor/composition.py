@@ -1,7 +1,7 @@
 """Sums of configs, ours and other algorithms'.
 
-neural-compressor's `ComposableConfig` leaves out every config that holds for the whole network, and reads a dict of
-several algorithms as the first of them, repeated. Where one of ours is part of it, the sum is worked out here; every
+neural-compressor's `ComposableConfig` ignores every config for the whole network, and reads a dict of several
+algorithms as the first of them, repeated. A sum that includes one of our configs is therefore computed here; every
 other sum is left to neural-compressor.
 """
 
@@ -18,12 +18,12 @@ from bgd_plugin_adapters.neural_compressor.config import ALGORITHM, BGDConfig
 
 __all__ = ["install"]
 
-# Others read fields of their own off every config of a sum, or change the network in ways that have not been tried.
+# Other algorithms read their own fields from every config of a sum, or change the network in untested ways.
 PARTNERS = ("rtn",)
 
 
 def install() -> None:
-    """Let `ComposableConfig` ask here where a sum holds a config of ours; a second call changes nothing."""
+    """Make `ComposableConfig` use this module for sums that include our configs; a second call changes nothing."""
     if getattr(ComposableConfig.to_config_mapping, "knows_bgd", False):
         return
     original_mapping = ComposableConfig.to_config_mapping
@@ -50,7 +50,7 @@ def install() -> None:
 def _mapping(configs: list[Any], model_info: dict[str, Any]) -> OrderedDict[Any, Any]:
     """The config of each layer: a later one wins over an earlier one.
 
-    Ours stand first in the result, since other algorithms read fields of their own off the last.
+    Ours come first in the result, because other algorithms read their own fields from the last one.
     """
     others = [config for config in configs if not isinstance(config, BGDConfig)]
     unknown = sorted({config.name for config in others} - set(PARTNERS))
@@ -65,7 +65,7 @@ def _mapping(configs: list[Any], model_info: dict[str, Any]) -> OrderedDict[Any,
     for config in configs:
         if not isinstance(config, BGDConfig):
             merged |= config.to_config_mapping(model_info=model_info[config.name])
-        elif not is_done:  # several of ours are one
+        elif not is_done:  # all of ours together
             merged |= ours.to_config_mapping(model_info=model_info[ALGORITHM])
             is_done = True
     for config in configs:

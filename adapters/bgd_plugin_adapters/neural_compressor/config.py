@@ -38,7 +38,7 @@ _DEFAULTS = LAYER_DEFAULTS | NETWORK_DEFAULTS
 
 
 class _Parameters(dict[str, Any]):
-    """Plain parameters, with an answer for the two keys that the statistics of other algorithms read off any config."""
+    """Plain parameters, with a value for the two keys that other algorithms' statistics read from any config."""
 
     def __missing__(self, key: str) -> str:
         if key in ("bits", "group_size"):
@@ -51,11 +51,11 @@ class BGDConfig(TorchBaseConfig):
     """Product quantization of weights, as settings of neural-compressor.
 
     Args:
-        dtype: "pq", or "fp32" to leave a layer as it is.
-        block_size, codebook_size: of every layer, or of the layers that a local config is for; None leaves them to the
-            settings of each kind of layer.
+        dtype: "pq", or "fp32" to keep a layer float.
+        block_size, codebook_size: of every layer, or of the layers of a local config; None: as set for each kind of
+            layer.
         white_list: names and types of the layers to quantize; all by default.
-        **settings: any field of `bgd_plugin.BGDConfig`, or a dict as JSON has it. A list is a choice for `autotune`.
+        **settings: any field of `bgd_plugin.BGDConfig`, or its JSON form. A list holds the choices of `autotune`.
 
     Raises:
         ConfigError: an unknown parameter, or a value that the core refuses.
@@ -84,11 +84,11 @@ class BGDConfig(TorchBaseConfig):
     # what neural-compressor reads and writes
 
     def get_params_dict(self) -> dict[str, Any]:
-        """The parameters and their values, all but the white list."""
+        """The parameters and their values, except the white list."""
         return {name: getattr(self, name) for name in _DEFAULTS}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON has them; with local configs under "global" and "local"."""
+        """Plain values for JSON; a config with local ones has the keys "global" and "local"."""
         own = _Parameters({name: plain(name, value) for name, value in self.get_params_dict().items()})
         if not self.local_config:
             return own
@@ -97,7 +97,7 @@ class BGDConfig(TorchBaseConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> BGDConfig:
-        """The inverse of `to_dict`; parameters that are left out have their defaults."""
+        """The inverse of `to_dict`; parameters missing in `config_dict` get their defaults."""
         if not {"global", "local"} & set(config_dict):
             return cls(**config_dict)
         has_global = "global" in config_dict or "white_list" not in config_dict
@@ -112,7 +112,7 @@ class BGDConfig(TorchBaseConfig):
 
     @classmethod
     def from_json_file(cls, filename: str) -> BGDConfig:
-        """Read what `to_json_file` wrote."""
+        """Read the file at `filename`, written by `to_json_file`."""
         with open(filename, encoding="utf-8") as file:
             return cls.from_dict(json.load(file))
 
@@ -132,7 +132,7 @@ class BGDConfig(TorchBaseConfig):
 
     @classmethod
     def register_supported_configs(cls) -> None:
-        """Say which layers the algorithm is for."""
+        """Register the types of layers that the algorithm supports."""
         cls.supported_configs = [OperatorConfig(config=cls(), operators=list(WHITE_MODULE_LIST))]
 
     @classmethod
@@ -144,7 +144,7 @@ class BGDConfig(TorchBaseConfig):
     # autotune
 
     def expand(self) -> list[BGDConfig]:
-        """Every combination of the values in lists, those of local configs too; the last parameter varies fastest."""
+        """Every combination of the values in lists, also in local configs; the last parameter varies fastest."""
         places = [(None, name) for name, value in self.get_params_dict().items() if is_choice(name, value)]
         local = {} if isinstance(self.white_list, list) else self.local_config
         places += [(key, n) for key, c in local.items() for n, v in c.get_params_dict().items() if is_choice(n, v)]
@@ -168,7 +168,7 @@ class BGDConfig(TorchBaseConfig):
     def __add__(self, other: BaseConfig) -> BaseConfig:
         """This config with the local ones of `other`, as neural-compressor adds two of one kind; neither is changed.
 
-        What the sum cannot mean is refused when it is used.
+        An ambiguous sum raises when it is used.
         """
         if not isinstance(other, BGDConfig):
             return super().__add__(other)
@@ -197,13 +197,17 @@ class BGDConfig(TorchBaseConfig):
     def to_config_mapping(self, config_list: Any = None, model_info: Any = None) -> OrderedDict[Any, Any]:
         """The config of each layer.
 
-        A local config is found by the type of a layer or by its name, names win, and later ones win over earlier
-        ones. A name is a layer's whole name, the name of a module that holds layers, or a regular expression for the
-        beginning of names.
+        Local configs apply by type or by name of a layer. Names take precedence over types, and later configs over
+        earlier ones. A name is a layer's whole name, the name of a module that contains layers, or a regular expression
+        for the beginning of names.
+
+        Args:
+            config_list: the configs; None: this one.
+            model_info: name and type of each layer.
 
         Raises:
-            ConfigError: a name or type that no layer has, two configs that clash, or a local config that sets what
-                holds for the whole network.
+            ConfigError: a name or type that no layer has, two configs that contradict each other, or a local config
+                with a setting for the whole network.
         """
         mapping: OrderedDict[Any, Any] = OrderedDict()
         for config in config_list or [self]:
@@ -247,13 +251,13 @@ class BGDConfig(TorchBaseConfig):
         return str(key.__name__)
 
     def _for_layer(self, local: BGDConfig, asked: Any) -> BGDConfig:
-        """The config of one layer: what the local one sets, and this one's for the rest."""
+        """The config of one layer: the parameters of the local config, and this one's for the rest."""
         for name, default in NETWORK_DEFAULTS.items():
             value = getattr(local, name)
             if value not in (default, getattr(self, name)):
                 raise ConfigError(
-                    f"BGDConfig for {self._key(asked)!r} sets {name}, which holds for the whole network: set it in the "
-                    "config itself; local are dtype, block_size and codebook_size"
+                    f"BGDConfig for {self._key(asked)!r} sets {name}, which applies to the whole network: set it in "
+                    "the global config; a local one may set dtype, block_size and codebook_size"
                 )
         own = {
             name: getattr(local, name) if getattr(local, name) is not None else getattr(self, name)
@@ -269,7 +273,7 @@ class BGDConfig(TorchBaseConfig):
 
 
 def _signature() -> inspect.Signature:
-    """The parameters of `BGDConfig.__init__`, by which neural-compressor finds what can be tuned."""
+    """The signature of `BGDConfig.__init__`, from which neural-compressor learns what can be tuned."""
     kind = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
     parameters += [inspect.Parameter(n, kind, default=v, annotation=Any) for n, v in _DEFAULTS.items()]

@@ -3,9 +3,9 @@
 | file | holds |
 |---|---|
 | `qconfig.json` | the config of each layer, as neural-compressor writes it |
-| `quantized_weight.pt` | the layers that neural-compressor's own algorithms quantized; of others, nothing |
-| `bgd.safetensors` | all the rest: what `bgd_plugin.save` writes |
-| `bgd.json` | the length and the SHA-256 of each, by which a missing or edited file is found |
+| `quantized_weight.pt` | only the layers quantized by neural-compressor's own algorithms |
+| `bgd.safetensors` | everything else, as `bgd_plugin.save` writes it |
+| `bgd.json` | length and SHA-256 of the other files, to detect missing or edited ones |
 """
 
 from __future__ import annotations
@@ -47,6 +47,11 @@ _FORMAT = 1
 def save(model: Any, checkpoint_dir: str = "saved_results", format: str = "default") -> None:
     """Write a quantized network to a folder; neural-compressor's `save` calls this.
 
+    Args:
+        model: the quantized network.
+        checkpoint_dir: the folder; created if it does not exist.
+        format: must be "default".
+
     Raises:
         ConfigError: a format other than "default".
     """
@@ -57,10 +62,10 @@ def save(model: Any, checkpoint_dir: str = "saved_results", format: str = "defau
         )
     folder = Path(checkpoint_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _MANIFEST).unlink(missing_ok=True)  # from here on, nobody reads the folder until all is there
+    (folder / _MANIFEST).unlink(missing_ok=True)  # without it the folder is not read; it is written last
     entries = {str(key): {config.name: dict(config.to_dict())} for key, config in model.qconfig.items()}
     for entry in entries.values():
-        if ALGORITHM in entry:  # neural-compressor's own load, which would silently load nothing, stumbles over this
+        if ALGORITHM in entry:  # makes neural-compressor's own load, which would silently load nothing, fail
             entry[ALGORITHM]["loaded_by"] = LOADED_BY
     (folder / QCONFIG_NAME).write_text(json.dumps(entries, indent=4), encoding="utf-8")
     torch.save(detached_state(model), folder / WEIGHT_NAME)
@@ -85,23 +90,23 @@ def load(
 ) -> Any:
     """Read a quantized network from a folder, with the arguments of neural-compressor's own `load`.
 
-    That one knows only its own algorithms. A folder without a layer of ours, as it is saved where `autotune` picks
-    another algorithm, goes to it; so does a model of the format "huggingface", unless it is ours.
+    That one supports only its own algorithms. It gets folders without a layer of ours, which are saved if `autotune`
+    picks another algorithm, and models of the format "huggingface" that are not ours.
 
     Args:
         model_name_or_path: the folder.
-        original_model: a network of the same architecture; it is left untouched, and its weights are not used.
+        original_model: a network of the same architecture; it is not changed, and its weights are not used.
         format: "default", or "huggingface" for a model that neural-compressor reads itself.
         device: where the result goes.
-        checkpoint_dir: the folder by its older name.
+        checkpoint_dir: older name of `model_name_or_path`.
         **kwargs: for neural-compressor's own `load`.
 
     Returns:
-        the network in evaluation mode, with the outputs of the one that was saved, bit by bit.
+        the network in evaluation mode; its outputs are bit-identical to those of the saved one.
 
     Raises:
         CheckpointError: a file is missing, was edited, or does not fit `original_model`.
-        ConfigError: no folder, no network, or a folder of ours in a format that is not its own.
+        ConfigError: no folder, no network, or a folder of ours with another `format`.
     """
     from bgd_plugin_adapters.neural_compressor.model import as_quantized_
 
@@ -128,7 +133,7 @@ def load(
 
 
 def _require_not_ours(folder: Path, format: Any) -> None:
-    """Refuse to hand a folder of ours to a reader that would fill its layers with random numbers."""
+    """Refuse to give a folder of ours to a reader that would fill its layers with random numbers."""
     if (folder / _MANIFEST).exists():
         raise ConfigError(f"{folder} was saved in the format 'default': load it without format={format!r}")
     config = folder / "config.json"
@@ -146,7 +151,7 @@ def _with_their_layers(folder: Path, network: nn.Module) -> nn.Module:
 
     try:
         result: nn.Module = weight_only.load(str(folder), original_model=network)
-    except Exception as error:  # whatever their code makes of a damaged file
+    except Exception as error:  # their code raises many types of error on a damaged file
         raise CheckpointError(f"{folder / WEIGHT_NAME}: neural-compressor cannot load its layers ({error})") from error
     return result
 
@@ -166,7 +171,7 @@ def _fingerprint(file: Path) -> dict[str, Any]:
 
 
 def _is_theirs(folder: Path) -> bool:
-    """Whether a folder holds their two files, and nothing that would say that ours are missing."""
+    """Whether a folder was saved by neural-compressor itself: it has their two files, and no trace of ours."""
     if any((folder / name).exists() for name in (_NETWORK, _MANIFEST)):
         return False
     if not all((folder / name).is_file() for name in (QCONFIG_NAME, WEIGHT_NAME)):
@@ -203,10 +208,10 @@ def _read_mapping(file: Path) -> dict[Any, Any]:
 
 
 def _config(name: str, values: dict[str, Any]) -> Any:
-    """The config of one layer, as the algorithm of that name has it."""
+    """The config of one layer, of the algorithm of that name."""
     classes = config_registry.get_cls_configs()[FRAMEWORK_NAME]
     if name not in classes:
-        raise CheckpointError(f"a layer was quantized by {name!r}, which is not an algorithm of this neural-compressor")
+        raise CheckpointError(f"a layer was quantized by {name!r}, an algorithm that this neural-compressor lacks")
     values = {key: value for key, value in values.items() if key != "loaded_by"}
     return classes[name](**values, white_list=None) if name == ALGORITHM else classes[name](**values)
 

@@ -1,4 +1,4 @@
-"""Layers that another algorithm of neural-compressor has quantized: left as they are, and saved by themselves."""
+"""Layers quantized by another algorithm of neural-compressor: they stay as they are, and are saved separately."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["detached_state", "foreign_layers", "restored", "traced", "without_fo
 
 
 def foreign_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules of neural-compressor's own in a network, the outermost of each, by name."""
+    """The outermost modules of neural-compressor's own classes in a network, by name."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         is_inside = any(name.startswith(f"{outer}.") for outer in found)
@@ -45,18 +45,18 @@ def traced(model: nn.Module) -> nn.Module:
 
 
 def detached_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of all such layers, by full names."""
+    """The state of all foreign layers, by full name."""
     layers = foreign_layers(model)
     return {f"{path}.{name}": t for path, layer in layers.items() for name, t in layer.state_dict().items()}
 
 
 def without_foreign(model: nn.Module) -> Any:
-    """A copy, over the same tensors, in which nothing stands in the place of such layers."""
+    """A copy over the same tensors, with an identity in place of each foreign layer."""
     return restored(copy_module(model, share_tensors=True), dict.fromkeys(foreign_layers(model), nn.Identity()))
 
 
 def restored(model: Any, layers: dict[str, nn.Module]) -> Any:
-    """Put layers in their places, in place."""
+    """Put layers, by path, into a model, in place."""
     for path, layer in layers.items():
         owner, _, name = path.rpartition(".")
         setattr(model.get_submodule(owner), name, layer)

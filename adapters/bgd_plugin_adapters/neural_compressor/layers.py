@@ -1,4 +1,4 @@
-"""From a config for each layer to the core's settings: one for the network, and overrides where a layer differs."""
+"""Turn a config for each layer into the core's settings: one for the network, and overrides for layers that differ."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def core_settings(model: nn.Module, mapping: Mapping, original_bytes: int | None
     Args:
         model: the float network.
         mapping: the config of each layer.
-        original_bytes: what a ratio is measured against, if not the network itself.
+        original_bytes: size of the float network, for ratios; None: count its parameters and buffers.
 
     Raises:
-        ConfigError: a layer is asked for, by name or type, and it stays float; or none is asked for.
+        ConfigError: a layer named in a config, by name or type, cannot be quantized; or every config says "fp32".
     """
     parent: BGDConfig = next(config for config in mapping.values() if isinstance(config, BGDConfig)).parent
     base = parent.core_config()
@@ -54,7 +54,7 @@ def core_settings(model: nn.Module, mapping: Mapping, original_bytes: int | None
 
 
 def _quantizable(model: nn.Module, base: bgd.BGDConfig, *, all_families: bool) -> dict[str, PlannedLayer]:
-    """The layers that can be quantized at all, or only those whose kind has a setting; in blocks of one weight."""
+    """The layers that can be quantized, of all kinds or only of those with a setting; in blocks of one weight."""
     one = LayerConfig(block_size=1)
     families: dict[str, Any] = {name: one for name in FAMILIES if all_families or getattr(base, name)}
     nothing: dict[str, Any] = dict.fromkeys(FAMILIES)
@@ -66,7 +66,7 @@ def _quantizable(model: nn.Module, base: bgd.BGDConfig, *, all_families: bool) -
 
 
 def _follows_foreign(model: nn.Module, layer: PlannedLayer | None) -> bool:
-    """Whether a layer is the first of those left only because another algorithm has quantized the ones before it."""
+    """Whether a layer comes first only because another algorithm has quantized those before it."""
     if layer is None or not isinstance(model, fx.GraphModule):
         return False
     foreign = foreign_layers(model)
@@ -79,7 +79,7 @@ def _follows_foreign(model: nn.Module, layer: PlannedLayer | None) -> bool:
 
 
 def _layer(layer: PlannedLayer, config: BGDConfig, base: bgd.BGDConfig) -> LayerConfig:
-    """The setting of one layer. What its config leaves open is that of its kind, in blocks that divide its rows.
+    """The setting of one layer: its config, and for the rest that of its kind, with blocks that divide its rows.
 
     Raises:
         ConfigError: its kind has no setting.
@@ -96,12 +96,12 @@ def _layer(layer: PlannedLayer, config: BGDConfig, base: bgd.BGDConfig) -> Layer
 
 
 def _overrides(layers: dict[str, LayerConfig | None]) -> tuple[tuple[str, LayerConfig | None], ...]:
-    """Settings of single layers; a layer's name is no glob."""
+    """Settings of single layers, as overrides; names are escaped, because overrides are globs."""
     return tuple((glob.escape(name), layer) for name, layer in layers.items())
 
 
 def _check_asked(plan: integration.Plan, wanted: dict[str, BGDConfig]) -> None:
-    """Each local config must reach a layer."""
+    """Check that each local config applies to a planned layer."""
     planned = {layer.name for layer in plan.layers}
     reasons = {layer.name: layer.reason for layer in plan.skipped}
     asked: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""What a quantized network has in neural-compressor: its settings by layer, and `save`."""
+"""Attributes that neural-compressor expects of a quantized network: settings by layer, and `save`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _OWN_CLASS = "GraphModuleImpl"
 class QuantizedModel(nn.Module):
     """Mixed into the class of a quantized network.
 
-    What it holds survives `copy.deepcopy`, also of a `GraphModule`, which forgets its attributes but keeps its `meta`.
+    Its values survive `copy.deepcopy`, also of a `GraphModule`, whose copy loses attributes but keeps `meta`.
     """
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle by a class that can be imported, with all that is held here."""
+        """Pickle by a class that can be imported, with the values held here."""
         held = dict(self._held())
         if isinstance(self, fx.GraphModule):
             rebuild, arguments = self.__reduce__()
@@ -44,16 +44,17 @@ class QuantizedModel(nn.Module):
 
     @is_quantized.setter
     def is_quantized(self, value: bool) -> None:
-        pass
+        """Ignore the value: a quantized network stays one."""
 
     @property
     def qconfig(self) -> dict[Any, Any]:
-        """The config of each layer, by name and type. An algorithm that comes later adds its own."""
+        """The config of each layer, by name and type; assigning adds the configs of a later algorithm."""
         mapping: dict[Any, Any] = self._held()["qconfig"]
         return mapping
 
     @qconfig.setter
     def qconfig(self, mapping: dict[Any, Any]) -> None:
+        """Add the configs of `mapping`, by name and type of layers."""
         held = self._held()
         held["qconfig"] = _ours_first(held["qconfig"] | mapping)
 
@@ -70,17 +71,26 @@ class QuantizedModel(nn.Module):
 
     @save.setter
     def save(self, value: Any) -> None:
-        """A later algorithm's own `save` would forget what stands in this one: not taken."""
+        """Ignore the value, a later algorithm's own `save`, which would leave our layers out."""
 
 
 def as_quantized_(model: nn.Module, qconfig: dict[Any, Any], report: integration.Report | None) -> Any:
-    """Mix `QuantizedModel` into a network, in place."""
+    """Mix `QuantizedModel` into the class of a network, in place.
+
+    Args:
+        model: the quantized network.
+        qconfig: the config of each layer, by name and type.
+        report: of `bgd_plugin.quantize`; None for a network that was loaded.
+
+    Returns:
+        `model`.
+    """
     kind = type(model)
     if issubclass(kind, QuantizedModel):
         pass
     elif isinstance(model, fx.GraphModule):
-        # each GraphModule has a class of its own, known by this end of its qualified name, which holds its compiled
-        # forward; the mixed-in class stands below it, where a copy of the network finds it
+        # each GraphModule has its own class with its compiled forward, recognised by the end of its qualified name; the
+        # mixed-in class is inserted below it, where copies of the network find it
         base = next(parent for parent in kind.__mro__ if parent.__qualname__.split(".")[-1] != _OWN_CLASS)
         quantized = type("QuantizedGraph", (QuantizedModel, base), {})
         model.__class__ = type(_OWN_CLASS, (quantized,), {})
@@ -111,5 +121,5 @@ def _unpickled_graph(rebuild: Callable[..., Any], arguments: Any, held: dict[str
 
 
 def _ours_first(qconfig: dict[Any, Any]) -> dict[Any, Any]:
-    """In this order, since neural-compressor's `save` goes by the first config, and others would leave ours out."""
+    """Sort our configs first: neural-compressor's `save` uses the first one's, and others leave our layers out."""
     return dict(sorted(qconfig.items(), key=lambda item: getattr(item[1], "name", None) != ALGORITHM))

@@ -1,6 +1,6 @@
-"""The parameters of the config: those of the core's `BGDConfig`, by its fields, and those of a single layer.
+"""The parameters of the config: the fields of the core's `BGDConfig`, and the parameters of a single layer.
 
-A new field of the core is a new parameter here without anything being written.
+A new field of the core becomes a parameter here without a change.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NETWORK_DEFAULTS: dict[str, Any] = {
 
 
 def is_choice(name: str, value: Any) -> bool:
-    """Whether a value is a list of values for `autotune` to choose from."""
+    """Whether the value of the parameter called `name` is a list of values for `autotune` to choose from."""
     pairs = name == "overrides" and isinstance(value, list) and all(_is_pair(entry) for entry in value)
     return isinstance(value, list) and not pairs
 
@@ -32,7 +32,7 @@ def _is_pair(entry: Any) -> bool:
 
 
 def checked(name: str, value: Any) -> Any:
-    """A parameter's value as the core has it; plain dicts and lists, as JSON gives them, become its settings.
+    """The value of the parameter called `name` as the core has it; plain dicts and lists become its settings.
 
     Raises:
         ConfigError: the core refuses the value.
@@ -42,7 +42,7 @@ def checked(name: str, value: Any) -> Any:
             raise ConfigError(f"{name}=[]: give at least one value to choose from")
         return [checked(name, option) for option in value]
     if name == "dtype" and value not in DTYPES:
-        raise ConfigError(f"dtype={value!r}: give 'pq' to quantize a layer or 'fp32' to leave it as it is")
+        raise ConfigError(f"dtype={value!r}: give 'pq' to quantize a layer or 'fp32' to keep it float")
     if name == "block_size" and value is not None:
         LayerConfig(block_size=value)
     if name == "codebook_size" and value is not None:
@@ -51,7 +51,7 @@ def checked(name: str, value: Any) -> Any:
 
 
 def plain(name: str, value: Any) -> Any:
-    """A parameter's value as JSON has it; the inverse of `checked`."""
+    """The value of the parameter called `name` as JSON has it; the inverse of `checked`."""
     if is_choice(name, value):
         return [plain(name, option) for option in value]
     if name in LAYER_DEFAULTS:
@@ -67,7 +67,7 @@ def _lists(value: Any) -> Any:
 
 
 def core_config(parameters: dict[str, Any]) -> bgd.BGDConfig:
-    """The core's settings for the whole network; a block or codebook size holds for every kind of layer that has one.
+    """The core's settings for the whole network; block and codebook sizes apply to every kind of layer with a setting.
 
     Raises:
         ConfigError: a parameter is a list of choices.
@@ -75,7 +75,7 @@ def core_config(parameters: dict[str, Any]) -> bgd.BGDConfig:
     for name, value in parameters.items():
         if is_choice(name, value):
             raise ConfigError(
-                f"{name} is a list of {len(value)} values to choose from: autotune takes it, quantize one of them"
+                f"{name} is a list of {len(value)} values, which only autotune accepts: give quantize one of them"
             )
     fields = {name: parameters[name] for name in NETWORK_DEFAULTS}
     for name, value in fields.items():

@@ -1,6 +1,6 @@
-"""torch-pruning: it takes channels out before we quantize, never after; and files of pruned networks are loaded.
+"""torch-pruning: remove channels before quantization, never after; and load files of pruned networks.
 
-Nothing has to be registered for the right order: what torch-pruning leaves is an ordinary, smaller network. It is
+The right order needs no registration: a pruned network is an ordinary, smaller one. It is
 imported only where `register` is called, so that a machine which loads a pruned network does not need it.
 """
 
@@ -21,11 +21,11 @@ __all__ = ["narrowed", "register"]
 
 
 def register() -> None:
-    """Let torch-pruning refuse networks that are quantized already, or under masks.
+    """Make torch-pruning refuse networks that are already quantized, or masked.
 
-    Left alone, 1.6.1 does not return from a quantized network and takes all memory: it finds no layer that it knows,
-    and takes each codebook for a tensor whose last dimension is channels. From a masked one it takes channels until it
-    meets the weight that the mask computes, and leaves the network half pruned.
+    Otherwise 1.6.1 does not return from a quantized network and uses all memory: it finds no layer that it supports,
+    and treats each codebook as a tensor whose last dimension is channels. It removes channels from a masked network
+    until it meets a weight computed by a mask, and leaves the network half pruned.
     """
     import torch_pruning
 
@@ -46,38 +46,38 @@ def register() -> None:
 def _refuse(name: str, module: nn.Module) -> None:
     if isinstance(module, PQModule):
         raise ConfigError(
-            f"layer {name!r} is quantized: its channels share codewords and cannot be taken out; prune the float "
+            f"layer {name!r} is quantized: its channels share codewords and cannot be removed; prune the float "
             "network first, quantize last"
         )
     if any(isinstance(hook, prune.BasePruningMethod) for hook in module._forward_pre_hooks.values()):
         raise ConfigError(
-            f"layer {name!r} is under a mask: make it permanent with torch.nn.utils.prune.remove before channels are "
-            "taken out"
+            f"layer {name!r} has a pruning mask: make it permanent with torch.nn.utils.prune.remove before channels "
+            "are removed"
         )
     if parametrize.is_parametrized(module):
         raise ConfigError(
             f"layer {name!r} is parametrized: squash its mask (sparsifier.squash_mask()) or remove the parametrization "
-            "before channels are taken out"
+            "before channels are removed"
         )
 
 
 def narrowed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """The architecture of a pruned network, from the dense one and the file: what `bgd_plugin.load` takes as `like`.
+    """The architecture of a pruned network, from the dense one and the file, for `bgd_plugin.load` as `like`.
 
     Layers, norms, activations with parameters, attention, and parameters of modules of any other kind get the widths
-    of the tensors in the file. What else depends on a width (a `view` with a number in it, say) is the network's own
-    affair; `load` names every tensor that still does not fit.
+    of the tensors in the file. Code that depends on a width, such as a `view` with a fixed number, is not changed;
+    `load` names every tensor that still does not fit.
 
     Args:
-        model: a network as it was before pruning; it is left untouched, its weights are not used.
+        model: the network before pruning; it is not changed, and its weights are not used.
         path: a file that `bgd_plugin.save` wrote.
 
     Returns:
         a copy on the meta device, in the mode of `model`.
 
     Raises:
-        CheckpointError: the file cannot be read, is wider somewhere than the network, or needs a width that cannot be
-            told from it; then build the pruned network yourself, and give it to `load` as `like=`.
+        CheckpointError: the file cannot be read, has a wider tensor than the network, or does not determine a width;
+            then build the pruned network yourself, and give it to `load` as `like=`.
     """
     shapes = file_shapes(path)
     result = copy.deepcopy(model).to("meta")

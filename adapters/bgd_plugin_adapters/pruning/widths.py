@@ -1,4 +1,4 @@
-"""The widths of a pruned network, as the tensors of its file tell them."""
+"""The widths of a pruned network, from the tensors of its file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 
 
 def file_shapes(path: str | os.PathLike[str]) -> dict[str, Shape]:
-    """Shape of each tensor that a network of a file has, by its name; a quantized weight has its decoded shape.
+    """The shape of each tensor of the network in the file at `path`, by name; decoded, if the weight is quantized.
 
     Raises:
         CheckpointError: the file cannot be read, or its header is damaged.
@@ -49,8 +49,8 @@ def narrow_(module: nn.Module, shapes: Mapping[str, Shape], where: str) -> None:
         where: the file and the module's name, for messages.
 
     Raises:
-        CheckpointError: a tensor that is wider in the file, or has another number of dimensions; widths that do not
-            tell what the module needs to know.
+        CheckpointError: a tensor that is wider in the file, or has another number of dimensions; a width that the file
+            does not determine.
     """
     own = {
         name: tensor for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None
@@ -59,8 +59,8 @@ def narrow_(module: nn.Module, shapes: Mapping[str, Shape], where: str) -> None:
         mine = tuple(own[name].shape) if name in own else ()
         if name in own and (len(mine) != len(shape) or any(a < b for a, b in zip(mine, shape, strict=True))):
             raise CheckpointError(
-                f"{where} has a {name} {list(shape)} in the file, {list(mine)} in the network, which is not the one "
-                "that was pruned"
+                f"{where} has a {name} {list(shape)} in the file, {list(mine)} in the network: give the network that "
+                "was pruned"
             )
     changed = {name: shape for name, shape in shapes.items() if name in own and tuple(own[name].shape) != shape}
     if not changed:
@@ -106,7 +106,7 @@ def _convolution(module: Any, shapes: Mapping[str, Shape], where: str) -> None:
 def _features(module: Any, shapes: Mapping[str, Shape], where: str) -> None:
     width = _any(shapes, ("weight", "running_mean", "bias"))
     module.num_features = width[0]
-    for name in ("running_mean", "running_var"):  # which a frozen norm has not in the file
+    for name in ("running_mean", "running_var"):  # not in the file if the norm is frozen
         if module._buffers.get(name) is not None:
             _resize_(module, name, width)
 
@@ -130,25 +130,25 @@ def _embedding(module: Any, shapes: Mapping[str, Shape], where: str) -> None:
 
 
 def _attention(module: Any, shapes: Mapping[str, Shape], where: str) -> None:
-    """Heads keep their width, so that there are fewer of them, or their number, as the projections allow."""
+    """Fewer heads of the same width, or as many narrower ones, as the projections allow."""
     packed = shapes.get("in_proj_weight")
     rows, width = packed if packed is not None else shapes.get("q_proj_weight", (0, 0))
     inner = rows // 3 if packed is not None else rows
     if inner != width or not inner:
-        raise _unknown(where, f"its projections give {inner} numbers from {width}")
+        raise _unknown(where, f"its projections map {width} features to {inner}")
     if inner % module.head_dim == 0:
         module.num_heads = inner // module.head_dim
     elif inner % module.num_heads == 0:
         module.head_dim = inner // module.num_heads
     else:
-        raise _unknown(where, f"{inner} numbers divide neither into its heads nor into heads of {module.head_dim}")
+        raise _unknown(where, f"{inner} features divide neither into its heads nor into heads of {module.head_dim}")
     module.embed_dim = inner
     module.kdim = shapes.get("k_proj_weight", (0, inner))[1]
     module.vdim = shapes.get("v_proj_weight", (0, inner))[1]
 
 
 def _recurrent(module: Any, shapes: Mapping[str, Shape], where: str) -> None:
-    raise _unknown(where, f"the widths of a {type(module).__name__} are not told by one tensor")
+    raise _unknown(where, f"one tensor does not determine the widths of a {type(module).__name__}")
 
 
 def _unknown(where: str, found: str) -> CheckpointError:

@@ -1,6 +1,6 @@
 """Hugging Face transformers: `from_pretrained(quantization_config=)` and `quantize_pretrained(model, calibration)`.
 
-A quantized model stays of its own class: it generates, saves and loads as transformers' models do.
+A quantized model keeps its class: it generates, saves and loads as every transformers model.
 """
 
 from __future__ import annotations

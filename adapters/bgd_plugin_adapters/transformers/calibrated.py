@@ -1,4 +1,4 @@
-"""Quantization with calibration data: what `from_pretrained` cannot do, since it is given none."""
+"""Quantization with calibration data, which `from_pretrained` does not have."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ __all__ = ["QuantizedPretrained", "quantize_pretrained"]
 
 @dataclass(frozen=True)
 class QuantizedPretrained:
-    """What `quantize_pretrained` returns."""
+    """The result of `quantize_pretrained`.
+
+    Attributes:
+        model: the quantized model, of the float model's class.
+        report: of `bgd_plugin.quantize`.
+    """
 
     model: Any
     report: Report
@@ -31,12 +36,12 @@ def quantize_pretrained(
     config: BGDQuantizationConfig | BGDConfig | None = None,
     **options: Any,
 ) -> QuantizedPretrained:
-    """Compress a transformers model, keeping what its layers compute on real inputs.
+    """Compress a transformers model, preserving its layers' outputs on real inputs.
 
     Args:
-        model: the float model; it is left untouched.
-        calibration: batches as a tokenizer or an image processor gives them: mappings of the model's keyword arguments.
-            None: each weight is fitted by itself, as `from_pretrained(quantization_config=)` does.
+        model: the float model; it is not changed.
+        calibration: batches from a tokenizer or an image processor: mappings of the model's keyword arguments.
+            None: each weight is fitted separately, as `from_pretrained(quantization_config=)` does.
         config: what to quantize and how.
         **options: of `bgd_plugin.quantize`: `teacher`, `forward`, `checkpoint`, `progress`.
 
@@ -44,7 +49,7 @@ def quantize_pretrained(
         a model of the same class, for `save_pretrained`, and the report of `bgd_plugin.quantize`.
 
     Raises:
-        ConfigError: the model is quantized already, or is no transformers model.
+        ConfigError: the model is already quantized, or is not a transformers model.
     """
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(f"model is a {type(model).__name__}: give a transformers model, or use bgd_plugin.quantize")

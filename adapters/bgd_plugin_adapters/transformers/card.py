@@ -15,9 +15,14 @@ _BEGIN, _END = "<!-- bgd_plugin: begin -->", "<!-- bgd_plugin: end -->"
 
 
 def save_pretrained(model: Any, save_directory: str | os.PathLike[str], **options: Any) -> None:
-    """`model.save_pretrained`, and a section of the model card (`README.md`) that says how to load the folder.
+    """`model.save_pretrained`, with a section of the model card (`README.md`) on how to load the folder.
 
-    A card that is there keeps its text; only the section is written anew.
+    An existing card keeps its text; only the section is replaced.
+
+    Args:
+        model: quantized by this adapter.
+        save_directory: the folder.
+        **options: of `model.save_pretrained`.
 
     Raises:
         ConfigError: `push_to_hub=True`, which would upload the folder before the section is in it.
@@ -37,14 +42,14 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike[str], **option
 
 
 def model_card_section(model: Any) -> str:
-    """The section, in Markdown.
+    """The section of the model card, in Markdown.
 
     Raises:
         ConfigError: the model is not quantized by this adapter.
     """
     config = getattr(model.config, "quantization_config", None)
     if not isinstance(config, BGDQuantizationConfig) or not config.layers:
-        raise ConfigError("the model is not quantized by bgd_plugin: there is nothing to say in its card")
+        raise ConfigError("the model is not quantized by bgd_plugin, so its card needs no section")
     layers = [tuple(sizes[:2]) for sizes in config.layers.values() if len(sizes) > 1]
     kinds = ", ".join(f"blocks of {block} from {codewords} codewords" for block, codewords in sorted(set(layers)))
     size = f" The float model has {mib(config.original_bytes)}." if config.original_bytes else ""
@@ -54,7 +59,7 @@ def model_card_section(model: Any) -> str:
 
 {len(layers)} layers are product-quantized by [bgd_plugin](https://pypi.org/project/bgd-plugin/): {kinds}.{size}
 
-The weights can be read with the package's adapter only. `pip install 'bgd-plugin[transformers]'`, then:
+Only the package's adapter can read the weights. `pip install 'bgd-plugin[transformers]'`, then:
 
 ```python
 import bgd_plugin

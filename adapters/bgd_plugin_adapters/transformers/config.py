@@ -1,4 +1,4 @@
-"""The settings as a transformers quantization config, and what `config.json` says of a quantized model."""
+"""The settings as a transformers quantization config, which `config.json` holds for a quantized model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bgd_plugin.integration import ConfigError
 __all__ = ["QUANT_METHOD", "BGDQuantizationConfig", "parts_of"]
 
 QUANT_METHOD = "bgd"
-# A folder of transformers has no 8-bit floats with scales: such values would take four bytes each in it.
+# transformers' folders have no 8-bit numbers with scales: such values would take four bytes each.
 _STORAGE = {"codebook_storage": "float16", "weight_storage": "float16"}
 _LOAD_WITH = (
     "pip install 'bgd-plugin[transformers]'; then, before from_pretrained: "
@@ -34,11 +34,11 @@ class BGDQuantizationConfig(QuantizationConfigMixin):
     Args:
         modules_to_not_convert: layers that stay float, by name or part of a name, as in transformers' other configs.
             An entry that matches no layer is an error.
-        config: settings that are there already, instead of keywords.
+        config: existing settings, instead of keywords.
         layers: block and codebook size of each quantized layer; written when a model is quantized.
         shapes: of the weight of each quantized layer; written when a model is saved.
-        tied: quantized layers that share their tensors with another one, under whose name they are stored; written
-            when a model is saved.
+        tied: quantized layers that share the tensors of another one, and that one, whose name the tensors have;
+            written when a model is saved.
         checksum: of all codes and codebooks; written when a model is saved.
         original_bytes: of the float model; written when a model is quantized.
         **fields: of `BGDConfig`, also as plain values.
@@ -72,7 +72,7 @@ class BGDQuantizationConfig(QuantizationConfigMixin):
         self.original_bytes = original_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """What stands in `config.json`."""
+        """The content for `config.json`."""
         written: dict[str, Any] = {
             "quant_method": QUANT_METHOD,
             "load_with": _LOAD_WITH,
@@ -104,7 +104,7 @@ class BGDQuantizationConfig(QuantizationConfigMixin):
 
 
 def parts_of(config: Any) -> Iterator[Any]:
-    """The configs inside a model's config: of its towers, or its encoder and decoder."""
+    """The configs inside a model's config, such as those of its encoder and decoder."""
     for name in config.sub_configs:
         part = getattr(config, name, None)
         if isinstance(part, PreTrainedConfig):
@@ -113,7 +113,7 @@ def parts_of(config: Any) -> Iterator[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists: what JSON gives back."""
+    """Tuples as lists, as JSON reads them back."""
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, (tuple, list)) else value

@@ -1,7 +1,7 @@
-"""How a quantized layer lies in a transformers folder.
+"""Quantized layers in the files of a transformers folder.
 
-The packed codes stand under the name of the float *weight*, as a row of bytes: who loads the folder without this
-adapter gets transformers' error about sizes that do not match, and not a model with random weights.
+The packed codes have the name of the float *weight*, and are a row of bytes: loading the folder without this adapter
+then raises transformers' error about mismatched sizes, instead of giving a model with random weights.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ __all__ = [
     "unpacked_mask",
 ]
 
-# What a quantized layer has in a file, besides its bias.
+# A quantized layer's tensors in a file, besides its bias.
 _PARTS = ("codes", "weight", "codebook", "mask")
 
 
 def code_name(path: str, layer: PQModule) -> str:
-    """The name of a layer's packed codes in a file."""
+    """The name in a file of the packed codes of the layer at `path`."""
     return f"{path}.codes" if isinstance(layer, PQWeight) else f"{path}.weight"
 
 
 def packed_state(model: nn.Module, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A state dict with packed codes, and floats in half precision where that loses nothing.
+    """A state dict with packed codes, and floats in half precision if that is exact.
 
-    Tensors that share memory stay one tensor, and a layer that is tied to an earlier one is left out.
+    Tensors that share memory stay one tensor, and a layer tied to an earlier one is left out.
 
     Args:
-        model: its quantized layers say which tensors are codes.
+        model: the quantized model.
         given: the state dict, if it is not the model's own; it may hold a part of the model.
 
     Raises:
-        ConfigError: a state dict that lacks a part of a layer, or holds codes of another shape; tensors without values.
+        ConfigError: a state dict that lacks a part of a layer, or has codes of another shape; tensors without values.
     """
     layers = {p: m for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, PQModule)}
     state = dict(model.state_dict() if given is None else given)
@@ -77,12 +77,12 @@ def _require_whole(path: str, layer: PQModule, codes: Tensor, state: Mapping[str
     if f"{path}.codebook" not in state or codes.shape != layer.codes.shape:
         raise ConfigError(
             f"layer {path!r}: the state dict has codes {list(codes.shape)}, the layer {list(layer.codes.shape)} and a "
-            "codebook: give all of a layer or nothing"
+            "codebook: give all tensors of a layer or none"
         )
 
 
 def _halved(value: Tensor, halves: dict[tuple[Any, ...], Tensor]) -> Tensor:
-    """In half precision if that loses nothing; tensors of the same memory give the same tensor."""
+    """A tensor in half precision if that is exact; tensors that share memory give the same tensor."""
     if hasattr(value, "full_tensor"):  # sharded over processes
         value = value.full_tensor()
     if value.dtype not in (torch.float32, torch.float64):
@@ -95,10 +95,18 @@ def _halved(value: Tensor, halves: dict[tuple[Any, ...], Tensor]) -> Tensor:
 
 
 def unpacked_codes(path: str, layer: PQModule, packed: Tensor) -> Tensor:
-    """The codes of a layer.
+    """The codes of the layer at `path`.
+
+    Args:
+        path: for the message.
+        layer: with codes of the right shape.
+        packed: uint8 `[bytes]`.
+
+    Returns:
+        integers `[rows, blocks_per_row]`.
 
     Raises:
-        CheckpointError: a code that is out of range.
+        CheckpointError: a code is out of range.
     """
     codes = unpack(packed, layer.code_bits, layer.codes.numel())
     if codes.numel() and int(codes.max()) >= layer.codebook_size:
@@ -107,13 +115,13 @@ def unpacked_codes(path: str, layer: PQModule, packed: Tensor) -> Tensor:
 
 
 def unpacked_mask(layer: PQModule, packed: Tensor) -> Tensor:
-    """The mask of a layer; a bool for each weight."""
+    """The mask of a layer, bool `[*weight_shape]`, from packed bits, uint8 `[bytes]`."""
     assert layer.mask is not None
     return unpack(packed, 1, layer.mask.numel()).bool().reshape(layer.mask.shape)
 
 
 def packed_lengths(files: Iterable[str]) -> dict[str, int]:
-    """How many bytes each row of bytes in the files has, by name."""
+    """The number of bytes of each one-dimensional uint8 tensor in the files, by name."""
     lengths: dict[str, int] = {}
     for file in files:
         with safe_open(file, framework="pt") as content:
@@ -125,7 +133,7 @@ def packed_lengths(files: Iterable[str]) -> dict[str, int]:
 
 
 def checksum(layers: Iterable[str], state: Mapping[str, Any]) -> str:
-    """A fingerprint of all codes and codebooks, as they are stored."""
+    """A digest of all codes and codebooks, as they are stored: of the layers (paths) in a state dict."""
     digest = hashlib.sha256()
     for path in sorted(layers):
         for name in (f"{path}.{part}" for part in _PARTS):
@@ -137,15 +145,15 @@ def checksum(layers: Iterable[str], state: Mapping[str, Any]) -> str:
 
 
 def checked_files(files: Iterable[str], layers: Mapping[str, Any], expected: str | None) -> None:
-    """Compare what `config.json` says of the quantized layers with what the files hold.
+    """Check that the quantized layers in `config.json` and in the files are the same.
 
     Args:
         files: of the folder.
-        layers: those that have tensors of their own.
+        layers: those with their own tensors, by path.
         expected: the checksum in `config.json`.
 
     Raises:
-        CheckpointError: a layer of either that the other lacks, or codes and codebooks that were changed.
+        CheckpointError: a layer is missing on one side, or codes or codebooks were changed.
     """
     names: dict[str, str] = {}
     for file in files:

@@ -1,7 +1,7 @@
-"""What transformers' own models must do about quantized layers, however these came into them.
+"""Changes to transformers' own models for quantized layers, whichever way these were inserted.
 
-`save_pretrained` asks a model's quantizer what to write. A model that was quantized through another entrance has none:
-its folder would name no layers, and load with random weights.
+`save_pretrained` asks a model's quantizer what to write. A model that was quantized by other means has none: its
+folder would name no quantized layers, and load with random weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from bgd_plugin import integration
 from bgd_plugin.integration import ConfigError, PQModule
-from bgd_plugin_adapters.transformers.config import BGDQuantizationConfig
+from bgd_plugin_adapters.transformers.config import QUANT_METHOD, BGDQuantizationConfig, parts_of
 from bgd_plugin_adapters.transformers.quantizer import BGDHfQuantizer
 from bgd_plugin_adapters.transformers.ties import forget_names, remember_names
 
@@ -27,7 +27,7 @@ _logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Let every transformers model save and resize quantized layers; a second call changes nothing."""
+    """Make every transformers model save and resize quantized layers; a second call changes nothing."""
     if getattr(PreTrainedModel.save_pretrained, "knows_bgd", False):
         return
     save, resize = PreTrainedModel.save_pretrained, PreTrainedModel.resize_token_embeddings
@@ -36,9 +36,10 @@ def register() -> None:
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         quantizer = _quantizer_of(self)
         if quantizer is None:
+            _forget_config(self)
             return save(self, *args, **kwargs)
         given = inspect.signature(save).bind(self, *args, **kwargs).arguments.get("state_dict")
-        with quantizer.saving(given):
+        with quantizer.saving(self, given):
             return save(self, *args, **kwargs)
 
     @functools.wraps(resize)
@@ -52,16 +53,16 @@ def register() -> None:
 
 
 def _quantizer_of(model: Any) -> BGDHfQuantizer | None:
-    """The quantizer of a model with quantized layers, a new one where there is none.
+    """The quantizer of a model with quantized layers; a new one if it has none.
 
     Raises:
-        ConfigError: the model has another library's quantizer, or layers that a folder could not give back.
+        ConfigError: the model has another library's quantizer, or layers that a folder cannot restore.
     """
     quantizer = getattr(model, "hf_quantizer", None)
-    if isinstance(quantizer, BGDHfQuantizer):
-        return quantizer
     if not any(isinstance(module, PQModule) for module in model.modules()):
         return None
+    if isinstance(quantizer, BGDHfQuantizer):
+        return quantizer
     if hasattr(PreTrainedModel, "_modelopt_cache") and hasattr(model, "_modelopt_state"):
         return None  # ModelOpt saves such models itself (mto.enable_huggingface_checkpointing), and restores our layers
     if quantizer is not None:
@@ -75,8 +76,24 @@ def _quantizer_of(model: Any) -> BGDHfQuantizer | None:
     return made
 
 
+def _forget_config(model: Any) -> None:
+    """Take our config off a model without quantized layers, built from a quantized folder's config or made float.
+
+    With it, the model's folder would be read as a quantized one.
+    """
+    if isinstance(getattr(model, "hf_quantizer", None), BGDHfQuantizer):
+        model.hf_quantizer, model.is_quantized = None, False
+        vars(model).pop("quantization_method", None)
+        remember_names(model)
+    for part in (model.config, *parts_of(model.config)):
+        found = getattr(part, "quantization_config", None)
+        method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+        if method == QUANT_METHOD:
+            del part.quantization_config
+
+
 def _require_loadable(model: Any) -> None:
-    """Refuse what cannot be built anew from the model's class, its config and the sizes of its layers."""
+    """Refuse a model that cannot be rebuilt from its class, its config and the sizes of its layers."""
     try:
         with torch.device("meta"):
             skeleton: nn.Module = type(model)(model.config)
@@ -93,14 +110,14 @@ def _require_loadable(model: Any) -> None:
 
 
 def _make_embeddings_float_(model: Any) -> None:
-    """Decode quantized embeddings of tokens and the head, so that rows can be added and taken away."""
+    """Decode quantized token embeddings and the head, so that rows can be added and removed."""
     both = (model.get_input_embeddings(), model.get_output_embeddings())
     tables = {id(module.codebook) for module in both if isinstance(module, PQModule)}
     layers = {path: module for path, module in model.named_modules() if isinstance(module, PQModule)}
     paths = [path for path, module in layers.items() if id(module.codebook) in tables]
     if not paths:
         return
-    _logger.warning("%s: decoded to be resized, float from now on", ", ".join(paths))
+    _logger.warning("%s: decoded for resizing, float from now on", ", ".join(paths))
     integration.materialize_(model, paths)
     remember_names(model)
     forget_names(model)

@@ -1,4 +1,4 @@
-"""How transformers loads the packed tensors of a folder: a conversion of the kind that its own quantizers have."""
+"""Load the packed tensors of a folder, by a weight conversion as in transformers' own quantizers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["PackedTensors"]
 
 
 class _Unpack(ConversionOps):
-    """A packed tensor as the quantized layers hold it; tied layers get the same tensor."""
+    """Unpacks a tensor for the quantized layers; tied layers get the same tensor."""
 
     def __init__(self, places: Mapping[str, tuple[str, ...]]) -> None:
         self.places = {names[0]: names for names in places.values()}
 
     def __deepcopy__(self, memo: Any) -> _Unpack:
-        """Itself: it is never changed, and transformers copies a conversion for each tensor."""
+        """Return itself: it is never changed, and transformers copies a conversion for each tensor."""
         return self
 
     def convert(
@@ -48,10 +48,10 @@ class PackedTensors(WeightConverter):
         self.places = places
 
     def __deepcopy__(self, memo: Any) -> PackedTensors:
-        """A new one of the same table, without the tensors that this one collects."""
+        """A new one with the same table, without the tensors collected by this one."""
         return PackedTensors(self.places)
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        """The first name in the model of a tensor of the table; other names as they are."""
+        """The first name in the model of the folder's tensor `source_key`; unchanged if it is not in the table."""
         names = self.places.get(source_key)
         return (source_key, None) if names is None else (names[0], self.source_patterns[0])

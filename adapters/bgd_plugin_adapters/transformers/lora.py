@@ -1,4 +1,4 @@
-"""peft's LoRA on quantized linear layers, by the custom modules that a `LoraConfig` takes."""
+"""peft's LoRA on quantized linear layers, as a custom module of a `LoraConfig`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def on_quantized_layers(config: Any) -> Any:
-    """Let a `peft.LoraConfig` put its adapters on quantized linear layers, too; returns the config.
+    """Make a `peft.LoraConfig` put its adapters on quantized linear layers, too; returns the config.
 
-    A config that peft read from a folder does not know of them: give it as `config=` to `PeftModel.from_pretrained`.
+    peft does not store this in a folder: pass the config as `config=` to `PeftModel.from_pretrained` as well.
 
     Raises:
         ConfigError: an initialization of the adapters that would change the quantized weight.
@@ -38,7 +38,7 @@ def _require_untouched(config: Any) -> None:
 
 @functools.cache
 def _lora_class() -> Any:
-    """The class, made where it is first asked for: peft need not be installed."""
+    """The class, created at first use, because peft may not be installed."""
     from peft.tuners.lora.layer import Linear
 
     class LoraPQLinear(Linear):

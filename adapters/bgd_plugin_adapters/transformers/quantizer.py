@@ -27,15 +27,18 @@ __all__ = ["BGDHfQuantizer"]
 class BGDHfQuantizer(HfQuantizer):
     """Loads quantized folders, and quantizes float ones without data.
 
-    The quantized layers stand in the model before its tensors are loaded, and stay: a model that looks at its layers
-    while it is built or initialized, and hooks that are put on them, meet what they will meet later.
+    The quantized layers are inserted before the model's tensors are loaded, and stay, so that code which looks at the
+    layers during initialization, and hooks registered on them, see the final layers.
+
+    Attributes:
+        quantization_config: the settings, and the model's quantized layers.
     """
 
     requires_calibration = False
     quantization_config: BGDQuantizationConfig
 
     def __init__(self, quantization_config: BGDQuantizationConfig, **kwargs: Any) -> None:
-        super().__init__(copy.copy(quantization_config), **kwargs)  # what is written below is of one model
+        super().__init__(copy.copy(quantization_config), **kwargs)  # a copy, because this model's layers are added
         self._places: dict[str, tuple[str, ...]] = {}
         self._tied: dict[str, str] = {}
         self._loading: list[PQModule] = []
@@ -52,17 +55,18 @@ class BGDHfQuantizer(HfQuantizer):
         return True
 
     def is_serializable(self) -> bool:
+        """Quantized models can be saved."""
         return True
 
     def attach_(self, model: Any) -> None:
-        """Make a model known to transformers as quantized."""
+        """Mark a model as quantized for transformers, with this quantizer."""
         model.hf_quantizer = self
         model.is_quantized = True
         model.quantization_method = QUANT_METHOD
         self.postprocess_model(model)
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
-        """A folder of ours holds names of the model that was saved: a model of another class renames them."""
+        """Replace transformers' `weight_conversions`: names in a folder are the saved model's, and may be renamed."""
         return [*renamings_for(model), PackedTensors(self._places)] if self.pre_quantized else weight_conversions
 
     def _process_model_before_weight_loading(
@@ -80,12 +84,12 @@ class BGDHfQuantizer(HfQuantizer):
         layout = layout_in(model, config, packed_lengths(files))
         integration.make_room_(model, layout.placement)
         self._places = layout.names
-        self._tied = forget_names(model)
+        self._tied = layout.shared | forget_names(model)
         self._loading = [module for module in model.modules() if isinstance(module, PQModule)]
         loose_weights_(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        model._weight_conversions = []  # what is saved keeps the model's own names
+        model._weight_conversions = []  # saved tensors keep the model's own names
         if not self.pre_quantized:
             self._quantize_(model)
         compute_weights_(model)
@@ -97,7 +101,7 @@ class BGDHfQuantizer(HfQuantizer):
         self._write_layers(model)
 
     def remove_quantization_config(self, model: Any) -> None:
-        """As transformers does, in the configs of parts, too."""
+        """Remove the quantization config from the model's config, and from the configs of its parts."""
         super().remove_quantization_config(model)
         for part in parts_of(model.config):
             vars(part).pop("quantization_config", None)
@@ -110,7 +114,7 @@ class BGDHfQuantizer(HfQuantizer):
         self.pre_quantized = True
 
     def _write_layers(self, model: Any) -> None:
-        """What `config.json` will say of the layers, all but the checksum."""
+        """Write the layers to the config, for `config.json`; all but the checksum."""
         own = self.quantization_config
         modules = {path: m for path, m in model.named_modules() if isinstance(m, PQModule)}
         own.layers = {**integration.placement_of(model)}
@@ -120,16 +124,26 @@ class BGDHfQuantizer(HfQuantizer):
             part.quantization_config = own
 
     @contextmanager
-    def saving(self, state_dict: Mapping[str, Any] | None) -> Iterator[None]:
-        """While `save_pretrained` runs: the state dict that it was given."""
+    def saving(self, model: Any, state_dict: Mapping[str, Any] | None) -> Iterator[None]:
+        """While `save_pretrained` runs, keep the state dict that it was given, and let it leave nothing out.
+
+        A class may exclude parameters that it computes when it is built, such as Marian's positions. In a quantized
+        model they are rounded to half precision, so the folder must hold them.
+
+        Args:
+            model: the model being saved.
+            state_dict: its tensors, if not all of its own state.
+        """
         self._given = state_dict
+        left_out, model._keys_to_ignore_on_save = model._keys_to_ignore_on_save, set()
         try:
             yield
         finally:
             self._given = None
+            model._keys_to_ignore_on_save = left_out
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """What `save_pretrained` writes; the layers and the checksum go to `config.json`."""
+        """The tensors of the model that `save_pretrained` writes; layers and checksum go to `config.json`."""
         state = packed_state(model, self._given)
         own = self.quantization_config
         self._write_layers(model)
@@ -140,7 +154,7 @@ class BGDHfQuantizer(HfQuantizer):
         return state, {"bgd_plugin_version": bgd.__version__}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        """The same model with ordinary layers, which compute the same."""
+        """The same model with ordinary layers of decoded weights."""
         result: Any = bgd.materialize(model).to(dtype)
         remember_names(result)
         return result
@@ -148,7 +162,7 @@ class BGDHfQuantizer(HfQuantizer):
 
 @torch.no_grad()
 def _reset_new_biases(layers: list[PQModule]) -> None:
-    """A bias that the folder does not hold is zero, as transformers makes the biases of new layers."""
+    """Set biases that are not in the folder to zero, as transformers does for new layers."""
     for layer in layers:
         bias = getattr(layer, "bias", None)
         if bias is not None and not getattr(bias, "_is_hf_initialized", False):

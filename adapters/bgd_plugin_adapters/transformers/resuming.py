@@ -1,7 +1,7 @@
-"""Checkpoints of `Trainer`: folders of ours that are read into a model that is there already.
+"""Checkpoints of `Trainer`: folders that are loaded into an existing quantized model.
 
-Training moves codebooks, never codes. A checkpoint with other codes is of another quantized model: its optimizer state
-means nothing here, and its codebooks even less.
+Training changes codebooks, never codes. A checkpoint with other codes belongs to another quantized model, and neither
+its optimizer state nor its codebooks fit this one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["accept_packed_codes"]
 
 
 def accept_packed_codes(model: nn.Module) -> None:
-    """Let `load_state_dict` of a model read packed codes; a second call changes nothing."""
+    """Make a model's `load_state_dict` accept packed codes; a second call changes nothing."""
     hooks = model._load_state_dict_pre_hooks.values()
     if not any(getattr(hook, "hook", hook) is _unpack_codes for hook in hooks):
         hooked: Any = model  # torch has no types for this
@@ -27,10 +27,10 @@ def accept_packed_codes(model: nn.Module) -> None:
 
 
 def _unpack_codes(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Put what the model's own state dict would hold in the place of packed tensors.
+    """Replace packed tensors by those of the model's own state dict, in place.
 
     Raises:
-        CheckpointError: codes that are not the model's.
+        CheckpointError: the codes are not the model's.
     """
     layers = {p: m for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, PQModule)}
     for path, layer in layers.items():
@@ -53,10 +53,10 @@ def _unpack_codes(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
 def _require_same(path: str, layer: PQModule, packed: Tensor) -> None:
     try:
         is_same = torch.equal(unpacked_codes(path, layer, packed).to(layer.codes.device), layer.codes)
-    except ValueError:  # codes of another number
+    except ValueError:  # another number of codes
         is_same = False
     if not is_same:
         raise CheckpointError(
-            f"the checkpoint has other codes for layer {path!r} than the model: it is of another quantized model; "
+            f"the checkpoint has other codes for layer {path!r} than the model: it belongs to another quantized model; "
             "load the model from the checkpoint (from_pretrained) to continue from it"
         )

@@ -19,14 +19,14 @@ __all__ = ["forget_names", "remember_names", "share_", "shared"]
 
 
 def shared(model: nn.Module) -> dict[str, str]:
-    """Paths of quantized layers that share their codebook with an earlier one, and the path of that one."""
+    """Quantized layers that share their codebook with an earlier one, and that one, by path."""
     first: dict[int, str] = {}
     layers = [(p, m) for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, PQModule)]
     return {path: first[id(m.codebook)] for path, m in layers if first.setdefault(id(m.codebook), path) != path}
 
 
 def share_(model: nn.Module, pairs: dict[str, str]) -> None:
-    """Let layers share codebook and codes, where both hold the same."""
+    """Make pairs of layers, by path, share codebook and codes, if these are equal."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, first in pairs.items():
         layer, other = modules.get(path), modules.get(first)
@@ -37,7 +37,7 @@ def share_(model: nn.Module, pairs: dict[str, str]) -> None:
 
 
 def forget_names(model: Any) -> dict[str, str]:
-    """Take quantized layers out of transformers' lists of tied names; returns the pairs of layers that were in them."""
+    """Remove quantized layers from transformers' lists of tied names; returns the pairs of layers removed."""
     layers = {path for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, PQModule)}
     pairs: dict[str, str] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -58,7 +58,7 @@ def forget_names(model: Any) -> dict[str, str]:
 
 
 def remember_names(model: Any) -> None:
-    """Undo `forget_names`, for a model that has ordinary layers again."""
+    """Undo `forget_names`, for a model with ordinary layers again."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             vars(module).pop("_tied_weights_keys", None)

@@ -1,7 +1,7 @@
-"""Weights that code reads by name, `in_proj_weight` for one, while transformers loads a model.
+"""Weights that code reads by name, such as `in_proj_weight`, while transformers loads a model.
 
-In a quantized model such a name is a property that decodes the weight. For transformers a name is of a module or of a
-tensor, so while a folder is loaded it is that of the module.
+In a quantized model such a name is a property that decodes the weight. transformers expects a module or a tensor, so
+while a folder is loaded the name refers to the module.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["compute_weights_", "loose_weights_"]
 
 
 def loose_weights_(model: nn.Module) -> None:
-    """Make every computed weight a plain module, which the initialization of new layers passes over."""
+    """Make every computed weight a plain module, which the initialization of new layers skips."""
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, PQWeight):
             holder, name = _holder(model, path)
@@ -34,6 +34,6 @@ def compute_weights_(model: nn.Module) -> None:
 
 
 def _holder(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module that holds what stands at a path, and the name in it."""
+    """The owner of the module at a path, and its name there."""
     owner, _, name = path.rpartition(".")
     return model.get_submodule(owner), name

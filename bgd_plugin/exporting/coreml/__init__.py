@@ -1,1 +1,1 @@
-"""Core ML packages, iOS 18 and later: weights as look-up tables, which Apple's runtimes know."""
+"""Core ML packages, iOS 18 and later: weights as look-up tables, which Apple's runtimes support."""

@@ -1,8 +1,8 @@
 """Decoded weights of a Core ML program become look-up tables, and weights on an 8-bit grid become whole numbers.
 
 A table has at most 256 codewords, its indices 1, 2, 3, 4, 6 or 8 bits; a codeword lies along one axis of the weight.
-Blocks along the input channels of a linear layer or a 1x1 convolution are therefore a table of the weight itself, as
-the Neural Engine takes it; blocks of a larger kernel are a table of the matrix, which a reshape follows.
+Blocks along the input channels of a linear layer or a 1x1 convolution therefore become a table of the weight itself,
+which the Neural Engine supports; blocks of a larger kernel become a table of the matrix, followed by a reshape.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ __all__ = ["Tables"]
 _INDEX_BITS = (1, 2, 3, 4, 6, 8)
 _WEIGHTED = ("conv", "conv_transpose", "linear")
 _SMALL = 512
-"""Weights below which whole numbers and scales save nothing."""
+"""Number of weights below which integers and scales save nothing."""
 
 
 class Tables:
-    """A pass over a Core ML program, before all others.
+    """A pass over a Core ML program that runs before all others.
 
     Attributes:
         found: names of the tables' values, by the name of the codebook's value in the program.
@@ -42,7 +42,7 @@ class Tables:
         from coremltools.converters.mil.mil import Builder
         from coremltools.converters.mil.mil.scope import ScopeInfo, ScopeSource
 
-        # coremltools wants to know of each operator which line of code it came from: of these, none
+        # coremltools requires a source line for each operator; these have none
         sources = (ScopeSource.EXIR_STACK_TRACE, ScopeSource.EXIR_DEBUG_HANDLE)
         nowhere = [ScopeInfo(source=source, data=[None]) for source in sources]
         for function in program.functions.values():
@@ -84,12 +84,12 @@ class Tables:
 
 
 def _is_decoding(op: Any) -> bool:
-    """Whether an operator looks constant codes up in a constant codebook."""
+    """Whether an operator looks up constant codes in a constant codebook."""
     return all(value.val is not None and value.val.ndim == 2 for value in (op.x, op.indices)) and op.axis.val == 0
 
 
 def _whole(numbers: NDArray[Any], bits: int) -> NDArray[Any]:
-    """Numbers in the type that Core ML packs to so many bits."""
+    """Numbers in the type that Core ML packs to this number of bits."""
     from coremltools.converters.mil.mil import types
 
     dtype = numpy.uint8 if bits == 8 else getattr(types, f"np_uint{bits}_dtype")
@@ -97,7 +97,7 @@ def _whole(numbers: NDArray[Any], bits: int) -> NDArray[Any]:
 
 
 def _table(table: NDArray[Any], before: Any) -> Any:
-    """The table, as whole numbers of 8 bits and a scale where it is one."""
+    """The table, as 8-bit integers and a scale if it is on such a grid."""
     from coremltools.converters.mil.mil import Builder
 
     grid = to_eight_bits(torch.from_numpy(table.reshape(1, -1)))
@@ -111,7 +111,7 @@ def _table(table: NDArray[Any], before: Any) -> Any:
 
 
 def _replace_weight_(block: Any, op: Any) -> None:
-    """A dense weight of rows on 8-bit grids, as whole numbers and a scale for each row."""
+    """Store a dense weight whose rows are on 8-bit grids as integers and a scale per row."""
     from coremltools.converters.mil.mil import Builder
 
     weight = op.weight.val

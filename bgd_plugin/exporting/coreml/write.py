@@ -1,4 +1,4 @@
-"""From a compressed network to a Core ML package, read back to see that its tables are the network's weights."""
+"""Write a Core ML package, and read it back to check that its tables are the network's weights."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ __all__ = ["read_back", "write"]
 
 _PASS = "bgd_plugin::tables"
 _HALF = "_cast_fp16"
-"""What coremltools appends to the names of values that it computes in half precision."""
+"""Suffix of the names of values that coremltools computes in half precision."""
 _NEAR = {"float16": 1e-3, "float32": 1e-5}
-"""Largest difference of a weight that was read back, relative to the largest one: what the type rounds."""
+"""Largest difference between a weight that was read back and the network's, relative to the largest one: rounding."""
 
 
 def write(
@@ -40,13 +40,13 @@ def write(
         path: the package, a folder.
         examples: what it is traced with.
         dynamic: must be None: a package has the shapes of the examples.
-        precision: in which the package computes; the Neural Engine computes in "float16", nothing there in "float32".
+        precision: of the package's arithmetic, "float16" or "float32"; the Neural Engine supports only "float16".
 
     Returns:
-        what was read back, and which layers have no form that the Neural Engine is known to take.
+        notes: the check of the tables, and the layers whose form the Neural Engine may not support.
 
     Raises:
-        ConfigError: free dimensions were asked for.
+        ConfigError: `dynamic` is given.
         BGDError: coremltools cannot convert the network, or reads other weights back.
     """
     if dynamic is not None:
@@ -67,7 +67,10 @@ def read_back(path: Path, layers: dict[str, PQModule], tables: Tables) -> float:
     Args:
         path: the package.
         layers: by the name of the codebook in the program.
-        tables: what the pass did.
+        tables: the pass that created the tables.
+
+    Raises:
+        BGDError: a table is missing in the package.
     """
     from coremltools.converters.mil.frontend.milproto.load import load
     from coremltools.models import MLModel
@@ -95,7 +98,7 @@ def _convert(model: nn.Module, examples: Examples, tables: Tables, precision: st
     import coremltools
     from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
 
-    unknown = get_decompositions([torch.ops.aten.addcmul])  # of frozen norms; coremltools has no form of it
+    unknown = get_decompositions([torch.ops.aten.addcmul])  # in frozen norms; coremltools does not support it
     program = captured(model, examples, None).run_decompositions(unknown)
     names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
     PASS_REGISTRY.passes[_PASS] = _Pass(tables)
@@ -124,7 +127,7 @@ def _input_type(tensor: torch.Tensor) -> Any:
 
 
 class _Pass:
-    """What coremltools asks of a pass."""
+    """A pass with the interface that coremltools requires."""
 
     minimum_deployment_target: Any = None
 
@@ -138,13 +141,13 @@ class _Pass:
         return _PASS
 
     def set_options(self, options: Any) -> None:
-        """There are none."""
+        """Required by coremltools; this pass has no options."""
 
 
 def _notes(layers: dict[str, PQModule], tables: Tables, difference: float) -> Iterator[str]:
     yield (
         f"{len(tables.found)} tables, read back by coremltools: largest difference {difference:.1e} of the largest "
-        "weight; Core ML itself runs on Apple's systems alone, so nothing was run here"
+        "weight; Core ML runs only on Apple's systems, so the package was not run here"
     )
     paths = {f"p_{name.replace('.', '_')}_codebook": name for name in layers}
     if tables.reshaped:
@@ -157,7 +160,7 @@ def _notes(layers: dict[str, PQModule], tables: Tables, difference: float) -> It
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the converter's progress bars, and what it says of versions."""
+    """Suppress the converter's progress bars and its warnings about versions."""
     logger = logging.getLogger("coremltools")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Initializers in the form in which our own file holds them, and the nodes that widen them again."""
+"""Store initializers as narrow as in our own file, and add the nodes that widen them again."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from bgd_plugin.files.format import State, narrowest, scales, stored_state
 __all__ = ["narrow_"]
 
 _NODE_BYTES = 80
-"""What a node and its names take in the file: narrowing that saves less makes the file longer."""
+"""Bytes of a node and its names in the file; narrowing that saves less makes the file longer."""
 _WIDE = (torch.float32, torch.float64, torch.int16, torch.int32, torch.int64)
 
 
 def narrow_(graph: Any, model: nn.Module) -> None:
-    """Replace the initializers of a graph, in place, by what `files.format.stored` makes of them.
+    """Replace the initializers of a graph, in place, by their narrow form in `files.format.stored`.
 
     Args:
         graph: `onnx_ir.Graph` of the network, whose initializers have the names of the network's state.
@@ -45,7 +45,7 @@ class _Narrower:
         self._widened: dict[str, Any] = {}
 
     def replace_(self, name: str) -> None:
-        """Let everything that reads an initializer read its narrow form, widened."""
+        """Replace an initializer by its narrow form and the nodes that widen it."""
         value = self._graph.initializers[name]
         first = self._content.header.get("aliases", {}).get(name, name)
         if first not in self._widened:
@@ -60,7 +60,7 @@ class _Narrower:
                 del self._graph.initializers[name]
 
     def _widened_state(self, name: str) -> Any:
-        """A tensor of the network's state; None where it is as narrow as it gets."""
+        """A tensor of the network's state, narrow and widened; None if it cannot be narrower."""
         path, _, attribute = name.rpartition(".")
         layer = self._layers.get(path)
         narrow, state = self._content.tensors[name], self._state[name]
@@ -75,7 +75,7 @@ class _Narrower:
         return self._from_narrow(name, narrow, state)
 
     def _widened_constant(self, value: Any) -> Any:
-        """A tensor that is no part of the state: a buffer that is not saved, or a constant of the code."""
+        """A tensor outside of the state: a non-persistent buffer, or a constant of the code."""
         array = value.const_value.numpy() if value.const_value is not None else None
         if array is None or not isinstance(array, numpy.ndarray) or array.dtype.kind not in "fi":
             return None
@@ -89,7 +89,7 @@ class _Narrower:
         return self.nodes.cast(self.nodes.tensor(name, _array(narrow)), _array(wide.reshape(-1)[:1]).dtype)
 
     def _from_eight_bits(self, name: str, numbers: Tensor, factors: Tensor) -> Any:
-        """Cast and Mul: a DequantizeLinear would be computed anew at each run."""
+        """By Cast and Mul, because a DequantizeLinear would be computed at each run."""
         value = self.nodes.cast(self.nodes.tensor(name, _array(numbers)), numpy.float32)
         if len(factors) == 1:
             return self.nodes.add("Mul", value, self.nodes.constant(float(factors), numpy.float32))

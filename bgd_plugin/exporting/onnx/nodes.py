@@ -1,4 +1,4 @@
-"""Nodes and constants that are added at the head of an ONNX graph, with names as short as can be."""
+"""Nodes and constants added at the beginning of an ONNX graph, with short names."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _PREFIX = "bgd."
 
 
 class Nodes:
-    """Collects nodes and constants, and puts them before all others of a graph.
+    """Collects nodes and constants, and inserts them before all others of a graph.
 
-    Equal constants are one. Names count in a file of many small layers, so they are a prefix and a number.
+    Equal constants are shared. Names take a noticeable part of a file of many small layers, so they are short.
 
     Args:
         graph: `onnx_ir.Graph`.
@@ -27,7 +27,7 @@ class Nodes:
         self._constants: dict[tuple[Any, ...], Any] = {}
 
     def constant(self, values: Any, dtype: Any) -> Any:
-        """The value that holds a small array; `dtype` is numpy's."""
+        """A value that holds a small array of `values`; `dtype` is numpy's."""
         array = numpy.asarray(values, dtype=dtype)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
@@ -35,7 +35,7 @@ class Nodes:
         return self._constants[key]
 
     def tensor(self, name: str, array: NDArray[Any]) -> Any:
-        """An initializer; one that has this name already gives way."""
+        """An initializer with the content of `array`; it replaces one of the same name."""
         import onnx_ir
 
         value = onnx_ir.Value(
@@ -49,7 +49,13 @@ class Nodes:
         return value
 
     def add(self, op_type: str, *inputs: Any, **attributes: Any) -> Any:
-        """A node with one output, which is returned."""
+        """Add a node and return its only output.
+
+        Args:
+            op_type: ONNX operator.
+            inputs: values.
+            attributes: of the operator.
+        """
         import onnx_ir
 
         name = f"{_PREFIX}{len(self._nodes)}"
@@ -59,7 +65,7 @@ class Nodes:
         return node.outputs[0]
 
     def cast(self, value: Any, dtype: Any) -> Any:
-        """The value in another type, one of numpy's."""
+        """The value in another type; `dtype` is numpy's."""
         import onnx_ir
 
         return self.add("Cast", value, to=int(onnx_ir.DataType.from_numpy(numpy.dtype(dtype))))
@@ -69,7 +75,7 @@ class Nodes:
         return self.add("Reshape", value, self.constant(shape, numpy.int64))
 
     def insert_(self) -> None:
-        """Put the nodes before all others of the graph."""
+        """Insert the nodes before all others of the graph."""
         if not self._nodes:
             return
         if len(self._graph):

@@ -1,4 +1,4 @@
-"""An ONNX file in onnxruntime: what it answers, and whether its weights were decoded once, at load."""
+"""Run an ONNX file in onnxruntime, and find out whether its weights are decoded once, at load."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ERRORS_ONLY = 3
 
 
 def run(path: Path, examples: Examples) -> Run:
-    """Load a file as onnxruntime does by default, and answer the inputs.
+    """Load the file at `path` with onnxruntime's default settings, and run it on the examples.
 
     Raises:
         BGDError: onnxruntime cannot load or run it.
@@ -57,7 +57,7 @@ def _executed(profile: Path) -> set[str]:
 
 
 def _constant_nodes(path: Path) -> set[str]:
-    """Names of the nodes that depend on no input: those a runtime can compute once."""
+    """Names of the nodes that depend on no input, which a runtime can compute once."""
     import onnx
 
     graph = onnx.load(str(path)).graph

@@ -1,4 +1,4 @@
-"""Removes what an exporter leaves in a graph and only costs bytes: stack traces, shapes, long names, biases of zero."""
+"""Remove from an exported graph what only takes bytes: stack traces, shapes, long names, biases of zero."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy
 __all__ = ["simplify_", "strip_"]
 
 _SMALL = 64
-"""Numbers in a tensor that is computed ahead: shapes and axes, and never a weight."""
+"""Maximum number of items in a tensor that is folded: shapes and axes, never a weight."""
 
 
 def simplify_(model: Any) -> None:
-    """Compute the shapes that the graph computes from constants, and drop biases of zero, in place.
+    """Fold shapes that the graph computes from constants, and drop biases of zero, in place.
 
-    No weight is computed: what is folded has at most 64 numbers.
+    No weight is folded: only tensors of at most 64 items are.
 
     Args:
         model: `onnx_ir.Model`.
@@ -43,7 +43,7 @@ def simplify_(model: Any) -> None:
 
 
 def strip_(model: Any) -> None:
-    """Remove metadata and types of what lies between, and shorten the names that nobody outside reads, in place."""
+    """Remove metadata and the types of inner values of an `onnx_ir.Model`, and shorten inner names, in place."""
     graph = model.graph
     model.metadata_props.clear()
     graph.metadata_props.clear()
@@ -67,13 +67,13 @@ def strip_(model: Any) -> None:
 
 
 def _is_small(node: Any) -> bool:
-    """Whether a node reads no large tensor of the network: some operators would be computed whatever their size."""
+    """Whether a node reads no large tensor; the optimizer would fold some operators of any size."""
     tensors = (value.const_value for value in node.inputs if value is not None and value.is_initializer())
     return all(tensor is None or tensor.size <= _SMALL for tensor in tensors)
 
 
 def _is_zero(value: Any) -> bool:
-    """Whether a value is zeros that were expanded to the number of channels."""
+    """Whether a value is zeros expanded to the number of channels."""
     node = None if value is None else value.producer()
     while node is not None and node.op_type in ("Expand", "CastLike", "Cast"):
         value = node.inputs[0]

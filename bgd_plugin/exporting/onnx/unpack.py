@@ -1,7 +1,7 @@
-"""Packed codes and masks, unpacked by nodes of the graph that a runtime computes once, when it loads the file.
+"""Unpack codes and masks by nodes of the graph, which a runtime computes once, when it loads the file.
 
-Whole numbers and arithmetic alone: OpenVINO folds no bitwise operator, onnxruntime's shifts know few types, and a
-matrix product may be done in half precision.
+The nodes use integer arithmetic only: OpenVINO folds no bitwise operator, onnxruntime's shifts support few types, and
+a matrix product may be computed in half precision.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def unpacked_codes(nodes: Nodes, name: str, packed: NDArray[Any], bits: int, sha
     it is that number divided by 2^(bits before it), modulo 2^bits. Codes of 1, 2 or 4 bits lie within one byte.
 
     Args:
-        nodes: where the nodes go.
+        nodes: receives the nodes.
         name: of the initializer that holds the bytes.
         packed: uint8 `[n]`.
         bits: 1 … 16, of each code.
         shape: of the result.
-        dtype: of the result, numpy's; the bytes themselves, where codes are bytes.
+        dtype: of the result, numpy's.
     """
     if bits == 8:
         value = nodes.tensor(name, packed.reshape(shape))
@@ -62,7 +62,7 @@ def unpacked_mask(nodes: Nodes, name: str, packed: NDArray[Any], form: str, shap
     """A mask that `encoding.masks.pack_mask` packed, as a bool value of the graph, true where a weight is kept.
 
     Args:
-        nodes: where the nodes go.
+        nodes: receives the nodes.
         name: of the initializer that holds the bytes.
         packed: uint8 `[n]`.
         form: as in the header of a file.
@@ -83,7 +83,7 @@ def unpacked_mask(nodes: Nodes, name: str, packed: NDArray[Any], form: str, shap
 
 
 def _from_positions(nodes: Nodes, name: str, packed: NDArray[Any], shape: tuple[int, ...]) -> Any:
-    """`[n]` positions of zeros, 32 bits each, to a mask."""
+    """A mask from `[n]` positions of zeros, 32 bits each."""
     positions = nodes.tensor(name, packed.copy().view(numpy.int32))
     ones = nodes.add("Expand", nodes.constant([1], numpy.int32), nodes.constant([math.prod(shape)], numpy.int64))
     zeros = nodes.add("Expand", nodes.constant([0], numpy.int32), nodes.constant([packed.size // 4], numpy.int64))
@@ -91,7 +91,7 @@ def _from_positions(nodes: Nodes, name: str, packed: NDArray[Any], shape: tuple[
 
 
 def _from_groups(nodes: Nodes, name: str, packed: NDArray[Any], form: str, shape: tuple[int, ...]) -> Any:
-    """N of each M weights: the number of a pattern for each group, and a table of the patterns."""
+    """A mask that keeps N of each M weights: an index for each group, into a table of patterns."""
     groups = mask_groups(form, shape)
     count = math.prod(shape) // groups.size
     codes = unpacked_codes(nodes, name, packed, groups.bits, (count,), numpy.int32)

@@ -1,4 +1,4 @@
-"""From a compressed network to an ONNX file: torch's exporter, then tensors as narrow as in our own file."""
+"""Write an ONNX file: torch's exporter, then tensors as narrow as in our own file."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from bgd_plugin.exporting.onnx.tidy import simplify_, strip_
 __all__ = ["write"]
 
 _LONGEST = 2**31 - 1
-"""Bytes of a protobuf message."""
+"""Maximum bytes of a protobuf message."""
 
 
 def write(model: nn.Module, path: Path, examples: Examples, dynamic: Any) -> tuple[str, ...]:
-    """Write the network to an ONNX file; there is nothing to note.
+    """Write the network to an ONNX file; returns no notes.
 
     Args:
         model: the compressed network, in evaluation mode.
@@ -31,7 +31,7 @@ def write(model: nn.Module, path: Path, examples: Examples, dynamic: Any) -> tup
         dynamic: torch.export's dynamic_shapes, or None.
 
     Raises:
-        BGDError: torch.export cannot capture the network, ONNX has no form of an operator, or the file is too long.
+        BGDError: torch.export cannot capture the network, an operator has no ONNX form, or the file is too long.
     """
     import onnx_ir
 
@@ -50,7 +50,7 @@ def _exported(model: nn.Module, examples: Examples, dynamic: Any) -> Any:
     program = captured(model, examples, dynamic)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporter, about itself
+            warnings.simplefilter("ignore")  # the exporter warns about its own code
             # optimize=True would decode small layers
             return torch.onnx.export(program, dynamo=True, optimize=False, verbose=False)
     except Exception as error:  # of many types

@@ -56,7 +56,7 @@ def test_half_a_layer_is_refused(missing: str, tmp_path: Path) -> None:
         del state["classifier.codebook"]
     else:
         state["classifier.codes"] = state["classifier.codes"][:1]
-    with pytest.raises(ConfigError, match=r"layer 'classifier': .*give all of a layer or nothing"):
+    with pytest.raises(ConfigError, match=r"layer 'classifier': .*give all tensors of a layer or none"):
         model.save_pretrained(tmp_path, state_dict=state)
 
 

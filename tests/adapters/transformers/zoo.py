@@ -179,6 +179,7 @@ ZOO: dict[str, Entry] = {
     "granite": Entry("GraniteForCausalLM", _DECODER),
     "hubert": Entry("HubertModel", _SPEECH, "sound"),
     "llama": Entry("LlamaForCausalLM", _DECODER),
+    "marian": Entry("MarianMTModel", _SEQ2SEQ, "pairs", "decoder_layers"),
     "mbart": Entry("MBartForConditionalGeneration", _SEQ2SEQ, "pairs", "decoder_layers"),
     "mistral": Entry("MistralForCausalLM", _DECODER),
     "mixtral": Entry("MixtralForCausalLM", {**_DECODER, "num_local_experts": 2}),
