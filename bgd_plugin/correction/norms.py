@@ -65,8 +65,6 @@ class NormCorrection:
             skip = added_to(self._student, node) if node.name in self._residual else None
             gain = correct_batchnorm_(walk, node, mode, skip)
         if gain:
-            if not gain.taken_back:
-                walk.mark_changed(str(node.target))
             self._gains[str(node.target)] = gain
 
     def correct_at_(self, walk: Rerun, path: str) -> None:

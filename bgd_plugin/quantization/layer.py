@@ -61,7 +61,7 @@ def quantize_layer(
     generator = job.generator(planned.name)
     finished = fitted_once(lambda: job.run.finished(index, planned))
     fit = finished or _fit(job, found, planned, inputs, generator, _skip_for_fit(job, walk, skip))
-    if finished is None and fit.bias_shift is not None and found.bias is not None:
+    if finished is None and fit.bias_shift is not None:
         fit = _judged_shift(job, found, fit, inputs)
     layer = _installed(job, walk, found, planned, fit)
     if finished is None:
@@ -72,11 +72,10 @@ def quantize_layer(
     job.bar.update()
     layer.requires_grad_(False)
     decoded = _unscaled(layer.matrix, fit.row_scale)
-    is_shifted = fit.bias_shift is not None and found.bias is not None
     return LayerReport.of(
         planned,
         relative_error=output_error(found.matrix, decoded, sample),
-        bias_gain=shift_gain(fit.bias_shift, decoded, sample) if is_shifted and fit.bias_shift is not None else None,
+        bias_gain=None if fit.bias_shift is None else shift_gain(fit.bias_shift, decoded, sample),
         warnings=fit.warnings,
     )
 
@@ -114,7 +113,7 @@ def treat_unreached(job: Job, index: int) -> LayerReport | SkippedLayer:
 def _judged_shift(job: Job, found: FoundLayer, fit: FittedLayer, inputs: LayerInputs) -> FittedLayer:
     """The fit without its shift of the bias, where such a shift raises the error on samples kept aside."""
     codebook, codes = fit.codebook.to(found.weight), fit.codes.to(found.weight.device)
-    decoded = _unscaled(decode(codebook, codes, found.matrix.shape), fit.row_scale)
+    decoded = decode(codebook, codes, found.matrix.shape)
     with job.log.timed("statistics"):
         helps = shift_helps(found.matrix, decoded, inputs, job.generator(f"{found.name} shift"))
     if helps:
@@ -198,7 +197,8 @@ def _installed(job: Job, walk: Walk | Rerun, found: FoundLayer, planned: Planned
 def _apply_shifts(job: Job, found: FoundLayer, fit: FittedLayer) -> None:
     """Apply the fit's row scale to the following batch norm, and its shift to the bias."""
     norm = job.batchnorm_after(found)
-    if fit.row_scale is not None and norm is not None:
+    if fit.row_scale is not None:
+        assert norm is not None
         absorb_row_scale_(module_at(job.student, norm), fit.row_scale)
     if fit.bias_shift is not None:
         shift_biases_(job.student, found, fit.bias_shift)

@@ -317,6 +317,23 @@ def test_the_norm_that_ends_a_block_is_corrected_to_what_the_skip_has_lost_as_we
     assert float((plain / (sigma / slope) - 1).abs().max()) > 0.02
 
 
+def test_a_norm_that_runs_twice_is_left_and_named_without_a_graph() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.layer, self.last = nn.Linear(12, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+            self.norm = nn.BatchNorm1d(32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x if bool((x == x).all()) else -x)
+            return self.norm(self.last(self.norm(self.layer(x))))
+
+    model = randomized(Twice())
+    result = bgd.quantize(model, vectors(), em(batchnorm="matched"), progress=False)
+    assert torch.equal(result.model.get_submodule("norm").running_mean, model.norm.running_mean)  # type: ignore[arg-type]
+    assert any("called at several places: norm" in note for note in result.report.notes)
+
+
 @pytest.mark.parametrize("mode", ["matched", "reestimate"])
 def test_norms_that_quantization_does_not_reach_stay(mode: Any) -> None:
     """Also where other norms of the network are corrected, and where there is no graph."""
