@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, FinetuningConfig, LayerConfig, integration
 from bgd_plugin.errors import ConfigError
+from bgd_plugin.nn import storable
 from tests.networks import FunctionalNet, PlainNet, SmallResNet, images, randomized, same_outputs, vectors
 
 
@@ -109,3 +112,78 @@ def test_transposed_convolutions_come_near_their_weights(groups: int) -> None:
     assert report.layers[0].relative_error < 0.5
     decoded = integration.quantize_module(layer).weight
     assert float((decoded - layer.weight).square().sum().detach()) < 0.5 * float(layer.weight.square().sum().detach())
+
+
+def _zeros(model: nn.Module) -> nn.Module:
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data *= torch.rand(parameter.shape) > 0.5
+    return model
+
+
+def test_zeros_that_are_to_stay_stay() -> None:
+    model = _zeros(PlainNet())
+    config = BGDConfig(preserve_zeros=True)
+    result = bgd.quantize_weights(model, config).model
+    found: list[Any] = [result.get_submodule("2"), integration.quantize_module(model[2], config)]
+    for layer in found:
+        assert torch.equal(layer.weight != 0, model[2].weight != 0)
+
+
+def test_a_fit_knows_the_zeros_that_stay() -> None:
+    """Weights of one value, but for the zeros: one codeword is exact."""
+    model = PlainNet()
+    model[2].weight.data.copy_(0.5 * (torch.rand(32, 32) > 0.5))
+    config = BGDConfig(preserve_zeros=True)
+    layer: Any = integration.quantize_module(model[2], config)
+    torch.testing.assert_close(layer.weight, model[2].weight)
+
+
+@pytest.mark.parametrize("storage", ["int8", "float16"])
+def test_codebooks_are_rounded_to_their_storage(storage: Any) -> None:
+    model, config = PlainNet(), BGDConfig(codebook_storage=storage)
+    for layer in (
+        bgd.quantize_weights(model, config).model.get_submodule("2"),
+        integration.quantize_module(model[2], config),
+    ):
+        codebook: Any = layer.codebook
+        assert torch.equal(codebook, storable(codebook.detach(), storage))
+        other = "int8" if storage == "float16" else "float16"
+        assert not torch.equal(codebook, storable(codebook.detach(), other))
+
+
+def test_frozen_weights_give_frozen_codebooks() -> None:
+    model = PlainNet()
+    model[2].weight.requires_grad_(False)
+    result = bgd.quantize_weights(model).model
+    flags = [result.get_submodule(name).codebook.requires_grad for name in ("2", "4")]  # type: ignore[union-attr]
+    assert flags == [False, True]
+    for number, flag in ((2, False), (4, True)):
+        assert integration.quantize_module(model[number]).codebook.requires_grad == flag
+
+
+def test_another_seed_makes_other_codes_and_iterations_make_them_better() -> None:
+    model = PlainNet()
+
+    def codes(**fields: Any) -> torch.Tensor:
+        return bgd.quantize_weights(model, BGDConfig(**fields)).model.state_dict()["2.codes"]
+
+    assert not torch.equal(codes(seed=0), codes(seed=1))
+    errors = [bgd.quantize_weights(model, BGDConfig(em_iterations=n)).report.layers[0].relative_error for n in (1, 50)]
+    assert errors[1] < 0.98 * errors[0]
+
+
+def test_a_budget_is_kept_and_said(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    result = bgd.quantize_weights(model, BGDConfig(target_ratio=6))
+    assert 0.9 < bgd.save(result.model, tmp_path / "net") * 6 / result.report.original_bytes <= 1
+    assert any(note.startswith("budget: ") for note in result.report.notes)
+    assert "without data" in result.report.notes[-1]
+
+
+def test_pruning_masks_are_baked_in() -> None:
+    model = PlainNet()
+    prune.random_unstructured(model[2], "weight", amount=0.5)
+    layer: Any = bgd.quantize_weights(model, BGDConfig(preserve_zeros=True)).model.get_submodule("2")
+    assert torch.equal(layer.weight != 0, model[2].weight != 0)
+    assert "weight_mask" in dict(model[2].named_buffers())

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import bgd_plugin as bgd
+from bgd_plugin.files.format import file_bytes, stored
 from bgd_plugin.planning.answers import Answers
+from bgd_plugin.planning.types import PlannedLayer
 from bgd_plugin.quantization.quality import within_bound
+from bgd_plugin.report.layer import LayerReport
 from bgd_plugin.report.report import Quantized, Report
 
 
@@ -52,6 +57,74 @@ def test_the_passes_end_where_sizes_do_not_change() -> None:
     result = within_bound(run, 0.1)
     assert len(seen) == 2  # reports without layers have the same sizes
     assert "missed" in result.report.notes[-1]
+
+
+def _passes(*divergences: float | None) -> tuple[Callable[[float, int], Quantized], list[float]]:
+    """Runs with these measured divergences, each with other sizes, in files of 1000 bytes over the expected loss."""
+    run, seen = _runs(lambda loss: loss)
+
+    def one(realized: float, number: int) -> Quantized:
+        result = run(realized, number)
+        report, measured = result.report, divergences[number]
+        assert report.answers is not None
+        answers = None if measured is None else dataclasses.replace(report.answers, divergence=measured)
+        planned = PlannedLayer(
+            **dict.fromkeys(("name", "target", "kind", "family"), "a"),
+            weight_shape=(8, 8),
+            block_size=4,
+            codebook_size=2 + number,
+            calls=("a",),
+        )
+        layers, notes = (LayerReport.of(planned, relative_error=0.1),), (f"pass {number}",)
+        return Quantized(result.model, dataclasses.replace(report, answers=answers, layers=layers, notes=notes))
+
+    return one, seen
+
+
+def test_each_pass_corrects_what_the_one_before_it_expected() -> None:
+    """By measured over expected, which the bound is to be a little above; corrections add up."""
+    run, seen = _passes(0.3, 0.12, 0.09)
+    result = within_bound(run, 0.1)
+    assert seen == pytest.approx([1.0, 3 / 0.85, 3 / 0.85 * (0.12 / 0.1) / 0.85])
+    assert result.report.notes[0] == "pass 2" and "kept" in result.report.notes[-1]
+    assert "after 3 passes" in result.report.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("divergences", "passes", "best"),
+    [
+        ((0.05, 0.09), 2, 1),  # half of the bound is a waste: the second file is smaller
+        ((0.05, 0.2, 0.3), 3, 0),  # but what is beyond the bound does not count
+        ((0.07,), 1, 0),  # not so much of one
+        ((0.2, 0.01), 2, 1),  # and no pass is worth it a second time
+        ((0.3, 0.2, 0.25), 3, 1),  # the nearest one
+        ((None,), 1, 0),
+        ((0.0,), 1, 0),
+    ],
+)
+def test_the_best_of_three_passes_at_most(divergences: tuple[float | None, ...], passes: int, best: int) -> None:
+    run, seen = _passes(*divergences)
+    result = within_bound(run, 0.1)
+    assert len(seen) == passes
+    assert result.report.notes[0] == f"pass {best}"
+    is_kept = (divergences[best] or 0.0) <= 0.1
+    assert result.report.notes[-1].startswith("bound: kept" if is_kept else "bound: missed")
+    assert ("passes" in result.report.notes[-1]) == (passes > 1)
+
+
+def test_an_iterator_is_walked_once_for_all_passes_and_each_has_its_folder(tmp_path: Path) -> None:
+    """A bound far below what any size is expected to reach takes several passes."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)).eval()
+    data = [3 * torch.randn(16, 12) for _ in range(4)]
+    config = bgd.BGDConfig(max_divergence=1e-4, rounds=1)
+    files = []
+    for calibration, folder in ((data, None), (iter(data), tmp_path / "run")):
+        result = bgd.quantize(model, calibration, config, checkpoint=folder, progress=False)
+        files.append(file_bytes(stored(result.model)))
+    assert files[0] == files[1]
+    assert "passes" in result.report.notes[-1]
+    assert (tmp_path / "run" / "run.json").is_file() and (tmp_path / "run" / "pass-2" / "run.json").is_file()
 
 
 def _network() -> nn.Module:
