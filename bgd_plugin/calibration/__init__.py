@@ -1,16 +1,17 @@
 """Calibration: the network's live values on the user's data, node by node, and the statistics that the fit needs."""
 
 from bgd_plugin.calibration.agreement import answers_differ, difference, given_arguments
-from bgd_plugin.calibration.aside import first_samples, take_aside_
+from bgd_plugin.calibration.aside import take_aside_
 from bgd_plugin.calibration.batches import (
     Batch,
     Batches,
     Forward,
-    collect_batches,
     iterate_batches,
     logits_of,
     require_rewalkable,
 )
+from bgd_plugin.calibration.collect import collect_batches
+from bgd_plugin.calibration.cutting import first_samples
 from bgd_plugin.calibration.form import checked, shared_difference
 from bgd_plugin.calibration.gram import PooledGram, pooled_gram
 from bgd_plugin.calibration.inputs import CollectedInputs, LayerInputs, require_finite

@@ -15,18 +15,26 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from bgd_plugin.calibration.batches import Batch
+from bgd_plugin.calibration.batches import Batch, given_number
 from bgd_plugin.calibration.walk import run_node
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import FROM_DATA, set_modes, untouched
 
-__all__ = ["answers_differ", "difference", "given_arguments"]
+__all__ = [
+    "FAILURES",
+    "answers_differ",
+    "difference",
+    "first_difference",
+    "given_arguments",
+    "same_random_numbers",
+]
 
 _BATCHES = 6
 """Maximum number of batches compared: the first two, the first of each structure and shapes, and the last one."""
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-_FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError, AssertionError)
+FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError, AssertionError)
+"""What a network raises on inputs that it does not take."""
 
 
 @torch.no_grad()
@@ -52,19 +60,21 @@ def difference(graph: fx.GraphModule, network: nn.Module, batches: Sequence[Batc
 
 def _difference(graph: fx.GraphModule, network: nn.Module, batches: Sequence[Batch]) -> str:
     for index in _compared(batches):
-        batch = batches[index]
-        with _same_random_numbers():
+        batch, number = batches[index], given_number(batches, index)
+        with same_random_numbers():
             found, failure = _answer_of_graph(graph, batch)
-        with _same_random_numbers():
+        with same_random_numbers():
             try:
                 wanted = batch.call(network)
-            except _FAILURES as error:
-                raise failure or CalibrationError(f"the network fails on calibration batch {index}: {error}") from error
+            except FAILURES as error:
+                raise failure or CalibrationError(
+                    f"the network fails on calibration batch {number}: {error}"
+                ) from error
         if failure is not None:
-            return f"its graph fails on calibration batch {index}, the network itself does not ({failure})"
-        where = _first_difference(found, wanted, "its answer")
+            return f"its graph fails on calibration batch {number}, the network itself does not ({failure})"
+        where = first_difference(found, wanted, "its answer")
         if where:
-            return f"its graph answers calibration batch {index} differently: {where}"
+            return f"its graph answers calibration batch {number} differently: {where}"
     return ""
 
 
@@ -76,11 +86,11 @@ def answers_differ(one: nn.Module, other: nn.Module, batches: Sequence[Batch]) -
     be the network's own affair.
     """
     for index, batch in enumerate(batches):
-        with _same_random_numbers():
+        with same_random_numbers():
             found = _plain(batch.call(one))
-        with _same_random_numbers():
+        with same_random_numbers():
             wanted = _plain(batch.call(other))
-        where = _first_difference(found, wanted, "its answer")
+        where = first_difference(found, wanted, "its answer")
         if where:
             return f"calibration batch {index}: {where}"
     return ""
@@ -113,7 +123,7 @@ def given_arguments(network: nn.Module, batches: Sequence[Batch]) -> dict[str, A
     signature = inspect.signature(network.forward)
     given: dict[str, Any] = {}
     for index, batch in enumerate(batches):
-        bound = _bound(signature, network, batch, index)
+        bound = _bound(signature, network, batch, given_number(batches, index))
         for name, value in bound.items():
             if signature.parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
                 return None
@@ -125,14 +135,14 @@ def given_arguments(network: nn.Module, batches: Sequence[Batch]) -> dict[str, A
     return given
 
 
-def _bound(signature: inspect.Signature, network: nn.Module, batch: Batch, index: int) -> Mapping[str, Any]:
+def _bound(signature: inspect.Signature, network: nn.Module, batch: Batch, number: int) -> Mapping[str, Any]:
     try:
         return signature.bind(*batch.args, **batch.kwargs).arguments
     except TypeError as error:
         takes = ", ".join(signature.parameters)
         gives = ", ".join(batch.kwargs) if batch.kwargs else f"{len(batch.args)} inputs"
         raise CalibrationError(
-            f"calibration batch {index} gives {gives}; {type(network).__name__}.forward takes {takes} ({error}): give "
+            f"calibration batch {number} gives {gives}; {type(network).__name__}.forward takes {takes} ({error}): give "
             "batches of these, or pass forward=callable(model, batch), which calls the model on a batch"
         ) from error
 
@@ -155,7 +165,8 @@ def _form(batch: Batch) -> Any:
 
 
 @contextlib.contextmanager
-def _same_random_numbers() -> Iterator[None]:
+def same_random_numbers() -> Iterator[None]:
+    """A context in which the same random numbers are drawn each time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
@@ -176,23 +187,23 @@ def _answer_of_graph(graph: fx.GraphModule, batch: Batch) -> tuple[Any, Calibrat
     raise AssertionError("the graph has no output")
 
 
-def _first_difference(found: Any, wanted: Any, where: str) -> str:
+def first_difference(found: Any, wanted: Any, where: str) -> str:
     """The first place where two outputs differ in structure, in type, or in values beyond rounding."""
     if isinstance(wanted, Tensor) or isinstance(found, Tensor):
         return _tensor_difference(found, wanted, where)
     if isinstance(wanted, Mapping) and isinstance(found, Mapping):
         if list(found) != list(wanted):
             return f"{where} has {', '.join(map(str, found))}, not {', '.join(map(str, wanted))}"
-        return next(filter(None, (_first_difference(found[k], wanted[k], f"{where}[{k!r}]") for k in wanted)), "")
+        return next(filter(None, (first_difference(found[k], wanted[k], f"{where}[{k!r}]") for k in wanted)), "")
     if isinstance(wanted, (list, tuple)) and isinstance(found, (list, tuple)):
         if len(found) != len(wanted):
             return f"{where} has {len(found)} parts, not {len(wanted)}"
         pairs = enumerate(zip(found, wanted, strict=True))
-        return next(filter(None, (_first_difference(f, w, f"{where}[{i}]") for i, (f, w) in pairs)), "")
+        return next(filter(None, (first_difference(f, w, f"{where}[{i}]") for i, (f, w) in pairs)), "")
     if type(found) is not type(wanted):
         return f"{where} is a {type(found).__name__}, not a {type(wanted).__name__}"
     if isinstance(getattr(wanted, "__dict__", None), dict):
-        return _first_difference(vars(found), vars(wanted), where)
+        return first_difference(vars(found), vars(wanted), where)
     return "" if found == wanted else f"{where} is {found!r}, not {wanted!r}"
 
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from bgd_plugin.calibration.store import BatchStore
 from bgd_plugin.errors import CalibrationError
 
-__all__ = ["Batch", "Batches", "Forward", "collect_batches", "iterate_batches", "logits_of", "require_rewalkable"]
+__all__ = ["Batch", "Batches", "Forward", "given_number", "iterate_batches", "logits_of", "require_rewalkable"]
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -76,10 +76,22 @@ class Batch:
 
 
 class Batches(Sequence[Batch]):
-    """The calibration data, held in a store next to the networks' values for each batch."""
+    """The calibration data, held in a store next to the networks' values for each batch.
 
-    def __init__(self, store: BatchStore) -> None:
+    Args:
+        store: where they lie.
+        is_divisible: whether the network answers each sample of a batch by itself, so that batches may be cut.
+
+    Attributes:
+        numbers: of the caller's batches; each may lie here in several pieces.
+        given: how many batches the caller gave.
+    """
+
+    def __init__(self, store: BatchStore, is_divisible: Callable[[Batch], bool] = lambda _: True) -> None:
         self.store = store
+        self.numbers: list[int] = []
+        self.given = 0
+        self._is_divisible = is_divisible
 
     @classmethod
     def of(cls, batches: Iterable[Batch], memory_bytes: int | None = None) -> Batches:
@@ -88,8 +100,15 @@ class Batches(Sequence[Batch]):
             return batches
         result = cls(BatchStore(memory_bytes))
         for batch in batches:
-            result.store.append({"batch": (batch.args, batch.kwargs)})
+            result.append([batch])
         return result
+
+    def append(self, pieces: Iterable[Batch]) -> None:
+        """Add a batch of the caller's, in pieces."""
+        for piece in pieces:
+            self.store.append({"batch": (piece.args, piece.kwargs)})
+            self.numbers.append(self.given)
+        self.given += 1
 
     def __len__(self) -> int:
         return len(self.store)
@@ -102,6 +121,10 @@ class Batches(Sequence[Batch]):
         """One batch after another."""
         return (self[index] for index in range(len(self)))
 
+    def may_be_cut(self) -> bool:
+        """Whether batches may be cut: the network answers each sample by itself."""
+        return self._is_divisible(self[0])
+
     def replace(self, index: int, batch: Batch) -> None:
         """Put another batch in the place of the one at this index."""
         self.store.open(index)["batch"] = (batch.args, batch.kwargs)
@@ -109,35 +132,13 @@ class Batches(Sequence[Batch]):
     def remove(self, indices: Sequence[int]) -> None:
         """Drop the batches at these indices."""
         self.store.remove(indices)
+        gone = set(indices)
+        self.numbers = [number for index, number in enumerate(self.numbers) if index not in gone]
 
 
-def collect_batches(
-    calibration: Iterable[Any],
-    model: nn.Module,
-    *,
-    device: torch.device,
-    forward: Forward | None,
-    memory_bytes: int | None = None,
-) -> Batches:
-    """All batches of the calibration data, on `device`.
-
-    Args:
-        calibration: as in `iterate_batches`.
-        model: as in `iterate_batches`.
-        device: where the batches go.
-        forward: as in `iterate_batches`.
-        memory_bytes: limit of what is held in memory; None: no limit.
-
-    Raises:
-        CalibrationError: there is no batch, or a batch has an unsupported form.
-    """
-    batches = Batches.of(iterate_batches(calibration, model, device=device, forward=forward), memory_bytes)
-    if not batches:
-        raise CalibrationError(
-            "the calibration data is empty: give an iterable of batches, such as a DataLoader "
-            "(an iterator that is already used up is empty too)"
-        )
-    return batches
+def given_number(batches: Sequence[Batch], index: int) -> int:
+    """The number of the caller's batch that a batch is, or is a piece of; for messages."""
+    return batches.numbers[index] if isinstance(batches, Batches) else index
 
 
 def iterate_batches(

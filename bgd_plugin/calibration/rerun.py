@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bgd_plugin.calibration.batches import Batch, Batches
+from bgd_plugin.calibration.batches import Batch, Batches, given_number
 from bgd_plugin.calibration.inputs import CollectedInputs, SharedInputs
 from bgd_plugin.calibration.interception import intercepted, run_module
 from bgd_plugin.calibration.partial import PartialRun
@@ -236,7 +236,8 @@ class Rerun:
         try:
             yield
         except _FAILURES as error:
-            raise CalibrationError(f"the network fails on calibration batch {batch}: {error}") from error
+            number = given_number(self.batches, batch)
+            raise CalibrationError(f"the network fails on calibration batch {number}: {error}") from error
         finally:
             self.seconds += time.perf_counter() - start
 

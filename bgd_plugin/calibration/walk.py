@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -77,15 +77,23 @@ class Walk:
         """The current node, for error messages."""
         return str(self.order[self.position].target)
 
-    def nodes(self) -> Iterator[fx.Node]:
-        """Yield each node that computes something, before it runs; it runs when the next one is requested."""
+    def nodes(self, stops: Collection[str] | None = None) -> Iterator[fx.Node]:
+        """Yield each node that computes something, before it runs; it runs when the next one is requested.
+
+        Args:
+            stops: names of the nodes that are wanted; None: all. What lies between two of them runs in one go for each
+                batch, so that batches are fetched as seldom as possible.
+        """
+        waiting: list[fx.Node] = []
         for position, node in enumerate(self.order):
-            self.position = position
-            if node.op in ("call_module", "call_function", "call_method", "get_attr"):
+            if node.op not in ("call_module", "call_function", "call_method", "get_attr"):
+                continue
+            if stops is None or node.name in stops:
+                self._advance(waiting)
+                self.position, waiting = position, []
                 yield node
-                start = time.perf_counter()
-                self._advance(node)
-                self.seconds += time.perf_counter() - start
+            waiting.append(node)
+        self._advance(waiting)
 
     def mark_changed(self, target: str) -> None:
         """Record that the student differs from the reference at `target`, or at the node of that name."""
@@ -167,23 +175,34 @@ class Walk:
         raise AssertionError("the graph has no output")
 
     @torch.no_grad()
-    def _advance(self, node: fx.Node) -> None:
+    def _advance(self, nodes: Sequence[fx.Node]) -> None:
+        """Run some nodes for one batch after another."""
+        start = time.perf_counter()
+        known, found = set(self._differs), set(self._differs)
+        for mine, theirs, given in zip(self.student_values, self.reference_values, self._given, strict=True):
+            self._differs = set(known)  # what differs after the last node may not yet differ at the first one
+            for node in nodes:
+                self._run(node, mine, theirs, given)
+            found |= self._differs
+        self._differs = found
+        self.seconds += time.perf_counter() - start
+
+    def _run(self, node: fx.Node, mine: Values, theirs: Values, given: Values) -> None:
+        """Run a node for one batch, in the float network only where its value may be another one."""
         at_target = node.op in ("call_module", "get_attr") and str(node.target) in self._changed
         differs = at_target or node.name in self._changed or any(n.name in self._differs for n in node.all_input_nodes)
+        run_node(self.student, node, mine, protected=(given, theirs) if differs else (given,))
         if differs:
             self._differs.add(node.name)
-        for mine, theirs, given in zip(self.student_values, self.reference_values, self._given, strict=True):
-            run_node(self.student, node, mine, protected=(given, theirs) if differs else (given,))
-            if self.reference is not None:
-                if differs:
-                    run_node(self.reference, node, theirs, protected=(given, mine))
-                    # a value written in place is now two values as well
-                    self._differs.update(name for name in mine if mine[name] is not theirs.get(name))
-                else:
-                    theirs.update({name: value for name, value in mine.items() if name not in self._differs})
-            for dead in self._last_use.get(node.name, ()):
-                mine.pop(dead, None)
-                theirs.pop(dead, None)
+        if self.reference is not None and differs:
+            run_node(self.reference, node, theirs, protected=(given, mine))
+            # a value written in place is now two values as well
+            self._differs.update(name for name in mine if mine[name] is not theirs.get(name))
+        elif self.reference is not None:
+            theirs.update({name: value for name, value in mine.items() if name not in self._differs})
+        for dead in self._last_use.get(node.name, ()):
+            mine.pop(dead, None)
+            theirs.pop(dead, None)
 
 
 def run_node(

@@ -11,12 +11,11 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from bgd_plugin.calibration import Rerun, Walk
-from bgd_plugin.correction.gain import Gain, kept_aside, output_distance, some_samples
-from bgd_plugin.errors import CalibrationError
+from bgd_plugin.correction.channels import ChannelMoments, LineFit, require_finite_inputs
+from bgd_plugin.correction.gain import Gain, judged_pairs, kept_aside, output_distance, some_samples
 from bgd_plugin.graph import call_input, module_at
 from bgd_plugin.nn import normalizes
-from bgd_plugin.support.processes import largest, sum_
-from bgd_plugin.support.processes import total as sum_of
+from bgd_plugin.support.processes import largest
 
 __all__ = [
     "correct_batchnorm_",
@@ -25,11 +24,12 @@ __all__ = [
     "is_shared",
 ]
 
+Statistics = Callable[[Sequence[int]], Sequence[Tensor]]
+"""From the numbers of some batches to the corrected statistics, by these batches and all of earlier calls."""
+
 # Bounds on the change of a scale: larger corrections fit noise of the calibration data.
 _SCALE_BOUNDS = (0.05, 20.0)
 _MARGIN = 1.1
-_JUDGED_BATCHES = 4
-"""Maximum number of batches used to measure what a correction gained."""
 
 
 def is_batchnorm(graph_module: fx.GraphModule, node: fx.Node) -> bool:
@@ -73,14 +73,16 @@ def correct_batchnorm_(
     shipped: Any = walk.reference.get_submodule(name) if walk.reference is not None else None
     value = call_input(node)
 
-    def statistics(batches: Sequence[int]) -> Sequence[Tensor]:
-        if mode == "matched" and skip is not None:
-            return _nearest(norm, shipped, walk, value, skip, batches)
-        found = _channel_moments((walk.student_value(value, batch) for batch in batches), name)
-        if mode == "reestimate":
-            return found
-        theirs = _channel_moments((walk.reference_value(value, batch) for batch in batches), name)
-        return _matched(norm, shipped, found, theirs)
+    if mode == "matched" and skip is not None:
+        statistics = _nearest(norm, shipped, walk, value, skip)
+    else:
+        statistics = _by_moments(
+            norm,
+            shipped,
+            name,
+            lambda batch: walk.student_value(value, batch),
+            None if mode == "reestimate" else lambda batch: walk.reference_value(value, batch),
+        )
 
     return _corrected(
         norm, name, mode, walk.batch_count, statistics, lambda batches: _distance(walk, node, skip, batches)
@@ -96,15 +98,12 @@ def correct_batchnorm_at_(rerun: Rerun, path: str, mode: Literal["matched", "ree
     norm: Any = module_at(rerun.student, path)
     shipped = module_at(rerun.reference, path)
 
-    def statistics(batches: Sequence[int]) -> Sequence[Tensor]:
-        found = _channel_moments((mine[batch] for batch in batches), path)
-        if mode == "reestimate":
-            return found
-        return _matched(norm, shipped, found, _channel_moments((theirs[batch] for batch in batches), path))
+    others = None if mode == "reestimate" else theirs.__getitem__
+    statistics = _by_moments(norm, shipped, path, mine.__getitem__, others)
 
     def distance(batches: Sequence[int]) -> float:
-        pairs = (map(some_samples, (mine[batch], theirs[batch])) for batch in batches[:_JUDGED_BATCHES])
-        return output_distance((_normalized(norm, x), _normalized(shipped, y)) for x, y in pairs)
+        pairs = (map(some_samples, (mine[batch], theirs[batch])) for batch in batches)
+        return output_distance(judged_pairs((_normalized(norm, x), _normalized(shipped, y)) for x, y in pairs))
 
     return _corrected(norm, path, mode, len(mine), statistics, distance)
 
@@ -114,27 +113,29 @@ def _corrected(
     name: str,
     mode: Literal["matched", "reestimate"],
     count: int,
-    statistics: Callable[[Sequence[int]], Sequence[Tensor]],
+    statistics: Statistics,
     distance: Callable[[Sequence[int]], float],
 ) -> Gain:
     """Correct a batch norm by its `count` batches; a match that does harm on batches kept aside is undone.
 
     Args:
-        statistics: the corrected ones, by some of the batches.
+        statistics: the corrected ones.
         distance: the error of the norm's outputs as it is, on some of the batches.
     """
     shipped = norm.running_mean, norm.running_var
     every = range(count)
     tried, judges = kept_aside(count)
+    rest = every
     before = distance(every)
     if mode == "matched":
         error = distance(judges)
         _set_(norm, statistics(tried), name)
+        rest = every[len(tried) :]
         is_harmful = distance(judges) > _price(error)
         norm.running_mean, norm.running_var = shipped
         if is_harmful:
             return Gain(before=before, after=before, taken_back=True)
-    _set_(norm, statistics(every), name)
+    _set_(norm, statistics(rest), name)
     return Gain(before=before, after=distance(every))
 
 
@@ -154,12 +155,12 @@ def _distance(walk: Walk, node: fx.Node, skip: fx.Node | None, batches: Sequence
     norms = [network.get_submodule(str(node.target)) for network in (walk.student, walk.reference)]
 
     def judged() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in batches[:_JUDGED_BATCHES]:
+        for batch in batches:
             pair = walk.student_value(call_input(node), batch), walk.reference_value(call_input(node), batch)
             mine, theirs = map(_normalized, norms, map(some_samples, pair))
             yield (mine if skip is None else mine - some_samples(walk.drift(skip, batch))), theirs
 
-    return output_distance(judged())
+    return output_distance(judged_pairs(judged()))
 
 
 def _normalized(norm: Any, value: Tensor) -> Tensor:
@@ -187,9 +188,7 @@ def _matched(
     return mean, (wanted.square() - norm.eps).clamp(min=0)
 
 
-def _nearest(
-    norm: Any, shipped: Any, walk: Walk, before: fx.Node, skip: fx.Node, batches: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+def _nearest(norm: Any, shipped: Any, walk: Walk, before: fx.Node, skip: fx.Node) -> Statistics:
     """Statistics that bring the student's output nearest to the reference's output plus the drift of the skip.
 
     In terms of the batch norm's output: γ(z − μ')/σ' + β ≈ γ(y − μ)/σ + β + drift. So with t = y + drift · σ/γ, and
@@ -198,37 +197,48 @@ def _nearest(
     sigma = (shipped.running_var.double() + shipped.eps).sqrt()
     gain = (1.0 if norm.weight is None else norm.weight.detach().double()) / sigma
     inverse = gain / (gain.square() + 0.01 * gain.square().mean()).clamp(min=1e-300)
-    count, sums = 0, torch.zeros(4, len(sigma), dtype=torch.float64, device=sigma.device)
-    for batch in batches:
-        z = _channels(walk.student_value(before, batch)).double()
-        t = _channels(walk.reference_value(before, batch)).double()
-        t = t + _channels(walk.drift(skip, batch)).double() * inverse[:, None]
-        count += z.shape[1]
-        sums += torch.stack([z.sum(1), t.sum(1), z.square().sum(1), (z * t).sum(1)])
-    sum_([sums])
-    z_mean, t_mean, z_square, product = sums / sum_of(count)
-    slope = (product - z_mean * t_mean) / (z_square - z_mean.square()).clamp(min=1e-300)
     own = (norm.running_var.double() + norm.eps).sqrt()
     low, high = _SCALE_BOUNDS
-    wanted = (sigma / slope.clamp(min=1e-300)).clamp(min=low * own, max=high * own)
-    ratio = wanted / sigma  # 1 / slope, within the bounds
-    mean = ratio * (shipped.running_mean.double() - t_mean) + z_mean
-    return mean, (wanted.square() - norm.eps).clamp(min=0)
+    fit = LineFit()
+
+    def statistics(batches: Sequence[int]) -> Sequence[Tensor]:
+        for batch in batches:
+            t = _channels(walk.reference_value(before, batch)).double()
+            t += _channels(walk.drift(skip, batch)).double() * inverse[:, None]
+            fit.add_(_channels(walk.student_value(before, batch)), t)
+        slope, z_mean, t_mean = fit.solved()
+        wanted = (sigma / slope.clamp(min=1e-300)).clamp(min=low * own, max=high * own)
+        ratio = wanted / sigma  # 1 / slope, within the bounds
+        mean = ratio * (shipped.running_mean.double() - t_mean) + z_mean
+        return mean, (wanted.square() - norm.eps).clamp(min=0)
+
+    return statistics
 
 
-def _set_(norm: Any, statistics: Sequence[Tensor], name: str) -> None:
-    """Set a batch norm's statistics to new tensors, because the reference may share the old ones."""
-    statistics = [t.to(norm.running_mean) for t in statistics]
-    _require_finite(statistics, name)
-    norm.running_mean, norm.running_var = statistics
+def _by_moments(
+    norm: Any,
+    shipped: Any,
+    name: str,
+    mine: Callable[[int], Tensor],
+    theirs: Callable[[int], Tensor] | None,
+) -> Statistics:
+    """Statistics by the moments of the norm's inputs in the student; matched to the float network's where given.
 
+    Args:
+        mine, theirs: the norm's input in a batch.
+    """
+    found, wanted = ChannelMoments(name), ChannelMoments(name)
 
-def _require_finite(moments: Sequence[Tensor], name: str) -> None:
-    if not all(bool(torch.isfinite(moment).all()) for moment in moments):
-        raise CalibrationError(
-            f"batch norm {name!r}: its inputs on the calibration data contain NaN or infinite values, or overflow; "
-            "check the data and the layers before it"
-        )
+    def statistics(batches: Sequence[int]) -> Sequence[Tensor]:
+        for batch in batches:
+            found.add_(mine(batch))
+        if theirs is None:
+            return found.means()
+        for batch in batches:
+            wanted.add_(theirs(batch))
+        return _matched(norm, shipped, found.means(), wanted.means())
+
+    return statistics
 
 
 def _channels(value: Tensor) -> Tensor:
@@ -236,23 +246,8 @@ def _channels(value: Tensor) -> Tensor:
     return value.transpose(0, 1).flatten(1).float()
 
 
-def _channel_moments(values: Iterator[Tensor], name: str) -> tuple[Tensor, Tensor]:
-    """Mean and variance over batch and positions of `[batch, channels, ...]` values, accumulated in float64.
-
-    Raises:
-        CalibrationError: they are not finite; the message names the batch norm with these inputs.
-    """
-    count = 0
-    total, squares = (torch.zeros((), dtype=torch.float64) for _ in range(2))
-    for value in values:
-        x = _channels(value)
-        count += x.shape[1]
-        center = x.mean(dim=1)
-        total = total + x.shape[1] * center.double()
-        apart = x - center[:, None]
-        squares = squares + apart.square_().sum(dim=1).double() + x.shape[1] * center.double().square()
-    sum_([total, squares])
-    _require_finite([total, squares], name)
-    count = int(sum_of(count))
-    mean = total / count
-    return mean, (squares / count - mean.square()).clamp(min=0)
+def _set_(norm: Any, statistics: Sequence[Tensor], name: str) -> None:
+    """Set a batch norm's statistics to new tensors, because the reference may share the old ones."""
+    statistics = [t.to(norm.running_mean) for t in statistics]
+    require_finite_inputs(statistics, name)
+    norm.running_mean, norm.running_var = statistics

@@ -14,7 +14,7 @@ __all__ = ["refitted"]
 _DAMPING = 0.01
 _MAX_ROWS = 32768
 _MAX_ELEMENTS = 30_000_000  # of sampled inputs
-_JUDGED_PIECES = 4
+_JUDGED_SHARE = 4  # one row in so many shows what the refit gained, and another one judges it
 
 
 @torch.no_grad()
@@ -37,18 +37,21 @@ def refitted(weight: Tensor, inputs: LayerInputs, generator: torch.Generator) ->
     count = max(16 * columns, min(_MAX_ROWS, _MAX_ELEMENTS // max(1, groups * columns)))
     shown: list[tuple[Tensor, Tensor]] = []
     judged: list[tuple[Tensor, Tensor]] = []
-    every, some = MomentSums(), MomentSums()
+    first, last = MomentSums(), MomentSums()
     for piece in paired_pieces(inputs, count, generator):
         outputs = _outputs(piece.reference, weight)
-        every.add_(piece.student, outputs)
         tried, judges = kept_aside(piece.pieces)
-        if piece.index in tried:
-            some.add_(piece.student, outputs)
+        for sums, is_due in ((first, piece.index in tried), (last, piece.index not in tried)):
+            rows = piece.student.shape[1] if is_due else 0  # sums of nothing: all processes share the same ones
+            sums.add_(piece.student[:, :rows], outputs[:, :rows])
         for kept, is_due in ((shown, True), (judged, piece.index in judges)):
-            if is_due and len(kept) < _JUDGED_PIECES:
+            if is_due and _JUDGED_SHARE * sum(x.shape[1] for x, _ in kept) < count:
                 kept.append((piece.student, outputs))
     before = _distance(weight, shown)
-    if _distance(_solved(weight, some, inputs.name), judged) > _distance(weight, judged):
+    for sums in (first, last):
+        sums.share_()
+    every = first.joined(last)
+    if _distance(_solved(weight, first, inputs.name), judged) > _distance(weight, judged):
         return weight, Gain(before=before, after=before, taken_back=True)
     target = _solved(weight, every, inputs.name)
     return target, Gain(before=before, after=_distance(target, shown))
@@ -60,8 +63,7 @@ def _distance(weight: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> float:
 
 
 def _solved(weight: Tensor, sums: MomentSums, name: str) -> Tensor:
-    """The refitted weight by some sums; shared by all processes."""
-    sums.share_()
+    """The refitted weight by some sums over all processes."""
     for moment in sums.sums:
         require_finite(moment, name)
     return asymmetric_target(weight.flatten(1), sums.means_(), step=1.0, damping=_DAMPING).reshape(weight.shape)

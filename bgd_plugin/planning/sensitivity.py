@@ -87,21 +87,22 @@ def _along_graph(
     wide, narrow = Walk(network, batches), Walk(network, few)
     waiting = {_first_node(wide, layer): layer for layer in layers if not layer.hidden}
     found: dict[str, Sensitivity] = {}
-    for node, _ in zip(wide.nodes(), narrow.nodes(), strict=True):
-        layer = waiting.get(node.name)
-        if layer is not None:
-            generator = seeded(config.seed, layer.name, "sensitivity")
-            norm = following_batchnorm(network, layer.calls) if config.batchnorm != "keep" else None
-            facts = layer_facts(
-                LayerInputs(wide, layer.name, layer.calls),
-                layer,
-                config,
-                generator,
-                norm=norm,
-                has_bias=_bias(network, layer) is not None,
-            )
-            found[layer.name] = _sensitivity(narrow, facts, outputs, generator, measure)
-            step()
+    for node, _ in zip(wide.nodes(waiting), narrow.nodes(waiting), strict=True):
+        layer = waiting[node.name]
+        generator = seeded(config.seed, layer.name, "sensitivity")
+        norm = following_batchnorm(network, layer.calls) if config.batchnorm != "keep" else None
+        facts = layer_facts(
+            LayerInputs(wide, layer.name, layer.calls),
+            layer,
+            config,
+            generator,
+            norm=norm,
+            has_bias=_bias(network, layer) is not None,
+        )
+        found[layer.name] = _sensitivity(narrow, facts, outputs, generator, measure)
+        step()
+        if len(found) == len(waiting):
+            break  # what comes after the last layer need not run
     return found
 
 

@@ -136,6 +136,13 @@ class MomentSums:
         sum_(self.sums)
         self.count = int(total(self.count))
 
+    def joined(self, other: MomentSums) -> MomentSums:
+        """The sums over the positions of both."""
+        result = MomentSums()
+        result.count = self.count + other.count
+        result.sums = [mine + theirs for mine, theirs in zip(self.sums, other.sums, strict=True)]
+        return result
+
     def means_(self) -> Moments:
         """The moments, computed in place: the sums are overwritten."""
         gram, mean, cross, output_mean = (sums.div_(max(1, self.count)) for sums in self.sums)

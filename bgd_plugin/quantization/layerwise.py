@@ -49,7 +49,8 @@ def _along_graph(job: Job, logits: list[Tensor]) -> Outcomes:
     outcomes: Outcomes = []
     refits: list[Gain] = []
     leftovers = leftover_nodes(job)
-    for node in walk.nodes():
+    batchnorms = {node.name for node in walk.order if is_batchnorm(job.student, node)}
+    for node in walk.nodes({*first_nodes, *leftovers, *batchnorms}):
         for index in first_nodes.get(node.name, ()):
             skip = _drifted_skip(job, walk, job.survey.found[index])
             norms.remember(skip)
@@ -58,7 +59,7 @@ def _along_graph(job: Job, logits: list[Tensor]) -> Outcomes:
             with job.log.timed("refit"):
                 gain = treat_leftover(job, walk, *leftovers[node.name])
             refits += [gain] if gain else []
-        elif is_batchnorm(job.student, node):
+        elif node.name in batchnorms:
             norms.correct_(walk, node)
     job.log.add_seconds("forward", walk.seconds)
     if refits:

@@ -141,7 +141,7 @@ def _one_pass(
     learnt = {layer.target: layer.weight.requires_grad for layer in survey.found}
     isolate_weights_(student, survey.found)
     reference = copy_module(student, share_tensors=True)
-    with progress_bar(survey, len(batches), shown=progress) as bar, run.says_how_to_go_on():
+    with progress_bar(survey, batches.given, shown=progress) as bar, run.says_how_to_go_on():
         job = Job(
             student=student,
             reference=reference,

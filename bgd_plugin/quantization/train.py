@@ -124,5 +124,5 @@ def _finetune(job: Job, calibration: Iterable[Any], forward: Forward | None) -> 
     with job.log.timed("finetune"):
         data = Epochs(epoch, can_skip=set_epoch is not None or isinstance(calibration, (list, tuple)))
         steps = job.run.steps("finetuning", job.bar.update)
-        first, last = finetune_(job.student, job.teacher, data, len(job.batches), job.config.finetuning, steps)
+        first, last = finetune_(job.student, job.teacher, data, job.batches.given, job.config.finetuning, steps)
     job.log.note(f"finetuning: loss {first:.4g} → {last:.4g}")
