@@ -116,10 +116,10 @@ def sizes(names: list[str], folder: Path) -> list[list[object]]:
             model, inputs = compressed(name, codebook_size, pruned=pruned)
             done = bgd.export(model, folder / "net.onnx", inputs)
             words = f"{codebook_size}{', 2:4' if pruned else ''}"
-            ratio = f"{done.size_bytes / done.file_bytes:.3f}"
+            ratio = f"{done.size_bytes / done.packed_bytes:.3f}"
             difference = f"{done.largest_difference:.0e}"
             rows.append(
-                [name, words, f"{done.size_bytes:,}", f"{done.file_bytes:,}", ratio, difference, done.is_folded]
+                [name, words, f"{done.size_bytes:,}", f"{done.packed_bytes:,}", ratio, difference, done.is_folded]
             )
             print(rows[-1], flush=True)
     return rows

@@ -133,7 +133,7 @@ def run(name: str, build: Callable[[], Case]) -> dict[str, Any]:
             return row | {"refused": str(error), "seconds": time.process_time() - start}
     return row | {
         "bytes": done.size_bytes,
-        "of ours": done.size_bytes / done.file_bytes,
+        "of ours": done.size_bytes / done.packed_bytes,
         "difference": done.largest_difference,
         "folded": done.is_folded,
         "seconds": time.process_time() - start,
