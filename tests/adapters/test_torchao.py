@@ -41,7 +41,7 @@ def codes(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def test_calibrated_gives_the_cores_codes_and_accuracy() -> None:
     model, data = trained_on_digits(), [digits()[0][:200]]
-    expected = bgd.quantize(model, data, BGDConfig(**SMALL), progress=False)
+    expected = bgd.quantize(model, data, BGDConfig(**SMALL, max_divergence=None), progress=False)
     config = adapter.BGDWeightOnlyConfig(**SMALL)
     report = adapter.quantize_(model, config, any_layer, calibration=data, progress=False)
     assert type(model) is type(trained_on_digits())
@@ -117,7 +117,7 @@ def test_a_parameter_of_a_layer_is_refused_by_torchao() -> None:
 
 def test_ours_without_data_is_the_cores() -> None:
     model = trained_on_digits()
-    expected = bgd.quantize_weights(model, BGDConfig(**SMALL))
+    expected = bgd.quantize_weights(model, BGDConfig(**SMALL, max_divergence=None))
     adapter.quantize_(model, adapter.BGDWeightOnlyConfig(**SMALL), any_layer)
     assert same_state(model, expected.model)
 
@@ -158,7 +158,7 @@ def test_every_field_of_the_core_is_a_field_of_the_config() -> None:
     data = vectors()
     settings: dict[str, Any] = {"method": "em", "seed": 3, "em_iterations": 4, "finetuning": FinetuningConfig(steps=2)}
     model = PlainNet()
-    expected = bgd.quantize(model, data, BGDConfig(**settings), progress=False)
+    expected = bgd.quantize(model, data, BGDConfig(**settings, max_divergence=None), progress=False)
     adapter.quantize_(model, adapter.BGDWeightOnlyConfig(**settings), calibration=data, progress=False)
     assert same_state(model, expected.model)
 
@@ -189,7 +189,7 @@ def test_a_config_goes_through_torchaos_json_and_back(settings: dict[str, Any]) 
 
 def test_settings_that_came_out_of_json_train_as_the_core_does() -> None:
     model, data = PlainNet(), vectors()
-    expected = bgd.quantize(model, data, BGDConfig(**TRAINED), progress=False)
+    expected = bgd.quantize(model, data, BGDConfig(**TRAINED, max_divergence=None), progress=False)
     config = config_from_dict(json.loads(json.dumps(config_to_dict(adapter.BGDWeightOnlyConfig(**TRAINED)))))
     adapter.quantize_(model, config, calibration=data, progress=False)
     assert same_state(model, expected.model)
@@ -197,7 +197,7 @@ def test_settings_that_came_out_of_json_train_as_the_core_does() -> None:
 
 def test_every_field_of_the_core_survives_torchaos_json() -> None:
     """A new field that torchao's JSON cannot hold is found here."""
-    for config in (BGDConfig(), BGDConfig.paper("small"), BGDConfig.paper("large")):
+    for config in (BGDConfig(max_divergence=None), BGDConfig.paper("small"), BGDConfig.paper("large")):
         ours = adapter.BGDWeightOnlyConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
         assert config_from_dict(json.loads(json.dumps(config_to_dict(ours)))) == ours
 
@@ -205,7 +205,7 @@ def test_every_field_of_the_core_survives_torchaos_json() -> None:
 def test_frozen_norms_are_restored_from_a_state_dict() -> None:
     model, data = trained_on_digits(), [digits()[0][:100]]
     settings: dict[str, Any] = SMALL | {"freeze_norms": True}
-    expected = bgd.quantize(model, data, BGDConfig(**settings), progress=False)
+    expected = bgd.quantize(model, data, BGDConfig(**settings, max_divergence=None), progress=False)
     adapter.quantize_(model, adapter.BGDWeightOnlyConfig(**settings), any_layer, calibration=data, progress=False)
     assert same_state(model, expected.model)
     state = model.state_dict()
@@ -281,7 +281,7 @@ def test_a_layer_of_torchaos_anywhere_in_the_network_is_an_error_that_names_it()
     with pytest.raises(ConfigError, match=message):
         adapter.quantize_(model, adapter.BGDWeightOnlyConfig(), lambda module, name: name == "2")
     with pytest.raises(ConfigError, match=message):
-        bgd.quantize(model, vectors(), progress=False)
+        bgd.quantize(model, vectors(), bgd.BGDConfig(max_divergence=None), progress=False)
     with pytest.raises(ConfigError, match=message):
         bgd.plan(model)
 

@@ -100,7 +100,7 @@ def compressed(name: str, codebook_size: int, *, pruned: bool = False) -> tuple[
                 prune.remove(module, "weight")
     layers = {kind: bgd.LayerConfig(block_size=size, codebook_size=codebook_size) for kind, size in _BLOCKS.items()}
     embedding = {"embedding": layers["linear"]} if name == "minilm" else {}
-    settings = bgd.BGDConfig(em_iterations=1, preserve_zeros=pruned, **layers, **embedding)
+    settings = bgd.BGDConfig(em_iterations=1, preserve_zeros=pruned, **layers, **embedding, max_divergence=None)
     return bgd.quantize_weights(model, settings).model, inputs
 
 

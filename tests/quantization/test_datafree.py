@@ -43,7 +43,9 @@ def test_errors_are_those_of_the_weights() -> None:
 def test_more_codewords_lose_less() -> None:
     model = PlainNet()
     errors = [
-        bgd.quantize_weights(model, BGDConfig(linear=LayerConfig(block_size=4, codebook_size=k))).report.layers[0]
+        bgd.quantize_weights(
+            model, BGDConfig(linear=LayerConfig(block_size=4, codebook_size=k), max_divergence=None)
+        ).report.layers[0]
         for k in (4, 16, 32)
     ]
     assert errors[0].relative_error > errors[1].relative_error > errors[2].relative_error
@@ -68,18 +70,18 @@ def test_one_layer_has_the_codes_that_it_has_in_the_network() -> None:
 
 def test_one_layer_that_cannot_be_quantized_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"fc cannot be quantized: linear=None"):
-        integration.quantize_module(nn.Linear(32, 32), BGDConfig(linear=None), name="fc")
+        integration.quantize_module(nn.Linear(32, 32), BGDConfig(linear=None, max_divergence=None), name="fc")
     with pytest.raises(ConfigError, match="the layer cannot be quantized: already quantized"):
         integration.quantize_module(integration.quantize_module(nn.Linear(32, 32)))
     with pytest.raises(ConfigError, match="a LayerNorm has no product-quantized form"):
         integration.quantize_module(nn.LayerNorm(8))
     with pytest.raises(ConfigError, match="do not divide into blocks of 5"):
-        integration.quantize_module(nn.Linear(32, 32), BGDConfig(linear=LayerConfig(block_size=5)))
+        integration.quantize_module(nn.Linear(32, 32), BGDConfig(linear=LayerConfig(block_size=5), max_divergence=None))
 
 
 def test_training_needs_data() -> None:
     with pytest.raises(ConfigError, match="finetuning: training needs data"):
-        bgd.quantize_weights(PlainNet(), BGDConfig(finetuning=FinetuningConfig(steps=1)))
+        bgd.quantize_weights(PlainNet(), BGDConfig(finetuning=FinetuningConfig(steps=1), max_divergence=None))
 
 
 def test_values_are_needed_and_finite() -> None:
@@ -97,7 +99,7 @@ def test_values_are_needed_and_finite() -> None:
 def test_the_same_codes_each_time() -> None:
     model, data = PlainNet(), vectors()
     assert same_outputs(bgd.quantize_weights(model).model, bgd.quantize_weights(model).model, data)
-    other = bgd.quantize_weights(model, BGDConfig(seed=1)).model
+    other = bgd.quantize_weights(model, BGDConfig(seed=1, max_divergence=None)).model
     assert not same_outputs(bgd.quantize_weights(model).model, other, data)
 
 

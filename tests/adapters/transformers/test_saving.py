@@ -61,7 +61,7 @@ def test_half_a_layer_is_refused(missing: str, tmp_path: Path) -> None:
 
 
 def by_the_core(model: Any, batches: list[Any]) -> Any:
-    return bgd.quantize(model, batches, bgd.BGDConfig(rounds=0), progress=False).model
+    return bgd.quantize(model, batches, bgd.BGDConfig(rounds=0, max_divergence=None), progress=False).model
 
 
 def by_torchao(model: Any, batches: list[Any]) -> Any:
