@@ -54,7 +54,7 @@ def _neural_compressor(model: nn.Module, batches: Sequence[Tensor], config: BGDC
     from neural_compressor.torch.quantization import quantize
 
     adapter = bgd.load_adapter("neural_compressor")
-    return quantize(model, adapter.BGDConfig(**_fields(config), max_divergence=None), run_fn=_feed(batches))
+    return quantize(model, adapter.BGDConfig(**_fields(config)), run_fn=_feed(batches))
 
 
 def _save_neural_compressor(model: Any, folder: Path) -> None:

@@ -28,7 +28,7 @@ FILES = ("bgd.json", "bgd.safetensors", "qconfig.json", "quantized_weight.pt")
 
 
 def _model() -> Any:
-    config = BGDConfig(seed=3, max_divergence=None).set_local("fc2", BGDConfig(dtype="fp32", max_divergence=None))
+    config = BGDConfig(seed=3, max_divergence=None).set_local("fc2", BGDConfig(dtype="fp32"))
     return inc.quantize(conv_net(), config, run_fn=feed(IMAGES))
 
 

@@ -134,10 +134,8 @@ def test_convert_passes_the_options_of_the_core_on(tmp_path: Any) -> None:
 
 
 def test_local_configs_by_name_type_and_fp32() -> None:
-    config = BGDConfig(max_divergence=None).set_local(
-        nn.Linear, BGDConfig(block_size=8, codebook_size=8, max_divergence=None)
-    )
-    config.set_local("fc2", BGDConfig(dtype="fp32", max_divergence=None))
+    config = BGDConfig(max_divergence=None).set_local(nn.Linear, BGDConfig(block_size=8, codebook_size=8))
+    config.set_local("fc2", BGDConfig(dtype="fp32"))
     result = _quantized(config)
     assert kinds(result)["fc2"] == "Linear"
     assert (result.fc1.block_size, result.fc1.codebook_size) == (8, 8)
@@ -150,9 +148,7 @@ def test_local_configs_by_name_type_and_fp32() -> None:
 
 
 def test_a_codebook_alone_keeps_the_block_size() -> None:
-    result = _quantized(
-        BGDConfig(max_divergence=None).set_local("conv", BGDConfig(codebook_size=16, max_divergence=None))
-    )
+    result = _quantized(BGDConfig(max_divergence=None).set_local("conv", BGDConfig(codebook_size=16)))
     assert (result.conv.block_size, result.conv.codebook_size) == (9, 16)
 
 
@@ -225,7 +221,7 @@ def test_unknown_parameters_and_bad_values() -> None:
 
 def test_names_and_types_that_match_nothing() -> None:
     _fails(
-        BGDConfig(max_divergence=None).set_local("head", BGDConfig(max_divergence=None)),
+        BGDConfig(max_divergence=None).set_local("head", BGDConfig()),
         "'head'",
         "stem, conv, fc1, fc2",
     )
@@ -245,7 +241,7 @@ def test_two_configs_for_one_layer() -> None:
 
 def test_what_holds_for_the_whole_network_is_not_local() -> None:
     _fails(
-        BGDConfig(max_divergence=None).set_local("fc1", BGDConfig(method="em", max_divergence=None)),
+        BGDConfig(max_divergence=None).set_local("fc1", BGDConfig(method="em")),
         "'fc1' sets method",
         "whole network",
     )

@@ -43,7 +43,7 @@ def _quantized(config: Any) -> nn.Module:
 
 
 def test_quantize_default() -> None:
-    _quantized(get_default_bgd_config().set_local("fc1", BGDConfig(block_size=2, max_divergence=None)))
+    _quantized(get_default_bgd_config().set_local("fc1", BGDConfig(block_size=2)))
 
 
 def test_quantize_from_dict_beginner() -> None:
@@ -60,9 +60,7 @@ def test_quantize_from_dict_advance() -> None:
 
 
 def test_quantize_from_class_advance() -> None:
-    config = BGDConfig(block_size=10, max_divergence=None).set_local(
-        "fc1", BGDConfig(block_size=5, max_divergence=None)
-    )
+    config = BGDConfig(block_size=10, max_divergence=None).set_local("fc1", BGDConfig(block_size=5))
     result: Any = _quantized(config)
     assert [layer.block_size for layer in result.children()] == [5, 10, 10]
 
@@ -88,11 +86,7 @@ def test_config_from_dict() -> None:
 
 
 def test_config_to_dict() -> None:
-    values = (
-        BGDConfig(block_size=4, max_divergence=None)
-        .set_local("fc1", BGDConfig(block_size=5, max_divergence=None))
-        .to_dict()
-    )
+    values = BGDConfig(block_size=4, max_divergence=None).set_local("fc1", BGDConfig(block_size=5)).to_dict()
     assert {"global", "local"} <= set(values)
     assert values["local"]["fc1"]["block_size"] == 5
 
@@ -126,12 +120,10 @@ def test_composable_config_addition() -> None:
 
 def test_config_mapping() -> None:
     info = get_model_info(linears(), [nn.Linear])
-    config = BGDConfig(block_size=10, max_divergence=None).set_local(
-        "fc1", BGDConfig(block_size=5, max_divergence=None)
-    )
+    config = BGDConfig(block_size=10, max_divergence=None).set_local("fc1", BGDConfig(block_size=5))
     mapping = config.to_config_mapping(model_info=info)
     assert [mapping[name, LINEAR].block_size for name in ("fc1", "fc2")] == [5, 10]
-    config.set_local("fc", BGDConfig(block_size=2, max_divergence=None))  # the beginning of three names
+    config.set_local("fc", BGDConfig(block_size=2))  # the beginning of three names
     mapping = config.to_config_mapping(model_info=info)
     assert [mapping[name, LINEAR].block_size for name in ("fc1", "fc2", "fc3")] == [2, 2, 2]
 
@@ -187,8 +179,8 @@ def test_set_local_by_type() -> None:
     info = [("a", "Conv2d"), ("b", "Conv2d"), ("c", "Linear")]
     config = (
         BGDConfig(block_size=4, max_divergence=None)
-        .set_local(nn.Conv2d, BGDConfig(block_size=6, max_divergence=None))
-        .set_local("b", BGDConfig(block_size=9, max_divergence=None))
+        .set_local(nn.Conv2d, BGDConfig(block_size=6))
+        .set_local("b", BGDConfig(block_size=9))
     )
     assert [c.block_size for c in config.to_config_mapping(model_info=info).values()] == [6, 9, 4]
 
@@ -215,9 +207,7 @@ def test_loader_skips_a_config_that_was_tried() -> None:
 
 def test_json_files(tmp_path: Path) -> None:
     config = BGDConfig(linear=LayerConfig(block_size=8), overrides=(("head*", None),), seed=3, max_divergence=None)
-    config.set_local("fc1", BGDConfig(dtype="fp32", max_divergence=None)).set_local(
-        nn.Conv2d, BGDConfig(block_size=9, max_divergence=None)
-    )
+    config.set_local("fc1", BGDConfig(dtype="fp32")).set_local(nn.Conv2d, BGDConfig(block_size=9))
     config.to_json_file(str(tmp_path / "config.json"))
     again = BGDConfig.from_json_file(str(tmp_path / "config.json"))
     assert again.to_dict() == config.to_dict()
