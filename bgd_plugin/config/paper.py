@@ -62,4 +62,7 @@ def opened(settings: Mapping[str, Any]) -> dict[str, Any]:
         settings: fields of `BGDConfig`.
     """
     defaults = {kind: LayerConfig(block_size=BLOCK_SIZES[kind]) for kind in ("conv", "pointwise_conv", "linear")}
-    return {name: LayerConfig() if name in defaults and value == defaults[name] else value for name, value in settings.items()}
+    return {
+        name: LayerConfig() if name in defaults and value == defaults[name] else value
+        for name, value in settings.items()
+    }
