@@ -200,7 +200,7 @@ def test_after_sparsity_and_its_export() -> None:
 )
 def test_overrides_in_part(entry: Any, expected: Any) -> None:
     model = PlainNet()
-    config = {"linear": {"codebook_size": 16}, "overrides": {"2": entry}}
+    config = {"linear": {"codebook_size": 16}, "overrides": {"2": entry}, "max_divergence": None}
     adapter.quantize(model, config, loop(vectors()))
     assert integration.placement_of(model).get("2") == expected
 

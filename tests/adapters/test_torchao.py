@@ -28,7 +28,11 @@ adapter: Any = bgd.load_adapter("torchao")
 from torchao.core.config import config_from_dict, config_to_dict  # noqa: E402
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_  # noqa: E402
 
-SMALL = {"conv": LayerConfig(block_size=9, codebook_size=32), "linear": LayerConfig(block_size=4, codebook_size=16)}
+SMALL: dict[str, Any] = {
+    "conv": LayerConfig(block_size=9, codebook_size=32),
+    "linear": LayerConfig(block_size=4, codebook_size=16),
+    "max_divergence": None,
+}
 
 
 def any_layer(module: nn.Module, name: str) -> bool:
@@ -41,7 +45,7 @@ def codes(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def test_calibrated_gives_the_cores_codes_and_accuracy() -> None:
     model, data = trained_on_digits(), [digits()[0][:200]]
-    expected = bgd.quantize(model, data, BGDConfig(**SMALL, max_divergence=None), progress=False)
+    expected = bgd.quantize(model, data, BGDConfig(**SMALL), progress=False)
     config = adapter.BGDWeightOnlyConfig(**SMALL)
     report = adapter.quantize_(model, config, any_layer, calibration=data, progress=False)
     assert type(model) is type(trained_on_digits())
@@ -117,7 +121,7 @@ def test_a_parameter_of_a_layer_is_refused_by_torchao() -> None:
 
 def test_ours_without_data_is_the_cores() -> None:
     model = trained_on_digits()
-    expected = bgd.quantize_weights(model, BGDConfig(**SMALL, max_divergence=None))
+    expected = bgd.quantize_weights(model, BGDConfig(**SMALL))
     adapter.quantize_(model, adapter.BGDWeightOnlyConfig(**SMALL), any_layer)
     assert same_state(model, expected.model)
 
@@ -157,13 +161,15 @@ def test_torchaos_own_quantize_takes_settings_by_name() -> None:
 def test_every_field_of_the_core_is_a_field_of_the_config() -> None:
     data = vectors()
     settings: dict[str, Any] = {"method": "em", "seed": 3, "em_iterations": 4, "finetuning": FinetuningConfig(steps=2)}
+    settings["max_divergence"] = None
     model = PlainNet()
-    expected = bgd.quantize(model, data, BGDConfig(**settings, max_divergence=None), progress=False)
+    expected = bgd.quantize(model, data, BGDConfig(**settings), progress=False)
     adapter.quantize_(model, adapter.BGDWeightOnlyConfig(**settings), calibration=data, progress=False)
     assert same_state(model, expected.model)
 
 
 TRAINED: dict[str, Any] = {
+    "max_divergence": None,
     "method": "em",
     "distillation": DistillationConfig(steps=2, batch_size=8),
     "reconstruction": ReconstructionConfig(steps=2),
@@ -189,7 +195,7 @@ def test_a_config_goes_through_torchaos_json_and_back(settings: dict[str, Any]) 
 
 def test_settings_that_came_out_of_json_train_as_the_core_does() -> None:
     model, data = PlainNet(), vectors()
-    expected = bgd.quantize(model, data, BGDConfig(**TRAINED, max_divergence=None), progress=False)
+    expected = bgd.quantize(model, data, BGDConfig(**TRAINED), progress=False)
     config = config_from_dict(json.loads(json.dumps(config_to_dict(adapter.BGDWeightOnlyConfig(**TRAINED)))))
     adapter.quantize_(model, config, calibration=data, progress=False)
     assert same_state(model, expected.model)
@@ -205,7 +211,7 @@ def test_every_field_of_the_core_survives_torchaos_json() -> None:
 def test_frozen_norms_are_restored_from_a_state_dict() -> None:
     model, data = trained_on_digits(), [digits()[0][:100]]
     settings: dict[str, Any] = SMALL | {"freeze_norms": True}
-    expected = bgd.quantize(model, data, BGDConfig(**settings, max_divergence=None), progress=False)
+    expected = bgd.quantize(model, data, BGDConfig(**settings), progress=False)
     adapter.quantize_(model, adapter.BGDWeightOnlyConfig(**settings), any_layer, calibration=data, progress=False)
     assert same_state(model, expected.model)
     state = model.state_dict()

@@ -28,6 +28,7 @@ from transformers import AutoModel, AutoModelForImageClassification  # noqa: E40
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL: dict[str, Any] = {
+    "max_divergence": None,
     "conv": LayerConfig(block_size=9, codebook_size=32),
     "linear": LayerConfig(block_size=4, codebook_size=16),
     "codebook_storage": "float16",
@@ -117,7 +118,7 @@ def edited(folder: Path, **values: Any) -> None:
 def test_calibrated_gives_the_cores_codes_and_outputs(name: str) -> None:
     model = MODELS[name]()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    expected = bgd.quantize(model, batches(model), BGDConfig(**SMALL, max_divergence=None), progress=False)
+    expected = bgd.quantize(model, batches(model), BGDConfig(**SMALL), progress=False)
     config = adapter.BGDQuantizationConfig(**SMALL)
     result = adapter.quantize_pretrained(model, batches(model), config, progress=False)
     assert type(result.model) is type(model)
@@ -167,7 +168,7 @@ for name, (batch, logits) in torch.load("expected.pt", weights_only=True).items(
 def test_from_pretrained_quantizes_without_data(name: str, tmp_path: Path) -> None:
     model = MODELS[name]()
     model.save_pretrained(tmp_path / "float")
-    expected = bgd.quantize_weights(model, BGDConfig(**SMALL, max_divergence=None))
+    expected = bgd.quantize_weights(model, BGDConfig(**SMALL))
     config = adapter.BGDQuantizationConfig(**SMALL)
     found = type(model).from_pretrained(tmp_path / "float", quantization_config=config)
     assert config.layers is None
@@ -207,7 +208,7 @@ def test_settings_are_fields_of_the_core_as_objects_or_plain_values() -> None:
     config = adapter.BGDQuantizationConfig(method="em", linear={"block_size": 8}, overrides=[["*fc1", None]])
     storage: dict[str, Any] = {name: SMALL[name] for name in ("codebook_storage", "weight_storage")}
     assert config.config == BGDConfig(
-        **storage, method="em", linear=LayerConfig(block_size=8), overrides=(("*fc1", None),), max_divergence=None
+        **storage, method="em", linear=LayerConfig(block_size=8), overrides=(("*fc1", None),)
     )
     again = adapter.BGDQuantizationConfig.from_dict(json.loads(config.to_json_string()))
     assert again.config == config.config
@@ -240,9 +241,9 @@ def test_training_lowers_the_divergence_at_the_tokens_that_count() -> None:
     torch.manual_seed(0)
     model = llama()
     data = batches(model)
-    settings = BGDConfig(**SMALL, finetuning=FinetuningConfig(steps=100, learning_rate=0.05), max_divergence=None)
+    settings = BGDConfig(**SMALL, finetuning=FinetuningConfig(steps=100, learning_rate=0.05))
     trained = adapter.quantize_pretrained(model, data, settings, progress=False).model
-    plain = adapter.quantize_pretrained(model, data, BGDConfig(**SMALL, max_divergence=None), progress=False).model
+    plain = adapter.quantize_pretrained(model, data, BGDConfig(**SMALL), progress=False).model
     assert divergence(model, trained, data) < divergence(model, plain, data)
 
 
