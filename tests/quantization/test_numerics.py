@@ -190,6 +190,7 @@ configs = st.builds(
     batchnorm=st.sampled_from(["matched", "keep", "reestimate"]),
     asymmetric_step=st.sampled_from([0.0, 0.5]),
     em_iterations=st.just(8),
+    max_divergence=st.none(),
 )
 NETWORKS = {
     PlainNet: (vectors, ["2", "4"]),
