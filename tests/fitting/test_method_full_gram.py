@@ -203,7 +203,13 @@ def test_notes_survive_resuming(tmp_path: Path) -> None:
 def _context(weight: Tensor, **fields: Any) -> LayerContext:
     planned: Any = None
     inputs: Any = None
-    common = {"layer": planned, "inputs": inputs, "has_batchnorm": True, "has_bias": False, "config": bgd.BGDConfig()}
+    common = {
+        "layer": planned,
+        "inputs": inputs,
+        "has_batchnorm": True,
+        "has_bias": False,
+        "config": bgd.BGDConfig(max_divergence=None),
+    }
     return LayerContext(weight=weight, **(common | fields))
 
 
