@@ -41,7 +41,7 @@ def check_budget(target_bytes: Any, target_ratio: Any, max_divergence: Any, defa
         target_bytes: maximum length of the file, an integer of at least 1.
         target_ratio: original bytes / file bytes, above 1.
         max_divergence: from the float network, in nats, above 0.
-        default: the bound that gives way to a budget.
+        default: the bound, in nats, that gives way to a budget.
 
     Raises:
         ConfigError: saying what to give.

@@ -40,7 +40,7 @@ def upgraded(fields: Mapping[str, Any], version: int) -> dict[str, Any]:
 
     Args:
         fields: as `BGDConfig.from_dict` gets them.
-        version: of their layout.
+        version: number of their layout, from 1.
     """
     if version != 1:
         return dict(fields)
