@@ -334,3 +334,21 @@ def test_the_steps_of_a_finished_layer_are_forgotten(
         _bytes(tmp_path, config, model)
         assert not list(tmp_path.glob("*.steps.safetensors"))
         (tmp_path / "layer-0001.steps.safetensors").touch()
+
+
+class _Weighed(nn.Module):
+    """Takes a second input by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(12, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x) * scale))
+
+
+def test_inputs_by_name_count_as_calibration_data_too(tmp_path: Path) -> None:
+    net, x = _Weighed().eval(), torch.randn(8, 12)
+    bgd.quantize(net, [{"x": x, "scale": torch.ones(8, 1)}], em(), checkpoint=tmp_path / "run", progress=False)
+    with pytest.raises(CheckpointError, match="another calibration"):
+        bgd.quantize(net, [{"x": x, "scale": torch.zeros(8, 1)}], em(), checkpoint=tmp_path / "run", progress=False)

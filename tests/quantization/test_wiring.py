@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, DistillationConfig, FinetuningConfig, LayerConfig, ReconstructionConfig
 from bgd_plugin.fitting import method_full_gram as full_gram
+from bgd_plugin.quantization import layer as layer_step
 from tests.networks import PlainNet, SmallResNet, em, images, randomized, vectors
 
 _SMALL = LayerConfig(block_size=4, codebook_size=8)
@@ -277,3 +278,99 @@ def test_the_report_says_how_the_network_that_is_saved_answers(fields: dict[str,
     assert answers.divergence == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-3)
     assert answers.agreement == pytest.approx(float((mine.argmax(1) == theirs.argmax(1)).double().mean()))
     assert str(answers) in str(report)
+
+
+class _Attending(nn.Module):
+    """An attention whose projections no node shows, before an ordinary layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 2, batch_first=True)
+        self.last = nn.Linear(12, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.attention(x, x, x, need_weights=False)[0])
+
+
+def test_a_layer_behind_one_that_no_node_shows_is_fitted_to_its_outputs(targets: list[Tensor]) -> None:
+    model, data = _Attending().eval(), [torch.randn(4, 5, 12) for _ in range(5)]
+    result = bgd.quantize(model, data, _config(first_layer=_SMALL), progress=False)
+    names = [layer.name for layer in result.report.layers]
+    assert "attention.in_proj_weight" in names
+    mine, theirs = (_inputs(net, "last", data).flatten(0, 1) for net in (result.model, model))
+    assert float((mine - theirs).abs().max()) > 1e-3
+    expected = _target(model.last.weight, mine, theirs)
+    torch.testing.assert_close(targets[names.index("last")].double(), expected, rtol=2e-3, atol=2e-5)
+
+
+def test_answers_are_those_in_evaluation_mode_whatever_mode_the_network_is_in() -> None:
+    layers = nn.Linear(12, 32), nn.BatchNorm1d(32), nn.Dropout(0.5), nn.Linear(32, 5)
+    model, found = randomized(nn.Sequential(*layers)), []
+    for mode in (False, True):
+        report = bgd.quantize(model.train(mode), vectors(5), BGDConfig(rounds=1), progress=False).report
+        found.append((report.answers, report.layers))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_the_bar_of_a_budget_can_be_turned_off_too(progress: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)).eval()
+    bgd.quantize(model, vectors(), BGDConfig(target_ratio=3, rounds=1), progress=progress)
+    assert ("measure" in capsys.readouterr().err) == progress
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_statistics_that_are_not_finite_are_named(name: str) -> None:
+    model = randomized(SmallResNet())
+    getattr(model.bn2, name)[3] = float("nan")
+    with pytest.raises(bgd.BGDError, match=f"'bn2.{name}' of the network contains NaN"):
+        bgd.quantize(model, images(), em(), progress=False)
+
+
+class _Branching(PlainNet):
+    """Does not trace."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if bool((x == x).all()) else -x)
+
+
+def test_without_a_graph_the_bar_counts_the_steps_of_reconstruction_too(capsys: pytest.CaptureFixture[str]) -> None:
+    config = em(reconstruction=ReconstructionConfig(steps=4, batch_size=8))
+    bgd.quantize(_Branching().eval(), vectors(), config, progress=True)
+    said = capsys.readouterr().err
+    assert _ends_complete(said), said[-200:]
+    assert int(re.findall(r"/(\d+) \[", said)[-1]) >= 2 + 4
+
+
+class _Unreached(nn.Module):
+    """A layer that no input reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.never, self.head = nn.Linear(12, 64), nn.Linear(64, 64), nn.Linear(64, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.head(self.never(x) if float(x.detach().sum()) < 0 else x)
+
+
+def test_a_layer_out_of_reach_keeps_its_zeros_and_is_fitted_once(tmp_path: Path, monkeypatch: Any) -> None:
+    """Within a budget, which counts on its bytes."""
+    model = _Unreached().eval()
+    model.never.weight.data *= torch.rand(64, 64) > 0.5
+    config = _config(target_ratio=3, preserve_zeros=True, linear=LayerConfig())
+    fits, real = list[str](), layer_step.fit_weight
+
+    def watched(weight: Tensor, *args: Any) -> Any:
+        fits.append(args[1].name)
+        return real(weight, *args)
+
+    monkeypatch.setattr(layer_step, "fit_weight", watched)
+    results = [bgd.quantize(model, vectors(5), config, checkpoint=tmp_path / "run", progress=False) for _ in range(2)]
+    assert fits == ["never"]
+    found: Any = results[0].model.get_submodule("never")
+    assert torch.equal(found.weight != 0, model.never.weight != 0)
+    rows = [next(row for row in result.report.layers if row.name == "never") for result in results]
+    assert rows[0] == rows[1] and "no calibration input reaches it" in rows[0].note
+    lost = (found.weight - model.never.weight).detach().norm() / model.never.weight.detach().norm()
+    assert rows[0].relative_error == pytest.approx(float(lost) ** 2, rel=1e-4)
