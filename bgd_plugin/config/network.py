@@ -8,39 +8,38 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bgd_plugin.config.checks import check, check_budget, check_choice, counts
-from bgd_plugin.config.layer import BLOCK_SIZES, CODEBOOK_SIZE, FAMILIES, LayerConfig
-from bgd_plugin.config.paper import opened, paper_settings
-from bgd_plugin.config.parsing import Override, checked_overrides, nested, nested_overrides, upgraded
+from bgd_plugin.config.checks import check, check_budget, check_choice, check_codes, check_share, counts
+from bgd_plugin.config.layer import BLOCK_SIZES, FAMILIES, LayerConfig
+from bgd_plugin.config.paper import paper_settings
+from bgd_plugin.config.parsing import Override, checked_overrides, nested, nested_overrides
 from bgd_plugin.config.training import DistillationConfig, FinetuningConfig, ReconstructionConfig
 from bgd_plugin.errors import ConfigError
 
-__all__ = ["DEFAULT_DIVERGENCE", "BGDConfig"]
+__all__ = ["BGDConfig"]
 
-CONFIG_VERSION = 2
-DEFAULT_DIVERGENCE = 0.02
-"""The bound on the divergence of a run without a budget."""
+CONFIG_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class BGDConfig:
     """What to quantize, and how.
 
-    By default the sizes of each layer are chosen for the smallest file whose answers stay within `max_divergence` of
-    the float network's. Settings of layers and of training stages may be given as mappings, `{"codebook_size": 16}`;
-    what they leave out is the default. `overrides` may be a mapping by glob.
+    Settings of layers and of training stages may be given as mappings, `{"codebook_size": 16}`; what they leave out is
+    the default, for a block size that of the layer's kind. `overrides` may be a mapping by glob.
 
     Args:
         method: how codebook and codes are fitted. "full" uses all correlations of a layer's inputs; "em" is the paper's
             method, expectation-maximization on one pooled Gram matrix.
-        conv: setting for convolutions. `LayerConfig()` leaves the sizes to the bound or the budget, a block size fixes
-            them, and None keeps these layers float; the same holds for the other kinds of layer. A block size that
-            differs from that of the layer's kind is never adjusted, and is an error if it does not divide the row.
+        conv: setting for convolutions. None keeps them float, as for the other kinds of layer. A default block size
+            that does not divide a layer's row is lowered to the next one that does; a block size that you set is never
+            adjusted, and is an error if it does not divide the row.
         pointwise_conv: setting for 1×1 convolutions and transposed convolutions.
         depthwise_conv: setting for depthwise convolutions; float by default.
         linear: setting for linear layers.
         embedding: setting for embeddings; float by default.
         first_layer: setting for the first layer; float by default.
+        codes: how the file holds codes. "entropy" lets a budget give layers codes of single weights as entropy-coded
+            streams, at any rate: the smallest file, while in memory and in exports such a layer takes a byte a weight.
         overrides: pairs of a glob on layer names and a setting (None keeps the layer float). The first match wins; a
             glob that matches nothing is an error.
         rounds: rounds of least squares and coordinate descent in method "full".
@@ -53,8 +52,7 @@ class BGDConfig:
             on the student's inputs.
         em_iterations: maximum number of EM iterations per layer.
         batchnorm: "matched" adjusts the statistics of each batch norm so that its output keeps the float network's mean
-            and variance on the calibration data; "reestimate" replaces them by the calibration data's; "keep" keeps
-            them.
+            and variance on the calibration data; "reestimate" replaces them by that data's; "keep" keeps them.
         distillation: training of each layer's codewords right after its fit, or None.
         reconstruction: training of block after block to match the float blocks' outputs, or None.
         finetuning: training of the whole network after the last layer, or None.
@@ -68,13 +66,13 @@ class BGDConfig:
             kept float by an override).
         preserve_zeros: keep weights that are exactly zero, such as pruned ones, exactly zero after decoding; their
             positions take bits in the file. False: treat them like other weights.
-        target_bytes: a budget, the maximum length of the file in bytes. The sizes that the settings leave open are then
-            chosen layer by layer, by the effect of each layer's error on the network's output.
+        target_bytes: a budget, the maximum length of the file in bytes. Block and codebook sizes are then chosen layer
+            by layer, by the effect of each layer's error on the network's output, for the kinds of layer that have
+            their default setting; other kinds, and layers of an override, keep their settings.
         target_ratio: the same budget as a compression ratio, float bytes / file bytes. Give one of the two.
         max_divergence: a bound on how far the compressed network's answers may be from the float network's: the
             Kullback-Leibler divergence of the logits in nats, or the relative squared error of an output without
-            logits. Open sizes are chosen for the smallest file within it. The default applies where no budget is given.
-            None: without a budget, open sizes are fixed at blocks of 9 (convolutions) or 4 and 256 codewords.
+            logits. Sizes are then chosen for the smallest file within it, for the same layers as with a budget.
         kept_aside: share of the calibration samples that no step of the fit sees: they judge the compressed network's
             answers at the end. At most 64 samples are kept aside, and none of fewer than 16.
         seed: seed of all random choices.
@@ -84,12 +82,13 @@ class BGDConfig:
     """
 
     method: Literal["full", "em"] = "full"
-    conv: LayerConfig | None = LayerConfig()
-    pointwise_conv: LayerConfig | None = LayerConfig()
+    conv: LayerConfig | None = LayerConfig(block_size=9)
+    pointwise_conv: LayerConfig | None = LayerConfig(block_size=4)
     depthwise_conv: LayerConfig | None = None
-    linear: LayerConfig | None = LayerConfig()
+    linear: LayerConfig | None = LayerConfig(block_size=4)
     embedding: LayerConfig | None = None
     first_layer: LayerConfig | None = None
+    codes: Literal["blocks", "entropy"] = "blocks"
     overrides: tuple[Override, ...] = ()
     em_iterations: int = 100
     rounds: int = 2
@@ -107,7 +106,7 @@ class BGDConfig:
     preserve_zeros: bool = False
     target_bytes: int | None = None
     target_ratio: float | None = None
-    max_divergence: float | None = DEFAULT_DIVERGENCE
+    max_divergence: float | None = None
     kept_aside: float = 0.125
     seed: int = 0
 
@@ -123,10 +122,9 @@ class BGDConfig:
         check_choice("float_storage", self.float_storage, ("float16", "float32"))
         check(isinstance(self.preserve_zeros, bool), f"preserve_zeros={self.preserve_zeros!r}: give True or False")
         check(counts(self.em_iterations), f"em_iterations={self.em_iterations}: give at least 1")
-        check_budget(self.target_bytes, self.target_ratio, self.max_divergence, DEFAULT_DIVERGENCE)
-        aside = self.kept_aside
-        is_share = isinstance(aside, (int, float)) and 0 <= aside <= 0.5
-        check(is_share, f"kept_aside={aside!r}: give a share of the samples, from 0 to 0.5")
+        check_budget(self.target_bytes, self.target_ratio, self.max_divergence)
+        check_codes(self.codes, has_budget=self.has_budget, preserve_zeros=self.preserve_zeros)
+        check_share("kept_aside", self.kept_aside, 0.5)
         for family in FAMILIES:
             value = getattr(self, family)
             value = nested(LayerConfig, value, family) if isinstance(value, Mapping) else value
@@ -134,6 +132,8 @@ class BGDConfig:
                 value is None or isinstance(value, LayerConfig),
                 f"{family}={value!r}: give a LayerConfig, or None to keep these layers float",
             )
+            if value is not None and value.block_size is None and family in _DEFAULTS:
+                value = dataclasses.replace(value, block_size=BLOCK_SIZES[family])
             object.__setattr__(self, family, value)
         for name, kind in _STAGES.items():
             object.__setattr__(self, name, nested(kind, getattr(self, name), name))
@@ -159,7 +159,7 @@ class BGDConfig:
             fc_codebook_size: codewords for linear layers (in the paper 2048 for ResNet-18, 1024 for ResNet-50, 256 for
                 Mask R-CNN).
             pointwise_block_size: block size of 1×1 convolutions; 4 in the paper's large ResNet-18.
-            **fields: any field of `BGDConfig`. With a budget or a bound, sizes equal to the default ones are chosen.
+            **fields: any field of `BGDConfig`.
 
         Returns:
             the settings.
@@ -171,23 +171,12 @@ class BGDConfig:
         """
         check(regime in ("small", "large", "mask_rcnn"), f"regime={regime!r}: give 'small', 'large' or 'mask_rcnn'")
         settings = paper_settings(regime, codebook_size, fc_codebook_size, pointwise_block_size)
-        result = cls(**(settings | fields))
-        return dataclasses.replace(result, **(opened(settings) | fields)) if result.has_budget else result
-
-    @property
-    def has_target(self) -> bool:
-        """Whether the file has a budget in bytes, given as such or as a ratio."""
-        return self.target_bytes is not None or self.target_ratio is not None
-
-    @property
-    def bound(self) -> float | None:
-        """The bound on the divergence that applies: none beside a budget in bytes."""
-        return None if self.has_target else self.max_divergence
+        return cls(**(settings | fields))
 
     @property
     def has_budget(self) -> bool:
-        """Whether open sizes are chosen layer by layer, for a number of bytes or a bound."""
-        return self.has_target or self.max_divergence is not None
+        """Whether block and codebook sizes are chosen layer by layer, by a number of bytes or a bound."""
+        return any(x is not None for x in (self.target_bytes, self.target_ratio, self.max_divergence))
 
     def budget_bytes(self, original_bytes: int) -> int | None:
         """The maximum file size in bytes; None without a budget.
@@ -202,19 +191,30 @@ class BGDConfig:
             return int(original_bytes / self.target_ratio)
         return self.target_bytes
 
-    def sizes(self, setting: LayerConfig, kind: str) -> tuple[int, int]:
-        """Block and codebook size of a setting where nothing chooses them.
+    def has_default_sizes(self, family: str) -> bool:
+        """Whether the setting of a family is the default, so that a budget may choose instead.
+
+        Args:
+            family: a kind of layer, one of `FAMILIES`.
+
+        Returns:
+            True if the setting is the default.
+        """
+        value: LayerConfig | None = getattr(self, family)
+        return value is not None and value == _DEFAULTS.get(family)
+
+    def block_size(self, setting: LayerConfig, kind: str) -> int:
+        """The block size of a setting: its own, or that of its kind of layer if it names none.
 
         Args:
             setting: the layer's setting.
             kind: the kind of layer, one of `FAMILIES`.
 
         Returns:
-            weights per block and codewords: the setting's own, or else those of the kind of layer.
+            weights per block.
         """
         own: LayerConfig | None = getattr(self, kind)
-        block_size = setting.block_size or (own and own.block_size) or BLOCK_SIZES[kind]
-        return block_size, setting.codebook_size or CODEBOOK_SIZE
+        return setting.block_size or (own and own.block_size) or BLOCK_SIZES[kind]
 
     def is_default(self, family: str) -> bool:
         """Whether the block size of a family is the default rather than the user's choice.
@@ -223,10 +223,11 @@ class BGDConfig:
             family: a kind of layer, one of `FAMILIES`.
 
         Returns:
-            True if it is the default, which gives way to the next smaller one that divides a layer's row.
+            True if it is the default.
         """
+        default = _DEFAULTS.get(family)
         value: LayerConfig | None = getattr(self, family)
-        return value is not None and family in _ADAPTING and value.block_size in (None, BLOCK_SIZES[family])
+        return value is not None and default is not None and value.block_size == default.block_size
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values.
@@ -256,7 +257,7 @@ class BGDConfig:
             isinstance(version, int) and version <= CONFIG_VERSION,
             f"the settings have version {version!r}, this library reads up to {CONFIG_VERSION}: upgrade bgd-plugin",
         )
-        result: BGDConfig = nested(cls, upgraded(fields, version), "BGDConfig")
+        result: BGDConfig = nested(cls, fields, "BGDConfig")
         return result
 
     def to_json(self) -> str:
@@ -292,4 +293,8 @@ _STAGES: dict[str, type[Any]] = {
     "reconstruction": ReconstructionConfig,
     "finetuning": FinetuningConfig,
 }
-_ADAPTING = ("conv", "pointwise_conv", "linear")
+_DEFAULTS = {
+    f.name: f.default
+    for f in dataclasses.fields(BGDConfig)
+    if f.name in FAMILIES and isinstance(f.default, LayerConfig)
+}

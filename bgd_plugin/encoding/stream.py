@@ -22,7 +22,7 @@ from bgd_plugin.encoding.codes import pack, unpack
 from bgd_plugin.encoding.rans import LOW, Coder, Lane, decode_lanes, encode_lanes
 from bgd_plugin.encoding.tables import PROBABILITY_BITS, TOTAL, contexts, frequencies, trellis_offset
 
-__all__ = ["LANE", "Packed", "coded_bytes", "decoded", "encoded", "is_codable"]
+__all__ = ["LANE", "Packed", "coded_bytes", "decoded", "encoded", "is_codable", "overhead_bytes"]
 
 Array = NDArray[Any]
 LANE = 1 << 14
@@ -69,8 +69,18 @@ def coded_bytes(codes: Tensor, size: int) -> int:
     coder = _coder(array, size, offset)
     counts = numpy.bincount(array.ravel(), minlength=size)
     bits = float(counts @ -numpy.log2(numpy.maximum(coder.frequencies, 1) / TOTAL))
-    lanes = len(_lane_rows(*array.shape))
-    return _HEAD + _table_bytes(size) + math.ceil(bits / 8) + _LANE_BYTES * lanes
+    rows, columns = array.shape
+    return overhead_bytes(rows, columns, size) + math.ceil(bits / 8)
+
+
+def overhead_bytes(rows: int, columns: int, size: int) -> int:
+    """What a stream holds beside its words.
+
+    Args:
+        rows, columns: of the codes.
+        size: number of different codes.
+    """
+    return _HEAD + _table_bytes(size) + _LANE_BYTES * len(_lane_rows(rows, columns))
 
 
 def encoded(layers: Sequence[tuple[Tensor, int]]) -> list[Tensor]:

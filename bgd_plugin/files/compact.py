@@ -1,8 +1,8 @@
 """What format 3 saves: codes as entropy-coded streams, numbers on a grid as integers, where that makes them shorter.
 
 Nothing is lost, and nothing but a file's bytes changes: once read, its content is that of format 2. A file is written
-in format 3 only if the streams of its codes save enough. Then numbers in half precision that are small multiples of one
-step, and 8-bit integers, are collected by their bits, and packed or coded together.
+in format 3 if the streams of its codes save enough, or if weights are on a grid. Then numbers in half precision that
+are small multiples of one step, and 8-bit integers, are collected by their bits, and packed or coded together.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def compacted(content: Stored, *, exact: bool = True) -> Stored | None:
         exact: False: streams are on the meta device, with their length or a little more.
     """
     found = {name: codes for name in content.columns if (codes := _worth_coding(content, name)) is not None}
-    if not found and not content.streams:
-        return None
-    streams = dict(zip(found, _coded(list(found.values()), exact=exact), strict=True))
-    planned = {name: content.tensors[name] for name in content.streams}
     grids = Grids.of({name: x for name, x in content.tensors.items() if name not in content.columns})
+    if not found and not content.streams and not grids.has_weights():
+        return None
+    streams = dict(zip(found, _coded(list(found.values()), exact=exact), strict=True)) if found else {}
+    planned = {name: content.tensors[name] for name in content.streams}
     gone = {name for members in grids.members.values() for name, *_ in members}
     tensors = {name: x for name, x in content.tensors.items() if name not in gone} | streams
     names = [*streams, *planned]

@@ -52,6 +52,10 @@ class Grids:
             result.steps += [step for *_, step in entries if step is not None]
         return result
 
+    def has_weights(self) -> bool:
+        """Whether a tensor in half precision that is not a vector is among them."""
+        return any(has_step and len(shape) > 1 for members in self.members.values() for _, shape, has_step in members)
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors again, by name, in their own shapes.
 

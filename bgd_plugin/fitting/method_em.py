@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.calibration import PooledGram, pooled_gram
+from bgd_plugin.fitting.entropy_coded import fit_stream
 from bgd_plugin.fitting.method import FittedLayer, LayerContext, Method, unused_codewords
 from bgd_plugin.nn import storable
 from bgd_plugin.planning.types import PlannedLayer
@@ -38,11 +39,13 @@ def fit_weight(
     Args:
         weight: `[rows, ...]`.
         gram: `[block_size, block_size]`; the identity if nothing is known about the inputs.
-        layer: the planned block and codebook size.
+        layer: the planned block and codebook size; the bytes, of a layer whose codes are entropy coded.
         mask: bool of the weight's shape, false where the decoded weight must be zero; None: nowhere.
         iterations: maximum number.
         generator: draws the initial codewords.
     """
+    if layer.codes == "entropy":
+        return fit_stream(weight, None, layer)
     blocks = to_blocks(weight.detach().float(), layer.block_size)
     if mask is None:
         fit = fit_em(blocks, gram, layer.codebook_size, iterations, generator=generator)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bgd_plugin.calibration import PooledGram, paired_pieces, pooled_gram, require_finite
 from bgd_plugin.fitting import method_em
+from bgd_plugin.fitting.entropy_coded import fit_stream
 from bgd_plugin.fitting.method import FittedLayer, LayerContext, Method
 from bgd_plugin.nn import storable
 from bgd_plugin.pq.full_gram import fit_full
@@ -101,6 +102,25 @@ def _solve(context: LayerContext, statistics: _Statistics | PooledGram, generato
     takes_mean = context.has_batchnorm or context.has_bias
     damping = min(1.0, _DAMPING * (1 + weight.shape[1] / statistics.rows))
     aim = _aim(context, statistics, damping)
+    if context.layer.codes == "entropy":
+        everything = Moments.pooled(statistics.fitted, statistics.heldout, statistics.share)
+        fit = fit_stream(aim.rows, _gram_(everything, centred=takes_mean), context.layer, damping=damping)
+    else:
+        fit = _fitted_blocks(context, statistics, aim, damping, generator)
+    codebook = fit.codebook
+    shift = None
+    if context.has_bias and not context.has_batchnorm:
+        decoded = masked(torch.nn.functional.embedding(fit.codes, codebook).reshape(weight.shape), context.mask)
+        shift = matching_bias(decoded, aim.mean, aim.output_mean)
+    codebook = codebook.to(context.weight.dtype)
+    return dataclasses.replace(fit, codebook=codebook, row_scale=aim.row_scale, bias_shift=shift)
+
+
+def _fitted_blocks(
+    context: LayerContext, statistics: _Statistics, aim: _Aim, damping: float, generator: torch.Generator
+) -> FittedLayer:
+    """Codes of blocks, and a codebook in single precision."""
+    takes_mean = context.has_batchnorm or context.has_bias
     gram, heldout = (_gram_(m, centred=takes_mean) for m in (statistics.fitted, statistics.heldout))
     fit = fit_full(
         aim.rows,
@@ -114,14 +134,7 @@ def _solve(context: LayerContext, statistics: _Statistics | PooledGram, generato
         generator=generator,
     )
     codebook = storable(fit.codebook, context.layer.codebook_storage)
-    shift = None
-    if context.has_bias and not context.has_batchnorm:
-        decoded = masked(torch.nn.functional.embedding(fit.codes, codebook).reshape(weight.shape), context.mask)
-        shift = matching_bias(decoded, aim.mean, aim.output_mean)
-    codebook = codebook.to(context.weight.dtype)
-    return FittedLayer(
-        codebook=codebook, codes=fit.codes, row_scale=aim.row_scale, bias_shift=shift, warnings=fit.notes
-    )
+    return FittedLayer(codebook=codebook, codes=fit.codes, warnings=fit.notes)
 
 
 @dataclass(frozen=True, kw_only=True)

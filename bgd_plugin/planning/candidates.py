@@ -11,15 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bgd_plugin.encoding.stream import is_codable, overhead_bytes
 from bgd_plugin.planning.types import PlannedLayer
 from bgd_plugin.pq.blocks import to_blocks
-from bgd_plugin.pq.rate import RateCurve, largest_codebook, rate_curve, sampled_positions
+from bgd_plugin.pq.rate import (
+    EntropyCurve,
+    RateCurve,
+    entropy_curve,
+    largest_codebook,
+    rate_curve,
+    sampled_positions,
+)
 
 __all__ = [
     "Option",
     "Sensitivity",
     "block_sizes",
     "codebook_sizes",
+    "entropy_bits",
     "fitted_sizes",
     "options_of",
     "rated",
@@ -32,6 +41,10 @@ _CODEBOOKS = tuple(2**bits for bits in range(4, 13))
 _MOST_BITS = 8  # for each weight; beyond that, float is no larger
 _SAMPLED_BLOCKS = 1 << 14
 """Blocks in a quick fit."""
+_MOST_LEVELS = 256
+_USUAL_LEVELS = 48
+_ENTROPY_BITS = tuple(bits / 16 for bits in (*range(12, 48), *range(48, 97, 4)))
+"""Rates to choose from, in bits for each weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +55,13 @@ class Sensitivity:
         curves: the layer's error by codebook size, for each block size.
         per_error: loss per unit of error.
         reason: what was measured, as text for the report.
+        entropy: the layer's error by bits for each weight where codes are entropy coded; None where they may not be.
     """
 
     curves: tuple[RateCurve, ...]
     per_error: float
     reason: str
+    entropy: EntropyCurve | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers."""
@@ -59,12 +74,20 @@ class Sensitivity:
             RateCurve(block_size=curve["block_size"], points=tuple((k, error) for k, error in curve["points"]))
             for curve in values["curves"]
         )
-        return cls(curves=curves, per_error=values["per_error"], reason=values["reason"])
+        points = (values.get("entropy") or {}).get("points")
+        entropy = EntropyCurve(points=tuple((bits, error) for bits, error in points)) if points else None
+        return cls(curves=curves, per_error=values["per_error"], reason=values["reason"], entropy=entropy)
 
     def loss(self, block_size: int, codebook_size: int) -> float:
         """The expected divergence, in nats, from quantizing with this block size and codebook size."""
         curve = next(c for c in self.curves if c.block_size == block_size)
         return self.per_error * curve.error(codebook_size)
+
+    def loss_of(self, layer: PlannedLayer) -> float:
+        """The expected divergence, in nats, from quantizing a layer as planned."""
+        if layer.codes == "entropy" and self.entropy is not None:
+            return self.per_error * self.entropy.error(entropy_bits(layer))
+        return self.loss(layer.block_size, layer.codebook_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,28 +151,56 @@ def weight_sensitivity(weight: Tensor, generator: torch.Generator) -> Sensitivit
     shape = tuple(weight.shape)
     sizes = [d for d in block_sizes(shape) if codebook_sizes(shape, d)]
     if weight.is_meta:
-        curves = tuple(RateCurve(block_size=d, points=((1, 1.0),)) for d in sizes)
-        return Sensitivity(curves=curves, per_error=1.0, reason="by the layer's shape")
+        laws = tuple(RateCurve(block_size=d, points=((1, 1.0),)) for d in sizes)
+        law = EntropyCurve(points=((0.0, 1.0),))
+        return Sensitivity(curves=laws, per_error=1.0, reason="by the layer's shape", entropy=law)
     power = float(weight.detach().float().square().mean())
-    curves = tuple(_weight_curve(weight, d, power, generator) for d in sizes)
-    return Sensitivity(curves=curves, per_error=1.0, reason="by the weight's own error")
+    curves: list[RateCurve] = []
+    entropy = None
+    for d in sizes:
+        sample = _sampled(weight, d, power, generator)
+        curves.append(rate_curve(*sample, fitted_sizes(shape, d), generator=generator))
+        entropy = entropy_curve(*sample) if d == 1 else entropy
+    return Sensitivity(curves=tuple(curves), per_error=1.0, reason="by the weight's own error", entropy=entropy)
 
 
-def _weight_curve(weight: Tensor, block_size: int, power: float, generator: torch.Generator) -> RateCurve:
+def _sampled(weight: Tensor, block_size: int, power: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Some of a weight's blocks, and the metric of each in which the whole weight counts 1."""
     blocks = to_blocks(weight.detach().float(), block_size).transpose(0, 1)
     scale = 1 / power if power > 0 else 1.0
     metrics = scale * torch.eye(block_size, dtype=blocks.dtype, device=blocks.device).expand(blocks.shape[0], -1, -1)
-    sample = sampled_positions(blocks, metrics, _SAMPLED_BLOCKS, generator)
-    return rate_curve(*sample, fitted_sizes(tuple(weight.shape), block_size), generator=generator)
+    return sampled_positions(blocks, metrics, _SAMPLED_BLOCKS, generator)
 
 
-def options_of(planned: PlannedLayer, float_bytes: int, codebook_size: int | None = None) -> list[Option]:
-    """All ways to store a layer, bytes ascending; their losses are not known yet.
+def entropy_bits(layer: PlannedLayer) -> float:
+    """The bits for each weight that an entropy-coded layer has for its codes."""
+    return max(0.0, 8 * (layer.size_bytes - _beside_codes(layer)) / layer.weights)
+
+
+def _beside_codes(layer: PlannedLayer) -> int:
+    """About the bytes of frequencies, lanes and levels, if there are as many levels as there mostly are."""
+    return overhead_bytes(layer.rows, layer.weights // layer.rows, _USUAL_LEVELS) + _USUAL_LEVELS + 4
+
+
+def _entropy_coded(planned: PlannedLayer) -> list[PlannedLayer]:
+    """A layer at several rates."""
+    columns = planned.weights // planned.rows
+    if not is_codable(_MOST_LEVELS, columns):
+        return []
+    layer = dataclasses.replace(planned, block_size=1, codebook_size=_MOST_LEVELS, codes="entropy", note="")
+    beside = _beside_codes(layer)
+    return [
+        dataclasses.replace(layer, size_bytes=beside + math.ceil(bits * layer.weights / 8)) for bits in _ENTROPY_BITS
+    ]
+
+
+def options_of(planned: PlannedLayer, float_bytes: int, *, codes: str = "blocks") -> list[Option]:
+    """All ways to store a layer, bytes ascending, the last one as float in `float_bytes`; losses are not known yet.
 
     Args:
         planned: the layer.
-        float_bytes: of the layer in float.
-        codebook_size: if it is not to be chosen: then the layer is quantized in any case.
+        float_bytes: what it takes in float.
+        codes: "entropy": entropy-coded codes at several rates are among them.
     """
     shape = planned.weight_shape
     layers = [
@@ -157,27 +208,15 @@ def options_of(planned: PlannedLayer, float_bytes: int, codebook_size: int | Non
         for d in block_sizes(shape)
         for k in codebook_sizes(shape, d)
     ]
-    if codebook_size is not None:
-        layers = _fixed(planned, codebook_size)
+    layers += _entropy_coded(planned) if codes == "entropy" else []
     options = [Option(layer=layer, size_bytes=layer.compressed_bytes) for layer in layers]
-    options += [] if codebook_size is not None else [Option(layer=None, size_bytes=float_bytes)]
-    return sorted(options, key=lambda option: option.size_bytes)
-
-
-def _fixed(planned: PlannedLayer, codebook_size: int) -> list[PlannedLayer]:
-    """The same layer in all blocks, with a codebook size of the user's, as far as the layer may have it."""
-    counts = {d: largest_codebook(planned.weights // d) for d in block_sizes(planned.weight_shape)}
-    return [
-        dataclasses.replace(planned, block_size=d, codebook_size=min(codebook_size, k), note="")
-        for d, k in counts.items()
-        if k >= 2
-    ]
+    return sorted([*options, Option(layer=None, size_bytes=float_bytes)], key=lambda option: option.size_bytes)
 
 
 def rated(options: Sequence[Option], sensitivity: Sensitivity) -> list[Option]:
     """The options with their losses, as far as they are worth a thought: each loses less than all smaller ones."""
     kept: list[Option] = []
-    losses = [sensitivity.loss(o.layer.block_size, o.layer.codebook_size) if o.layer else 0.0 for o in options]
+    losses = [sensitivity.loss_of(o.layer) if o.layer else 0.0 for o in options]
     for option, loss in sorted(zip(options, losses, strict=True), key=lambda pair: (pair[0].size_bytes, pair[1])):
         if not kept or loss < kept[-1].loss:
             kept.append(dataclasses.replace(option, loss=loss))

@@ -1,4 +1,4 @@
-"""Plan a network: which layers are quantized, into what, and how many bytes that takes."""
+"""Plan a network without data: which layers are quantized, into what, and how many bytes that takes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch.export import ExportedProgram
 
 from bgd_plugin.calibration import Forward, checked, collect_batches, take_aside_
 from bgd_plugin.config import BGDConfig
+from bgd_plugin.files.format import state_bytes
 from bgd_plugin.graph import baked, find_layers, front_end, isolated, set_modes, unwrapped
 from bgd_plugin.planning.budget import Budget
 from bgd_plugin.planning.measure import measured
 from bgd_plugin.planning.sizes import Sketch, planned_paper_bytes
-from bgd_plugin.planning.survey import surveyed
+from bgd_plugin.planning.survey import Survey, surveyed
 from bgd_plugin.planning.types import CurvePoint, Plan
 
 __all__ = ["layers_in", "plan"]
@@ -81,7 +82,15 @@ def plan(
         notes=survey.notes,
         expected_divergence=survey.expected_divergence,
         curve=curve or survey.curve,
+        memory_bytes=_memory_bytes(survey),
     )
+
+
+def _memory_bytes(survey: Survey) -> int:
+    """All of the network, with codes and codebooks in the place of weights."""
+    weights = {id(found.weight): found.weight for found in survey.found}
+    rest = state_bytes(survey.own.state_dict()) - sum(w.numel() * w.element_size() for w in weights.values())
+    return rest + sum(planned.memory_bytes for planned in survey.layers)
 
 
 def layers_in(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:

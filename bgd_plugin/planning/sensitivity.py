@@ -24,7 +24,7 @@ from bgd_plugin.planning.answers import Measure, output_loss
 from bgd_plugin.planning.candidates import Sensitivity, block_sizes, codebook_sizes, fitted_sizes
 from bgd_plugin.planning.layer_facts import LayerFacts, layer_facts, roughly_quantized, spread_ratio
 from bgd_plugin.pq.full_gram import positions_as_groups
-from bgd_plugin.pq.rate import quick_fit, rate_curve, sampled_positions
+from bgd_plugin.pq.rate import entropy_curve, quick_fit, rate_curve, sampled_positions
 from bgd_plugin.support.seeds import seeded
 
 __all__ = ["measure_sensitivities"]
@@ -90,7 +90,8 @@ def _along_graph(
     for node, _ in zip(wide.nodes(waiting), narrow.nodes(waiting), strict=True):
         layer = waiting[node.name]
         generator = seeded(config.seed, layer.name, "sensitivity")
-        norm = following_batchnorm(network, layer.calls) if config.batchnorm != "keep" else None
+        corrects = config.batchnorm != "keep" and _has_channel_rows(layer)
+        norm = following_batchnorm(network, layer.calls) if corrects else None
         facts = layer_facts(
             LayerInputs(wide, layer.name, layer.calls),
             layer,
@@ -135,7 +136,7 @@ def _by_runs(
         if wide.times(name) and narrow.times(name):
             generator = seeded(config.seed, name, "sensitivity")
             narrow.inputs(name)
-            norm = None if layer.tied else norms.get(layer.target)
+            norm = norms.get(layer.target) if _has_channel_rows(layer) and not layer.tied else None
             inputs, has_bias = wide.inputs(name), _bias(network, layer) is not None
             facts = layer_facts(inputs, layer, config, generator, norm=norm, has_bias=has_bias)
             found[name] = _sensitivity(narrow, facts, outputs, generator, measure)
@@ -155,18 +156,20 @@ def _sensitivity(
     sizes = [d for d in block_sizes(shape) if codebook_sizes(shape, d)]
     scaled = facts.weight * facts.scale[..., None]
     reference = _reference_block(sizes, shape)
-    curves = []
+    curves, entropy = [], None
     for d in sizes:
         blocks, metrics = positions_as_groups(scaled, facts.metrics(d))
         sample = sampled_positions(blocks, metrics, _SAMPLED_BLOCKS, generator)
         curves.append(rate_curve(*sample, fitted_sizes(shape, d), generator=generator))
+        entropy = entropy_curve(*sample) if d == 1 else entropy
         if d == reference:
             k = max(k for k in codebook_sizes(shape, d) if k <= _REFERENCE_CODEBOOK)
             fit = quick_fit(*sample, k, generator=generator)
     rough = roughly_quantized(scaled, facts, fit.codebook) / facts.scale[..., None]
     loss, measured = _loss_alone(walk, facts, rough, outputs, measure)
     reason = f"alone at {reference}×{len(fit.codebook)} it costs {loss:.2g} ({measured})"
-    return Sensitivity(curves=tuple(curves), per_error=loss / max(fit.error, _TINY), reason=reason)
+    per_error = loss / max(fit.error, _TINY)
+    return Sensitivity(curves=tuple(curves), per_error=per_error, reason=reason, entropy=entropy)
 
 
 def _reference_block(sizes: Sequence[int], shape: Sequence[int]) -> int:
@@ -225,7 +228,14 @@ def _holder(network: nn.Module, layer: FoundLayer) -> tuple[Any, str]:
 
 def _bias(network: nn.Module, layer: FoundLayer) -> Any:
     """The bias of a module that is called; that of a function's call is not the module's."""
-    return None if layer.functional else getattr(module_at(network, layer.target), "bias", None)
+    if layer.functional or not _has_channel_rows(layer):
+        return None
+    return getattr(module_at(network, layer.target), "bias", None)
+
+
+def _has_channel_rows(layer: FoundLayer) -> bool:
+    """Whether each row of a layer's matrix is an output channel, whose mean a bias or a batch norm can take out."""
+    return not layer.kind.startswith("conv_transpose")
 
 
 def _first_node(walk: Walk, layer: FoundLayer) -> str:

@@ -8,17 +8,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from bgd_plugin.config import BGDConfig
 from bgd_plugin.encoding.masks import mask_form, pack_mask
-from bgd_plugin.files.format import State, Stored, file_size, stored_state
+from bgd_plugin.encoding.small_integers import fold_to_integers
+from bgd_plugin.files.format import State, file_size, stored_state
 from bgd_plugin.files.rounding import round_floats_, round_weights_
 from bgd_plugin.graph import FoundLayer, float_module, module_at, untouched
 from bgd_plugin.nn import PQModule, freeze_norms_, quantized
+from bgd_plugin.planning.lean import WEIGHT_BITS, coarse_weights, has_lean_norms
 from bgd_plugin.planning.survey import Chosen, Survey
 from bgd_plugin.planning.types import PlannedLayer
 
 __all__ = ["Sketch", "paper_bytes", "planned_paper_bytes"]
 
+_ENTROPY_LEVELS = 2  # of the module that stands for an entropy-coded layer
+_STREAM_BYTES, _REST_SHARE = 16, 64
 _COUNTER_BYTES = 8  # by which a batch norm's count of batches may grow in the file while the network is finetuned
 
 
@@ -33,12 +36,15 @@ class Sketch:
         self._network = survey.own
         self._config = survey.config
         self._paths = {layer.name: dict(paths) for layer, paths in _weight_paths(survey.own, survey.chosen)}
-        is_fixed = not survey.config.has_budget
-        always_quantized = [f.weight for f, p in survey.chosen if is_fixed or p.name not in survey.free]
+        always_quantized = [
+            f.weight for f, p in survey.chosen if not (survey.config.has_budget and p.name in survey.free)
+        ]
         with untouched(survey.own) as (base,):
             _empty_(base, always_quantized)
-            _round_(base, survey.config, survey.leftovers)
+            _round_(base, survey)
             self._state = State.of(base)
+        lean = self._state.frozen if has_lean_norms(survey.config) else ()
+        self._lean = {f"{path}.{name}" for path in lean for name in ("weight", "bias")}
 
     def file_size(self, chosen: Chosen) -> int:
         """Length in bytes of the file with the chosen layers quantized and the rest float, rounded as the settings say.
@@ -51,32 +57,41 @@ class Sketch:
         if not self._config.has_budget:
             return file_size(content)
         whole = state.tensors
-        is_exact = self._config.float_storage == "float32"
-        changing = {name for name, value in whole.items() if _may_change(value) and is_exact}
-        tensors = {n: whole[n].to("meta") if n in changing else tensor for n, tensor in content.tensors.items()}
+        narrows = self._config.float_storage == "float32" or bool(content.streams)  # by its values, which may change
+        changing = {name for name, value in whole.items() if _may_change(value) and narrows}
+        tensors = {n: self._at_most(n, whole[n]) if n in changing else t for n, t in content.tensors.items()}
         counters = sum(not t.is_floating_point() and t.ndim == 0 for t in whole.values())
         reserve = _COUNTER_BYTES * counters if self._config.finetuning else 0
-        return file_size(Stored(tensors=tensors, header=content.header)) + reserve
+        if content.streams:  # names and numbers in the header, and 8-bit integers that the fit changes
+            rest = sum(t.numel() * t.element_size() for n, t in content.tensors.items() if n not in content.streams)
+            reserve += _STREAM_BYTES * len(content.streams) + rest // _REST_SHARE
+        return file_size(dataclasses.replace(content, tensors=tensors)) + reserve
+
+    def _at_most(self, name: str, value: Tensor) -> Tensor:
+        """What the file may hold of a vector whose values change: of frozen norms, beside their step, 8 bits."""
+        return value.to("meta", torch.int8 if name in self._lean else value.dtype)
 
     def _with(self, chosen: Chosen) -> State:
         """The state with empty codebooks and codes in the place of weights."""
         places = {
-            name: (path, module)
+            name: (path, module, planned)
             for found, planned in chosen
             for module in [_empty(self._network, found, planned)]
             for name, path in self._paths[found.name].items()
         }
         tensors: dict[str, Tensor] = {}
-        layers = dict(self._state.layers)
+        layers, streams = dict(self._state.layers), dict(self._state.stream_bytes)
         for name, value in self._state.tensors.items():
             if name not in places:
                 tensors[name] = value
                 continue
-            path, module = places[name]
+            path, module, planned = places[name]
             layers[path] = module
+            if planned.codes == "entropy":
+                streams[path] = planned.size_bytes - _ENTROPY_LEVELS * module.codebook.element_size()
             parts = {"codebook": module.codebook.detach(), "codes": module.codes, "mask": module.mask}
             tensors |= {f"{path}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
-        return dataclasses.replace(self._state, tensors=tensors, layers=layers)
+        return dataclasses.replace(self._state, tensors=tensors, layers=layers, stream_bytes=streams)
 
 
 def _weight_paths(network: nn.Module, chosen: Chosen) -> Iterator[tuple[FoundLayer, list[tuple[str, str]]]]:
@@ -104,7 +119,8 @@ def _weight_paths(network: nn.Module, chosen: Chosen) -> Iterator[tuple[FoundLay
 def _empty(network: nn.Module, found: FoundLayer, planned: PlannedLayer) -> PQModule:
     """The module that will stand for a layer, with shapes and types alone."""
     dtype = torch.int8 if planned.codebook_storage == "int8" else found.weight.dtype
-    codebook = torch.empty(planned.codebook_size, planned.block_size, dtype=dtype, device="meta")
+    size = _ENTROPY_LEVELS if planned.codes == "entropy" else planned.codebook_size  # the levels count as stream
+    codebook = torch.empty(size, planned.block_size, dtype=dtype, device="meta")
     codes = torch.empty(planned.rows, planned.blocks_per_row, dtype=torch.int64, device="meta")
     return quantized(float_module(network, found.target, found.layout), codebook, codes, planned.kept(found.matrix))
 
@@ -118,10 +134,17 @@ def _empty_(network: nn.Module, weights: list[nn.Parameter]) -> None:
                 module._parameters[name] = empty[id(parameter)]
 
 
-def _round_(network: nn.Module, config: BGDConfig, leftovers: tuple[str, ...]) -> None:
+def _round_(network: nn.Module, survey: Survey) -> None:
+    config, coarse = survey.config, coarse_weights(survey)
+    for name in coarse:
+        owner, _, attribute = name.rpartition(".")
+        parameters = module_at(network, owner)._parameters
+        weight = parameters[attribute]
+        if weight is not None and not weight.is_meta:
+            parameters[attribute] = nn.Parameter(fold_to_integers(weight.detach(), WEIGHT_BITS)[0], requires_grad=False)
     if config.freeze_norms:
         freeze_norms_(network)
-    round_weights_(network, leftovers, config.weight_storage)
+    round_weights_(network, [name for name in survey.leftovers if name not in coarse], config.weight_storage)
     if config.float_storage == "float16":
         round_floats_(network)
 

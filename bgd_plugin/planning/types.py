@@ -36,6 +36,9 @@ class PlannedLayer:
         mask_form, mask_bytes: how the positions of preserved zeros are stored (`bgd_plugin.encoding.masks`), and their
             bytes; "" and 0 where there are none.
         note: deviations from the setting, with reasons; empty if there are none.
+        codes: "blocks", or "entropy" where the file holds the codes as an entropy-coded stream: blocks are single
+            weights then, and `codebook_size` is the most that the fit may take.
+        size_bytes: of an entropy-coded layer, the most that stream and codebook take in the file; 0 for others.
     """
 
     name: str
@@ -50,6 +53,8 @@ class PlannedLayer:
     mask_form: str = ""
     mask_bytes: int = 0
     note: str = ""
+    codes: str = "blocks"
+    size_bytes: int = 0
 
     @property
     def weights(self) -> int:
@@ -69,14 +74,23 @@ class PlannedLayer:
     @property
     def code_bits(self) -> int:
         """Bits per code."""
-        return int(math.log2(self.codebook_size))
+        return max(1, math.ceil(math.log2(self.codebook_size)))
 
     @property
     def compressed_bytes(self) -> int:
-        """Bytes of packed codes, codebook (8 bits with a 4-byte scale, or half precision) and mask."""
+        """Bytes of codes, codebook (8 bits with a 4-byte scale, or half precision) and mask in the file."""
+        if self.codes == "entropy":
+            return self.size_bytes
         codes = -(-self.rows * self.blocks_per_row * self.code_bits // 8)
         values = self.codebook_size * self.block_size
         return codes + (values + 4 if self.codebook_storage == "int8" else 2 * values) + self.mask_bytes
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of codes (whole bytes), codebook (single precision) and mask (one byte a weight) in memory."""
+        code_bytes = 1 if self.codebook_size <= 256 else 4
+        mask_bytes = self.weights if self.mask_form else 0
+        return code_bytes * self.rows * self.blocks_per_row + 4 * self.codebook_size * self.block_size + mask_bytes
 
     @property
     def bits_per_weight(self) -> float:
@@ -136,6 +150,7 @@ class Plan:
         notes: how a budget was spent.
         expected_divergence: from the float network, with calibration data and sizes that are chosen; None otherwise.
         curve: bytes against expected divergence, bytes ascending; with calibration data only.
+        memory_bytes: the most that parameters and buffers of the compressed network take in memory.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -146,6 +161,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     expected_divergence: float | None = None
     curve: tuple[CurvePoint, ...] = ()
+    memory_bytes: int | None = None
 
     @property
     def ratio(self) -> float:
@@ -174,7 +190,8 @@ class Plan:
 
     def __str__(self) -> str:
         rows = [
-            [x.name, x.kind, "×".join(map(str, x.weight_shape)), x.block_size, x.codebook_size]
+            [x.name, x.kind, "×".join(map(str, x.weight_shape)), x.block_size]
+            + ["entropy" if x.codes == "entropy" else x.codebook_size]
             + [f"{x.bits_per_weight:.2f}", mib(x.compressed_bytes), x.note]
             for x in self.layers
         ]
@@ -192,7 +209,8 @@ class Plan:
             "",
             *self.notes,
             f"{len(self.layers)} layers quantized, {len(self.skipped)} left float: "
-            f"{mib(self.original_bytes)} → {mib(self.compressed_bytes)} ({self.ratio:.1f}×); "
-            f"by the paper's accounting {mib(self.paper_bytes)}",
+            f"{mib(self.original_bytes)} → {mib(self.compressed_bytes)} ({self.ratio:.1f}×)"
+            + ("; " if self.memory_bytes is None else f", in memory {mib(self.memory_bytes)}; ")
+            + f"by the paper's accounting {mib(self.paper_bytes)}",
         ]
         return "\n".join(lines)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bgd_plugin.pq.masked import masked, nearest_masked
 
-__all__ = ["damped", "diagonal_blocks", "encode_damped", "encode_with_feedback", "grouped", "nearest"]
+__all__ = ["damped", "diagonal_blocks", "encode_damped", "encode_with_feedback", "factors", "grouped", "nearest"]
 
 _LEAST_SHARE = 1e-4
 _MOST_TIMES = 100.0
@@ -76,7 +76,7 @@ def encode_damped(weight: Tensor, codebook: Tensor, gram: Tensor, mask: Tensor |
     block_size = codebook.shape[1]
     if rows.shape[2] % block_size:
         raise ValueError(f"{rows.shape[2]} weights per row do not divide into blocks of {block_size}")
-    metrics, inverse = (factor.to(weight) for factor in _factors(grams, block_size))
+    metrics, inverse = (factor.to(weight) for factor in factors(grams, block_size))
     rest, kept = rows.clone(), None if mask is None else mask.reshape(rows.shape)
     codes = torch.empty(*rows.shape[:2], rows.shape[2] // block_size, dtype=torch.int64, device=weight.device)
     for block in range(codes.shape[2]):
@@ -175,12 +175,16 @@ def _pieces(groups: int, rows: int, codewords: int) -> Iterator[tuple[slice, sli
             yield slice(group, group + group_step), slice(row, row + row_step)
 
 
-def _factors(gram: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def factors(gram: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """With gram = V Vᵀ, V upper triangular: V's diagonal blocks `[groups, blocks_per_row, d, d]`, and the whole V⁻¹.
 
     Cholesky gives a lower triangle; for the matrix with rows and columns reversed this is V reversed. The inverse is
     computed in V's memory, a few columns at a time. For columns with diagonal triangle T, let B be the part of V above
     T, and X the inverse of the triangle to the left of B: the inverse is T⁻¹ on the diagonal and −X B T⁻¹ above.
+
+    Args:
+        gram: `[groups, columns, columns]`, float64, symmetric and positive definite (damped).
+        block_size: d, a divisor of the columns.
     """
     root = torch.linalg.cholesky(gram.flip((1, 2))).flip((1, 2))
     metrics = diagonal_blocks(root, block_size).clone()

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.files.content import measured_size
+from bgd_plugin.files.format import state_bytes
 from bgd_plugin.fitting import FittedLayer, fit_weight
 from bgd_plugin.graph import Front, baked, copy_module, find_layers, fold_parametrizations_, install_, isolated
 from bgd_plugin.nn import PQModule, quantized
 from bgd_plugin.planning.budget import Budget
+from bgd_plugin.planning.coded import as_coded
 from bgd_plugin.planning.rules import decided
 from bgd_plugin.planning.sizes import paper_bytes
 from bgd_plugin.planning.survey import surveyed
@@ -66,6 +68,7 @@ def quantize_weights(model: nn.Module, config: BGDConfig | None = None) -> Quant
             modules = install_(student, layer, fit.codebook, fit.codes, planned.kept(matrix))
             for module in modules:
                 module.codebook.requires_grad_(layer.weight.requires_grad)
+            planned = as_coded(planned, modules[0])
             reports.append(
                 LayerReport.of(planned, relative_error=_weight_error(matrix, modules[0].matrix), warnings=fit.warnings)
             )
@@ -76,6 +79,7 @@ def quantize_weights(model: nn.Module, config: BGDConfig | None = None) -> Quant
         original_bytes=survey.original_bytes,
         compressed_bytes=measured_size(student),
         paper_bytes=paper_bytes(student),
+        memory_bytes=state_bytes(student.state_dict()),
         seconds=log.seconds,
         notes=(*survey.notes, _NOTE),
     )

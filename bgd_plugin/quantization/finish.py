@@ -9,10 +9,12 @@ from torch import nn
 
 from bgd_plugin.calibration import BatchStore
 from bgd_plugin.files.content import measured_size
-from bgd_plugin.files.rounding import round_floats_, round_weights_
+from bgd_plugin.files.format import state_bytes
+from bgd_plugin.files.rounding import round_floats_, round_norms_, round_weights_
 from bgd_plugin.graph import module_or_none, set_modes
 from bgd_plugin.nn import PQModule, freeze_norms_
 from bgd_plugin.planning.answers import Answers
+from bgd_plugin.planning.lean import coarse_weights, has_lean_norms
 from bgd_plugin.planning.sizes import paper_bytes
 from bgd_plugin.planning.survey import Survey
 from bgd_plugin.planning.types import SkippedLayer
@@ -48,9 +50,12 @@ def round_to_storage_(student: nn.Module, survey: Survey) -> None:
         layer = module_or_none(student, planned.target)
         if isinstance(layer, PQModule):
             layer.round_codebook_(planned.codebook_storage)
+    coarse = coarse_weights(survey)
     if config.freeze_norms:
         freeze_norms_(student)
-    round_weights_(student, survey.leftovers, config.weight_storage)
+    if has_lean_norms(config):
+        round_norms_(student)
+    round_weights_(student, [name for name in survey.leftovers if name not in coarse], config.weight_storage)
     if config.float_storage == "float16":
         round_floats_(student)
 
@@ -113,6 +118,7 @@ def reported(
         original_bytes=job.survey.original_bytes,
         compressed_bytes=compressed_bytes,
         paper_bytes=paper_bytes(network),
+        memory_bytes=state_bytes(network.state_dict()),
         answers=answers,
         expected_divergence=job.survey.expected_divergence,
         curve=job.survey.curve,

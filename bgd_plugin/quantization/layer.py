@@ -25,6 +25,7 @@ from bgd_plugin.fitting import (
 )
 from bgd_plugin.graph import FoundLayer, install_, module_at, release_
 from bgd_plugin.nn import PQModule
+from bgd_plugin.planning.coded import as_coded
 from bgd_plugin.planning.types import PlannedLayer, SkippedLayer
 from bgd_plugin.pq.blocks import Geometry, decode
 from bgd_plugin.quantization.job import Job
@@ -71,6 +72,7 @@ def quantize_layer(
         job.bar.update(job.config.distillation.steps)
     job.bar.update()
     layer.requires_grad_(False)
+    planned = as_coded(planned, layer)
     decoded = _unscaled(layer.matrix, fit.row_scale)
     return LayerReport.of(
         planned,
@@ -91,7 +93,7 @@ def treat_unreached(job: Job, index: int) -> LayerReport | SkippedLayer:
     """
     found, planned = job.survey.chosen[index]
     job.bar.update(1 + (job.config.distillation.steps if job.config.distillation else 0))
-    if not job.config.has_target:
+    if not job.config.has_budget:
         release_(job.student, found)
         return SkippedLayer(name=found.name, reason="no calibration input reaches it")
     matrix, mask = found.matrix.detach(), planned.kept(found.matrix)
@@ -105,6 +107,7 @@ def treat_unreached(job: Job, index: int) -> LayerReport | SkippedLayer:
     layer, *_ = install_(job.student, found, fit.codebook.to(found.weight), fit.codes.to(matrix.device), mask)
     layer.requires_grad_(False)
     job.run.store(index, dataclasses.replace(fit, codebook=layer.codebook, codes=layer.codes))
+    planned = as_coded(planned, layer)
     lost = torch.linalg.vector_norm(matrix - layer.matrix) / torch.linalg.vector_norm(matrix).clamp(min=1e-30)
     warning = "no calibration input reaches it: fitted to its weight alone, to keep to the budget"
     return LayerReport.of(planned, relative_error=float(lost) ** 2, bias_gain=None, warnings=(*fit.warnings, warning))

@@ -12,6 +12,7 @@ from bgd_plugin.config import BGDConfig
 from bgd_plugin.correction import DriftedSkip, Gain, NormCorrection, is_batchnorm
 from bgd_plugin.graph import FoundLayer, added_to, following_batchnorm_node
 from bgd_plugin.nn import normalizes
+from bgd_plugin.planning.lean import coarse_weights
 from bgd_plugin.planning.types import SkippedLayer
 from bgd_plugin.quantization.checks import require_same_layers
 from bgd_plugin.quantization.job import Job
@@ -48,7 +49,7 @@ def _along_graph(job: Job, logits: list[Tensor]) -> Outcomes:
     norms = NormCorrection(job.student, job.config.batchnorm, job.log.timed)
     outcomes: Outcomes = []
     refits: list[Gain] = []
-    leftovers = leftover_nodes(job)
+    leftovers, coarse = leftover_nodes(job), coarse_weights(job.survey)
     batchnorms = {node.name for node in walk.order if is_batchnorm(job.student, node)}
     for node in walk.nodes({*first_nodes, *leftovers, *batchnorms}):
         for index in first_nodes.get(node.name, ()):
@@ -57,7 +58,8 @@ def _along_graph(job: Job, logits: list[Tensor]) -> Outcomes:
             outcomes.append(quantize_layer(job, walk, index, logits, skip))
         if node.name in leftovers:
             with job.log.timed("refit"):
-                gain = treat_leftover(job, walk, *leftovers[node.name])
+                name, call = leftovers[node.name]
+                gain = treat_leftover(job, walk, name, call, coarse[name][1] if name in coarse else None)
             refits += [gain] if gain else []
         elif node.name in batchnorms:
             norms.correct_(walk, node)

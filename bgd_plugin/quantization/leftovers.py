@@ -7,9 +7,11 @@ from typing import Any
 from torch import fx, nn
 
 from bgd_plugin.calibration import LayerInputs, Walk
-from bgd_plugin.correction import Gain, refitted
+from bgd_plugin.correction import Gain, absorb_row_scale_, refitted
+from bgd_plugin.encoding.small_integers import fold_to_integers
 from bgd_plugin.files.rounding import round_weights_
-from bgd_plugin.graph import call_input
+from bgd_plugin.graph import call_input, module_at
+from bgd_plugin.planning.lean import WEIGHT_BITS
 from bgd_plugin.quantization.job import Job
 
 __all__ = ["leftover_nodes", "treat_leftover"]
@@ -27,8 +29,15 @@ def leftover_nodes(job: Job) -> dict[str, tuple[str, fx.Node]]:
     return due
 
 
-def treat_leftover(job: Job, walk: Walk, weight_name: str, call: fx.Node) -> Gain | None:
+def treat_leftover(job: Job, walk: Walk, weight_name: str, call: fx.Node, coarse: str | None = None) -> Gain | None:
     """Refit a depthwise layer to the student's inputs; round any layer to its storage type.
+
+    Args:
+        job: the run.
+        walk: positioned at the layer.
+        weight_name: of its weight.
+        call: the node that computes with it.
+        coarse: path of the batch norm that takes up the scale of each row, if the weight becomes small integers.
 
     Args:
         job: the run; its student is changed.
@@ -54,7 +63,12 @@ def treat_leftover(job: Job, walk: Walk, weight_name: str, call: fx.Node) -> Gai
         weight, gain = refitted(weight, LayerInputs(walk, path, [call.name]), job.generator(f"{path} refit"))
         # a new parameter: the reference may share the old one
         owner._parameters[attribute] = nn.Parameter(weight, requires_grad=False)
-    round_weights_(job.student, [weight_name], config.weight_storage)
+    if coarse is not None:
+        weight, factor = fold_to_integers(weight.detach(), WEIGHT_BITS)
+        owner._parameters[attribute] = nn.Parameter(weight, requires_grad=False)
+        absorb_row_scale_(module_at(job.student, coarse), factor)
+    else:
+        round_weights_(job.student, [weight_name], config.weight_storage)
     if is_refitted or config.weight_storage != "float32":
         walk.mark_changed(path if call.op == "call_module" else weight_name)
     return gain

@@ -112,7 +112,8 @@ class Run:
                 warnings = json.loads((content.metadata() or {}).get("warnings", "[]"))
                 tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (no mapping)
             found = list(tensors["codebook"].shape), list(tensors["codes"].shape)
-            wanted = [layer.codebook_size, layer.block_size], [layer.rows, layer.blocks_per_row]
+            size = found[0][0] if layer.codes == "entropy" else layer.codebook_size  # as many levels as the fit found
+            wanted = [size, layer.block_size], [layer.rows, layer.blocks_per_row]
             if found != wanted:
                 raise ValueError(f"shapes {found}, expected {wanted}")
             return FittedLayer(

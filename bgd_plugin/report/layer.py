@@ -25,7 +25,8 @@ class LayerReport:
         block_size, codebook_size: as used, after any adjustment to the layer.
         weights: number of weights.
         bits_per_weight: bits of codes and codebook per weight.
-        compressed_bytes: bytes of packed codes and codebook.
+        compressed_bytes: bytes of codes and codebook in the file.
+        memory_bytes: the same in memory.
         relative_error: ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on a sample of the layer's calibration inputs.
         bias_gain: reduction of the squared output error by the bias correction, relative to the outputs' variance; None
             if no bias was corrected.
@@ -40,6 +41,7 @@ class LayerReport:
     weights: int
     bits_per_weight: float
     compressed_bytes: int
+    memory_bytes: int
     relative_error: float
     bias_gain: float | None = None
     note: str = ""
@@ -73,6 +75,7 @@ class LayerReport:
             weights=planned.weights,
             bits_per_weight=planned.bits_per_weight,
             compressed_bytes=planned.compressed_bytes,
+            memory_bytes=planned.memory_bytes,
             relative_error=relative_error,
             bias_gain=bias_gain,
             note="; ".join(filter(None, (planned.note, *warnings))),

@@ -28,6 +28,7 @@ class Report:
         original_bytes: all parameters and buffers of the float network, or of the one that a chain started from.
         compressed_bytes: length of the file that `save` writes.
         paper_bytes: size by the paper's own accounting.
+        memory_bytes: parameters and buffers of the compressed network in memory; None where nobody counted them.
         expected_divergence: what the choice of sizes expected the divergence to be; None where sizes are fixed.
         curve: bytes against expected divergence, where sizes were chosen by what was measured.
         answers: how the compressed network, as it will be saved, answers beside the float network; None without data.
@@ -40,6 +41,7 @@ class Report:
     original_bytes: int
     compressed_bytes: int
     paper_bytes: int
+    memory_bytes: int | None = None
     answers: Answers | None = None
     expected_divergence: float | None = None
     curve: tuple[CurvePoint, ...] = ()
@@ -97,12 +99,13 @@ class Report:
             for x in self.layers
         ]
         lines = [table(header, rows)]
+        memory = "" if self.memory_bytes is None else f", in memory {mib(self.memory_bytes)}"
         if self.skipped:
             lines += ["", table(["left float", "reason"], [[s.name, s.reason] for s in self.skipped])]
         lines += ["", *self.notes, *([str(self.answers)] if self.answers else [])]
         lines.append(
             f"{len(self.layers)} layers quantized, {len(self.skipped)} left float: "
-            f"{mib(self.original_bytes)} → {mib(self.compressed_bytes)} ({self.ratio:.1f}×); "
+            f"{mib(self.original_bytes)} → {mib(self.compressed_bytes)} ({self.ratio:.1f}×){memory}; "
             f"by the paper's accounting {mib(self.paper_bytes)}"
         )
         lines.append(", ".join(f"{step} {seconds:.1f} s" for step, seconds in self.seconds.items()))

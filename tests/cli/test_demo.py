@@ -113,6 +113,7 @@ def _report() -> Report:
         weights=4096,
         bits_per_weight=5.0,
         compressed_bytes=2560,
+        memory_bytes=100,
         relative_error=0.01,
     )
     return Report(layers=(layer,), skipped=(), original_bytes=40_000, compressed_bytes=10_000, paper_bytes=9_000)

@@ -44,6 +44,7 @@ def _layer(name: str, error: float = 0.01, weights: int = 4096) -> LayerReport:
         weights=weights,
         bits_per_weight=6.0,
         compressed_bytes=3072,
+        memory_bytes=100,
         relative_error=error,
         note="a <note>",
     )

@@ -14,9 +14,7 @@ from tests.calibration.test_rerun import Aside, Chain, EncoderDecoder, Routed, d
 from tests.networks import randomized
 
 CONFIG = bgd.BGDConfig(
-    reconstruction=bgd.ReconstructionConfig(steps=120, batch_size=8),
-    linear=bgd.LayerConfig(block_size=8),
-    max_divergence=None,
+    reconstruction=bgd.ReconstructionConfig(steps=120, batch_size=8), linear=bgd.LayerConfig(block_size=8)
 )
 
 
@@ -44,7 +42,7 @@ def test_blocks_are_trained_to_the_float_blocks_outputs(build: type[nn.Module], 
 
 def test_the_network_answers_more_nearly_as_before() -> None:
     network = randomized(Chain(4))
-    plain = bgd.BGDConfig(linear=bgd.LayerConfig(block_size=8), max_divergence=None)
+    plain = bgd.BGDConfig(linear=bgd.LayerConfig(block_size=8))
     errors = []
     for config in (plain, CONFIG):
         model = bgd.quantize(network, data(), config, progress=False).model

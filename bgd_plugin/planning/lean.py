@@ -1,0 +1,43 @@
+"""What else a file with entropy-coded codes saves: depthwise weights in few bits, and frozen norms in eight.
+
+The scale of each channel of a depthwise convolution goes into the batch norm behind it, so that its weights are small
+integers times one step.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, fx, nn
+
+from bgd_plugin.config import BGDConfig
+from bgd_plugin.graph import following_batchnorm, module_at
+from bgd_plugin.planning.survey import Survey
+
+__all__ = ["WEIGHT_BITS", "coarse_weights", "has_lean_norms"]
+
+WEIGHT_BITS = 5
+
+
+def has_lean_norms(config: BGDConfig) -> bool:
+    """Whether frozen norms are rounded to eight bits."""
+    return config.codes == "entropy" and config.float_storage == "float16"
+
+
+def coarse_weights(survey: Survey) -> dict[str, tuple[str, str]]:
+    """The weights that are rounded to small integers: for each name the call and the batch norm that reads it alone."""
+    config, graph = survey.config, survey.network
+    if config.codes != "entropy" or config.weight_storage != "int8" or not isinstance(graph, fx.GraphModule):
+        return {}
+    found = {}
+    for node in graph.graph.nodes:
+        name = f"{node.target}.weight"
+        if node.op == "call_module" and name in survey.leftovers and _is_depthwise(module_at(graph, str(node.target))):
+            norm = following_batchnorm(graph, (node.name,))
+            if norm is not None:
+                found[name] = node.name, norm
+    return found
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    is_single = isinstance(weight, Tensor) and weight.ndim > 2 and weight.shape[1] == 1
+    return is_single and module._parameters.get("bias") is None and not getattr(module, "transposed", False)
