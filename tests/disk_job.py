@@ -26,6 +26,7 @@ CONFIG = bgd.BGDConfig(
     em_iterations=3,
     distillation=bgd.DistillationConfig(steps=2, batch_size=8),
     finetuning=bgd.FinetuningConfig(steps=3),
+    max_divergence=None,
 )
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 

@@ -21,11 +21,11 @@ from tests.networks import SmallResNet, images, randomized, vectors
 
 # Several processes keep other samples aside than one: where they are compared with it, all data is fitted to.
 CONFIGS: dict[str, bgd.BGDConfig] = {
-    "default": bgd.BGDConfig(),
-    "full": bgd.BGDConfig(reconstruction=None, kept_aside=0.0),
+    "default": bgd.BGDConfig(max_divergence=None),
+    "full": bgd.BGDConfig(reconstruction=None, kept_aside=0.0, max_divergence=None),
     "em": bgd.BGDConfig.paper("small", batchnorm="matched", distillation=None, finetuning=None, kept_aside=0.0),
-    "untraced": bgd.BGDConfig(kept_aside=0.0),
-    "branching": bgd.BGDConfig(kept_aside=0.0),
+    "untraced": bgd.BGDConfig(kept_aside=0.0, max_divergence=None),
+    "branching": bgd.BGDConfig(kept_aside=0.0, max_divergence=None),
     "budget": bgd.BGDConfig(target_bytes=6_000),
     "finetuned": bgd.BGDConfig(
         method="em",
@@ -36,9 +36,12 @@ CONFIGS: dict[str, bgd.BGDConfig] = {
         finetuning=bgd.FinetuningConfig(
             epochs=3, trained="codebooks", learning_rate=10.0
         ),  # the network is nearly exact as it is
+        max_divergence=None,
     ),
     "trained": bgd.BGDConfig(
-        distillation=bgd.DistillationConfig(steps=3, batch_size=16), finetuning=bgd.FinetuningConfig(epochs=3)
+        distillation=bgd.DistillationConfig(steps=3, batch_size=16),
+        finetuning=bgd.FinetuningConfig(epochs=3),
+        max_divergence=None,
     ),
 }
 

@@ -127,7 +127,7 @@ def em(**fields: Any) -> BGDConfig:
     """The paper's fit with few iterations, no training, batch norm as it is; fields change that."""
     storage = {"codebook_storage": "float16", "weight_storage": "float32", "float_storage": "float32"}
     plain = {"method": "em", "em_iterations": 8, "batchnorm": "keep", "kept_aside": 0.0}
-    return BGDConfig(**(plain | storage | fields))
+    return BGDConfig(**(plain | storage | fields), max_divergence=None)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from tests.networks import SmallResNet, images, randomized, same_outputs
 
 def test_there_and_back(tmp_path: Path) -> None:
     data = images()
-    result = bgd.quantize(randomized(SmallResNet()), data, progress=False)
+    result = bgd.quantize(randomized(SmallResNet()), data, bgd.BGDConfig(max_divergence=None), progress=False)
     assert bgd.save(result.model, tmp_path / "net.safetensors") == result.report.compressed_bytes
     again = bgd.load(tmp_path / "net.safetensors", like=SmallResNet().eval())
     assert same_outputs(again, result.model, data)

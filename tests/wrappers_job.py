@@ -32,7 +32,9 @@ def network(seed: int = 0) -> nn.Module:
     parts = [part for layer in layers for part in (layer, nn.ReLU())]
     model = nn.Sequential(*parts[:-1])
     overrides = tuple((str(2 * i + 2), bgd.LayerConfig(block_size=4, codebook_size=k)) for i, k in enumerate(SIZES))
-    result: nn.Module = bgd.quantize_weights(model, bgd.BGDConfig(overrides=overrides, em_iterations=2)).model
+    result: nn.Module = bgd.quantize_weights(
+        model, bgd.BGDConfig(overrides=overrides, em_iterations=2, max_divergence=None)
+    ).model
     return result
 
 

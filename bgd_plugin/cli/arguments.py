@@ -16,6 +16,7 @@ __all__ = [
     "ConfigFile",
     "Device",
     "FcCodebook",
+    "FixedSizes",
     "FreezeNorms",
     "Json",
     "MaxDivergence",
@@ -64,7 +65,11 @@ TargetSize = Annotated[
 TargetRatio = Annotated[float | None, typer.Option(help="compression ratio to reach, instead of --target-size")]
 MaxDivergence = Annotated[
     float | None,
-    typer.Option(help="choose sizes for the smallest file within this divergence from the float network, such as 0.02"),
+    typer.Option(help="bound on the divergence from the float network; the default of a run without a target is 0.02"),
+]
+FixedSizes = Annotated[
+    bool,
+    typer.Option("--fixed-sizes", help="default sizes where the settings name none, instead of choosing them"),
 ]
 FreezeNorms = Annotated[
     bool,

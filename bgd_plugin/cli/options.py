@@ -7,7 +7,16 @@ from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 
-from bgd_plugin.config import BGDConfig, DistillationConfig, FinetuningConfig, LayerConfig, ReconstructionConfig
+from bgd_plugin.config import (
+    DEFAULT_DIVERGENCE,
+    FAMILIES,
+    BGDConfig,
+    DistillationConfig,
+    FinetuningConfig,
+    LayerConfig,
+    ReconstructionConfig,
+)
+from bgd_plugin.config.paper import opened
 from bgd_plugin.errors import ConfigError
 
 __all__ = [
@@ -63,11 +72,9 @@ def settings_from(
     else:
         settings = BGDConfig.paper("small" if regime == Regime.paper_small else "large")
     if fc_codebook is not None:
-        settings = replace(
-            settings, linear=replace(settings.linear or LayerConfig(block_size=4), codebook_size=fc_codebook)
-        )
+        settings = replace(settings, linear=replace(settings.linear or LayerConfig(), codebook_size=fc_codebook))
     if pointwise is not None:
-        layer = settings.pointwise_conv or LayerConfig(block_size=pointwise)
+        layer = settings.pointwise_conv or LayerConfig()
         settings = replace(settings, pointwise_conv=replace(layer, block_size=pointwise))
     return replace(settings, overrides=(*map(_override, overrides or ()), *settings.overrides))
 
@@ -86,7 +93,7 @@ def _override(text: str) -> tuple[str, LayerConfig | None]:
             "one of the two sizes may be left out: 'fc=,16'"
         )
     codebook_size = sizes[1] if len(sizes) == 2 else None
-    return pattern, LayerConfig(block_size=sizes[0], codebook_size=256 if codebook_size is None else codebook_size)
+    return pattern, LayerConfig(block_size=sizes[0], codebook_size=codebook_size)
 
 
 _SIZE_UNITS = {"": 1, "B": 1} | {f"{m}B": 1000**i for i, m in enumerate("kMG", 1)}
@@ -99,6 +106,7 @@ def with_budget(
     ratio: float | None,
     freeze_norms: bool = False,
     max_divergence: float | None = None,
+    fixed_sizes: bool = False,
 ) -> BGDConfig:
     """The settings with a budget.
 
@@ -108,12 +116,23 @@ def with_budget(
         ratio: original bytes / file bytes.
         freeze_norms: store batch norms as one scale and one shift per channel.
         max_divergence: a bound on the divergence, in nats.
+        fixed_sizes: choose nothing.
+
+    Raises:
+        ConfigError: more than one of them.
     """
     settings = replace(settings, freeze_norms=freeze_norms or settings.freeze_norms)
     if size is None and ratio is None and max_divergence is None:
-        return settings
+        return replace(settings, target_bytes=None, target_ratio=None, max_divergence=None) if fixed_sizes else settings
+    if fixed_sizes:
+        raise ConfigError("--fixed-sizes: a budget or a bound chooses sizes: give only one of them")
     target = None if size is None else _size_bytes(size)
-    return replace(settings, target_bytes=target, target_ratio=ratio, max_divergence=max_divergence)
+    if settings.method == "em" and not settings.has_budget:  # of a regime: its default sizes are chosen now
+        settings = replace(settings, **opened({name: getattr(settings, name) for name in FAMILIES}))
+    bound = DEFAULT_DIVERGENCE if max_divergence is None else max_divergence
+    if (target is not None or ratio is not None) and max_divergence is not None:
+        raise ConfigError("--max-divergence and a target size or ratio: give only one of them")
+    return replace(settings, target_bytes=target, target_ratio=ratio, max_divergence=bound)
 
 
 def _size_bytes(text: str) -> int:

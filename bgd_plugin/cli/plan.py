@@ -14,6 +14,7 @@ from bgd_plugin.cli.arguments import (
     BatchSize,
     ConfigFile,
     FcCodebook,
+    FixedSizes,
     FreezeNorms,
     Json,
     MaxDivergence,
@@ -47,6 +48,7 @@ def plan(
     target_size: TargetSize = None,
     target_ratio: TargetRatio = None,
     max_divergence: MaxDivergence = None,
+    fixed_sizes: FixedSizes = False,
     freeze_norms: FreezeNorms = False,
     calibration: Annotated[
         Path | None, typer.Option(help="folder of images: measure the curve of bytes against expected divergence")
@@ -69,7 +71,7 @@ def plan(
     if picture is not None and calibration is None:
         raise ConfigError("--picture shows a measured curve: give --calibration FOLDER")
     settings = settings_from(regime, config, override, fc_codebook_size, pointwise_block_size)
-    settings = with_budget(settings, target_size, target_ratio, freeze_norms, max_divergence)
+    settings = with_budget(settings, target_size, target_ratio, freeze_norms, max_divergence, fixed_sizes)
     # preserved zeros and a measured curve need the weights' values
     only_shapes = not settings.preserve_zeros and calibration is None
     network = named_model(model, weights, only_shapes=only_shapes)

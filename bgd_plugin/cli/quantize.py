@@ -15,6 +15,7 @@ from bgd_plugin.cli.arguments import (
     ConfigFile,
     Device,
     FcCodebook,
+    FixedSizes,
     FreezeNorms,
     MaxDivergence,
     Mean,
@@ -61,6 +62,7 @@ def quantize(
     target_size: TargetSize = None,
     target_ratio: TargetRatio = None,
     max_divergence: MaxDivergence = None,
+    fixed_sizes: FixedSizes = False,
     freeze_norms: FreezeNorms = False,
     distill_steps: Annotated[int | None, typer.Option(min=1, help="gradient steps for each layer's codewords")] = None,
     reconstruct_steps: Annotated[int | None, typer.Option(min=1, help="gradient steps for each block")] = None,
@@ -111,7 +113,7 @@ def quantize(
     if resume:
         _require_run(checkpoint)
     settings = settings_from(regime, config, override, fc_codebook_size, pointwise_block_size)
-    settings = with_budget(settings, target_size, target_ratio, freeze_norms, max_divergence)
+    settings = with_budget(settings, target_size, target_ratio, freeze_norms, max_divergence, fixed_sizes)
     _require_folders(output, report, None if json_file == "-" else json_file)
     settings = settings if seed is None else replace(settings, seed=seed)
     with process_group(device) as place:

@@ -49,18 +49,21 @@ def counts(value: Any) -> bool:
     return isinstance(value, int) and value >= 1
 
 
-def check_budget(target_bytes: Any, target_ratio: Any, max_divergence: Any) -> None:
+def check_budget(target_bytes: Any, target_ratio: Any, max_divergence: Any, default: float) -> None:
     """Require at most one of the three budgets, and a valid number for it.
 
     Args:
         target_bytes: maximum length of the file, an integer of at least 1.
         target_ratio: original bytes / file bytes, above 1.
         max_divergence: from the float network, in nats, above 0.
+        default: the bound, in nats, that gives way to a budget.
 
     Raises:
         ConfigError: saying what to give.
     """
     given = {"target_bytes": target_bytes, "target_ratio": target_ratio, "max_divergence": max_divergence}
+    if max_divergence == default and (target_bytes is not None or target_ratio is not None):
+        del given["max_divergence"]
     given = {name: value for name, value in given.items() if value is not None}
     check(len(given) < 2, f"{' and '.join(f'{n}={v}' for n, v in given.items())}: give only one of them")
     is_bound = isinstance(max_divergence, (int, float)) and 0 < max_divergence < float("inf")

@@ -6,39 +6,50 @@ from dataclasses import dataclass
 
 from bgd_plugin.config.checks import check
 
-__all__ = ["BLOCK_SIZES", "FAMILIES", "MAX_CODEBOOK_SIZE", "LayerConfig"]
+__all__ = ["BLOCK_SIZES", "CODEBOOK_SIZE", "FAMILIES", "MAX_CODEBOOK_SIZE", "LayerConfig"]
 
 # Kinds of layer with their own setting; `first_layer`, `depthwise_conv` and `embedding` stay float by default.
 FAMILIES = ("conv", "pointwise_conv", "depthwise_conv", "linear", "embedding", "first_layer")
 MAX_CODEBOOK_SIZE = 65536
 BLOCK_SIZES = {"conv": 9, "pointwise_conv": 4, "depthwise_conv": 9, "linear": 4, "embedding": 4}
-"""The default block size of each kind of layer."""
+"""The block size of each kind of layer where nothing chooses one."""
+CODEBOOK_SIZE = 256
+"""The codebook size where nothing chooses one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """How one layer is quantized.
+    """How one layer is quantized. Without a block size, a bound or a budget chooses the sizes.
 
     Args:
-        block_size: weights per block (d); must divide the number of weights in a row. None: that of the layer's kind,
-            lowered to the next size that divides the row.
-        codebook_size: codewords in the layer's codebook (k), a power of two from 2 to 65536. Layers with few blocks get
-            the largest power of two strictly below a quarter of their number of blocks.
+        block_size: weights per block (d); must divide the number of weights in a row. None: chosen by the bound on the
+            divergence or by the budget; without either, that of the layer's kind, lowered to the next size that divides
+            the row.
+        codebook_size: codewords in the layer's codebook (k), a power of two from 2 to 65536. None: 256 beside a block
+            size that is set, otherwise chosen like the block size. Layers with few blocks get the largest power of two
+            strictly below a quarter of their number of blocks.
 
     Raises:
         ConfigError: a value is out of range.
     """
 
     block_size: int | None = None
-    codebook_size: int = 256
+    codebook_size: int | None = None
 
     def __post_init__(self) -> None:
         check(
             self.block_size is None or (isinstance(self.block_size, int) and self.block_size >= 1),
-            f"block_size={self.block_size!r}: give an integer of at least 1, or None for that of the layer's kind",
+            f"block_size={self.block_size!r}: give an integer of at least 1, or None to have it chosen",
         )
         k = self.codebook_size
         check(
-            isinstance(k, int) and 2 <= k <= MAX_CODEBOOK_SIZE and k & (k - 1) == 0,
+            k is None or (isinstance(k, int) and 2 <= k <= MAX_CODEBOOK_SIZE and k & (k - 1) == 0),
             f"codebook_size={k!r}: give a power of two from 2 to {MAX_CODEBOOK_SIZE}",
         )
+        if k is None and self.block_size is not None:
+            object.__setattr__(self, "codebook_size", CODEBOOK_SIZE)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a bound or a budget chooses the block size, and the codebook size if that is not set either."""
+        return self.block_size is None

@@ -9,30 +9,33 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bgd_plugin.config.checks import check, check_budget, check_choice, check_codes, check_share, counts
-from bgd_plugin.config.layer import BLOCK_SIZES, FAMILIES, LayerConfig
-from bgd_plugin.config.paper import paper_settings
-from bgd_plugin.config.parsing import Override, checked_overrides, nested, nested_overrides
+from bgd_plugin.config.layer import BLOCK_SIZES, CODEBOOK_SIZE, FAMILIES, LayerConfig
+from bgd_plugin.config.paper import opened, paper_settings
+from bgd_plugin.config.parsing import Override, checked_overrides, nested, nested_overrides, upgraded
 from bgd_plugin.config.training import DistillationConfig, FinetuningConfig, ReconstructionConfig
 from bgd_plugin.errors import ConfigError
 
-__all__ = ["BGDConfig"]
+__all__ = ["DEFAULT_DIVERGENCE", "BGDConfig"]
 
-CONFIG_VERSION = 1
+CONFIG_VERSION = 2
+DEFAULT_DIVERGENCE = 0.02
+"""The bound on the divergence of a run without a budget."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BGDConfig:
     """What to quantize, and how.
 
-    Settings of layers and of training stages may be given as mappings, `{"codebook_size": 16}`; what they leave out is
-    the default, for a block size that of the layer's kind. `overrides` may be a mapping by glob.
+    By default the sizes of each layer are chosen for the smallest file whose answers stay within `max_divergence` of
+    the float network's. Settings of layers and of training stages may be given as mappings, `{"codebook_size": 16}`;
+    what they leave out is the default. `overrides` may be a mapping by glob.
 
     Args:
         method: how codebook and codes are fitted. "full" uses all correlations of a layer's inputs; "em" is the paper's
             method, expectation-maximization on one pooled Gram matrix.
-        conv: setting for convolutions. None keeps them float, as for the other kinds of layer. A default block size
-            that does not divide a layer's row is lowered to the next one that does; a block size that you set is never
-            adjusted, and is an error if it does not divide the row.
+        conv: setting for convolutions. `LayerConfig()` leaves the sizes to the bound or the budget, a block size fixes
+            them, and None keeps these layers float; the same holds for the other kinds of layer. A block size that
+            differs from that of the layer's kind is never adjusted, and is an error if it does not divide the row.
         pointwise_conv: setting for 1×1 convolutions and transposed convolutions.
         depthwise_conv: setting for depthwise convolutions; float by default.
         linear: setting for linear layers.
@@ -66,13 +69,13 @@ class BGDConfig:
             kept float by an override).
         preserve_zeros: keep weights that are exactly zero, such as pruned ones, exactly zero after decoding; their
             positions take bits in the file. False: treat them like other weights.
-        target_bytes: a budget, the maximum length of the file in bytes. Block and codebook sizes are then chosen layer
-            by layer, by the effect of each layer's error on the network's output, for the kinds of layer that have
-            their default setting; other kinds, and layers of an override, keep their settings.
+        target_bytes: a budget, the maximum length of the file in bytes. The sizes that the settings leave open are then
+            chosen layer by layer, by the effect of each layer's error on the network's output.
         target_ratio: the same budget as a compression ratio, float bytes / file bytes. Give one of the two.
         max_divergence: a bound on how far the compressed network's answers may be from the float network's: the
             Kullback-Leibler divergence of the logits in nats, or the relative squared error of an output without
-            logits. Sizes are then chosen for the smallest file within it, for the same layers as with a budget.
+            logits. Open sizes are chosen for the smallest file within it. The default applies where no budget is given.
+            None: without a budget, open sizes are fixed at blocks of 9 (convolutions) or 4 and 256 codewords.
         kept_aside: share of the calibration samples that no step of the fit sees: they judge the compressed network's
             answers at the end. At most 64 samples are kept aside, and none of fewer than 16.
         seed: seed of all random choices.
@@ -82,10 +85,10 @@ class BGDConfig:
     """
 
     method: Literal["full", "em"] = "full"
-    conv: LayerConfig | None = LayerConfig(block_size=9)
-    pointwise_conv: LayerConfig | None = LayerConfig(block_size=4)
+    conv: LayerConfig | None = LayerConfig()
+    pointwise_conv: LayerConfig | None = LayerConfig()
     depthwise_conv: LayerConfig | None = None
-    linear: LayerConfig | None = LayerConfig(block_size=4)
+    linear: LayerConfig | None = LayerConfig()
     embedding: LayerConfig | None = None
     first_layer: LayerConfig | None = None
     codes: Literal["blocks", "entropy"] = "blocks"
@@ -106,7 +109,7 @@ class BGDConfig:
     preserve_zeros: bool = False
     target_bytes: int | None = None
     target_ratio: float | None = None
-    max_divergence: float | None = None
+    max_divergence: float | None = DEFAULT_DIVERGENCE
     kept_aside: float = 0.125
     seed: int = 0
 
@@ -122,7 +125,7 @@ class BGDConfig:
         check_choice("float_storage", self.float_storage, ("float16", "float32"))
         check(isinstance(self.preserve_zeros, bool), f"preserve_zeros={self.preserve_zeros!r}: give True or False")
         check(counts(self.em_iterations), f"em_iterations={self.em_iterations}: give at least 1")
-        check_budget(self.target_bytes, self.target_ratio, self.max_divergence)
+        check_budget(self.target_bytes, self.target_ratio, self.max_divergence, DEFAULT_DIVERGENCE)
         check_codes(self.codes, has_budget=self.has_budget, preserve_zeros=self.preserve_zeros)
         check_share("kept_aside", self.kept_aside, 0.5)
         for family in FAMILIES:
@@ -132,8 +135,6 @@ class BGDConfig:
                 value is None or isinstance(value, LayerConfig),
                 f"{family}={value!r}: give a LayerConfig, or None to keep these layers float",
             )
-            if value is not None and value.block_size is None and family in _DEFAULTS:
-                value = dataclasses.replace(value, block_size=BLOCK_SIZES[family])
             object.__setattr__(self, family, value)
         for name, kind in _STAGES.items():
             object.__setattr__(self, name, nested(kind, getattr(self, name), name))
@@ -159,7 +160,7 @@ class BGDConfig:
             fc_codebook_size: codewords for linear layers (in the paper 2048 for ResNet-18, 1024 for ResNet-50, 256 for
                 Mask R-CNN).
             pointwise_block_size: block size of 1×1 convolutions; 4 in the paper's large ResNet-18.
-            **fields: any field of `BGDConfig`.
+            **fields: any field of `BGDConfig`. With a budget or a bound, sizes equal to the default ones are chosen.
 
         Returns:
             the settings.
@@ -171,12 +172,23 @@ class BGDConfig:
         """
         check(regime in ("small", "large", "mask_rcnn"), f"regime={regime!r}: give 'small', 'large' or 'mask_rcnn'")
         settings = paper_settings(regime, codebook_size, fc_codebook_size, pointwise_block_size)
-        return cls(**(settings | fields))
+        result = cls(**(settings | fields))
+        return dataclasses.replace(result, **(opened(settings) | fields)) if result.has_budget else result
+
+    @property
+    def has_target(self) -> bool:
+        """Whether the file has a budget in bytes, given as such or as a ratio."""
+        return self.target_bytes is not None or self.target_ratio is not None
+
+    @property
+    def bound(self) -> float | None:
+        """The bound on the divergence that applies: none beside a budget in bytes."""
+        return None if self.has_target else self.max_divergence
 
     @property
     def has_budget(self) -> bool:
-        """Whether block and codebook sizes are chosen layer by layer, by a number of bytes or a bound."""
-        return any(x is not None for x in (self.target_bytes, self.target_ratio, self.max_divergence))
+        """Whether open sizes are chosen layer by layer, for a number of bytes or a bound."""
+        return self.has_target or self.max_divergence is not None
 
     def budget_bytes(self, original_bytes: int) -> int | None:
         """The maximum file size in bytes; None without a budget.
@@ -191,30 +203,19 @@ class BGDConfig:
             return int(original_bytes / self.target_ratio)
         return self.target_bytes
 
-    def has_default_sizes(self, family: str) -> bool:
-        """Whether the setting of a family is the default, so that a budget may choose instead.
-
-        Args:
-            family: a kind of layer, one of `FAMILIES`.
-
-        Returns:
-            True if the setting is the default.
-        """
-        value: LayerConfig | None = getattr(self, family)
-        return value is not None and value == _DEFAULTS.get(family)
-
-    def block_size(self, setting: LayerConfig, kind: str) -> int:
-        """The block size of a setting: its own, or that of its kind of layer if it names none.
+    def sizes(self, setting: LayerConfig, kind: str) -> tuple[int, int]:
+        """Block and codebook size of a setting where nothing chooses them.
 
         Args:
             setting: the layer's setting.
             kind: the kind of layer, one of `FAMILIES`.
 
         Returns:
-            weights per block.
+            weights per block and codewords: the setting's own, or else those of the kind of layer.
         """
         own: LayerConfig | None = getattr(self, kind)
-        return setting.block_size or (own and own.block_size) or BLOCK_SIZES[kind]
+        block_size = setting.block_size or (own and own.block_size) or BLOCK_SIZES[kind]
+        return block_size, setting.codebook_size or CODEBOOK_SIZE
 
     def is_default(self, family: str) -> bool:
         """Whether the block size of a family is the default rather than the user's choice.
@@ -223,11 +224,10 @@ class BGDConfig:
             family: a kind of layer, one of `FAMILIES`.
 
         Returns:
-            True if it is the default.
+            True if it is the default, which gives way to the next smaller one that divides a layer's row.
         """
-        default = _DEFAULTS.get(family)
         value: LayerConfig | None = getattr(self, family)
-        return value is not None and default is not None and value.block_size == default.block_size
+        return value is not None and family in _ADAPTING and value.block_size in (None, BLOCK_SIZES[family])
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values.
@@ -257,7 +257,7 @@ class BGDConfig:
             isinstance(version, int) and version <= CONFIG_VERSION,
             f"the settings have version {version!r}, this library reads up to {CONFIG_VERSION}: upgrade bgd-plugin",
         )
-        result: BGDConfig = nested(cls, fields, "BGDConfig")
+        result: BGDConfig = nested(cls, upgraded(fields, version), "BGDConfig")
         return result
 
     def to_json(self) -> str:
@@ -293,8 +293,4 @@ _STAGES: dict[str, type[Any]] = {
     "reconstruction": ReconstructionConfig,
     "finetuning": FinetuningConfig,
 }
-_DEFAULTS = {
-    f.name: f.default
-    for f in dataclasses.fields(BGDConfig)
-    if f.name in FAMILIES and isinstance(f.default, LayerConfig)
-}
+_ADAPTING = ("conv", "pointwise_conv", "linear")

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from bgd_plugin.config.layer import LayerConfig
+from bgd_plugin.config.layer import BLOCK_SIZES, LayerConfig
 from bgd_plugin.config.training import DistillationConfig, FinetuningConfig
 
-__all__ = ["paper_settings"]
+__all__ = ["opened", "paper_settings"]
 
 # In torchvision's Mask R-CNN: layers that the paper keeps float besides the first, and outputs that it distills.
 _MASK_RCNN_FLOAT = ("rpn.head.cls_logits", "rpn.head.bbox_pred", "roi_heads.mask_predictor.mask_fcn_logits")
@@ -35,6 +36,7 @@ def paper_settings(
         "pointwise_conv": LayerConfig(block_size=pointwise, codebook_size=codebook_size),
         "linear": LayerConfig(block_size=4, codebook_size=fc_codebook_size),
         "rotation": False,
+        "max_divergence": None,
         "batchnorm": "keep",
         "kept_aside": 0.0,
         "codebook_storage": "float16",
@@ -51,3 +53,16 @@ def paper_settings(
             "finetuning": FinetuningConfig(epochs=9, trained="codebooks", outputs=_MASK_RCNN_OUTPUTS),
         }
     return settings
+
+
+def opened(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The paper's settings for a budget, which chooses the sizes that are those of the default.
+
+    Args:
+        settings: fields of `BGDConfig`.
+    """
+    defaults = {kind: LayerConfig(block_size=BLOCK_SIZES[kind]) for kind in ("conv", "pointwise_conv", "linear")}
+    return {
+        name: LayerConfig() if name in defaults and value == defaults[name] else value
+        for name, value in settings.items()
+    }

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from bgd_plugin.config.checks import check
-from bgd_plugin.config.layer import LayerConfig
+from bgd_plugin.config.layer import BLOCK_SIZES, CODEBOOK_SIZE, LayerConfig
 
-__all__ = ["Override", "checked_overrides", "nested", "nested_overrides"]
+__all__ = ["Override", "checked_overrides", "nested", "nested_overrides", "upgraded"]
 
 Override = tuple[str, "LayerConfig | None"]
 
@@ -30,6 +30,25 @@ def nested(kind: type[Any], values: Any, where: str) -> Any:
     unknown = sorted(set(values) - known)
     check(not unknown, f"{where}: unknown {', '.join(unknown)}; {kind.__name__} has {', '.join(sorted(known))}")
     return kind(**values)
+
+
+def upgraded(fields: Mapping[str, Any], version: int) -> dict[str, Any]:
+    """Settings of an older version as this one has them.
+
+    In version 1 sizes were fixed unless a budget or a bound was given, and a budget chose for the kinds of layer whose
+    sizes were the default ones.
+
+    Args:
+        fields: as `BGDConfig.from_dict` gets them.
+        version: number of their layout, from 1.
+    """
+    if version != 1:
+        return dict(fields)
+    result = {"max_divergence": None, **fields}
+    for kind in ("conv", "pointwise_conv", "linear"):
+        if result.get(kind) == {"block_size": BLOCK_SIZES[kind], "codebook_size": CODEBOOK_SIZE}:
+            result[kind] = {}
+    return result
 
 
 def nested_overrides(overrides: Any) -> Any:

@@ -17,7 +17,7 @@ from bgd_plugin.exporting.compare import largest_difference
 from bgd_plugin.exporting.examples import Examples
 from bgd_plugin.exporting.result import Exported
 from bgd_plugin.exporting.targets import target_of
-from bgd_plugin.files.format import file_size, stored
+from bgd_plugin.files.format import file_size, packed_size, stored
 from bgd_plugin.graph import copy_module, set_modes
 from bgd_plugin.graph.computed import set_apart_
 from bgd_plugin.nn import PQModule
@@ -70,10 +70,12 @@ def export(
         runs = [] if target.run is None else [target.run(temporary, case) for case in cases]
         pairs = zip(runs, expected[: len(runs)], strict=True)
         differences = [largest_difference(run.outputs, wanted) for run, wanted in pairs]
+        content = stored(model)
         result = Exported(
             path=place,
             size_bytes=_size(temporary),
-            file_bytes=file_size(stored(model)),
+            file_bytes=file_size(content),
+            packed_bytes=packed_size(content),
             largest_difference=max(differences) if runs else None,
             is_folded=runs[0].is_folded if runs else None,
             runtime=runs[0].runtime if runs else "",

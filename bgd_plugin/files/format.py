@@ -41,6 +41,7 @@ __all__ = [
     "identity",
     "layer_header",
     "narrowest",
+    "packed_size",
     "restored",
     "scales",
     "state_bytes",
@@ -246,6 +247,11 @@ def file_size(content: Stored) -> int:
         length = content_length(compact.tensors, compact.header)
         tensors, header = {CONTENT: torch.empty(length, dtype=torch.uint8)}, {"format": FORMAT_VERSION}
     return len(_safetensors({name: torch.zeros(t.shape, dtype=t.dtype) for name, t in tensors.items()}, header))
+
+
+def packed_size(content: Stored) -> int:
+    """Length that the file would have with its codes packed, without entropy-coded streams."""
+    return len(_safetensors(content.tensors, content.header))
 
 
 def _safetensors(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:

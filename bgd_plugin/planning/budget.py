@@ -20,10 +20,13 @@ from bgd_plugin.support.seeds import seeded
 __all__ = ["Budget"]
 
 _CURVE_POINTS = 16
-_LESS = "give a smaller file size or a larger divergence"
 _UNMEASURED = (
-    "bound: sizes are as the settings have them, since what each layer's error does to the output was not measured; "
-    "quantize() measures it on a network that traces, and so does plan() with calibration data"
+    "bound: sizes are the fixed default ones, since what each layer's error does to the output was not measured; "
+    "quantize() measures it, and so does plan() with calibration data"
+)
+_FINEST = (
+    "bound: no choice of sizes keeps within it and makes the file smaller: all layers have their finest sizes; give a "
+    "larger max_divergence, or a budget"
 )
 _BLIND = (
     "budget: estimated from the weights alone, without data; quantize() measures what each layer's error does to the "
@@ -47,12 +50,12 @@ class Budget:
 
     @classmethod
     def of(cls, survey: Survey, sketch: Sketch | None = None) -> Budget | None:
-        """The budget that the settings name; None where they name none.
+        """The budget that the settings name; None where they name none, and where a bound finds all sizes fixed.
 
         Raises:
             ConfigError: it is below the least possible file, whose length the message gives.
         """
-        if not survey.config.has_budget:
+        if not survey.config.has_budget or not (survey.free or survey.config.has_target):
             return None
         target = survey.config.budget_bytes(survey.original_bytes)
         budget = cls(survey=survey, sketch=sketch or Sketch(survey), target_bytes=target)
@@ -92,10 +95,15 @@ class Budget:
             choice = choose(options, self.target_bytes, self._file_size)
         else:
             choice = self._within_bound(options, realized)
+            if all(option.layer is None for option in choice.options) and not self._fixed:
+                choice = self._finest(options)
         pairs = list(zip(choice.options, names, strict=True))
         chosen = self._chosen([_explained(option, known[name]) for option, name in pairs])
         if not chosen:
-            raise ConfigError(f"{self._wanted()}: no layer is left to quantize; {_LESS}")
+            raise ConfigError(
+                f"a budget of {self.target_bytes:,} bytes has room for every layer in float: no layer is left to "
+                "quantize; give a smaller file size"
+            )
         left = [name for option, name in pairs if option.layer is None]
         notes = self._notes(choice, sensitivities, realized)
         if not sensitivities:
@@ -122,11 +130,23 @@ class Budget:
         return [rated(o, known[layer.name]) for o, layer in zip(self._options(), self.free, strict=True)]
 
     def _within_bound(self, options: Sequence[Sequence[Option]], realized: float) -> Choice:
-        bound = self.survey.config.max_divergence
+        bound = self.survey.config.bound
         assert bound is not None
         picks = fewest_bytes(options, bound / realized)
         picked = tuple(layer[i] for layer, i in zip(options, picks, strict=True))
         return Choice(options=picked, file_bytes=self._file_size(picked), loss=sum(o.loss for o in picked))
+
+    def _finest(self, options: Sequence[Sequence[Option]]) -> Choice:
+        """Every layer quantized with the least loss."""
+        picked = tuple(
+            next(o for o in (*reversed(rated_ones), *reversed(every)) if o.layer is not None)
+            for rated_ones, every in zip(options, self._options(), strict=True)
+        )
+        return Choice(options=picked, file_bytes=self._file_size(picked), loss=sum(o.loss for o in picked))
+
+    @property
+    def _fixed(self) -> int:
+        return len(self.survey.chosen) - len(self.free)
 
     def _known(self, measured: Mapping[str, Sensitivity]) -> dict[str, Sensitivity]:
         """What was measured; a layer that could not be measured counts as one of the measured ones in the middle."""
@@ -136,14 +156,14 @@ class Budget:
             others = {name: dataclasses.replace(one, per_error=middle) for name, one in others.items()}
         return {**others, **measured}
 
-    def _wanted(self) -> str:
-        if self.target_bytes is not None:
-            return f"a budget of {self.target_bytes:,} bytes has room for every layer in float"
-        return f"max_divergence={self.survey.config.max_divergence} leaves every layer float"
-
     def _options(self) -> list[list[Option]]:
         return [
-            options_of(planned, self._float_bytes(found), codes=self.survey.config.codes)
+            options_of(
+                planned,
+                self._float_bytes(found),
+                self.survey.free[planned.name].codebook_size,
+                codes=self.survey.config.codes,
+            )
             for found, planned in self.survey.chosen
             if planned.name in self.survey.free
         ]
@@ -172,14 +192,15 @@ class Budget:
     def _notes(
         self, choice: Choice, sensitivities: Mapping[str, Sensitivity] | None, realized: float
     ) -> tuple[str, ...]:
-        fixed = len(self.survey.chosen) - len(self.free)
-        more = f"; {fixed} more have fixed sizes" if fixed else ""
+        more = f"; {self._fixed} more have fixed sizes" if self._fixed else ""
         if self.target_bytes is None:
-            bound = self.survey.config.max_divergence
-            return (
+            bound = self.survey.config.bound
+            note = (
                 f"bound: sizes of {len(self.free)} layers chosen for the smallest file within a divergence of {bound}: "
-                f"{choice.file_bytes:,} bytes, expected {choice.loss * realized:.3g}{more}",
+                f"{choice.file_bytes:,} bytes, expected {choice.loss * realized:.3g}{more}"
             )
+            is_finest = all(o.layer is not None for o in choice.options) and choice.loss * realized > (bound or 0)
+            return (note, _FINEST) if is_finest else (note,)
         share = choice.file_bytes / self.target_bytes
         spent = f"budget: {choice.file_bytes:,} of {self.target_bytes:,} bytes ({share:.2%})"
         note = f"{spent}; sizes of {len(self.free)} layers chosen for the lowest expected loss, {choice.loss:.3g}{more}"

@@ -194,12 +194,15 @@ def _entropy_coded(planned: PlannedLayer) -> list[PlannedLayer]:
     ]
 
 
-def options_of(planned: PlannedLayer, float_bytes: int, *, codes: str = "blocks") -> list[Option]:
-    """All ways to store a layer, bytes ascending, the last one as float in `float_bytes`; losses are not known yet.
+def options_of(
+    planned: PlannedLayer, float_bytes: int, codebook_size: int | None = None, *, codes: str = "blocks"
+) -> list[Option]:
+    """All ways to store a layer, bytes ascending; their losses are not known yet.
 
     Args:
         planned: the layer.
-        float_bytes: what it takes in float.
+        float_bytes: of the layer in float.
+        codebook_size: if it is not to be chosen: then the layer is quantized in any case.
         codes: "entropy": entropy-coded codes at several rates are among them.
     """
     shape = planned.weight_shape
@@ -208,9 +211,23 @@ def options_of(planned: PlannedLayer, float_bytes: int, *, codes: str = "blocks"
         for d in block_sizes(shape)
         for k in codebook_sizes(shape, d)
     ]
-    layers += _entropy_coded(planned) if codes == "entropy" else []
+    if codebook_size is not None:
+        layers = _fixed(planned, codebook_size)
+    elif codes == "entropy":
+        layers += _entropy_coded(planned)
     options = [Option(layer=layer, size_bytes=layer.compressed_bytes) for layer in layers]
-    return sorted([*options, Option(layer=None, size_bytes=float_bytes)], key=lambda option: option.size_bytes)
+    options += [] if codebook_size is not None else [Option(layer=None, size_bytes=float_bytes)]
+    return sorted(options, key=lambda option: option.size_bytes)
+
+
+def _fixed(planned: PlannedLayer, codebook_size: int) -> list[PlannedLayer]:
+    """The same layer in all blocks, with a codebook size of the user's, as far as the layer may have it."""
+    counts = {d: largest_codebook(planned.weights // d) for d in block_sizes(planned.weight_shape)}
+    return [
+        dataclasses.replace(planned, block_size=d, codebook_size=min(codebook_size, k), note="")
+        for d, k in counts.items()
+        if k >= 2
+    ]
 
 
 def rated(options: Sequence[Option], sensitivity: Sensitivity) -> list[Option]:

@@ -1,4 +1,4 @@
-"""Plan a network without data: which layers are quantized, into what, and how many bytes that takes."""
+"""Plan a network: which layers are quantized, into what, and how many bytes that takes."""
 
 from __future__ import annotations
 

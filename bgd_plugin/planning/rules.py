@@ -35,18 +35,19 @@ def decided(layer: FoundLayer, config: BGDConfig, *, is_first: bool) -> PlannedL
     if setting is None:
         return SkippedLayer(name=layer.name, reason=reason)
     rows, columns = layer.rows, layer.columns
-    wanted, notes = config.block_size(setting, layer.family), []
+    wanted, most = config.sizes(setting, layer.family)
+    notes = []
     block_size = _dividing(layer, wanted, adapts=adapts or setting.block_size is None)
     if block_size != wanted:
         notes.append(f"block {wanted} → {block_size}: {columns} weights per row")
         if block_size == 1 and columns > 1:
             return SkippedLayer(name=layer.name, reason=f"{columns} weights per row do not divide into blocks")
     blocks = rows * columns // block_size
-    codebook_size = min(setting.codebook_size, largest_codebook(blocks))
+    codebook_size = min(most, largest_codebook(blocks))
     if codebook_size < 2:
         return SkippedLayer(name=layer.name, reason=f"only {blocks} blocks, too few for a codebook")
-    if codebook_size < setting.codebook_size:
-        notes.append(f"codebook {setting.codebook_size} → {codebook_size}: {blocks} blocks")
+    if codebook_size < most:
+        notes.append(f"codebook {most} → {codebook_size}: {blocks} blocks")
     form, mask_bytes = _stored_mask(layer) if config.preserve_zeros else ("", 0)
     if form:
         notes.append(f"zeros: {form}, {8 * mask_bytes / (rows * columns):.2f} bits/weight")

@@ -36,9 +36,8 @@ class Sketch:
         self._network = survey.own
         self._config = survey.config
         self._paths = {layer.name: dict(paths) for layer, paths in _weight_paths(survey.own, survey.chosen)}
-        always_quantized = [
-            f.weight for f, p in survey.chosen if not (survey.config.has_budget and p.name in survey.free)
-        ]
+        is_fixed = not survey.config.has_budget
+        always_quantized = [f.weight for f, p in survey.chosen if is_fixed or p.name not in survey.free]
         with untouched(survey.own) as (base,):
             _empty_(base, always_quantized)
             _round_(base, survey)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from bgd_plugin.config import BGDConfig
+from bgd_plugin.config import BGDConfig, LayerConfig
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.files.format import state_bytes
 from bgd_plugin.graph import FoundLayer, Front, LeftLayer, find_layers
@@ -36,8 +36,7 @@ class Survey:
         config: the settings.
         chosen: the layers to be quantized.
         skipped: the layers that stay float, with reasons.
-        free: names of the chosen layers whose sizes a budget may choose: those without an override whose kind has the
-            default setting.
+        free: by name, the settings of the chosen layers whose sizes a bound or a budget may choose.
         leftovers: names of the weights that stay float because their kind of layer has no setting; not those kept float
             by an override.
         original_bytes: bytes of the user's network, or of the network before pruning.
@@ -51,7 +50,7 @@ class Survey:
     config: BGDConfig
     chosen: Chosen
     skipped: tuple[SkippedLayer, ...]
-    free: frozenset[str]
+    free: Mapping[str, LayerConfig]
     leftovers: tuple[str, ...]
     original_bytes: int
     notes: tuple[str, ...] = ()
@@ -145,7 +144,7 @@ def surveyed(
         config=config,
         chosen=chosen,
         skipped=(*skipped, *_unused(original, network)),
-        free=frozenset(p.name for _, p in chosen if _is_free(p, config)),
+        free=_free(chosen, config, first),
         leftovers=tuple(_leftovers(found, first, config)),
         original_bytes=_chain_bytes(original, original_bytes),
         notes=(f"fitted by running the network itself, since {front.reason}",) if front.reason else (),
@@ -161,12 +160,14 @@ def is_finished(network: nn.Module, config: BGDConfig) -> bool:
         return False
     found, _ = find_layers(network)
     first = first_layer(network, found)
-    outcomes = [decided(layer, config, is_first=layer is first) for layer in found]
-    return all(config.has_budget and _is_free(x, config) for x in outcomes if isinstance(x, PlannedLayer))
+    outcomes = [(layer, decided(layer, config, is_first=layer is first)) for layer in found]
+    chosen = tuple((f, p) for f, p in outcomes if isinstance(p, PlannedLayer))
+    return not chosen or (config.has_budget and len(_free(chosen, config, first)) == len(chosen))
 
 
-def _is_free(planned: PlannedLayer, config: BGDConfig) -> bool:
-    return not _is_named(planned.name, config) and config.has_default_sizes(planned.family)
+def _free(chosen: Chosen, config: BGDConfig, first: FoundLayer | None) -> dict[str, LayerConfig]:
+    settings = {p.name: setting_of(layer, config, is_first=layer is first)[0] for layer, p in chosen}
+    return {n: setting for n, setting in settings.items() if setting and setting.is_open}
 
 
 def _leftovers(found: Sequence[FoundLayer], first: FoundLayer | None, config: BGDConfig) -> list[str]:

@@ -93,7 +93,7 @@ def treat_unreached(job: Job, index: int) -> LayerReport | SkippedLayer:
     """
     found, planned = job.survey.chosen[index]
     job.bar.update(1 + (job.config.distillation.steps if job.config.distillation else 0))
-    if not job.config.has_budget:
+    if not job.config.has_target:
         release_(job.student, found)
         return SkippedLayer(name=found.name, reason="no calibration input reaches it")
     matrix, mask = found.matrix.detach(), planned.kept(found.matrix)

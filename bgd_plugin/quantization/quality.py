@@ -26,12 +26,14 @@ def within_bound(run: Callable[[float, int], Quantized], bound: float) -> Quanti
 
     Returns:
         of at most three passes, the smallest file within the bound; if none is, the one nearest to it, and its report
-        says that the bound was missed.
+        says that the bound was missed. Where no sizes were chosen, the first pass's, as it is.
     """
     results: list[Quantized] = []
     realized = 1.0
     for number in range(_PASSES):
         result = run(realized, number)
+        if result.report.expected_divergence is None:  # nothing was chosen
+            return result
         results.append(result)
         correction = _correction(result.report, bound, is_first=number == 0)
         if correction is None or any(_same_sizes(result.report, before.report) for before in results[:-1]):

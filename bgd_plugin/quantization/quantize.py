@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 from torch.export import ExportedProgram
 
 from bgd_plugin import kernels
-from bgd_plugin.calibration import DEFAULT_BOUND_BYTES, Forward, collect_batches, take_aside_
+from bgd_plugin.calibration import DEFAULT_BOUND_BYTES, Forward, collect_batches
 from bgd_plugin.config import BGDConfig
-from bgd_plugin.graph import (
-    baked,
-    batchnorms_in_parts,
-    copy_module,
-    isolate_weights_,
-    isolated,
-    unwrapped,
-)
+from bgd_plugin.graph import baked, isolated, unwrapped
 from bgd_plugin.quantization.checks import check_arguments
-from bgd_plugin.quantization.finish import finish, reported, restore_
-from bgd_plugin.quantization.job import Job
-from bgd_plugin.quantization.judge import judged
-from bgd_plugin.quantization.layerwise import quantize_layers
+from bgd_plugin.quantization.one_pass import Task
 from bgd_plugin.quantization.prepare import prepared, prepared_for
-from bgd_plugin.quantization.progress_bar import progress_bar
 from bgd_plugin.quantization.quality import within_bound
-from bgd_plugin.quantization.resume import Run
-from bgd_plugin.quantization.settle import settled
-from bgd_plugin.quantization.spend import spent
-from bgd_plugin.quantization.train import check_teacher, teacher_for, train
 from bgd_plugin.report.report import Quantized
-from bgd_plugin.support.log import Log
-from bgd_plugin.support.processes import is_first, watched
+from bgd_plugin.support.processes import watched
 from bgd_plugin.support.reproducible import if_asked
 
 __all__ = ["quantize"]
@@ -69,7 +53,8 @@ def quantize(
         calibration: batches of inputs, without labels. A batch is a tensor, a sequence whose first item is the input,
             or a mapping of keyword arguments. Finetuning iterates over it several times; if it has a method
             `set_epoch(number)`, this is called before each of these passes with 1, 2, 3 and so on.
-        config: what to quantize and how; `BGDConfig()` if not given.
+        config: what to quantize and how. By default the smallest file is sought whose answers stay within a bound on
+            the divergence from the float network's; sizes that a budget or the settings fix are kept to instead.
         teacher: network whose logits distillation and finetuning match; the float network if not given.
         forward: `callable(model, batch)` for batches of any other form.
         checkpoint: folder in which progress is saved: each finished layer, and training every half minute. A call with
@@ -79,7 +64,7 @@ def quantize(
             temporary file. The result is the same. 1 GiB unless given; None: no limit.
         reproducible: compute on one thread with torch's deterministic algorithms, so that the file does not depend on
             the number of threads. Without it, the file is the same for the same number of threads.
-        progress: show a progress bar.
+        progress: show progress bars.
         original_bytes: if earlier steps such as pruning made the network smaller, the bytes of the network before them,
             such as `plan(dense).original_bytes`; the report's ratio is then that of all steps.
 
@@ -90,75 +75,21 @@ def quantize(
         BGDError: one of its subclasses; the message names the layer, what was found, and what to do.
     """
     config = config or BGDConfig()
-    bound = config.max_divergence
-    if bound is not None and isinstance(calibration, Iterator):
-        calibration = list(calibration)  # another pass walks it again
-
-    def run(realized: float, number: int) -> Quantized:
-        folder = Path(checkpoint) / f"pass-{number + 1}" if checkpoint is not None and number else checkpoint
-        return _one_pass(
-            model,
-            calibration,
-            config,
-            realized,
-            teacher=teacher,
-            forward=forward,
-            checkpoint=folder,
-            memory_bytes=memory_bytes,
-            progress=progress,
-            original_bytes=original_bytes,
-        )
-
-    return run(1.0, 0) if bound is None else within_bound(run, bound)
-
-
-def _one_pass(
-    model: nn.Module | ExportedProgram,
-    calibration: Iterable[Any],
-    config: BGDConfig,
-    realized: float,
-    *,
-    teacher: nn.Module | None,
-    forward: Forward | None,
-    checkpoint: str | os.PathLike[str] | None,
-    memory_bytes: int | None,
-    progress: bool,
-    original_bytes: int | None,
-) -> Quantized:
-    """Compress once; the arguments are those of `quantize`, and what corrects the expected divergences."""
     model = baked(unwrapped(model))
     check_arguments(model, calibration, config, memory_bytes)
     first = prepared(model, config, original_bytes)
     device = next(model.parameters()).device
     batches = collect_batches(calibration, model, device=device, forward=forward, memory_bytes=memory_bytes)
-    ready = prepared_for(first, model, config, original_bytes, batches)
-    student, survey, budget = ready.front.network, ready.survey, ready.budget
-    run = Run.open(checkpoint if is_first() else None, model, config, batches, teacher)
-    aside = take_aside_(batches, config.kept_aside)
-    log = Log()
-    survey = spent(survey, budget, batches, log, realized, progress=progress)
-    log.note(*survey.notes)
-    learnt = {layer.target: layer.weight.requires_grad for layer in survey.found}
-    isolate_weights_(student, survey.found)
-    reference = copy_module(student, share_tensors=True)
-    with progress_bar(survey, batches.given, shown=progress) as bar, run.says_how_to_go_on():
-        job = Job(
-            student=student,
-            reference=reference,
-            teacher=teacher_for(model if teacher is None else unwrapped(teacher), config, device),
-            config=config,
-            survey=survey,
-            norms={} if isinstance(student, fx.GraphModule) else batchnorms_in_parts(student),
-            batches=batches,
-            aside=aside,
-            run=run,
-            bar=bar,
-            log=log,
-        )
-        check_teacher(job, is_given=teacher is not None)
-        outcomes = quantize_layers(job)
-        train(job, calibration, forward)
-    result = settled(ready.front, student, batches)
-    compressed_bytes, answers = finish(job, result), judged(job, result)
-    restore_(result, model, learnt)
-    return Quantized(result, reported(job, result, outcomes, compressed_bytes, answers))
+    task = Task(
+        model=model,
+        calibration=calibration,
+        config=config,
+        teacher=None if teacher is None else unwrapped(teacher),
+        forward=forward,
+        checkpoint=None if checkpoint is None else Path(checkpoint),
+        progress=progress,
+        original_bytes=original_bytes,
+        batches=batches,
+        ready=prepared_for(first, model, config, original_bytes, batches),
+    )
+    return task.run(1.0, 0) if config.bound is None else within_bound(task.run, config.bound)

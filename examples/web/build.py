@@ -28,7 +28,7 @@ _PAGE = ("index.html", "style.css", "app.js", "resize.js")
 _RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 _NPM_PACKAGE = "onnxruntime-web@1.30.0"
 _LAYER = bgd.LayerConfig(block_size=4, codebook_size=256)
-CONFIG = bgd.BGDConfig(pointwise_conv=_LAYER, linear=_LAYER)
+CONFIG = bgd.BGDConfig(pointwise_conv=_LAYER, linear=_LAYER, max_divergence=None)
 
 
 def build(output: Path) -> dict[str, Any]:

@@ -41,8 +41,8 @@ def loop(data: list[torch.Tensor]) -> Any:
 
 def test_calibrated_gives_the_cores_codes_and_accuracy() -> None:
     model, data = trained_on_digits(), list(digits()[0][:200].split(100))
-    expected = bgd.quantize(model, data, BGDConfig(**SMALL), progress=False)
-    result = adapter.quantize(model, BGDConfig(**SMALL), forward_loop=loop(data))
+    expected = bgd.quantize(model, data, BGDConfig(**SMALL, max_divergence=None), progress=False)
+    result = adapter.quantize(model, BGDConfig(**SMALL, max_divergence=None), forward_loop=loop(data))
     assert result is model
     assert same_state(model, expected.model)
     assert accuracy(model) == accuracy(expected.model) > 0.8
@@ -166,8 +166,8 @@ def test_a_missing_file_and_one_cut_short_are_errors(tmp_path: Path) -> None:
 def test_frozen_norms_and_a_restored_copy_that_is_trained_and_saved_again(tmp_path: Path) -> None:
     model, data = trained_on_digits(), list(digits()[0][:200].split(100))
     settings: dict[str, Any] = SMALL | {"freeze_norms": True}
-    expected = bgd.quantize(model, data, BGDConfig(**settings), progress=False)
-    adapter.quantize(model, BGDConfig(**settings), forward_loop=loop(data))
+    expected = bgd.quantize(model, data, BGDConfig(**settings, max_divergence=None), progress=False)
+    adapter.quantize(model, BGDConfig(**settings, max_divergence=None), forward_loop=loop(data))
     assert same_state(model, expected.model)
     mto.save(model, tmp_path / "model.pt")
     again = copy.deepcopy(mto.restore(trained_on_digits(), tmp_path / "model.pt"))
@@ -200,7 +200,7 @@ def test_after_sparsity_and_its_export() -> None:
 )
 def test_overrides_in_part(entry: Any, expected: Any) -> None:
     model = PlainNet()
-    config = {"linear": {"codebook_size": 16}, "overrides": {"2": entry}}
+    config = {"linear": {"codebook_size": 16}, "overrides": {"2": entry}, "max_divergence": None}
     adapter.quantize(model, config, loop(vectors()))
     assert integration.placement_of(model).get("2") == expected
 

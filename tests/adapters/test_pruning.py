@@ -170,7 +170,7 @@ def test_channels_first_then_masks_then_quantization(tp: Any) -> None:
     for name in ("conv1", "conv2"):
         prune.random_unstructured(pruned.get_submodule(name), "weight", 0.5)
     mask = pruned.get_submodule("conv2").get_buffer("weight_mask")
-    result = bgd.quantize(pruned, images(), BGDConfig(preserve_zeros=True), progress=False)
+    result = bgd.quantize(pruned, images(), BGDConfig(preserve_zeros=True, max_divergence=None), progress=False)
     decoded: Any = result.model.get_submodule("conv2").weight
     assert torch.equal(decoded != 0, mask != 0)
 
@@ -265,19 +265,23 @@ def test_two_to_four_of_torch_ao_keeps_exactly_its_mask(tmp_path: Path) -> None:
     sparsifier.prepare(model, [{"tensor_fqn": "2.weight"}])
     sparsifier.step()
     mask: Tensor = model[2].parametrizations.weight[0].mask
-    result = bgd.quantize(model, vectors(), BGDConfig(preserve_zeros=True), progress=False)
+    result = bgd.quantize(model, vectors(), BGDConfig(preserve_zeros=True, max_divergence=None), progress=False)
     path = tmp_path / "net.safetensors"
     assert bgd.save(result.model, path) == result.report.compressed_bytes == path.stat().st_size
     loaded: Any = bgd.load(path, like=PlainNet().eval())
     assert torch.equal(loaded.get_submodule("2").weight != 0, mask != 0)
-    planned = next(layer for layer in bgd.plan(model, BGDConfig(preserve_zeros=True)).layers if layer.name == "2")
+    planned = next(
+        layer
+        for layer in bgd.plan(model, BGDConfig(preserve_zeros=True, max_divergence=None)).layers
+        if layer.name == "2"
+    )
     assert (planned.mask_form, planned.mask_bytes) == ("2:4", 32 * 32 // 4 * 3 // 8)
 
 
 def test_whole_channels_under_a_mask_take_next_to_nothing() -> None:
     model = PlainNet().eval()
     prune.ln_structured(model[2], "weight", 0.5, n=2, dim=0)
-    plan = bgd.plan(model, BGDConfig(preserve_zeros=True))
+    plan = bgd.plan(model, BGDConfig(preserve_zeros=True, max_divergence=None))
     assert (plan.layers[0].mask_form, plan.layers[0].mask_bytes) == ("lines", (32 + 32) // 8)
 
 
@@ -406,7 +410,7 @@ def test_layers_of_every_kind_are_narrowed(case: str, freeze: bool, tmp_path: Pa
 def beside_a_quantized_layer(module: nn.Module, path: Path) -> nn.Module:
     """A network with a module of the test, saved; what a dense one would hold is for the caller."""
     network = nn.Sequential(nn.Linear(32, 32), module, nn.Linear(32, 4)).eval()
-    config = bgd.BGDConfig(first_layer=LayerConfig(block_size=4, codebook_size=16))
+    config = bgd.BGDConfig(first_layer=LayerConfig(block_size=4, codebook_size=16), max_divergence=None)
     bgd.save(bgd.quantize_weights(network, config).model, path)
     return network
 

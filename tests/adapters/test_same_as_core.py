@@ -18,7 +18,7 @@ from tests.adapters.digits import DigitsResNet, accuracy, digits, trained_on_dig
 from tests.adapters.entrances import ENTRANCES, same_state
 
 SETTINGS = {
-    "default": BGDConfig(),
+    "default": BGDConfig(max_divergence=None),
     "em": BGDConfig.paper(
         "small", batchnorm="matched", distillation=None, finetuning=FinetuningConfig(steps=10, learning_rate=0.001)
     ),
@@ -97,7 +97,7 @@ def test_zeros_of_a_pruned_network_are_preserved_as_by_the_core(name: str) -> No
     entrance = ENTRANCES[name]
     if entrance.missing:
         pytest.skip(entrance.missing)
-    config, data = BGDConfig(method="em", preserve_zeros=True), _batches(DigitsResNet)
+    config, data = BGDConfig(method="em", preserve_zeros=True, max_divergence=None), _batches(DigitsResNet)
     expected = bgd.quantize(_pruned(permanent=True), data, config, progress=False)
     result = entrance.quantize(_pruned(permanent=True), data, config)
     assert same_state(result, expected.model)

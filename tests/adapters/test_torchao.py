@@ -28,7 +28,11 @@ adapter: Any = bgd.load_adapter("torchao")
 from torchao.core.config import config_from_dict, config_to_dict  # noqa: E402
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_  # noqa: E402
 
-SMALL = {"conv": LayerConfig(block_size=9, codebook_size=32), "linear": LayerConfig(block_size=4, codebook_size=16)}
+SMALL: dict[str, Any] = {
+    "conv": LayerConfig(block_size=9, codebook_size=32),
+    "linear": LayerConfig(block_size=4, codebook_size=16),
+    "max_divergence": None,
+}
 
 
 def any_layer(module: nn.Module, name: str) -> bool:
@@ -157,6 +161,7 @@ def test_torchaos_own_quantize_takes_settings_by_name() -> None:
 def test_every_field_of_the_core_is_a_field_of_the_config() -> None:
     data = vectors()
     settings: dict[str, Any] = {"method": "em", "seed": 3, "em_iterations": 4, "finetuning": FinetuningConfig(steps=2)}
+    settings["max_divergence"] = None
     model = PlainNet()
     expected = bgd.quantize(model, data, BGDConfig(**settings), progress=False)
     adapter.quantize_(model, adapter.BGDWeightOnlyConfig(**settings), calibration=data, progress=False)
@@ -164,6 +169,7 @@ def test_every_field_of_the_core_is_a_field_of_the_config() -> None:
 
 
 TRAINED: dict[str, Any] = {
+    "max_divergence": None,
     "method": "em",
     "distillation": DistillationConfig(steps=2, batch_size=8),
     "reconstruction": ReconstructionConfig(steps=2),
@@ -197,7 +203,7 @@ def test_settings_that_came_out_of_json_train_as_the_core_does() -> None:
 
 def test_every_field_of_the_core_survives_torchaos_json() -> None:
     """A new field that torchao's JSON cannot hold is found here."""
-    for config in (BGDConfig(), BGDConfig.paper("small"), BGDConfig.paper("large")):
+    for config in (BGDConfig(max_divergence=None), BGDConfig.paper("small"), BGDConfig.paper("large")):
         ours = adapter.BGDWeightOnlyConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
         assert config_from_dict(json.loads(json.dumps(config_to_dict(ours)))) == ours
 
@@ -281,7 +287,7 @@ def test_a_layer_of_torchaos_anywhere_in_the_network_is_an_error_that_names_it()
     with pytest.raises(ConfigError, match=message):
         adapter.quantize_(model, adapter.BGDWeightOnlyConfig(), lambda module, name: name == "2")
     with pytest.raises(ConfigError, match=message):
-        bgd.quantize(model, vectors(), progress=False)
+        bgd.quantize(model, vectors(), bgd.BGDConfig(max_divergence=None), progress=False)
     with pytest.raises(ConfigError, match=message):
         bgd.plan(model)
 

@@ -28,6 +28,7 @@ from transformers import AutoModel, AutoModelForImageClassification  # noqa: E40
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL: dict[str, Any] = {
+    "max_divergence": None,
     "conv": LayerConfig(block_size=9, codebook_size=32),
     "linear": LayerConfig(block_size=4, codebook_size=16),
     "codebook_storage": "float16",
@@ -214,7 +215,7 @@ def test_settings_are_fields_of_the_core_as_objects_or_plain_values() -> None:
     with pytest.raises(ConfigError, match="unknown bits"):
         adapter.BGDQuantizationConfig(bits=4)
     with pytest.raises(ConfigError, match="config and seed"):
-        adapter.BGDQuantizationConfig(config=BGDConfig(), seed=1)
+        adapter.BGDQuantizationConfig(config=BGDConfig(max_divergence=None), seed=1)
 
 
 def test_dequantize_gives_ordinary_layers_with_the_same_outputs() -> None:

@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=256, help="training images for calibration, without labels")
     parser.add_argument("--data", type=Path, default=None, metavar="DIR", help="folder with the four idx files")
     options = parser.parse_args(arguments)
-    options.config = bgd.BGDConfig(method=options.method)
+    options.config = bgd.BGDConfig(method=options.method, max_divergence=None)
     data = load_fashion_mnist(options.data)
     dense = load_or_train(options.seed, data)
     print(f"float: {dense.test_accuracy_percent:.2f}, {mib(bgd.plan(dense.model).original_bytes)}", flush=True)

@@ -100,7 +100,7 @@ def compressed(name: str, codebook_size: int, *, pruned: bool = False) -> tuple[
                 prune.remove(module, "weight")
     layers = {kind: bgd.LayerConfig(block_size=size, codebook_size=codebook_size) for kind, size in _BLOCKS.items()}
     embedding = {"embedding": layers["linear"]} if name == "minilm" else {}
-    settings = bgd.BGDConfig(em_iterations=1, preserve_zeros=pruned, **layers, **embedding)
+    settings = bgd.BGDConfig(em_iterations=1, preserve_zeros=pruned, **layers, **embedding, max_divergence=None)
     return bgd.quantize_weights(model, settings).model, inputs
 
 
@@ -116,10 +116,10 @@ def sizes(names: list[str], folder: Path) -> list[list[object]]:
             model, inputs = compressed(name, codebook_size, pruned=pruned)
             done = bgd.export(model, folder / "net.onnx", inputs)
             words = f"{codebook_size}{', 2:4' if pruned else ''}"
-            ratio = f"{done.size_bytes / done.file_bytes:.3f}"
+            ratio = f"{done.size_bytes / done.packed_bytes:.3f}"
             difference = f"{done.largest_difference:.0e}"
             rows.append(
-                [name, words, f"{done.size_bytes:,}", f"{done.file_bytes:,}", ratio, difference, done.is_folded]
+                [name, words, f"{done.size_bytes:,}", f"{done.packed_bytes:,}", ratio, difference, done.is_folded]
             )
             print(rows[-1], flush=True)
     return rows

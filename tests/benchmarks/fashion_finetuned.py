@@ -53,10 +53,10 @@ class Images:
 def config_of(name: str, seed: int) -> bgd.BGDConfig:
     """The settings of a row, without finetuning."""
     if name == "large":
-        return bgd.BGDConfig(conv=_LARGE, freeze_norms=True, seed=seed)
+        return bgd.BGDConfig(conv=_LARGE, freeze_norms=True, seed=seed, max_divergence=None)
     if name == "large-wide":
         first_stages = (("layer[12].*.conv?", _WIDE),)
-        return bgd.BGDConfig(conv=_WIDER, overrides=first_stages, freeze_norms=True, seed=seed)
+        return bgd.BGDConfig(conv=_WIDER, overrides=first_stages, freeze_norms=True, seed=seed, max_divergence=None)
     return bgd.BGDConfig(target_ratio=float(name), freeze_norms=True, seed=seed)
 
 

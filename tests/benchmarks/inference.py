@@ -90,7 +90,9 @@ def layer_arms(size: int, block_size: int, batch: int) -> dict[str, Arm]:
 
 def network_arms(model: nn.Module, inputs: Any, others: bool) -> dict[str, Arm]:
     """A network in float, through the kernels and on the plain path; with `others`, compiled and in onnxruntime."""
-    config = bgd.BGDConfig(conv=bgd.LayerConfig(block_size=9), linear=bgd.LayerConfig(block_size=4))
+    config = bgd.BGDConfig(
+        conv=bgd.LayerConfig(block_size=9), linear=bgd.LayerConfig(block_size=4), max_divergence=None
+    )
     small = bgd.quantize_weights(model, config).model.eval()
     arms: dict[str, Arm] = {
         "float": _call(model, inputs),

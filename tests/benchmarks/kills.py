@@ -29,6 +29,7 @@ CONFIG = bgd.BGDConfig(
     rounds=2,
     distillation=bgd.DistillationConfig(steps=8, batch_size=8, learning_rate=0.01),
     finetuning=bgd.FinetuningConfig(steps=40),
+    max_divergence=None,
 )
 _LAYERS = 4
 

@@ -35,7 +35,10 @@ LEAST_WEIGHTS = 10_000
 TARGET_MEDIAN = 0.35
 _JUDGED_IMAGES = 250
 _JUDGED_ROWS = 8192
-CONFIGS = {"paper": bgd.BGDConfig(method="em"), "default": bgd.BGDConfig(asymmetric_step=0.0)}
+CONFIGS = {
+    "paper": bgd.BGDConfig(method="em", max_divergence=None),
+    "default": bgd.BGDConfig(asymmetric_step=0.0, max_divergence=None),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,7 @@ class LayerError:
 def layer_errors(model: nn.Module, fitted: Sequence[Tensor], judged: Sequence[Tensor]) -> Iterator[LayerError]:
     """Fit each layer on the inputs that `fitted` gives it in the float network; judge on those that `judged` gives."""
     network = trace(copy_module(model)).eval()
-    survey = surveyed(network, bgd.BGDConfig(), original=model)
+    survey = surveyed(network, bgd.BGDConfig(max_divergence=None), original=model)
     walks = [
         Walk(network, collect_batches(images, model, device=torch.device("cpu"), forward=None), network)
         for images in (fitted, judged)

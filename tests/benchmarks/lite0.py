@@ -62,11 +62,11 @@ def arms(report: bgd.results.Report, names: Sequence[str], steps: int) -> dict[s
     sizes: dict[str, bgd.LayerConfig | None] = dict.fromkeys(names)
     for layer in report.layers:
         sizes[layer.name] = bgd.LayerConfig(block_size=layer.block_size, codebook_size=layer.codebook_size)
-    chosen = replace(BUDGET, target_bytes=None, overrides=tuple(sizes.items()))
+    chosen = replace(BUDGET, target_bytes=None, max_divergence=None, overrides=tuple(sizes.items()))
     plain = replace(chosen, asymmetric_step=0.0, refit_depthwise=False)
     return {
-        "uniform, EM": bgd.BGDConfig(method="em"),
-        "uniform": bgd.BGDConfig(),
+        "uniform, EM": bgd.BGDConfig(method="em", max_divergence=None),
+        "uniform": bgd.BGDConfig(max_divergence=None),
         "sizes, EM, norms kept": replace(chosen, method="em", batchnorm="keep"),
         "sizes, EM": replace(chosen, method="em"),
         "sizes, full Gram, norms kept": replace(plain, batchnorm="keep"),

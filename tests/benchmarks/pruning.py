@@ -111,7 +111,7 @@ def chain(kind: str, seed: int, data: FashionData, options: argparse.Namespace) 
     trained = f"{at_once:.2f} before {options.epochs} epochs; {time.perf_counter() - start:.0f} s"
     start = time.perf_counter()
     calibration = input_batches(data.train_images[: options.images], 64)
-    config = bgd.BGDConfig(preserve_zeros=kind == "2:4")
+    config = bgd.BGDConfig(preserve_zeros=kind == "2:4", max_divergence=None)
     result = bgd.quantize(network, calibration, config, progress=False, original_bytes=dense_bytes)
     accuracy, report = accuracy_percent(result.model, data), result.report
     lost = f"{dense.test_accuracy_percent - accuracy:+.2f} points lost; {time.perf_counter() - start:.0f} s"

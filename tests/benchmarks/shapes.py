@@ -76,7 +76,7 @@ def main() -> None:
     for name, extra in (("fitted", {}), ("and finetuned", {"finetuning": finetuning})):
         start = time.perf_counter()
         pictures.set_epoch(0)
-        config = bgd.BGDConfig(**_SIZES, freeze_norms=True, **extra)
+        config = bgd.BGDConfig(**_SIZES, freeze_norms=True, **extra, max_divergence=None)
         result = bgd.quantize(model, pictures, config, progress=False)
         _row(name, result.report, result.model, test, time.perf_counter() - start)
 

@@ -27,7 +27,7 @@ from torchvision import models
 import bgd_plugin as bgd
 from bgd_plugin.support.tables import mib
 
-_CONFIG = bgd.BGDConfig(method="em", em_iterations=1, batchnorm="keep")
+_CONFIG = bgd.BGDConfig(method="em", em_iterations=1, batchnorm="keep", max_divergence=None)
 _LARGE = 100_000_000
 _LARGE_IN_FULL = "wide_resnet101_2"
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)

@@ -13,7 +13,7 @@ from bgd_plugin.calibration import Batches, collect_batches, take_aside_
 from bgd_plugin.errors import CalibrationError
 
 CPU = torch.device("cpu")
-CONFIG = bgd.BGDConfig(first_layer=bgd.LayerConfig(block_size=4, codebook_size=16))
+CONFIG = bgd.BGDConfig(first_layer=bgd.LayerConfig(block_size=4, codebook_size=16), max_divergence=None)
 
 
 class Rows(nn.Module):

@@ -185,7 +185,7 @@ def rerun(network: nn.Module, batches: list[Any], **options: Any) -> Rerun:
 @pytest.mark.parametrize("method", ["full", "em"])
 def test_what_modules_gave_stands_for_their_runs(build: Callable[[], nn.Module], method: str, monkeypatch: Any) -> None:
     network = randomized(build())
-    config = bgd.BGDConfig(method=method)  # type: ignore[arg-type]
+    config = bgd.BGDConfig(method=method, max_divergence=None)  # type: ignore[arg-type]
     result = bgd.quantize(network, data(), config, progress=False)
     monkeypatch.setattr(Pieces, "finished", lambda self, place: set())
     whole = bgd.quantize(network, data(), config, progress=False)
@@ -197,9 +197,9 @@ def test_what_modules_gave_stands_for_their_runs(build: Callable[[], nn.Module],
 
 
 def test_a_value_that_a_module_leaves_aside_is_noticed_and_said() -> None:
-    result = bgd.quantize(randomized(Aside()), data(), progress=False)
+    result = bgd.quantize(randomized(Aside()), data(), bgd.BGDConfig(max_divergence=None), progress=False)
     assert any("whole network was run" in note for note in result.report.notes)
-    plain = bgd.quantize(randomized(InPlace()), data(), progress=False)
+    plain = bgd.quantize(randomized(InPlace()), data(), bgd.BGDConfig(max_divergence=None), progress=False)
     assert not any("whole network was run" in note for note in plain.report.notes)
 
 
@@ -281,17 +281,20 @@ def test_layers_with_one_input_share_its_statistics(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(full_gram, "paired_pieces", counting)
     network = randomized(Chain(2))
-    config = bgd.BGDConfig(overrides=(("head", bgd.LayerConfig(block_size=4)),))
+    config = bgd.BGDConfig(overrides=(("head", bgd.LayerConfig(block_size=4)),), max_divergence=None)
     whole = bgd.quantize(network, data(), config, progress=False).model
     assert gathered == [f"blocks.{n}.{name}" for n in (0, 1) for name in ("b" if n == 0 else "a", "out")] + ["head"]
-    a = bgd.BGDConfig(overrides=(("blocks.1.a", None), *config.overrides))
+    a = bgd.BGDConfig(overrides=(("blocks.1.a", None), *config.overrides), max_divergence=None)
     parts = bgd.quantize(network, data(), a, progress=False).model
     assert torch.equal(whole.get_submodule("blocks.0.c").codes, parts.get_submodule("blocks.0.c").codes)
 
 
 def test_a_bound_on_memory_changes_no_result() -> None:
     network = randomized(Chain(2))
-    free, bound = (bgd.quantize(network, data(), memory_bytes=bytes_, progress=False) for bytes_ in (None, 6000))
+    free, bound = (
+        bgd.quantize(network, data(), bgd.BGDConfig(max_divergence=None), memory_bytes=bytes_, progress=False)
+        for bytes_ in (None, 6000)
+    )
     one, other = free.model.state_dict(), bound.model.state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert any("in a file" in note for note in bound.report.notes)

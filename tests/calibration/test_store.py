@@ -144,7 +144,9 @@ def test_a_bound_changes_no_byte_of_the_result(
     kind, data = NETWORKS[network]
     torch.manual_seed(0)
     model = randomized(kind())
-    config = bgd.BGDConfig(method=method, distillation=bgd.DistillationConfig(steps=2, batch_size=8))
+    config = bgd.BGDConfig(
+        method=method, distillation=bgd.DistillationConfig(steps=2, batch_size=8), max_divergence=None
+    )
     free = bgd.quantize(model, data, config, progress=False)
     bounded = bgd.quantize(model, iter(data), config, memory_bytes=bound, progress=False)
     for name, value in free.model.state_dict().items():
@@ -157,14 +159,16 @@ def test_a_bound_changes_no_byte_of_the_result(
 
 def test_only_where_the_bound_was_not_kept_smaller_batches_are_advised() -> None:
     for bound, is_advised in ((1, True), (160 * KIB, False)):
-        report = bgd.quantize(SmallResNet().eval(), images(), memory_bytes=bound, progress=False).report
+        report = bgd.quantize(
+            SmallResNet().eval(), images(), bgd.BGDConfig(max_divergence=None), memory_bytes=bound, progress=False
+        ).report
         (note,) = [note for note in report.notes if note.startswith("calibration values: ")]
         assert ("give smaller batches" in note) == is_advised
 
 
 def test_a_bound_must_be_positive() -> None:
     with pytest.raises(bgd.errors.ConfigError, match="memory_bytes=0: give a positive number"):
-        bgd.quantize(SmallResNet(), images(), memory_bytes=0)
+        bgd.quantize(SmallResNet(), images(), bgd.BGDConfig(max_divergence=None), memory_bytes=0)
 
 
 _PEAK = """

@@ -362,9 +362,9 @@ def test_options_become_settings(tmp_path: Path) -> None:
     assert with_finetuning(paper, None, True, 10).finetuning == bgd.FinetuningConfig(steps=90, trained="codebooks")
     assert with_finetuning(paper, 2, True, 10).finetuning == bgd.FinetuningConfig(steps=20, trained="codebooks")
     assert with_finetuning(paper, 2, False, 10).finetuning is None
-    mixed = with_finetuning(bgd.BGDConfig(), 2, True, 10, mixing=True).finetuning
+    mixed = with_finetuning(bgd.BGDConfig(max_divergence=None), 2, True, 10, mixing=True).finetuning
     assert mixed == bgd.FinetuningConfig(steps=20, mixing=True)
-    assert with_finetuning(bgd.BGDConfig(), None, True, 10).finetuning is None
+    assert with_finetuning(bgd.BGDConfig(max_divergence=None), None, True, 10).finetuning is None
     (tmp_path / "a.json").write_text(paper.to_json())
     assert settings_from(Regime.default, tmp_path / "a.json", None, None, None) == paper
 
@@ -402,7 +402,7 @@ def test_a_budget_on_the_command_line(tmp_path: Path, flat: Path, budget: list[s
 def test_sizes_with_units() -> None:
     sizes = {"5MB": 5_000_000, "5 mib": 5 * 2**20, "1.5kB": 1500, "700": 700, "2KiB": 2048, "1GB": 10**9, "9B": 9}
     for text, size in sizes.items():
-        assert with_budget(bgd.BGDConfig(), text, None).target_bytes == size
+        assert with_budget(bgd.BGDConfig(max_divergence=None), text, None).target_bytes == size
     assert with_budget(bgd.BGDConfig(target_bytes=9), None, 7.5) == bgd.BGDConfig(target_ratio=7.5)
     for text in ("5 elephants", "MB", "-3MB", "1e6"):
         _fails(["plan", NET, "--target-size", text], f"--target-size '{text}': give a number and a unit")
@@ -412,7 +412,7 @@ def test_sizes_with_units() -> None:
 
 def test_plan_reads_the_weights_where_zeros_are_to_be_preserved(tmp_path: Path) -> None:
     file = tmp_path / "settings.json"
-    file.write_text(bgd.BGDConfig(preserve_zeros=True).to_json())
+    file.write_text(bgd.BGDConfig(preserve_zeros=True, max_divergence=None).to_json())
     done = RUNNER.invoke(
         app, ["plan", "tests.quantization.test_preserve_zeros:pruned", "--config", str(file), "--json"]
     )

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bgd_plugin import BGDConfig, BGDError, DistillationConfig, FinetuningConfig, LayerConfig, ReconstructionConfig
+from bgd_plugin.config import DEFAULT_DIVERGENCE
 from bgd_plugin.errors import ConfigError
 
 LAYERS = st.builds(
@@ -43,7 +44,7 @@ def test_it_is_the_same_after_json(config: BGDConfig) -> None:
 
 def test_the_dict_has_a_version_and_nothing_that_json_lacks() -> None:
     values = BGDConfig.paper("small", overrides=(("fc", None),)).to_dict()
-    assert values["version"] == 1
+    assert values["version"] == 2
     assert isinstance(json.dumps(values), str)
 
 
@@ -70,7 +71,7 @@ def test_an_unknown_field_of_an_override_is_named_with_its_glob() -> None:
 
 
 def test_a_newer_version_asks_for_an_upgrade() -> None:
-    with pytest.raises(ConfigError, match="version 999, this library reads up to 1: upgrade bgd-plugin"):
+    with pytest.raises(ConfigError, match="version 999, this library reads up to 2: upgrade bgd-plugin"):
         BGDConfig.from_dict({"version": 999})
 
 
@@ -140,13 +141,58 @@ def test_another_regime_is_an_error() -> None:
         BGDConfig.paper("tiny")  # type: ignore[arg-type]
 
 
-def test_what_a_layers_setting_leaves_out_is_the_default_of_its_kind() -> None:
+def test_what_a_layers_setting_leaves_out_is_chosen_but_for_the_codebook_of_a_block() -> None:
     config = BGDConfig.from_dict({"linear": {"codebook_size": 16}, "conv": {"block_size": 3}, "pointwise_conv": {}})
-    assert config.linear == LayerConfig(block_size=4, codebook_size=16)
+    assert (config.linear, config.linear.is_open) == (LayerConfig(codebook_size=16), True)
     assert config.conv == LayerConfig(block_size=3, codebook_size=256)
     assert config.pointwise_conv == BGDConfig().pointwise_conv
     assert BGDConfig(linear=LayerConfig(codebook_size=16)).linear == config.linear
     assert BGDConfig.from_json(config.to_json()) == config
+
+
+def test_the_default_is_a_bound_on_the_divergence_with_all_sizes_open() -> None:
+    config = BGDConfig()
+    assert config.bound == DEFAULT_DIVERGENCE
+    assert (config.conv, config.pointwise_conv, config.linear) == (LayerConfig(),) * 3
+    assert [config.sizes(LayerConfig(), kind) for kind in ("conv", "pointwise_conv", "linear")] == [
+        (9, 256),
+        (4, 256),
+        (4, 256),
+    ]
+
+
+@pytest.mark.parametrize("target", [{"target_bytes": 1000}, {"target_ratio": 5.0}])
+def test_the_default_bound_gives_way_to_a_budget_and_another_one_does_not(target: dict[str, Any]) -> None:
+    config = BGDConfig(**target)
+    assert (config.bound, config.has_budget) == (None, True)
+    assert BGDConfig.from_json(config.to_json()) == config
+    with pytest.raises(ConfigError, match="give only one of them"):
+        BGDConfig(max_divergence=0.5, **target)
+
+
+def test_sizes_are_fixed_without_a_bound_and_a_budget() -> None:
+    config = BGDConfig(max_divergence=None)
+    assert (config.bound, config.has_budget) == (None, False)
+    assert not BGDConfig.paper().has_budget
+
+
+def test_a_budget_beside_the_papers_method_chooses_the_sizes_that_are_those_of_the_default() -> None:
+    config = BGDConfig.paper("small", target_bytes=1000)
+    assert (config.conv, config.pointwise_conv) == (LayerConfig(), LayerConfig())
+    assert config.linear == LayerConfig(block_size=4, codebook_size=2048)
+
+
+def test_settings_of_the_first_version_mean_what_they_meant() -> None:
+    """Written before a bound was the default: sizes are fixed, and a budget chooses where they are the default ones."""
+    sizes = {"conv": {"block_size": 9, "codebook_size": 256}, "linear": {"block_size": 4, "codebook_size": 16}}
+    fixed = BGDConfig.from_dict({"version": 1, **sizes})
+    assert not fixed.has_budget
+    assert fixed.sizes(fixed.conv or LayerConfig(), "conv") == (9, 256)
+    assert fixed.linear == LayerConfig(block_size=4, codebook_size=16)
+    budget = BGDConfig.from_dict({"version": 1, **sizes, "target_bytes": 1000})
+    assert budget.conv == LayerConfig()
+    assert budget.linear == LayerConfig(block_size=4, codebook_size=16)
+    assert BGDConfig.from_dict({"version": 1, "max_divergence": 0.1}).bound == 0.1
 
 
 def test_overrides_in_part_as_pairs_and_by_glob() -> None:

@@ -275,7 +275,10 @@ def test_a_norm_whose_variance_is_next_to_zero_bounds_the_scale_of_the_rows() ->
     model[2].running_var.data.zero_()
     data = images()
     result = bgd.quantize(
-        model, data, bgd.BGDConfig(batchnorm="keep", float_storage="float32", kept_aside=0.0), progress=False
+        model,
+        data,
+        bgd.BGDConfig(batchnorm="keep", float_storage="float32", kept_aside=0.0, max_divergence=None),
+        progress=False,
     ).model
     norm: Any = result.get_submodule("2")
     assert bool((norm.running_var > 0.5 * norm.eps).all())
@@ -300,7 +303,9 @@ def test_the_norm_that_ends_a_block_is_corrected_to_what_the_skip_has_lost_as_we
     """Least squares from the norm's input to the float network's, plus the drift that its layer was fitted to."""
     model, data = randomized(_Skipped()), images(4, batch=8)
     small = bgd.LayerConfig(block_size=1, codebook_size=4)
-    config = bgd.BGDConfig(first_layer=small, float_storage="float32", overrides=(("branch", small),), kept_aside=0.0)
+    config = bgd.BGDConfig(
+        first_layer=small, float_storage="float32", overrides=(("branch", small),), kept_aside=0.0, max_divergence=None
+    )
     result = bgd.quantize(model, data, config, progress=False).model
     z, y = (_seen(net, "branch", data, output=True) for net in (result, model))
     drift = torch.tanh(_seen(model, "skip", data, output=True)) - torch.tanh(_seen(result, "skip", data, output=True))

@@ -66,7 +66,9 @@ def test_batch_norm_says_what_its_correction_gained(mode: Any, method: Any) -> N
     data = vectors(3, batch=64)
     settings: dict[str, Any] = {"method": method, "overrides": (("0", None),), "weight_storage": "float32"}
     kept, corrected = (
-        bgd.quantize(model, data, bgd.BGDConfig(batchnorm=b, kept_aside=0.0, **settings), progress=False)
+        bgd.quantize(
+            model, data, bgd.BGDConfig(batchnorm=b, kept_aside=0.0, **settings, max_divergence=None), progress=False
+        )
         for b in ("keep", mode)
     )
     gain = _gain(corrected.report, f"batch norm ({mode}): 1 corrected")
@@ -75,7 +77,7 @@ def test_batch_norm_says_what_its_correction_gained(mode: Any, method: Any) -> N
 
 
 def test_without_a_float_network_beside_it_nothing_is_compared() -> None:
-    config = bgd.BGDConfig(method="em", batchnorm="reestimate")
+    config = bgd.BGDConfig(method="em", batchnorm="reestimate", max_divergence=None)
     report = bgd.quantize(randomized(SmallResNet()), images(3), config, progress=False).report
     assert "3 corrected, not measured" in _note(report, "batch norm (reestimate)")
 
@@ -90,7 +92,7 @@ def test_a_network_that_is_not_a_graph_says_the_same() -> None:
     layers = [nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 32), nn.BatchNorm1d(32)]
     whole, data = randomized(nn.Sequential(*layers)), vectors(3, batch=64)
     branching = Branching(*whole).eval()
-    config = bgd.BGDConfig(method="em", kept_aside=0.0)
+    config = bgd.BGDConfig(method="em", kept_aside=0.0, max_divergence=None)
     one, other = (bgd.quantize(net, data, config, progress=False).report for net in (whole, branching))
     gains = [_gain(report, "batch norm") for report in (one, other)]
     assert gains[0].before == pytest.approx(gains[1].before, rel=0.02) and gains[0].before > gains[0].after
@@ -99,7 +101,9 @@ def test_a_network_that_is_not_a_graph_says_the_same() -> None:
 
 def test_shifted_biases_say_what_they_took_off_the_error() -> None:
     model, data = randomized(nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 40))), vectors(3, batch=64)
-    config = bgd.BGDConfig(overrides=(("0", None),), weight_storage="float32", asymmetric_step=0, kept_aside=0.0)
+    config = bgd.BGDConfig(
+        overrides=(("0", None),), weight_storage="float32", asymmetric_step=0, kept_aside=0.0, max_divergence=None
+    )
     result = bgd.quantize(model, data, config, progress=False)
     found = SHIFT.search(_note(result.report, "bias (matched)"))
     assert found is not None and found[1] == "1"
@@ -114,12 +118,14 @@ def test_depthwise_convolutions_say_what_fitting_them_anew_gained() -> None:
     model = randomized(
         nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 32, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, groups=32))
     )
-    report = bgd.quantize(model, images(3, batch=16), progress=False).report
+    report = bgd.quantize(model, images(3, batch=16), bgd.BGDConfig(max_divergence=None), progress=False).report
     gain = _gain(report, "1 depthwise convolutions")
     assert 0 < gain.after < gain.before
 
 
 def test_the_small_residual_network_says_all_it_gained() -> None:
-    report = bgd.quantize(randomized(SmallResNet()), images(4, batch=16), progress=False).report
+    report = bgd.quantize(
+        randomized(SmallResNet()), images(4, batch=16), bgd.BGDConfig(max_divergence=None), progress=False
+    ).report
     gain = _gain(report, "batch norm (matched): 3 corrected")
     assert gain.before > 0 and gain.after > 0

@@ -144,6 +144,19 @@ def test_codes_lie_in_the_file_as_in_ours(codebook_size: int, tmp_path: Path) ->
     assert len(codes_there.raw_data) - len(packed) < 16
 
 
+def test_codes_that_are_coded_in_our_file_are_packed_here(tmp_path: Path) -> None:
+    layer = nn.Linear(64, 512)
+    codes = torch.randn(512, 64).mul(2).round().clamp(-10, 10).long() + 10  # few of 21 levels are frequent
+    network = nn.Sequential(quantized(layer, torch.linspace(-1, 1, 21)[:, None].clone(), codes), nn.Tanh())
+    saved = bgd.save(network, tmp_path / "net.safetensors")
+    done = export(network, tmp_path / "net.onnx", torch.randn(2, 64))
+    assert done.file_bytes == saved < done.packed_bytes
+    assert done.size_bytes < 1.05 * done.packed_bytes
+    assert "entropy-coded" in str(done)
+    assert done.largest_difference is not None
+    assert done.largest_difference < 1e-5
+
+
 def test_a_batch_of_any_size(tmp_path: Path) -> None:
     import onnxruntime
 
@@ -177,7 +190,8 @@ def test_the_file_is_as_small_as_ours(tmp_path: Path) -> None:
     settings = em(em_iterations=1, codebook_storage="int8", float_storage="float16")
     compressed = bgd.quantize(network, vectors(), settings, progress=False).model
     done = export(compressed, tmp_path / "net.onnx", vectors()[0])
-    assert done.size_bytes <= 1.03 * done.file_bytes
+    assert done.size_bytes <= 1.03 * done.packed_bytes
+    assert "entropy-coded" not in str(done)
     assert not any(node.metadata_props for node in onnx.load(str(done.path)).graph.node)
 
 

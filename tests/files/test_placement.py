@@ -11,7 +11,7 @@ from bgd_plugin import BGDConfig, LayerConfig, integration
 from bgd_plugin.errors import CheckpointError
 from tests.networks import FunctionalNet, PlainNet, SmallResNet, images, randomized, same_outputs
 
-SMALL = BGDConfig(conv=LayerConfig(block_size=9, codebook_size=16))
+SMALL = BGDConfig(conv=LayerConfig(block_size=9, codebook_size=16), max_divergence=None)
 
 
 @pytest.mark.parametrize("network", [SmallResNet, FunctionalNet])

@@ -20,7 +20,9 @@ _SETTING = bgd.LayerConfig(block_size=4, codebook_size=16)
 
 def _config(method: str, **fields: object) -> bgd.BGDConfig:
     nine = bgd.LayerConfig(block_size=9, codebook_size=16)
-    return bgd.BGDConfig(method=method, conv=nine, pointwise_conv=_SETTING, linear=_SETTING, **fields)
+    return bgd.BGDConfig(
+        method=method, conv=nine, pointwise_conv=_SETTING, linear=_SETTING, **fields, max_divergence=None
+    )
 
 
 def _correlated(count: int) -> list[Tensor]:
@@ -29,7 +31,7 @@ def _correlated(count: int) -> list[Tensor]:
 
 
 def test_default_method() -> None:
-    assert bgd.BGDConfig().method == "full"
+    assert bgd.BGDConfig(max_divergence=None).method == "full"
     assert bgd.BGDConfig.paper("small").method == "em"
 
 
@@ -118,7 +120,7 @@ def test_too_few_rows_for_the_gram() -> None:
 
 def test_wide_layers_say_what_they_were_fitted_to() -> None:
     model = nn.Sequential(nn.Linear(8200, 8)).eval()
-    config = bgd.BGDConfig(first_layer=bgd.LayerConfig(block_size=8, codebook_size=16))
+    config = bgd.BGDConfig(first_layer=bgd.LayerConfig(block_size=8, codebook_size=16), max_divergence=None)
     report = bgd.quantize(model, [torch.randn(4, 8200)], config, progress=False).report
     assert "pooled Gram" in report.layers[0].note
 
@@ -185,7 +187,7 @@ def test_one_bad_value_among_very_many_is_found() -> None:
 
 def test_notes_survive_resuming(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(8200, 8)).eval()
-    config = bgd.BGDConfig(first_layer=bgd.LayerConfig(block_size=8, codebook_size=16))
+    config = bgd.BGDConfig(first_layer=bgd.LayerConfig(block_size=8, codebook_size=16), max_divergence=None)
     data = [torch.randn(4, 8200)]
     notes = [
         bgd.quantize(model, data, config, checkpoint=tmp_path / "run", progress=False).report.layers[0].note
@@ -201,7 +203,13 @@ def test_notes_survive_resuming(tmp_path: Path) -> None:
 def _context(weight: Tensor, **fields: Any) -> LayerContext:
     planned: Any = None
     inputs: Any = None
-    common = {"layer": planned, "inputs": inputs, "has_batchnorm": True, "has_bias": False, "config": bgd.BGDConfig()}
+    common = {
+        "layer": planned,
+        "inputs": inputs,
+        "has_batchnorm": True,
+        "has_bias": False,
+        "config": bgd.BGDConfig(max_divergence=None),
+    }
     return LayerContext(weight=weight, **(common | fields))
 
 

@@ -48,7 +48,7 @@ def _config(**fields: Any) -> BGDConfig:
         "kept_aside": 0.0,
     }
     kinds = {"conv": _NINE, "pointwise_conv": _SMALL, "linear": _SMALL, "first_layer": _SMALL}
-    return BGDConfig(**(kinds | storage | fields))
+    return BGDConfig(**(kinds | storage | fields), max_divergence=None)
 
 
 @torch.no_grad()

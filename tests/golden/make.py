@@ -38,7 +38,7 @@ def main() -> None:
         torch.manual_seed(0)
         data: list[Tensor] = vectors() if name == "twice" else images(size=12)
         sizes = dict.fromkeys(("conv", "pointwise_conv", "linear"), bgd.LayerConfig(block_size=1, codebook_size=16))
-        config = bgd.BGDConfig(rounds=2, float_storage="float16", **sizes)
+        config = bgd.BGDConfig(rounds=2, float_storage="float16", max_divergence=None, **sizes)
         model = bgd.quantize(randomized(build()), data, config, progress=False).model
         for module in model.modules():
             if isinstance(module, PQModule):

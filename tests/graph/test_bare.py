@@ -22,6 +22,7 @@ WIDTH = 16
 EVERYTHING = bgd.BGDConfig(
     first_layer=bgd.LayerConfig(block_size=4),
     overrides=(("stem", None), ("head", None)),  # so that each sample goes to the expert that it went to
+    max_divergence=None,
 )
 
 

@@ -111,7 +111,7 @@ def test_what_cannot_be_copied_is_named(value: Callable[[], Any], kind: str, cal
 @pytest.mark.parametrize("layer", [lambda: nn.LazyLinear(8), lambda: nn.LazyBatchNorm1d()])
 def test_lazy_layers_that_have_never_run_are_named(layer: Callable[[], nn.Module]) -> None:
     model = nn.Sequential(nn.Linear(12, 8), layer())
-    for call in (bgd.plan, lambda m: bgd.quantize(m, vectors(), progress=False)):
+    for call in (bgd.plan, lambda m: bgd.quantize(m, vectors(), bgd.BGDConfig(max_divergence=None), progress=False)):
         with pytest.raises(ConfigError, match=r"lazy layers .*'1' \(Lazy.*run the network once"):
             call(model)
 

@@ -55,6 +55,6 @@ def test_a_tie_with_a_scaled_embedding_survives() -> None:
     torch.manual_seed(0)
     model = Language(Scaled(64, 16)).eval()
     batches = [torch.randint(0, 64, (4, 6)) for _ in range(3)]
-    config = bgd.BGDConfig(embedding=bgd.LayerConfig(block_size=4, codebook_size=16))
+    config = bgd.BGDConfig(embedding=bgd.LayerConfig(block_size=4, codebook_size=16), max_divergence=None)
     result: Any = bgd.quantize(model, batches, config, progress=False).model
     assert result.head.weight is result.embedding.weight

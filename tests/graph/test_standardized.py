@@ -17,7 +17,9 @@ from bgd_plugin.graph import fold_parametrizations_
 from tests.networks import images
 
 FINE = LayerConfig(block_size=1, codebook_size=256)
-CONFIG = BGDConfig(conv=FINE, pointwise_conv=FINE, linear=FINE, first_layer=FINE, float_storage="float32")
+CONFIG = BGDConfig(
+    conv=FINE, pointwise_conv=FINE, linear=FINE, first_layer=FINE, float_storage="float32", max_divergence=None
+)
 
 
 class Standardized(nn.Conv2d):

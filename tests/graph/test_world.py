@@ -111,7 +111,9 @@ def _state() -> tuple[Any, ...]:
 @pytest.mark.parametrize("mode", [*MODES, "double"])
 def test_the_callers_modes_change_neither_the_result_nor_themselves(mode: str) -> None:
     model, data = PlainNet().eval(), vectors()
-    config = bgd.BGDConfig(finetuning=bgd.FinetuningConfig(steps=2), distillation=bgd.DistillationConfig(steps=2))
+    config = bgd.BGDConfig(
+        finetuning=bgd.FinetuningConfig(steps=2), distillation=bgd.DistillationConfig(steps=2), max_divergence=None
+    )
     wanted = bgd.quantize(model, data, config, progress=False).model.state_dict()
     before = torch.get_default_dtype()
     try:

@@ -124,7 +124,13 @@ def test_a_network_with_such_a_norm_is_right(name: str, branches: bool) -> None:
 
     fine = LayerConfig(block_size=1, codebook_size=256)
     config = BGDConfig(
-        conv=fine, pointwise_conv=fine, first_layer=fine, linear=fine, float_storage="float32", freeze_norms=True
+        conv=fine,
+        pointwise_conv=fine,
+        first_layer=fine,
+        linear=fine,
+        float_storage="float32",
+        freeze_norms=True,
+        max_divergence=None,
     )
     model, data = Net().eval(), images(size=12)
     found = bgd.quantize(model, data, config, progress=False).model

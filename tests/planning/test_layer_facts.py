@@ -21,7 +21,7 @@ def _facts(weight: Tensor, x: Tensor, *, norm: str | None = None, has_bias: bool
     (layer,), _ = find_layers(trace(nn.Sequential(linear)))
     calls = [[(x, Geometry.linear())]]
     inputs, generator = CollectedInputs("0", calls, calls), torch.Generator().manual_seed(0)
-    return layer_facts(inputs, layer, BGDConfig(**fields), generator, norm=norm, has_bias=has_bias)
+    return layer_facts(inputs, layer, BGDConfig(**fields, max_divergence=None), generator, norm=norm, has_bias=has_bias)
 
 
 def test_a_row_that_gives_next_to_nothing_is_scaled_like_the_mean_one() -> None:

@@ -69,14 +69,34 @@ def test_without_data_there_is_no_curve_and_the_bound_is_said_to_wait_for_data()
 
 def test_a_plan_with_fixed_sizes_has_the_curve_too() -> None:
     model = randomized(SmallResNet())
-    plan = bgd.plan(model, bgd.BGDConfig(), images(4, batch=8), progress=False)
-    assert plan.layers == bgd.plan(model, bgd.BGDConfig()).layers
+    fixed = bgd.BGDConfig(max_divergence=None)
+    plan = bgd.plan(model, fixed, images(4, batch=8), progress=False)
+    assert plan.layers == bgd.plan(model, fixed).layers
     assert len(plan.curve) > 3
 
 
-def test_a_bound_that_leaves_everything_float_is_refused() -> None:
-    with pytest.raises(bgd.BGDError, match="leaves every layer float: no layer is left to quantize"):
-        bgd.plan(_wide(), bgd.BGDConfig(max_divergence=1e-12), _rows(), progress=False)
+def test_a_bound_that_no_quantized_layer_keeps_to_gets_the_finest_sizes() -> None:
+    plan = bgd.plan(_wide(), bgd.BGDConfig(max_divergence=1e-12), _rows(), progress=False)
+    assert {(x.name, x.block_size) for x in plan.layers} == {("2", 1), ("4", 1), ("6", 1)}
+    assert any("all layers have their finest sizes" in note for note in plan.notes)
+
+
+def test_sizes_that_are_set_stay_and_the_others_are_chosen() -> None:
+    overrides = (("2", bgd.LayerConfig(block_size=8)), ("4", bgd.LayerConfig(codebook_size=32)))
+    for data in (None, _rows()):
+        plan = bgd.plan(_wide(), bgd.BGDConfig(overrides=overrides), data, progress=False)
+        sizes = {x.name: (x.block_size, x.codebook_size) for x in plan.layers}
+        assert sizes["2"] == (8, 64)  # 128 blocks in all, of 4,096 weights in 512
+        assert sizes["4"][1] == 32
+
+
+def test_where_all_sizes_are_set_a_bound_has_nothing_to_choose() -> None:
+    fixed = bgd.BGDConfig(linear=bgd.LayerConfig(block_size=4))
+    plan = bgd.plan(_wide(), fixed, _rows(), progress=False)
+    assert {x.block_size for x in plan.layers} == {4}
+    assert plan.expected_divergence is None
+    report = bgd.quantize(_wide(), _rows(), fixed, progress=False).report
+    assert not any("bound" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("value", [0, -1.0, math.inf, "small"])

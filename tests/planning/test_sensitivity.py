@@ -50,7 +50,9 @@ class _Wide(nn.Module):
 def test_the_expected_loss_is_that_of_a_network_with_this_layer_quantized(method: Any) -> None:
     model = randomized(_Wide())
     data = images(batches=16, batch=8, channels=32)
-    config = BGDConfig(method=method, batchnorm="matched" if method == "full" else "keep", float_storage="float32")
+    config = BGDConfig(
+        method=method, batchnorm="matched" if method == "full" else "keep", float_storage="float32", max_divergence=None
+    )
     names = ["heard", "quiet", "head"]
     found = _measured(model, data, config, names)
     for name in ("heard", "head"):
@@ -73,16 +75,16 @@ def test_the_network_stays_as_it_is() -> None:
     before = {name: value.clone() for name, value in graph.state_dict().items()}
     batches = collect_batches(images(channels=32), model, device=torch.device("cpu"), forward=None)
     layers = [layer for layer in find_layers(graph)[0] if layer.name in ("heard", "head")]
-    measure_sensitivities(graph, batches, layers, BGDConfig(), lambda: None)
+    measure_sensitivities(graph, batches, layers, BGDConfig(max_divergence=None), lambda: None)
     after = graph.state_dict()
     assert list(before) == list(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_layer_by_function_or_with_two_calls_is_measured_too() -> None:
-    found = _measured(FunctionalNet().eval(), images(), BGDConfig(), ["own", "kernel", "matrix"])
+    found = _measured(FunctionalNet().eval(), images(), BGDConfig(max_divergence=None), ["own", "kernel", "matrix"])
     assert all(s.loss(c.block_size, 16) > 0 for s in found.values() for c in s.curves)
-    assert set(_measured(TwiceNet().eval(), vectors(), BGDConfig(), ["shared"])) == {"shared"}
+    assert set(_measured(TwiceNet().eval(), vectors(), BGDConfig(max_divergence=None), ["shared"])) == {"shared"}
 
 
 def test_a_layer_without_any_input_costs_nothing() -> None:
@@ -90,7 +92,7 @@ def test_a_layer_without_any_input_costs_nothing() -> None:
     model.stem.weight.data.zero_()
     model.stem.bias.data.zero_()
     for method in ("em", "full"):
-        found = _measured(model, images(channels=32), BGDConfig(method=method), ["heard"])["heard"]
+        found = _measured(model, images(channels=32), BGDConfig(method=method, max_divergence=None), ["heard"])["heard"]
         assert found.loss(9, 16) < 1e-6
 
 
@@ -100,7 +102,7 @@ def test_logits_that_hardly_vary_leave_no_layer_without_a_loss(size: float) -> N
     model = randomized(_Wide())
     model.head.weight.data *= size
     model.head.bias.data.zero_()
-    found = _measured(model, images(channels=32), BGDConfig(), ["heard", "quiet", "head"])
+    found = _measured(model, images(channels=32), BGDConfig(max_divergence=None), ["heard", "quiet", "head"])
     assert all(s.per_error > 0 and "squared difference" in s.reason for s in found.values())
     config = BGDConfig(target_bytes=14_000)
     report = bgd.quantize(model, images(channels=32), config, progress=False).report
@@ -114,7 +116,7 @@ def test_a_layer_that_does_nothing_takes_what_is_left() -> None:
     model = randomized(_Wide())
     model.quiet.weight.data.zero_()
     model.quiet.bias.data.zero_()
-    found = _measured(model, images(channels=32), BGDConfig(), ["heard", "quiet", "head"])
+    found = _measured(model, images(channels=32), BGDConfig(max_divergence=None), ["heard", "quiet", "head"])
     assert 0 < found["quiet"].per_error < 1e-5 * found["heard"].per_error
 
 
@@ -157,7 +159,7 @@ def _alone(model: nn.Module, at: str, data: list[Tensor], name: str, **fields: A
         for batch in data:
             model(batch)
     exact = seen[:]
-    _measured(model, data, BGDConfig(**fields), [name])
+    _measured(model, data, BGDConfig(**fields, max_divergence=None), [name])
     hook.remove()
     rough = [x for x in seen if not any(x.shape == y.shape and torch.allclose(x, y, atol=1e-5) for y in exact)]
     assert len(rough) == len(data)
@@ -192,7 +194,7 @@ def test_the_cost_is_that_of_the_network_in_which_it_is_measured() -> None:
     model = randomized(_Wide())
     data = [*images(2, batch=8, channels=32), *images(1, batch=2, channels=32, seed=5)]
     exact, rough = (x.T for x in _alone(model, "head", data, "heard"))
-    said = _measured(model, data, BGDConfig(), ["heard"])["heard"]
+    said = _measured(model, data, BGDConfig(max_divergence=None), ["heard"])["heard"]
     expected = float(kl_to_teacher(rough.float(), exact.float()))
     assert float(said.reason.split("it costs ")[1].split(" ")[0]) == pytest.approx(expected, rel=0.06)
 
@@ -232,7 +234,7 @@ def test_errors_count_what_the_fit_will_leave_of_them(
     layers = [nn.Linear(12, 32), nn.Sigmoid(), nn.Linear(32, 48, bias=kind == "bias")]
     model = randomized(nn.Sequential(*layers, nn.BatchNorm1d(48) if kind == "norm" else nn.Tanh(), nn.Linear(48, 8)))
     data = vectors(4, batch=rows // 4)
-    _measured(model, data, BGDConfig(method=method, batchnorm="matched"), ["2"])
+    _measured(model, data, BGDConfig(method=method, batchnorm="matched", max_divergence=None), ["2"])
     with torch.no_grad():
         x = torch.cat([model[1](model[0](batch)) for batch in data]).double()
     full = method == "full"
@@ -253,7 +255,9 @@ def test_errors_count_what_the_fit_will_leave_of_them(
 
 def test_the_loss_of_the_measured_size_is_the_measured_cost() -> None:
     """Every other size is rated by how its error compares with that one's."""
-    found = _measured(randomized(_Wide()), images(4, batch=8, channels=32), BGDConfig(), ["heard", "quiet"])
+    found = _measured(
+        randomized(_Wide()), images(4, batch=8, channels=32), BGDConfig(max_divergence=None), ["heard", "quiet"]
+    )
     for one in found.values():
         block, codebook, cost = re.findall(r"alone at (\d+)×(\d+) it costs (\S+) ", one.reason)[0]
         assert one.loss(int(block), int(codebook)) == pytest.approx(float(cost), rel=0.2)
@@ -261,9 +265,9 @@ def test_the_loss_of_the_measured_size_is_the_measured_cost() -> None:
 
 def test_each_layer_draws_its_own_numbers_and_another_seed_others() -> None:
     model, data = randomized(_Wide()), images(2, batch=4, channels=32)
-    both = _measured(model, data, BGDConfig(), ["heard", "head"])
-    assert both["head"] == _measured(model, data, BGDConfig(), ["head"])["head"]
-    assert both["head"] != _measured(model, data, BGDConfig(seed=1), ["head"])["head"]
+    both = _measured(model, data, BGDConfig(max_divergence=None), ["heard", "head"])
+    assert both["head"] == _measured(model, data, BGDConfig(max_divergence=None), ["head"])["head"]
+    assert both["head"] != _measured(model, data, BGDConfig(seed=1, max_divergence=None), ["head"])["head"]
 
 
 def test_twins_are_measured_with_numbers_of_their_own() -> None:
@@ -278,7 +282,7 @@ def test_twins_are_measured_with_numbers_of_their_own() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.head(torch.tanh(self.one(x)) + torch.tanh(self.two(x)))
 
-    found = _measured(Twins().eval(), vectors(2), BGDConfig(), ["one", "two"])
+    found = _measured(Twins().eval(), vectors(2), BGDConfig(max_divergence=None), ["one", "two"])
     assert found["one"].curves != found["two"].curves
 
 
@@ -287,7 +291,7 @@ def test_the_step_is_called_once_for_each_layer() -> None:
     batches = collect_batches(images(2, channels=32), model, device=torch.device("cpu"), forward=None)
     graph = trace(copy_module(model)).eval()
     layers = [layer for layer in find_layers(graph)[0] if layer.name in ("heard", "head")]
-    measure_sensitivities(graph, batches, layers, BGDConfig(), lambda: counted.append(1))
+    measure_sensitivities(graph, batches, layers, BGDConfig(max_divergence=None), lambda: counted.append(1))
     assert len(counted) == 2
 
 
@@ -300,7 +304,7 @@ def test_a_layer_is_measured_at_the_size_of_its_kind(shape: tuple[int, ...], exp
     model = nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(8)).eval()
     data = vectors(2, features=64) if len(shape) == 2 else images(2, size=6, channels=32)
     model(data[0])
-    assert f"alone at {expected}" in _measured(model, data, BGDConfig(), ["0"])["0"].reason
+    assert f"alone at {expected}" in _measured(model, data, BGDConfig(max_divergence=None), ["0"])["0"].reason
 
 
 @pytest.mark.parametrize("has_norm", [False, True])

@@ -43,7 +43,9 @@ def test_errors_are_those_of_the_weights() -> None:
 def test_more_codewords_lose_less() -> None:
     model = PlainNet()
     errors = [
-        bgd.quantize_weights(model, BGDConfig(linear=LayerConfig(block_size=4, codebook_size=k))).report.layers[0]
+        bgd.quantize_weights(
+            model, BGDConfig(linear=LayerConfig(block_size=4, codebook_size=k), max_divergence=None)
+        ).report.layers[0]
         for k in (4, 16, 32)
     ]
     assert errors[0].relative_error > errors[1].relative_error > errors[2].relative_error
@@ -68,18 +70,18 @@ def test_one_layer_has_the_codes_that_it_has_in_the_network() -> None:
 
 def test_one_layer_that_cannot_be_quantized_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"fc cannot be quantized: linear=None"):
-        integration.quantize_module(nn.Linear(32, 32), BGDConfig(linear=None), name="fc")
+        integration.quantize_module(nn.Linear(32, 32), BGDConfig(linear=None, max_divergence=None), name="fc")
     with pytest.raises(ConfigError, match="the layer cannot be quantized: already quantized"):
         integration.quantize_module(integration.quantize_module(nn.Linear(32, 32)))
     with pytest.raises(ConfigError, match="a LayerNorm has no product-quantized form"):
         integration.quantize_module(nn.LayerNorm(8))
     with pytest.raises(ConfigError, match="do not divide into blocks of 5"):
-        integration.quantize_module(nn.Linear(32, 32), BGDConfig(linear=LayerConfig(block_size=5)))
+        integration.quantize_module(nn.Linear(32, 32), BGDConfig(linear=LayerConfig(block_size=5), max_divergence=None))
 
 
 def test_training_needs_data() -> None:
     with pytest.raises(ConfigError, match="finetuning: training needs data"):
-        bgd.quantize_weights(PlainNet(), BGDConfig(finetuning=FinetuningConfig(steps=1)))
+        bgd.quantize_weights(PlainNet(), BGDConfig(finetuning=FinetuningConfig(steps=1), max_divergence=None))
 
 
 def test_values_are_needed_and_finite() -> None:
@@ -97,7 +99,7 @@ def test_values_are_needed_and_finite() -> None:
 def test_the_same_codes_each_time() -> None:
     model, data = PlainNet(), vectors()
     assert same_outputs(bgd.quantize_weights(model).model, bgd.quantize_weights(model).model, data)
-    other = bgd.quantize_weights(model, BGDConfig(seed=1)).model
+    other = bgd.quantize_weights(model, BGDConfig(seed=1, max_divergence=None)).model
     assert not same_outputs(bgd.quantize_weights(model).model, other, data)
 
 
@@ -123,7 +125,7 @@ def _zeros(model: nn.Module) -> nn.Module:
 
 def test_zeros_that_are_to_stay_stay() -> None:
     model = _zeros(PlainNet())
-    config = BGDConfig(preserve_zeros=True)
+    config = BGDConfig(preserve_zeros=True, max_divergence=None)
     result = bgd.quantize_weights(model, config).model
     found: list[Any] = [result.get_submodule("2"), integration.quantize_module(model[2], config)]
     for layer in found:
@@ -134,14 +136,14 @@ def test_a_fit_knows_the_zeros_that_stay() -> None:
     """Weights of one value, but for the zeros: one codeword is exact."""
     model = PlainNet()
     model[2].weight.data.copy_(0.5 * (torch.rand(32, 32) > 0.5))
-    config = BGDConfig(preserve_zeros=True)
+    config = BGDConfig(preserve_zeros=True, max_divergence=None)
     layer: Any = integration.quantize_module(model[2], config)
     torch.testing.assert_close(layer.weight, model[2].weight)
 
 
 @pytest.mark.parametrize("storage", ["int8", "float16"])
 def test_codebooks_are_rounded_to_their_storage(storage: Any) -> None:
-    model, config = PlainNet(), BGDConfig(codebook_storage=storage)
+    model, config = PlainNet(), BGDConfig(codebook_storage=storage, max_divergence=None)
     for layer in (
         bgd.quantize_weights(model, config).model.get_submodule("2"),
         integration.quantize_module(model[2], config),
@@ -166,10 +168,13 @@ def test_another_seed_makes_other_codes_and_iterations_make_them_better() -> Non
     model = PlainNet()
 
     def codes(**fields: Any) -> torch.Tensor:
-        return bgd.quantize_weights(model, BGDConfig(**fields)).model.state_dict()["2.codes"]
+        return bgd.quantize_weights(model, BGDConfig(**fields, max_divergence=None)).model.state_dict()["2.codes"]
 
     assert not torch.equal(codes(seed=0), codes(seed=1))
-    errors = [bgd.quantize_weights(model, BGDConfig(em_iterations=n)).report.layers[0].relative_error for n in (1, 50)]
+    errors = [
+        bgd.quantize_weights(model, BGDConfig(em_iterations=n, max_divergence=None)).report.layers[0].relative_error
+        for n in (1, 50)
+    ]
     assert errors[1] < 0.98 * errors[0]
 
 
@@ -184,6 +189,8 @@ def test_a_budget_is_kept_and_said(tmp_path: Path) -> None:
 def test_pruning_masks_are_baked_in() -> None:
     model = PlainNet()
     prune.random_unstructured(model[2], "weight", amount=0.5)
-    layer: Any = bgd.quantize_weights(model, BGDConfig(preserve_zeros=True)).model.get_submodule("2")
+    layer: Any = bgd.quantize_weights(model, BGDConfig(preserve_zeros=True, max_divergence=None)).model.get_submodule(
+        "2"
+    )
     assert torch.equal(layer.weight != 0, model[2].weight != 0)
     assert "weight_mask" in dict(model[2].named_buffers())

@@ -49,8 +49,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 CONFIGS = {
-    "default": BGDConfig(rounds=1),
-    "em": BGDConfig(method="em", em_iterations=2, batchnorm="keep"),
+    "default": BGDConfig(rounds=1, max_divergence=None),
+    "em": BGDConfig(method="em", em_iterations=2, batchnorm="keep", max_divergence=None),
 }
 
 

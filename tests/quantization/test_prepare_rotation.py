@@ -12,7 +12,9 @@ from tests.rotation.networks import Model, words
 
 
 def config(**fields: object) -> bgd.BGDConfig:
-    return bgd.BGDConfig(linear=bgd.LayerConfig(block_size=4, codebook_size=16), rotation=True, **fields)  # type: ignore[arg-type]
+    return bgd.BGDConfig(
+        linear=bgd.LayerConfig(block_size=4, codebook_size=16), rotation=True, **fields, max_divergence=None
+    )  # type: ignore[arg-type]
 
 
 def result_of(model: Model, **fields: object) -> bgd.results.Quantized:  # type: ignore[name-defined]
@@ -53,10 +55,13 @@ def test_a_network_without_the_norm_is_refused(tmp_path: Path) -> None:
 
 def test_settings() -> None:
     with pytest.raises(ConfigError, match="rotation='yes'"):
-        bgd.BGDConfig(rotation="yes")  # type: ignore[arg-type]
+        bgd.BGDConfig(rotation="yes", max_divergence=None)  # type: ignore[arg-type]
     assert bgd.BGDConfig.paper("small").rotation is False
     off = bgd.quantize(
-        built(), [words(8)], bgd.BGDConfig(linear=config().linear, rotation=False, kept_aside=0), progress=False
+        built(),
+        [words(8)],
+        bgd.BGDConfig(linear=config().linear, rotation=False, kept_aside=0, max_divergence=None),
+        progress=False,
     )
     assert not any("rotation" in note for note in off.report.notes)
     assert not isinstance(off.model.get_submodule("norm"), RotatedNorm)
@@ -67,6 +72,6 @@ def test_auto_spares_zeros_and_the_papers_method() -> None:
     with torch.no_grad():
         model.blocks[0].q.weight[0, 0] = 0  # type: ignore[union-attr, index]
     for fields in ({"preserve_zeros": True}, {"method": "em"}):
-        chosen = bgd.BGDConfig(linear=config().linear, rotation="auto", kept_aside=0, **fields)  # type: ignore[arg-type]
+        chosen = bgd.BGDConfig(linear=config().linear, rotation="auto", kept_aside=0, **fields, max_divergence=None)  # type: ignore[arg-type]
         result = bgd.quantize(model, [words(8)], chosen, progress=False)
         assert not isinstance(result.model.get_submodule("norm"), RotatedNorm)

@@ -23,7 +23,15 @@ from bgd_plugin.errors import CalibrationError, CheckpointError, TraceError
 from tests.networks import PlainNet, SmallResNet, em, images, randomized, vectors
 
 FINE = LayerConfig(block_size=1, codebook_size=256)
-CONFIG = BGDConfig(conv=FINE, pointwise_conv=FINE, linear=FINE, first_layer=FINE, float_storage="float32", rounds=1)
+CONFIG = BGDConfig(
+    conv=FINE,
+    pointwise_conv=FINE,
+    linear=FINE,
+    first_layer=FINE,
+    float_storage="float32",
+    rounds=1,
+    max_divergence=None,
+)
 
 
 class Block(nn.Module):

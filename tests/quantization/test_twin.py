@@ -64,11 +64,11 @@ def _depthwise() -> nn.Module:
 
 _SMALL = LayerConfig(block_size=4, codebook_size=8)
 CASES: dict[str, tuple[Any, list[Tensor], BGDConfig]] = {
-    "full": (SmallResNet, images(size=12), BGDConfig(rounds=1)),
-    "reestimated": (SmallResNet, images(size=12), BGDConfig(rounds=1, batchnorm="reestimate")),
+    "full": (SmallResNet, images(size=12), BGDConfig(rounds=1, max_divergence=None)),
+    "reestimated": (SmallResNet, images(size=12), BGDConfig(rounds=1, batchnorm="reestimate", max_divergence=None)),
     "pooled": (SmallResNet, images(size=12), em(batchnorm="matched")),
-    "depthwise": (_depthwise, images(5), BGDConfig(rounds=1)),
-    "no graph": (_Untraced, vectors(5), BGDConfig(rounds=1, first_layer=_SMALL)),
+    "depthwise": (_depthwise, images(5), BGDConfig(rounds=1, max_divergence=None)),
+    "no graph": (_Untraced, vectors(5), BGDConfig(rounds=1, first_layer=_SMALL, max_divergence=None)),
 }
 
 

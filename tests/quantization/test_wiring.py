@@ -28,7 +28,7 @@ def _config(**fields: Any) -> BGDConfig:
         "kept_aside": 0.0,
     }
     kinds = {"conv": LayerConfig(block_size=9, codebook_size=8), "pointwise_conv": _SMALL, "linear": _SMALL}
-    return BGDConfig(**(kinds | storage | fields))
+    return BGDConfig(**(kinds | storage | fields), max_divergence=None)
 
 
 @pytest.fixture
@@ -265,7 +265,9 @@ def test_each_walk_of_finetuning_has_its_number() -> None:
 def test_the_report_says_how_the_network_that_is_saved_answers(fields: dict[str, Any]) -> None:
     """On every eighth sample or so, which the fit has not seen; without them on the first 64."""
     model, data = nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 24)).eval(), vectors(5, batch=20)
-    report, net = (lambda r: (r.report, r.model))(bgd.quantize(model, data, BGDConfig(**fields), progress=False))
+    report, net = (lambda r: (r.report, r.model))(
+        bgd.quantize(model, data, BGDConfig(**fields, max_divergence=None), progress=False)
+    )
     x = torch.cat(data)
     places = range(64) if "kept_aside" in fields else [int((p + 0.5) * 100 / 12) for p in range(12)]
     with torch.no_grad():

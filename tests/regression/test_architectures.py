@@ -59,7 +59,9 @@ def _check(build: Callable[[], nn.Module], data: list[Any], tmp_path: Path) -> N
         with torch.no_grad():
             return network(**data[0]) if isinstance(data[0], dict) else network(data[0])
 
-    config = BGDConfig(method="em", em_iterations=3, batchnorm="keep", float_storage="float32", freeze_norms=False)
+    config = BGDConfig(
+        method="em", em_iterations=3, batchnorm="keep", float_storage="float32", freeze_norms=False, max_divergence=None
+    )
     found = bgd.quantize(model, data, config, progress=False).model
     assert type(found) is type(model)
     assert type(call(found)) is type(call(model))

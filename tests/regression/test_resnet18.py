@@ -18,7 +18,11 @@ def test_resnet18_from_float_to_file_and_back(tmp_path: Path) -> None:
     model, data = randomized(models.resnet18(num_classes=10)), images(2, size=32, batch=2)
     rough = LayerConfig(block_size=18, codebook_size=16)
     config = BGDConfig(
-        method="em", conv=rough, pointwise_conv=LayerConfig(block_size=4, codebook_size=16), em_iterations=2
+        method="em",
+        conv=rough,
+        pointwise_conv=LayerConfig(block_size=4, codebook_size=16),
+        em_iterations=2,
+        max_divergence=None,
     )
     result = bgd.quantize(model, data, config, progress=False)
     assert len(result.report.layers) == 20

@@ -28,6 +28,7 @@ def test_one_and_two_threads_give_the_same_bytes(method: Any, tmp_path: Path) ->
         method=method,
         distillation=bgd.DistillationConfig(steps=2, batch_size=8),
         finetuning=bgd.FinetuningConfig(epochs=1),
+        max_divergence=None,
     )
     data = images(3, size=40, batch=16)  # large enough that sums are split among threads
     written = set()
@@ -46,7 +47,7 @@ def test_torch_is_left_as_it_was_after_an_error() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with pytest.raises(bgd.errors.CalibrationError):
-            bgd.quantize(SmallResNet(), [], reproducible=True, progress=False)
+            bgd.quantize(SmallResNet(), [], bgd.BGDConfig(max_divergence=None), reproducible=True, progress=False)
         assert torch.get_num_threads() == 2
         assert torch.are_deterministic_algorithms_enabled()
         assert torch.is_deterministic_algorithms_warn_only_enabled()

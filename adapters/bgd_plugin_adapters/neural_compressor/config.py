@@ -16,7 +16,6 @@ from neural_compressor.torch.utils.utility import WHITE_MODULE_LIST, get_model_i
 from torch import nn
 
 import bgd_plugin as bgd
-from bgd_plugin import LayerConfig
 from bgd_plugin.integration import ConfigError
 from bgd_plugin_adapters.neural_compressor.matching import matches
 from bgd_plugin_adapters.neural_compressor.settings import (
@@ -137,9 +136,8 @@ class BGDConfig(TorchBaseConfig):
 
     @classmethod
     def get_config_set_for_tuning(cls) -> BGDConfig:
-        """Four settings from the smallest network to the largest."""
-        blocks = [LayerConfig(block_size=18), LayerConfig(block_size=9)]
-        return cls(conv=blocks, codebook_size=[256, 1024])
+        """Four bounds on the divergence, from the smallest network to the largest."""
+        return cls(max_divergence=[0.1, 0.05, 0.02, 0.005])
 
     # autotune
 

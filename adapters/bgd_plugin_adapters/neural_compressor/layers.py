@@ -81,6 +81,8 @@ def _follows_foreign(model: nn.Module, layer: PlannedLayer | None) -> bool:
 def _layer(layer: PlannedLayer, config: BGDConfig, base: bgd.BGDConfig) -> LayerConfig:
     """The setting of one layer: its config, and for the rest that of its kind, with blocks that divide its rows.
 
+    Sizes that the kind leaves open stay so.
+
     Raises:
         ConfigError: its kind has no setting.
     """
@@ -88,11 +90,11 @@ def _layer(layer: PlannedLayer, config: BGDConfig, base: bgd.BGDConfig) -> Layer
     if kind is None and config.block_size is None:
         raise ConfigError(f"layer {layer.name!r}: {layer.family} has no setting: give its config a block_size")
     columns = layer.weights // layer.rows
-    most = base.block_size(kind, layer.family) if kind else 0
-    block_size = config.block_size or max(d for d in range(1, columns + 1) if columns % d == 0 and d <= most)
-    if config.codebook_size:
-        return LayerConfig(block_size=block_size, codebook_size=config.codebook_size)
-    return replace(kind, block_size=block_size) if kind else LayerConfig(block_size=block_size)
+    own = kind or LayerConfig()
+    block_size = config.block_size or own.block_size
+    if block_size and not config.block_size:
+        block_size = max(d for d in range(1, columns + 1) if columns % d == 0 and d <= block_size)
+    return LayerConfig(block_size=block_size, codebook_size=config.codebook_size or own.codebook_size)
 
 
 def _overrides(layers: dict[str, LayerConfig | None]) -> tuple[tuple[str, LayerConfig | None], ...]:

@@ -74,7 +74,7 @@ def _same_in_a_fresh_process(folder: Path, model: nn.Module, like: nn.Module, lo
 
 
 def test_the_setting_that_is_worth_most_is_picked_and_comes_back_in_a_fresh_process(tmp_path: Path) -> None:
-    ours = BGDConfig(batchnorm=["matched", "keep"], method="em", codebook_size=[64, 256])
+    ours = BGDConfig(batchnorm=["matched", "keep"], method="em", codebook_size=[64, 256], max_divergence=None)
     best, tried, worth = _tuned([ours, inc.RTNConfig(bits=4)], _worth)
     assert len(worth) == len(set(worth)) == 5
     assert _worth(best) == max(worth)
@@ -88,7 +88,7 @@ def test_the_setting_that_is_worth_most_is_picked_and_comes_back_in_a_fresh_proc
 
 
 def test_where_rtn_is_worth_most_both_loads_read_what_it_saved(tmp_path: Path) -> None:
-    ours = BGDConfig(batchnorm="keep", method="em", codebook_size=[2, 4], em_iterations=[1, 2])
+    ours = BGDConfig(batchnorm="keep", method="em", codebook_size=[2, 4], em_iterations=[1, 2], max_divergence=None)
     best, _, worth = _tuned([ours, inc.RTNConfig(bits=8)], accuracy)
     assert len(worth) == 5
     assert accuracy(best) == max(worth) == worth[-1]

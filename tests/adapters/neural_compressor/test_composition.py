@@ -36,15 +36,15 @@ def _kinds(config: Any, model: Any = None) -> dict[str, str]:
 
 
 def test_the_later_one_in_a_sum_wins() -> None:
-    found = _kinds(BGDConfig() + RTNConfig())
+    found = _kinds(BGDConfig(max_divergence=None) + RTNConfig())
     assert found == {"stem": "Conv2d", "conv": PQ[0], "norm": "BatchNorm2d", "fc1": RTN, "fc2": RTN}
     with pytest.raises(ConfigError, match="no layer is left for the config of 'rtn'"):
-        _kinds(RTNConfig() + BGDConfig())
+        _kinds(RTNConfig() + BGDConfig(max_divergence=None))
 
 
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_white_lists(ours_first: bool) -> None:
-    ours, theirs = BGDConfig(white_list=["fc1"]), RTNConfig(white_list=["fc2"])
+    ours, theirs = BGDConfig(white_list=["fc1"], max_divergence=None), RTNConfig(white_list=["fc2"])
     found = _kinds(ours + theirs if ours_first else theirs + ours)
     assert (found["conv"], found["fc1"], found["fc2"]) == ("Conv2d", PQ[1], RTN)
 
@@ -65,21 +65,27 @@ def test_a_dict_of_two_algorithms(ours_first: bool) -> None:
 
 
 def test_three_parts() -> None:
-    config = RTNConfig(white_list=["fc2"]) + BGDConfig(white_list=["fc1"]) + BGDConfig(white_list=["conv"])
+    config = (
+        RTNConfig(white_list=["fc2"])
+        + BGDConfig(white_list=["fc1"], max_divergence=None)
+        + BGDConfig(white_list=["conv"], max_divergence=None)
+    )
     found = _kinds(config)
     assert (found["conv"], found["fc1"], found["fc2"]) == (*PQ, RTN)
 
 
 def test_rtn_keeps_its_own_settings_in_a_sum() -> None:
     result: Any = quantize(
-        conv_net(), RTNConfig(bits=8, white_list=["fc2"]) + BGDConfig(white_list=["fc1"]), run_fn=RUN
+        conv_net(),
+        RTNConfig(bits=8, white_list=["fc2"]) + BGDConfig(white_list=["fc1"], max_divergence=None),
+        run_fn=RUN,
     )
     assert result.fc2.bits == 8
 
 
 def test_an_algorithm_that_was_not_tried_is_refused() -> None:
     with pytest.raises(ConfigError, match="cannot be added to awq, only to rtn"):
-        _kinds(AWQConfig(white_list=["fc1"]) + BGDConfig(white_list=["fc2"]))
+        _kinds(AWQConfig(white_list=["fc1"]) + BGDConfig(white_list=["fc2"], max_divergence=None))
 
 
 def test_sums_without_ours_are_left_to_neural_compressor() -> None:
@@ -93,7 +99,7 @@ def test_sums_without_ours_are_left_to_neural_compressor() -> None:
 
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_one_after_the_other(ours_first: bool, tmp_path: Any) -> None:
-    ours, theirs = BGDConfig(white_list=["conv"]), RTNConfig()
+    ours, theirs = BGDConfig(white_list=["conv"], max_divergence=None), RTNConfig()
     model: Any = conv_net()
     for config in (ours, theirs) if ours_first else (theirs, ours):
         model = quantize(model, config, run_fn=RUN)
@@ -119,7 +125,9 @@ def test_autotune_takes_the_first_that_is_good_enough(tmp_path: Any) -> None:
         tried.append(_agreement(model))
         return tried[-1]
 
-    ours = BGDConfig(method="em", batchnorm="keep", conv=None, codebook_size=[2, 4], block_size=[32, 16])
+    ours = BGDConfig(
+        method="em", batchnorm="keep", conv=None, codebook_size=[2, 4], block_size=[32, 16], max_divergence=None
+    )
     tuning = TuningConfig(config_set=[ours, RTNConfig(bits=2)], tolerable_loss=-1.0)  # never good enough: all are tried
     best: Any = autotune(conv_net(), tuning, eval_fn, run_fn=RUN)
     assert len(tried) == 6
@@ -129,7 +137,10 @@ def test_autotune_takes_the_first_that_is_good_enough(tmp_path: Any) -> None:
 
 
 def test_autotune_stops_where_the_loss_is_tolerable() -> None:
-    tuning = TuningConfig(config_set=[BGDConfig(conv=None, block_size=[32, 1]), RTNConfig(bits=8)], tolerable_loss=0.2)
+    tuning = TuningConfig(
+        config_set=[BGDConfig(conv=None, block_size=[32, 1], max_divergence=None), RTNConfig(bits=8)],
+        tolerable_loss=0.2,
+    )
     trials: list[nn.Module] = []
     best: Any = autotune(conv_net(), tuning, lambda m: trials.append(m) or _agreement(m), run_fn=RUN)
     assert trials[-1] is best
@@ -155,7 +166,7 @@ def _accounted(model: Any, report: Any) -> set[str]:
     ],
 )
 def test_every_float_layer_is_accounted_for_beside_their_algorithms(theirs: Any, ours_first: bool) -> None:
-    ours = BGDConfig(white_list=["conv"])
+    ours = BGDConfig(white_list=["conv"], max_divergence=None)
     model: Any = conv_net()
     for config in (ours, theirs) if ours_first else (theirs, ours):
         model = quantize(model, config, run_fn=RUN)
@@ -169,9 +180,11 @@ def test_lora_is_merged_before_or_quantized_along() -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     settings = peft.LoraConfig(r=4, target_modules=["fc1", "fc2"], init_lora_weights=False)
     with_lora = peft.get_peft_model(conv_net(), settings).eval()
-    merged = quantize(copy.deepcopy(with_lora).merge_and_unload(), BGDConfig(), run_fn=RUN)
+    merged = quantize(copy.deepcopy(with_lora).merge_and_unload(), BGDConfig(max_divergence=None), run_fn=RUN)
     assert kinds(merged)["fc1"] == "PQLinear"
-    along = quantize(with_lora, BGDConfig(white_list=["base_model.model.fc1.base_layer"]), run_fn=RUN)
+    along = quantize(
+        with_lora, BGDConfig(white_list=["base_model.model.fc1.base_layer"], max_divergence=None), run_fn=RUN
+    )
     assert kinds(along)["base_model.model.fc1.base_layer"] == "PQLinear"
     assert kinds(along)["base_model.model.fc1.lora_A.default"] == "Linear"
     assert torch.allclose(along(IMAGES[0]), with_lora(IMAGES[0]), atol=0.5)

@@ -28,7 +28,7 @@ FILES = ("bgd.json", "bgd.safetensors", "qconfig.json", "quantized_weight.pt")
 
 
 def _model() -> Any:
-    config = BGDConfig(seed=3).set_local("fc2", BGDConfig(dtype="fp32"))
+    config = BGDConfig(seed=3, max_divergence=None).set_local("fc2", BGDConfig(dtype="fp32"))
     return inc.quantize(conv_net(), config, run_fn=feed(IMAGES))
 
 
@@ -133,7 +133,7 @@ def test_a_forged_config(folder: Path, content: str, message: str) -> None:
 
 
 def test_forged_weights_of_their_layers(tmp_path: Path) -> None:
-    both = inc.RTNConfig(white_list=["fc1"]) + BGDConfig(white_list=["conv"])
+    both = inc.RTNConfig(white_list=["fc1"]) + BGDConfig(white_list=["conv"], max_divergence=None)
     inc.save(inc.quantize(conv_net(), both, run_fn=feed(IMAGES)), str(tmp_path))
     _forged(tmp_path, "quantized_weight.pt", b"not a file of torch")
     with pytest.raises(CheckpointError, match="neural-compressor cannot load its layers"):
@@ -183,7 +183,7 @@ def test_the_format_of_hugging_face_is_refused_for_ours(saved: Path, tmp_path: P
 @pytest.mark.parametrize("is_traced", [False, True])
 def test_pickled_with_its_state(is_traced: bool) -> None:
     net: Any = torch.fx.symbolic_trace(conv_net()) if is_traced else conv_net()
-    model = inc.quantize(net, BGDConfig(seed=3), run_fn=feed(IMAGES))
+    model = inc.quantize(net, BGDConfig(seed=3, max_divergence=None), run_fn=feed(IMAGES))
     again = pickle.loads(pickle.dumps(model))
     assert isinstance(again, QuantizedModel)
     assert torch.equal(again(IMAGES[0]), model(IMAGES[0]))

@@ -51,7 +51,7 @@ def test_quantize_from_dict_beginner() -> None:
 
 
 def test_quantize_from_class_beginner() -> None:
-    _quantized(BGDConfig(method="em", block_size=5, codebook_size=16))
+    _quantized(BGDConfig(method="em", block_size=5, codebook_size=16, max_divergence=None))
 
 
 def test_quantize_from_dict_advance() -> None:
@@ -60,18 +60,22 @@ def test_quantize_from_dict_advance() -> None:
 
 
 def test_quantize_from_class_advance() -> None:
-    config = BGDConfig(block_size=10).set_local("fc1", BGDConfig(block_size=5))
+    config = BGDConfig(block_size=10, max_divergence=None).set_local("fc1", BGDConfig(block_size=5))
     result: Any = _quantized(config)
     assert [layer.block_size for layer in result.children()] == [5, 10, 10]
 
 
 def test_config_white_list() -> None:
-    result: Any = _quantized(BGDConfig(block_size=10) + BGDConfig(block_size=5, white_list=["fc1"]))
+    result: Any = _quantized(
+        BGDConfig(block_size=10, max_divergence=None) + BGDConfig(block_size=5, white_list=["fc1"], max_divergence=None)
+    )
     assert [layer.block_size for layer in result.children()] == [5, 10, 10]
 
 
 def test_config_white_list_mapping() -> None:
-    config = BGDConfig(block_size=10) + BGDConfig(block_size=5, white_list=["fc1"])
+    config = BGDConfig(block_size=10, max_divergence=None) + BGDConfig(
+        block_size=5, white_list=["fc1"], max_divergence=None
+    )
     mapping = config.to_config_mapping(model_info=get_model_info(linears(), [nn.Linear]))
     assert mapping["fc1", LINEAR].block_size == 5
     assert mapping["fc2", LINEAR].block_size == 10
@@ -82,7 +86,7 @@ def test_config_from_dict() -> None:
 
 
 def test_config_to_dict() -> None:
-    values = BGDConfig(block_size=4).set_local("fc1", BGDConfig(block_size=5)).to_dict()
+    values = BGDConfig(block_size=4, max_divergence=None).set_local("fc1", BGDConfig(block_size=5)).to_dict()
     assert {"global", "local"} <= set(values)
     assert values["local"]["fc1"]["block_size"] == 5
 
@@ -98,21 +102,25 @@ def test_same_type_configs_addition() -> None:
 
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_different_types_configs_addition(ours_first: bool) -> None:
-    total = BGDConfig(block_size=4) + RTNConfig() if ours_first else RTNConfig() + BGDConfig(block_size=4)
+    total = (
+        BGDConfig(block_size=4, max_divergence=None) + RTNConfig()
+        if ours_first
+        else RTNConfig() + BGDConfig(block_size=4, max_divergence=None)
+    )
     assert isinstance(total, ComposableConfig)
     assert set(total.to_dict()) == {"bgd", "rtn"}
     assert total.to_json_string()
 
 
 def test_composable_config_addition() -> None:
-    total = BGDConfig(block_size=4) + GPTQConfig(double_quant_bits=4)
-    more = total + BGDConfig(block_size=4)
+    total = BGDConfig(block_size=4, max_divergence=None) + GPTQConfig(double_quant_bits=4)
+    more = total + BGDConfig(block_size=4, max_divergence=None)
     assert set((total + more).to_dict()) == {"bgd", "gptq"}
 
 
 def test_config_mapping() -> None:
     info = get_model_info(linears(), [nn.Linear])
-    config = BGDConfig(block_size=10).set_local("fc1", BGDConfig(block_size=5))
+    config = BGDConfig(block_size=10, max_divergence=None).set_local("fc1", BGDConfig(block_size=5))
     mapping = config.to_config_mapping(model_info=info)
     assert [mapping[name, LINEAR].block_size for name in ("fc1", "fc2")] == [5, 10]
     config.set_local("fc", BGDConfig(block_size=2))  # the beginning of three names
@@ -122,19 +130,19 @@ def test_config_mapping() -> None:
 
 def test_dict_and_class_are_equal() -> None:
     values = {"method": "em", "linear": {"block_size": 8, "codebook_size": 16}}
-    config = BGDConfig(method="em", linear=LayerConfig(block_size=8, codebook_size=16))
+    config = BGDConfig(method="em", linear=LayerConfig(block_size=8, codebook_size=16), max_divergence=None)
     assert BGDConfig.from_dict(values).to_dict() == config.to_dict()
     assert BGDConfig.from_dict(values) == config
 
 
 def test_expand_config() -> None:
-    first, second = BGDConfig.expand(BGDConfig(block_size=[4, 6]))
+    first, second = BGDConfig.expand(BGDConfig(block_size=[4, 6], max_divergence=None))
     assert (first.block_size, second.block_size) == (4, 6)
 
 
 def test_expand_complex_values() -> None:
     options = [LayerConfig(block_size=4), LayerConfig(block_size=8), None]
-    assert [config.linear for config in BGDConfig(linear=options).expand()] == options
+    assert [config.linear for config in BGDConfig(linear=options, max_divergence=None).expand()] == options
 
 
 def test_registry() -> None:
@@ -150,14 +158,18 @@ def test_registry() -> None:
 
 def test_mixed_two_algorithms() -> None:
     model = linears()
-    mixed = RTNConfig(white_list=["fc1"]) + BGDConfig(white_list=["fc2"])
+    mixed = RTNConfig(white_list=["fc1"]) + BGDConfig(white_list=["fc2"], max_divergence=None)
     mapping = mixed.to_config_mapping(model_info=mixed.get_model_info(model))
     assert {name: config.name for (name, _), config in mapping.items()} == {"fc1": "rtn", "fc2": "bgd"}
 
 
 def test_both_algorithms_are_applied() -> None:
     with patch.object(logger, "info") as info:
-        quantize(linears(), RTNConfig(white_list=["fc1"]) + BGDConfig(white_list=["fc2"]), run_fn=feed(VECTORS))
+        quantize(
+            linears(),
+            RTNConfig(white_list=["fc1"]) + BGDConfig(white_list=["fc2"], max_divergence=None),
+            run_fn=feed(VECTORS),
+        )
     said = [call[0][0] for call in info.call_args_list]
     assert "Start to apply rtn on the model." in said
     assert "Start to apply bgd on the model." in said
@@ -166,28 +178,42 @@ def test_both_algorithms_are_applied() -> None:
 def test_set_local_by_type() -> None:
     info = [("a", "Conv2d"), ("b", "Conv2d"), ("c", "Linear")]
     config = (
-        BGDConfig(block_size=4).set_local(nn.Conv2d, BGDConfig(block_size=6)).set_local("b", BGDConfig(block_size=9))
+        BGDConfig(block_size=4, max_divergence=None)
+        .set_local(nn.Conv2d, BGDConfig(block_size=6))
+        .set_local("b", BGDConfig(block_size=9))
     )
     assert [c.block_size for c in config.to_config_mapping(model_info=info).values()] == [6, 9, 4]
 
 
 def test_config_set_sampler_and_loader() -> None:
-    configs = [BGDConfig(block_size=4), BGDConfig(block_size=8)]
+    configs = [BGDConfig(block_size=4, max_divergence=None), BGDConfig(block_size=8, max_divergence=None)]
     assert len(ConfigSet.from_fwk_configs(configs)) == 2
     assert list(SequentialSampler(configs)) == [0, 1]
     assert list(ConfigLoader(configs)) == configs
 
 
 def test_loader_skips_a_config_that_was_tried() -> None:
-    assert len(list(ConfigLoader([BGDConfig(block_size=4), BGDConfig(block_size=[4, 8])]))) == 2
+    assert (
+        len(
+            list(
+                ConfigLoader(
+                    [BGDConfig(block_size=4, max_divergence=None), BGDConfig(block_size=[4, 8], max_divergence=None)]
+                )
+            )
+        )
+        == 2
+    )
 
 
 def test_json_files(tmp_path: Path) -> None:
-    config = BGDConfig(linear=LayerConfig(block_size=8), overrides=(("head*", None),), seed=3)
+    config = BGDConfig(linear=LayerConfig(block_size=8), overrides=(("head*", None),), seed=3, max_divergence=None)
     config.set_local("fc1", BGDConfig(dtype="fp32")).set_local(nn.Conv2d, BGDConfig(block_size=9))
     config.to_json_file(str(tmp_path / "config.json"))
     again = BGDConfig.from_json_file(str(tmp_path / "config.json"))
     assert again.to_dict() == config.to_dict()
     info = [("conv", "Conv2d"), ("fc1", "Linear"), ("fc2", "Linear")]
     assert again.to_config_mapping(model_info=info) == config.to_config_mapping(model_info=info)
-    assert BGDConfig.from_dict(BGDConfig(white_list=["fc1"], method="em").to_dict()).global_config is None
+    assert (
+        BGDConfig.from_dict(BGDConfig(white_list=["fc1"], method="em", max_divergence=None).to_dict()).global_config
+        is None
+    )

@@ -15,7 +15,7 @@ __all__ = ["EMBEDDING", "in_a_fresh_process", "loaded", "quantized", "saved"]
 
 ROOT = Path(__file__).resolve().parents[3]
 EMBEDDING: dict[str, Any] = {"embedding": {"block_size": 4, "codebook_size": 16}}
-_FAST: dict[str, Any] = {"rounds": 0, "em_iterations": 5}
+_FAST: dict[str, Any] = {"rounds": 0, "em_iterations": 5, "max_divergence": None}
 
 
 def quantized(name: str, **settings: Any) -> Any:

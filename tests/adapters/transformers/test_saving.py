@@ -61,12 +61,12 @@ def test_half_a_layer_is_refused(missing: str, tmp_path: Path) -> None:
 
 
 def by_the_core(model: Any, batches: list[Any]) -> Any:
-    return bgd.quantize(model, batches, bgd.BGDConfig(rounds=0), progress=False).model
+    return bgd.quantize(model, batches, bgd.BGDConfig(rounds=0, max_divergence=None), progress=False).model
 
 
 def by_torchao(model: Any, batches: list[Any]) -> Any:
     ao = pytest.importorskip("torchao") and bgd.load_adapter("torchao")
-    ao.quantize_(model, ao.BGDWeightOnlyConfig(rounds=0), calibration=batches, progress=False)
+    ao.quantize_(model, ao.BGDWeightOnlyConfig(rounds=0, max_divergence=None), calibration=batches, progress=False)
     return model
 
 
@@ -84,7 +84,7 @@ def by_modelopt(model: Any, batches: list[Any]) -> Any:
         for batch in batches:
             network(**batch)
 
-    return bgd.load_adapter("modelopt").quantize(model, {"rounds": 0}, loop)
+    return bgd.load_adapter("modelopt").quantize(model, {"rounds": 0, "max_divergence": None}, loop)
 
 
 ENTRANCES = {f.__name__: f for f in (by_the_core, by_torchao, by_torchao_itself, by_modelopt)}
@@ -120,7 +120,7 @@ bgd.load_adapter("transformers")
 mto.enable_huggingface_checkpointing()
 entry = ZOO["bert"]
 model = entry.build()
-adapter.quantize(model, {"rounds": 0}, lambda network: network(**entry.batch(1)))
+adapter.quantize(model, {"rounds": 0, "max_divergence": None}, lambda network: network(**entry.batch(1)))
 model.save_pretrained("folder")
 again = type(model).from_pretrained("folder")
 assert torch.equal(answer(again, entry), answer(model, entry))

@@ -67,15 +67,15 @@ _PAPER_SIZES = ((18, 8, 256), (9, 4, 256), (3, 2, 64), (3, 2, 256))
 
 
 def _arms() -> list[Arm]:
-    arms = [Arm(method=DEFAULT, setting="default", run=_library(bgd.BGDConfig()))]
+    arms = [Arm(method=DEFAULT, setting="default", run=_library(bgd.BGDConfig(max_divergence=None)))]
     for ratio in _BUDGETS:
         config = bgd.BGDConfig(target_ratio=ratio, freeze_norms=True)
         arms.append(Arm(method=DEFAULT, setting=f"target_ratio={ratio:g}", run=_library(config)))
     for conv, pointwise, k in _SIZES:
-        config = bgd.BGDConfig(**_sizes(conv, pointwise, k), freeze_norms=True)
+        config = bgd.BGDConfig(**_sizes(conv, pointwise, k), freeze_norms=True, max_divergence=None)
         arms.append(Arm(method=f"{DEFAULT}, sizes set", setting=f"d={conv}/{pointwise} k={k}", run=_library(config)))
     for conv, pointwise, k in _PAPER_SIZES:
-        config = bgd.BGDConfig(method="em", **_sizes(conv, pointwise, k))
+        config = bgd.BGDConfig(method="em", **_sizes(conv, pointwise, k), max_divergence=None)
         arms.append(Arm(method="paper EM", setting=f"d={conv}/{pointwise} k={k}", run=_library(config)))
     peers: dict[str, dict[str, Quantizer]] = {
         "RTN g32": {f"{bits}-bit": round_to_nearest(bits) for bits in (2, 3, 4, 8)},

@@ -54,7 +54,7 @@ def compress(subject: Subject, quantizer: Quantizer) -> Compressed:
     What stays float is rounded to half precision. The file's length is that of a safetensors file with every tensor.
     """
     student = trace(copy_module(subject.model)).eval()
-    found = surveyed(student, bgd.BGDConfig(), original=subject.model).found
+    found = surveyed(student, bgd.BGDConfig(max_divergence=None), original=subject.model).found
     isolate_weights_(student, found)
     batches = collect_batches(subject.calibration, subject.model, device=torch.device("cpu"), forward=None)
     walk = Walk(student, batches, copy_module(student, share_tensors=True))
