@@ -22,7 +22,7 @@ from bgd_plugin.encoding.codes import pack, unpack
 from bgd_plugin.encoding.rans import LOW, Coder, Lane, decode_lanes, encode_lanes
 from bgd_plugin.encoding.tables import PROBABILITY_BITS, TOTAL, contexts, frequencies, trellis_offset
 
-__all__ = ["LANE", "Packed", "coded_bytes", "decoded", "encoded", "is_codable", "overhead_bytes"]
+__all__ = ["LANE", "Packed", "coded_bytes", "decoded", "encoded", "is_codable", "is_walk", "overhead_bytes"]
 
 Array = NDArray[Any]
 LANE = 1 << 14
@@ -55,6 +55,16 @@ def is_codable(size: int, columns: int) -> bool:
         columns: codes in a row.
     """
     return 2 <= size <= _MOST_SIZE and 0 < columns <= 4 * LANE
+
+
+def is_walk(codes: Tensor, size: int) -> bool:
+    """Whether codes are those of a trellis.
+
+    Args:
+        codes: integers `[rows, columns]`.
+        size: number of different codes.
+    """
+    return trellis_offset(codes.cpu().numpy(), size) is not None
 
 
 def coded_bytes(codes: Tensor, size: int) -> int:

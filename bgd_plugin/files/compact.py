@@ -1,8 +1,9 @@
 """What format 3 saves: codes as entropy-coded streams, numbers on a grid as integers, where that makes them shorter.
 
 Nothing is lost, and nothing but a file's bytes changes: once read, its content is that of format 2. A file is written
-in format 3 if the streams of its codes save enough, or if weights are on a grid. Then numbers in half precision that
-are small multiples of one step, and 8-bit integers, are collected by their bits, and packed or coded together.
+in format 3 if codes of a trellis are among its codes, or if weights are on a grid: so the length of a file of blocks is
+known before they are. Then other codes are coded, too, where that saves enough; and numbers in half precision that are
+small multiples of one step, and 8-bit integers, are collected by their bits, and packed or coded together.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.encoding.codes import pack, unpack
-from bgd_plugin.encoding.stream import Packed, coded_bytes, decoded, encoded, is_codable
+from bgd_plugin.encoding.stream import Packed, coded_bytes, decoded, encoded, is_codable, is_walk
 from bgd_plugin.files.grids import GRIDS, STEPS, Grids, group_size, members_of
 from bgd_plugin.files.stored import Stored
 
@@ -40,7 +41,8 @@ def compacted(content: Stored, *, exact: bool = True) -> Stored | None:
     """
     found = {name: codes for name in content.columns if (codes := _worth_coding(content, name)) is not None}
     grids = Grids.of({name: x for name, x in content.tensors.items() if name not in content.columns})
-    if not found and not content.streams and not grids.has_weights():
+    is_planned = bool(content.streams) or grids.has_weights()
+    if not is_planned and not any(is_walk(*codes) for codes in found.values()):
         return None
     streams = dict(zip(found, _coded(list(found.values()), exact=exact), strict=True)) if found else {}
     planned = {name: content.tensors[name] for name in content.streams}

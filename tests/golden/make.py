@@ -5,7 +5,7 @@ Run at every release that changes what is written, and never again for that vers
     python -m tests.golden.make
 
 A file is `NETWORK-VERSION-FORMAT.safetensors`; beside it, `.outputs` holds an input and the network's output. The
-codes are such that most of them are equal, since format 3 is written only where that saves bytes.
+codes are replaced by walks through the trellis, since format 3 is written for those.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import bgd_plugin as bgd
 from bgd_plugin.files.format import FORMAT_VERSION
 from bgd_plugin.nn import PQModule
+from tests.encoding.walks import random_walk
 from tests.networks import FunctionalNet, SmallResNet, TwiceNet, images, randomized, vectors
 
 __all__ = ["FOLDER", "NETWORKS", "main"]
@@ -42,7 +43,9 @@ def main() -> None:
         model = bgd.quantize(randomized(build()), data, config, progress=False).model
         for module in model.modules():
             if isinstance(module, PQModule):
-                module.codes[torch.rand(module.codes.shape, device="cpu", dtype=torch.float32) < 0.9] = 0
+                rows, columns = module.codes.shape
+                walk = random_walk(rows=rows, columns=columns, size=module.codebook_size, offset=0)
+                module.codes.copy_(torch.from_numpy(walk))
         file = FOLDER / f"{name}-{bgd.__version__}-{FORMAT_VERSION}.safetensors"
         if file.exists():
             raise SystemExit(f"{file.name} is there already: a golden file is never written again")
