@@ -211,7 +211,7 @@ def _explained(option: Option, sensitivity: Sensitivity) -> Option:
     layer = option.layer
     if layer is None:
         return option
-    notes = [f"budget: {sensitivity.reason}, expected {option.loss:.2g}"]
+    notes = [f"budget: {sensitivity.reason}; expected {option.loss:.2g}"]
     if layer.mask_form:
         notes.append(f"zeros: {layer.mask_form}, {8 * layer.mask_bytes / layer.weights:.2f} bits/weight")
     return dataclasses.replace(option, layer=dataclasses.replace(layer, note="; ".join(notes)))

@@ -167,7 +167,7 @@ def _sensitivity(
             fit = quick_fit(*sample, k, generator=generator)
     rough = roughly_quantized(scaled, facts, fit.codebook) / facts.scale[..., None]
     loss, measured = _loss_alone(walk, facts, rough, outputs, measure)
-    reason = f"alone at {reference}×{len(fit.codebook)} it costs {loss:.2g} ({measured})"
+    reason = f"{measured} {loss:.2g} if only this layer is quantized, at {reference}×{len(fit.codebook)}"
     per_error = loss / max(fit.error, _TINY)
     return Sensitivity(curves=tuple(curves), per_error=per_error, reason=reason, entropy=entropy)
 

@@ -9,6 +9,7 @@ well the default method keeps it. Networks above 100 M parameters are planned on
 from __future__ import annotations
 
 import argparse
+import datetime
 import fnmatch
 import gc
 import json
@@ -173,10 +174,11 @@ def document(rows: list[dict[str, Any]]) -> str:
         "Every architecture that torchvision has, through `plan`, `quantize`, `save` and `load`. Written by",
         f"`make bench-zoo` ({minutes:.0f} CPU-minutes), with random weights and small inputs: sizes and ratios are",
         "those of any weights; the difference of outputs, after one EM iteration on one batch, only",
-        "shows that the network still computes.",
+        f"shows that the network still computes. Measured on {datetime.date.today():%d %B %Y} at the fixed sizes of",
+        "`BGDConfig(max_divergence=None)`.",
         "",
         f"* {len(rows)} architectures, {len(full)} of them in full; the others, above 100 M parameters, only planned.",
-        f"* Saved and loaded, {sum(row['equal'] for row in full)} of {len(full)} answer with the same bits, and their",
+        f"* Saved and loaded, {sum(row['equal'] for row in full)} of {len(full)} give bit-identical outputs, and their",
         "  file is as long as the report says.",
         f"* The plan names at least {min(row['found'] for row in rows):.1%} of the weights of convolutions and linear",
         "  layers in each: quantized, or left float with a reason.",

@@ -196,7 +196,7 @@ def test_the_cost_is_that_of_the_network_in_which_it_is_measured() -> None:
     exact, rough = (x.T for x in _alone(model, "head", data, "heard"))
     said = _measured(model, data, BGDConfig(max_divergence=None), ["heard"])["heard"]
     expected = float(kl_to_teacher(rough.float(), exact.float()))
-    assert float(said.reason.split("it costs ")[1].split(" ")[0]) == pytest.approx(expected, rel=0.06)
+    assert float(said.reason.split(" if only")[0].split(" ")[-1]) == pytest.approx(expected, rel=0.06)
 
 
 # --- what an error counts, literally
@@ -259,7 +259,7 @@ def test_the_loss_of_the_measured_size_is_the_measured_cost() -> None:
         randomized(_Wide()), images(4, batch=8, channels=32), BGDConfig(max_divergence=None), ["heard", "quiet"]
     )
     for one in found.values():
-        block, codebook, cost = re.findall(r"alone at (\d+)×(\d+) it costs (\S+) ", one.reason)[0]
+        cost, block, codebook = re.findall(r"(\S+) if only this layer is quantized, at (\d+)×(\d+)", one.reason)[0]
         assert one.loss(int(block), int(codebook)) == pytest.approx(float(cost), rel=0.2)
 
 
@@ -304,7 +304,8 @@ def test_a_layer_is_measured_at_the_size_of_its_kind(shape: tuple[int, ...], exp
     model = nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(8)).eval()
     data = vectors(2, features=64) if len(shape) == 2 else images(2, size=6, channels=32)
     model(data[0])
-    assert f"alone at {expected}" in _measured(model, data, BGDConfig(max_divergence=None), ["0"])["0"].reason
+    said = _measured(model, data, BGDConfig(max_divergence=None), ["0"])["0"]
+    assert f"only this layer is quantized, at {expected}" in said.reason
 
 
 @pytest.mark.parametrize("has_norm", [False, True])
