@@ -1,6 +1,6 @@
 """Calibration: the network's live values on the user's data, node by node, and the statistics that the fit needs."""
 
-from bgd_plugin.calibration.agreement import answers_differ, difference, given_arguments
+from bgd_plugin.calibration.agreement import answers_differ, answers_of, difference, first_difference, given_arguments
 from bgd_plugin.calibration.aside import take_aside_
 from bgd_plugin.calibration.batches import (
     Batch,
@@ -40,9 +40,11 @@ __all__ = [
     "Walk",
     "Watch",
     "answers_differ",
+    "answers_of",
     "checked",
     "collect_batches",
     "difference",
+    "first_difference",
     "first_samples",
     "given_arguments",
     "intercepted",

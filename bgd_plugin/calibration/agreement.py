@@ -23,6 +23,7 @@ from bgd_plugin.graph import FROM_DATA, set_modes, untouched
 __all__ = [
     "FAILURES",
     "answers_differ",
+    "answers_of",
     "difference",
     "first_difference",
     "given_arguments",
@@ -103,6 +104,24 @@ def _plain(answer: Any) -> Any:
     if isinstance(answer, (list, tuple)):
         return [_plain(value) for value in answer]
     return answer if isinstance(answer, Tensor) else None
+
+
+@torch.no_grad()
+def answers_of(network: nn.Module, batches: Sequence[Batch]) -> list[Any]:
+    """What a network answers, in evaluation mode, to each batch from the same random numbers on.
+
+    Raises:
+        CalibrationError: it fails on a batch.
+    """
+    set_modes(network, {"": False})
+    answers = []
+    for index, batch in enumerate(batches):
+        try:
+            with same_random_numbers():
+                answers.append(batch.call(network))
+        except FAILURES as error:
+            raise CalibrationError(f"the network fails on calibration batch {index}: {error}") from error
+    return answers
 
 
 def given_arguments(network: nn.Module, batches: Sequence[Batch]) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from bgd_plugin.calibration.pieces import Kept, Pieces, freed, revived
 from bgd_plugin.calibration.recording import ANSWER, Recording, fingerprint, recorded, same_print
 from bgd_plugin.calibration.store import BatchStore
 from bgd_plugin.errors import CalibrationError
+from bgd_plugin.graph import module_or_none, state_kept
 from bgd_plugin.pq.blocks import Geometry
 
 __all__ = ["Rerun"]
@@ -77,6 +79,7 @@ class Rerun:
         self.is_whole = False
         store = self.batches.store
         self._own = store.claim(self, [student, reference])
+        self._written: set[str] = set()  # modules to whose state the network's code writes
         self._recordings = [self._recorded(batch, norms) for batch in range(len(self.batches))]
         self._pieces = Pieces(self._recordings)
         self.order = self._pieces.order
@@ -152,7 +155,8 @@ class Rerun:
                     run = PartialRun(
                         network, self.batches[batch], recording, [*watched], watched, outputs, finished, self._blanks
                     )
-                    runs[side] = run.up_to(path)
+                    with self._fresh(network):
+                        runs[side] = run.up_to(path)
             if self.is_whole or not self._is_as_recorded(recording, runs["reference"]):
                 self.is_whole = True
                 return []
@@ -176,12 +180,19 @@ class Rerun:
         def answer(path: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return revived(held[path], self._blanks) if path in held else run_module(module, args, kwargs)
 
-        with intercepted(self.student, held, answer):
+        with self._fresh(self.student), intercepted(self.student, held, answer):
             return self.batches[batch].call(self.student)
 
     def _recorded(self, batch: int, norms: Sequence[str]) -> Recording:
-        with self._timed(batch):
-            return recorded(self.reference, self.batches[batch], self._weights, norms)
+        with self._timed(batch), state_kept(self.reference.named_modules()) as written:
+            recording = recorded(self.reference, self.batches[batch], self._weights, norms)
+        self._written |= written
+        return recording
+
+    def _fresh(self, network: nn.Module) -> AbstractContextManager[Any]:
+        """Each run begins with the network's state as it came, whichever runs there have been before."""
+        parts = ((path, module_or_none(network, path)) for path in self._written)
+        return state_kept([(path, module) for path, module in parts if module is not None])
 
     def _collect(self, names: Sequence[str]) -> None:
         """Run up to some layers, or a norm, and keep their inputs."""
@@ -199,7 +210,8 @@ class Rerun:
                     run = PartialRun(
                         network, self.batches[batch], recording, names, weights, outputs, finished, self._blanks
                     )
-                    runs[side] = run.go()
+                    with self._fresh(network):
+                        runs[side] = run.go()
             if not self.is_whole and not self._is_as_recorded(recording, runs["reference"]):
                 self.is_whole = True  # and again from the first batch: the kept outputs are not reliable
                 self._collect(names)

@@ -27,7 +27,8 @@ class LayerConfig:
             the row.
         codebook_size: codewords in the layer's codebook (k), a power of two from 2 to 65536. None: 256 beside a block
             size that is set, otherwise chosen like the block size. Layers with few blocks get the largest power of two
-            strictly below a quarter of their number of blocks.
+            strictly below a quarter of their number of blocks; with a block size of 1 that you set, up to one
+            codeword for each weight, which then is exact but for the rounding of the codebook.
 
     Raises:
         ConfigError: a value is out of range.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -18,15 +18,20 @@ _NORM_BUFFERS = ("running_mean", "running_var", "weight", "bias")  # the last tw
 
 
 @torch.no_grad()
-def round_floats_(model: nn.Module) -> None:
+def round_floats_(model: nn.Module, exact: Collection[str] = ()) -> None:
     """Round parameters and norm statistics in place to half precision, which halves their bytes.
 
     Unchanged: codebooks, weights on an 8-bit grid, tensors with values out of the range of half precision, and other
     buffers, such as the frequencies of a position encoding, which must stay exact.
     Tensors are replaced, not written to, because other networks may share them; ties within `model` are kept. On the
     meta device only the dtype changes.
+
+    Args:
+        model: changed in place.
+        exact: names of parameters that stay as they are.
     """
-    rounded: dict[int, Any] = {}
+    names = model.named_parameters(remove_duplicate=False)
+    rounded: dict[int, Any] = {id(parameter): parameter for name, parameter in names if name in exact}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             is_codebook = isinstance(module, PQModule) and name == "codebook"

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bgd_plugin.calibration import PooledGram, pooled_gram
 from bgd_plugin.fitting.entropy_coded import fit_stream
+from bgd_plugin.fitting.exact import exact_fit
 from bgd_plugin.fitting.method import FittedLayer, LayerContext, Method, unused_codewords
 from bgd_plugin.nn import storable
 from bgd_plugin.planning.types import PlannedLayer
@@ -36,6 +37,8 @@ def fit_weight(
 ) -> FittedLayer:
     """Fit one weight by EM under a pooled Gram; the codebook is rounded to the storage type of the layer's plan.
 
+    A weight with no more distinct blocks than codewords is represented exactly.
+
     Args:
         weight: `[rows, ...]`.
         gram: `[block_size, block_size]`; the identity if nothing is known about the inputs.
@@ -46,6 +49,9 @@ def fit_weight(
     """
     if layer.codes == "entropy":
         return fit_stream(weight, None, layer)
+    exact = exact_fit(weight, layer)
+    if exact is not None:
+        return exact
     blocks = to_blocks(weight.detach().float(), layer.block_size)
     if mask is None:
         fit = fit_em(blocks, gram, layer.codebook_size, iterations, generator=generator)

@@ -11,6 +11,7 @@ from torch import Tensor
 from bgd_plugin.calibration import PooledGram, paired_pieces, pooled_gram, require_finite
 from bgd_plugin.fitting import method_em
 from bgd_plugin.fitting.entropy_coded import fit_stream
+from bgd_plugin.fitting.exact import exact_fit
 from bgd_plugin.fitting.method import FittedLayer, LayerContext, Method
 from bgd_plugin.nn import storable
 from bgd_plugin.pq.full_gram import fit_full
@@ -98,6 +99,9 @@ def _solve(context: LayerContext, statistics: _Statistics | PooledGram, generato
         pooled = method_em.EM.solve(context, statistics, generator)
         note = f"{context.weight[0].numel()} columns: too wide for a full Gram, fitted to the pooled Gram of its blocks"
         return dataclasses.replace(pooled, warnings=(note, *pooled.warnings))
+    exact = exact_fit(context.weight, context.layer)
+    if exact is not None:
+        return _with_shift(context, statistics, exact)
     weight = context.rows
     takes_mean = context.has_batchnorm or context.has_bias
     damping = min(1.0, _DAMPING * (1 + weight.shape[1] / statistics.rows))
@@ -135,6 +139,16 @@ def _fitted_blocks(
     )
     codebook = storable(fit.codebook, context.layer.codebook_storage)
     return FittedLayer(codebook=codebook, codes=fit.codes, warnings=fit.notes)
+
+
+def _with_shift(context: LayerContext, statistics: _Statistics, fit: FittedLayer) -> FittedLayer:
+    """An exact fit, whose bias makes good what the means of its inputs have drifted."""
+    if not context.has_bias or context.has_batchnorm:
+        return fit
+    moments = Moments.pooled(statistics.fitted, statistics.heldout, statistics.share)
+    decoded = torch.nn.functional.embedding(fit.codes, fit.codebook).reshape(context.weight.shape).flatten(1)
+    shift = matching_bias(decoded.float(), moments.mean, moments.output_mean)
+    return dataclasses.replace(fit, bias_shift=shift)
 
 
 @dataclass(frozen=True, kw_only=True)

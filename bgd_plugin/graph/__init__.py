@@ -1,7 +1,7 @@
 """The graph of a network, or the network itself where it has none: find the layers, put modules in their place."""
 
 from bgd_plugin.graph.bake import baked
-from bgd_plugin.graph.calls import call_geometry, call_input, pointwise, spoken
+from bgd_plugin.graph.calls import call_geometry, call_input, looks_rows_up, pointwise, spoken
 from bgd_plugin.graph.computed import module_at, module_or_none
 from bgd_plugin.graph.copying import copy_module, set_modes
 from bgd_plugin.graph.cuts import Block, block_module, partition
@@ -9,7 +9,7 @@ from bgd_plugin.graph.find import find_layers
 from bgd_plugin.graph.fold import fold_parametrizations_
 from bgd_plugin.graph.following import added_to, following_batchnorm, following_batchnorm_node
 from bgd_plugin.graph.front import Front, front_end, retraced, unwrapped
-from bgd_plugin.graph.in_place import untouched
+from bgd_plugin.graph.in_place import state_kept, untouched
 from bgd_plugin.graph.layer import FoundLayer, LeftLayer
 from bgd_plugin.graph.parts import batchnorms_in_parts
 from bgd_plugin.graph.pickling import make_picklable_
@@ -53,6 +53,7 @@ __all__ = [
     "isolate_weights_",
     "isolated",
     "layer_at",
+    "looks_rows_up",
     "make_picklable_",
     "materialize_",
     "module_at",
@@ -64,6 +65,7 @@ __all__ = [
     "retraced",
     "set_modes",
     "spoken",
+    "state_kept",
     "swap_",
     "trace",
     "untouched",

@@ -41,7 +41,7 @@ def bare_layers(
         calls: names of the nodes that run it.
         seen: ids of the parameters already found; new ones are added.
     """
-    others = []
+    others, has_found = [], False
     for attribute, parameter in module._parameters.items():
         if parameter is None or parameter.ndim < 2 or id(parameter) in seen:
             continue
@@ -50,7 +50,7 @@ def bare_layers(
         if role is None:
             others.append(attribute)
             continue
-        path = f"{name}.{attribute}" if name else attribute
+        path, has_found = f"{name}.{attribute}" if name else attribute, True
         yield FoundLayer(
             name=name if attribute == "weight" and name else path,
             target=path,
@@ -65,7 +65,8 @@ def bare_layers(
             members=role.members,
         )
     if others:
-        label = name or ", ".join(others)
+        paths = [f"{name}.{other}".lstrip(".") for other in others]
+        label = ", ".join(paths) if has_found or not name else name
         yield LeftLayer(name=label, reason=f"{type(module).__name__} has no product-quantized form")
 
 

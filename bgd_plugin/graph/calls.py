@@ -14,6 +14,7 @@ from bgd_plugin.nn import PQModule
 from bgd_plugin.pq.blocks import Geometry
 
 __all__ = [
+    "LOOKED_UP",
     "attribute",
     "call_geometry",
     "call_input",
@@ -22,6 +23,7 @@ __all__ = [
     "function_of",
     "has_computed_geometry",
     "kind_at",
+    "looks_rows_up",
     "module_around",
     "pointwise",
     "spoken",
@@ -29,6 +31,9 @@ __all__ = [
 ]
 
 _CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+LOOKED_UP = "a look-up"
+"""Among the users of a parameter: a function that looks rows up in it, as an embedding that is tied to a head."""
+_LOOK_UPS: dict[Any, int] = {torch.nn.functional.embedding: 1, torch.ops.aten.embedding.default: 0}
 _CONV_DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
 
@@ -140,8 +145,22 @@ def users_of_parameters(graph_module: fx.GraphModule) -> dict[int, set[str]]:
             value = attribute(graph_module, str(node.target))
             for user in node.users:
                 is_layer = _is_functional(user) and _weight_node(user) is node
-                users.setdefault(id(value), set()).add("its calls" if is_layer else spoken(user))
+                who = "its calls" if is_layer else LOOKED_UP if _looks_up(user, node) else spoken(user)
+                users.setdefault(id(value), set()).add(who)
     return users
+
+
+def looks_rows_up(node: fx.Node) -> bool:
+    """Whether a node calls a function that looks rows up in a table."""
+    return node.op == "call_function" and node.target in _LOOK_UPS
+
+
+def _looks_up(user: fx.Node, table: fx.Node) -> bool:
+    """Whether a function looks rows up in this table."""
+    place = _LOOK_UPS.get(user.target) if user.op == "call_function" else None
+    if place is None:
+        return False
+    return (user.args[place] if len(user.args) > place else user.kwargs.get("weight")) is table
 
 
 def spoken(node: fx.Node) -> str:

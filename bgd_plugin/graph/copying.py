@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from bgd_plugin.errors import ConfigError
 
-__all__ = ["copy_module", "drop_hooks_", "functions_of", "require_initialized", "set_modes"]
+__all__ = ["copy_module", "drop_hooks_", "functions_of", "rebind_", "require_initialized", "set_modes"]
 
 _Memo = dict[int, Any]
 
@@ -53,7 +53,7 @@ def copy_module(model: nn.Module, *, share_tensors: bool = False) -> Any:
         mine = memo[id(theirs)]
         if isinstance(theirs, fx.GraphModule):
             _give_attributes_(mine, theirs, memo)
-        _rebind_(mine, memo)
+        rebind_(mine, memo)
     return result
 
 
@@ -153,8 +153,13 @@ def functions_of(module: nn.Module) -> list[Any]:
     return [value for value in values if callable(value) and not isinstance(value, (nn.Module, type))]
 
 
-def _rebind_(module: nn.Module, memo: _Memo) -> None:
-    """Let functions among a module's attributes and hooks refer to the copy where they refer to the original."""
+def rebind_(module: nn.Module, memo: _Memo) -> None:
+    """Let functions among a module's attributes and hooks refer to the copy where they refer to the original.
+
+    Args:
+        module: changed in place.
+        memo: copies, or what else takes the place of an object, by the object's id.
+    """
     attributes = vars(module)
     for name, value in attributes.items():
         if name in ("_parameters", "_buffers", "_modules"):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import fx, nn
 
 from bgd_plugin.graph.calls import (
+    LOOKED_UP,
     attribute,
     call_geometry,
     calls_by_weight,
@@ -109,13 +110,14 @@ def _examine(
         return LeftLayer(name=name, reason=f"its weight is shared with another kind of layer, {', '.join(tied)}")
     if not functional and (reason := unfit(owner, kind, functional=False)):
         return LeftLayer(name=name, reason=reason)
-    others = sorted(users.get(id(weight), set()) - {target, *tied, "its calls"})
+    is_table = functional and LOOKED_UP in users.get(id(weight), set())
+    others = sorted(users.get(id(weight), set()) - {target, *tied, "its calls", *((LOOKED_UP,) if is_table else ())})
     if others or (not functional and "its calls" in users.get(id(weight), set())):
         return LeftLayer(name=name, reason=f"its weight is also used by {', '.join(others) or 'a function'}")
     if functional and any(map(has_computed_geometry, nodes)):
         return LeftLayer(name=name, reason="its stride, padding or groups are computed in the graph")
     groups = 1 if kind in ("linear", "embedding") else call_geometry(graph_module, first).groups
-    is_embedding = any(kind_of(module_at(graph_module, path)) == "embedding" for path in tied)
+    is_embedding = is_table or any(kind_of(module_at(graph_module, path)) == "embedding" for path in tied)
     bias = _bias_of_call(graph_module, first) if functional else bias_of(owner, target)
     return FoundLayer(
         name=name,
@@ -127,7 +129,7 @@ def _examine(
         functional=functional,
         groups=groups,
         bias=None if kind.startswith("conv_transpose") else bias,
-        tied=tied,
+        tied=_aliases(graph_module, target, weight) if functional else tied,
         layout=layout_of(kind, groups) if functional else AS_IT_IS,
     )
 
@@ -144,6 +146,12 @@ def _tied_to(graph_module: fx.GraphModule, target: str, nodes: list[fx.Node]) ->
     paths = sorted({str(node.target) for node in nodes} - {target})
     owner = module_at(graph_module, target)
     return tuple(path for path in paths if module_at(graph_module, path) is not owner)
+
+
+def _aliases(graph_module: fx.GraphModule, target: str, weight: nn.Parameter) -> tuple[str, ...]:
+    """Other paths of a parameter, which exported graphs keep though they read only one."""
+    names = graph_module.named_parameters(remove_duplicate=False)
+    return tuple(name for name, parameter in names if parameter is weight and name != target)
 
 
 def _bias_of_call(graph_module: fx.GraphModule, call: fx.Node) -> str | None:
@@ -165,6 +173,7 @@ def _user_name(graph_module: fx.GraphModule, target: str) -> str:
 def _other_weights(graph_module: fx.GraphModule, calls: dict[str, list[fx.Node]]) -> Iterator[FoundLayer | LeftLayer]:
     """Weights that no conv or linear call of the graph reads: layers inside other nodes, or weights left alone."""
     seen: set[str] = set()
+    weights = {id(attribute(graph_module, target)) for target, nodes in calls.items() if _reads(nodes[0], target)}
     for node in graph_module.graph.nodes:
         target = str(node.target)
         if node.op not in ("call_module", "get_attr") or target in calls or target in seen:
@@ -179,8 +188,13 @@ def _other_weights(graph_module: fx.GraphModule, calls: dict[str, list[fx.Node]]
                 yield from left
         else:
             value = attribute(graph_module, target)
-            if isinstance(value, nn.Parameter) and value.ndim > 1:
+            if isinstance(value, nn.Parameter) and value.ndim > 1 and id(value) not in weights:
                 yield _read_byfunction_of(graph_module, target, value)
+
+
+def _reads(call: fx.Node, target: str) -> bool:
+    """Whether a call is that of a function, to which a parameter at `target` is given."""
+    return call.op == "call_function" and target != call.name
 
 
 def _read_byfunction_of(graph_module: fx.GraphModule, target: str, weight: nn.Parameter) -> FoundLayer | LeftLayer:

@@ -31,11 +31,15 @@ def following_batchnorm_node(graph_module: fx.GraphModule, calls: tuple[str, ...
     if len(calls) != 1:
         return None
     call = next(node for node in graph_module.graph.nodes if node.name == calls[0])
+    if call.op == "call_module" and module_at(graph_module, str(call.target))._forward_hooks:
+        return None  # they may change what the norm reads
     users = list(call.users)
     if len(users) != 1 or users[0].op != "call_module":
         return None
     target = str(users[0].target)
     module = module_at(graph_module, target)
+    if module._forward_pre_hooks:
+        return None
     uses = sum(1 for node in graph_module.graph.nodes if node.op == "call_module" and node.target == target)
     return users[0] if normalizes(module) and uses == 1 else None
 

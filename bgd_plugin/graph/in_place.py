@@ -14,7 +14,7 @@ import pathlib
 import re
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from bgd_plugin.graph.copying import copy_module
 
-__all__ = ["untouched"]
+__all__ = ["state_kept", "untouched"]
 
 _DEPTH = 8  # containers and objects within others that are looked into
 _CONSTANT = (
@@ -64,7 +64,7 @@ def untouched(*networks: nn.Module) -> Iterator[list[Any]]:
     states: dict[int, _State] = {}
     given = []
     for network in networks:
-        state = _State(network)
+        state = _State(list(network.modules()))
         if state.is_known:
             states[id(network)] = state
         given.append(network if state.is_known else copy_module(network, share_tensors=True))
@@ -75,27 +75,48 @@ def untouched(*networks: nn.Module) -> Iterator[list[Any]]:
             state.put_back()
 
 
+@contextmanager
+def state_kept(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[set[str]]:
+    """Put back, at the end, what runs wrote into some modules: counters, caches, buffers.
+
+    Args:
+        modules: by path; of each, what it holds itself.
+
+    Yields:
+        a set, which holds the paths of the modules that were written to once the context has ended.
+    """
+    written: set[str] = set()
+    states = [(path, _State([module])) for path, module in modules]
+    try:
+        yield written
+    finally:
+        written |= {path for path, state in states if state.put_back()}
+
+
 class _State:
-    """What a run of a network may write to, and how to put it back.
+    """What a run of some modules may write to, and how to put it back.
 
     Attributes:
         is_known: whether that is all of it.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, modules: list[nn.Module]) -> None:
         self.is_known = True
-        self._undo: list[Callable[[], object]] = []
-        self._seen: dict[int, Any] = {id(module): module for module in network.modules()}
-        for module in network.modules():
+        self._undo: list[Callable[[], bool]] = []
+        self._seen: dict[int, Any] = {id(module): module for module in modules}
+        for module in modules:
             self._module(module)
 
     @torch.no_grad()
-    def put_back(self) -> None:
-        """Make everything what it was."""
-        for undo in self._undo:
-            undo()
+    def put_back(self) -> bool:
+        """Make everything what it was; whether anything was not."""
+        changes = [undo() for undo in self._undo]  # all of them
+        return any(changes)
 
     def _module(self, module: nn.Module) -> None:
+        if isinstance(module, torch.jit.ScriptModule):  # its values are not in Python
+            self.is_known = False
+            return
         attributes = vars(module)
         self._container(attributes, dict)
         for name, value in attributes.items():
@@ -103,8 +124,6 @@ class _State:
                 self._container(value, dict)
             elif not (isinstance(module, fx.GraphModule) and name in _GRAPH_PARTS):
                 self._look(value, _DEPTH)
-        if isinstance(module, torch.jit.ScriptModule):  # its values are not in Python
-            self.is_known = False
 
     def _look(self, value: Any, depth: int) -> None:
         if isinstance(value, _CONSTANT) or id(value) in self._seen or not self.is_known:
@@ -148,11 +167,14 @@ class _State:
         if not tensor.is_meta:
             content = tensor.detach().clone()
 
-            def put_back() -> None:
+            def put_back() -> bool:
                 if tensor.shape != content.shape or tensor.dtype != content.dtype:
                     tensor.data = content
-                elif not torch.equal(tensor, content):
-                    tensor.copy_(content)
+                    return True
+                if torch.equal(tensor, content):
+                    return False
+                tensor.copy_(content)
+                return True
 
             self._undo.append(put_back)
         return []
@@ -160,10 +182,12 @@ class _State:
     def _container(self, container: Any, kind: Any) -> None:
         content = _items(container, kind)
 
-        def put_back() -> None:
-            if [*map(_identity, _items(container, kind))] != [*map(_identity, content)]:
+        def put_back() -> bool:
+            is_changed = [*map(_identity, _items(container, kind))] != [*map(_identity, content)]
+            if is_changed:
                 kind.clear(container)
                 (kind.update if kind not in (list, collections.deque) else kind.extend)(container, content)
+            return is_changed
 
         self._undo.append(put_back)
 

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from bgd_plugin.graph.calls import attribute
 from bgd_plugin.graph.computed import compute_parameter_, module_at, module_or_none, restore_parameter_
+from bgd_plugin.graph.copying import rebind_
 from bgd_plugin.graph.layer import FoundLayer
 from bgd_plugin.nn import FloatWeight, PQModule, PQWeight, materialized, quantized, restored_parameter, take_hooks_
 from bgd_plugin.pq.blocks import AS_IT_IS, Layout
@@ -49,6 +50,9 @@ def swap_(root: nn.Module, target: str, module: nn.Module) -> None:
         return
     old = module_at(root, target)
     take_hooks_(module, old)
+    if isinstance(module, PQModule) and not isinstance(old, (PQModule, FloatWeight)):
+        module.stand_for(old)
+        rebind_(module, {id(old): module})
     for path in module_paths(root, old):
         owner_path, _, name = path.rpartition(".")
         module_at(root, owner_path)._modules[name] = module
@@ -122,8 +126,15 @@ def _isolate(graph_module: fx.GraphModule, layer: FoundLayer, first_call: fx.Nod
     holder = module_at(graph_module, parent)
     del holder._parameters[name]
     holder._modules[name] = FloatWeight(layer.weight, layer.layout).train(holder.training)
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    early = sorted((u for node in readers for u in node.users if order[u] < order[first_call]), key=order.__getitem__)
     with graph.inserting_before(first_call):
         value = graph.call_module(layer.target)
+    if early:  # a table in which rows are looked up before the layer that is fitted runs
+        with graph.inserting_before(early[0]):
+            before = graph.call_module(layer.target)
+        for node in readers:
+            node.replace_all_uses_with(before, delete_user_cb=early.__contains__)
     for node in readers:
         node.replace_all_uses_with(value)
         graph.erase_node(node)

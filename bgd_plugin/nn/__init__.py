@@ -9,6 +9,7 @@ from bgd_plugin.nn.frozen import FrozenNorm, freeze_norms_
 from bgd_plugin.nn.hooks import take_hooks_
 from bgd_plugin.nn.linear import PQLinear
 from bgd_plugin.nn.norms import has_running_statistics, is_batchnorm, normalizes
+from bgd_plugin.nn.padding import SamePadding
 from bgd_plugin.nn.rotated_norm import RotatedNorm
 from bgd_plugin.nn.weight import FloatWeight, PQWeight
 
@@ -26,6 +27,7 @@ __all__ = [
     "PQModule",
     "PQWeight",
     "RotatedNorm",
+    "SamePadding",
     "freeze_norms_",
     "has_running_statistics",
     "is_batchnorm",

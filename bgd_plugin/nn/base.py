@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -54,10 +55,49 @@ class PQModule(nn.Module):
     def __init__(self, codebook: Tensor, codes: Tensor, weight_shape: Sequence[int]) -> None:
         super().__init__()
         notify_hosts()
+        self._stands_for: type[nn.Module] | None = None
         self.weight_shape = self.matrix_shape = torch.Size(weight_shape)
         self.codebook = nn.Parameter(codebook, requires_grad=codebook.is_floating_point())
         self.register_buffer("codes", codes.to(code_dtype(codebook.shape[0])))
         self.register_buffer("mask", None)
+
+    def __getattr__(self, name: str) -> Any:
+        """As in `nn.Module`; else a method or property of the class of the layer in whose place this module is."""
+        kind = vars(self).get("_stands_for")
+        if kind is not None and not name.startswith("__") and hasattr(kind, name):
+            found = inspect.getattr_static(kind, name)
+            return found.__get__(self, type(self)) if hasattr(found, "__get__") else found
+        return super().__getattr__(name)
+
+    def stand_for(self, module: nn.Module) -> None:
+        """Take over what a layer has of its own: attributes, buffers, parameters, methods and properties of its class.
+
+        Args:
+            module: the layer in whose place this module is put.
+        """
+        ours = {*vars(nn.Module()), "weight_shape", "matrix_shape", "_stands_for"}
+        vars(self).update({name: value for name, value in vars(module).items() if name not in ours})
+        self._buffers.update({k: v for k, v in module._buffers.items() if k not in ("codes", "mask")})
+        self._non_persistent_buffers_set |= module._non_persistent_buffers_set
+        self._modules.update(module._modules)
+        more = {k: v for k, v in module._parameters.items() if k not in ("weight", "bias", "codebook")}
+        self._parameters.update(more)
+        self._stands_for = None if type(module).__module__.startswith("torch.nn.modules.") else type(module)
+
+    def give_back(self, module: nn.Module) -> None:
+        """Undo `stand_for`: give a float module of the layer's kind what the layer had of its own.
+
+        Args:
+            module: changed in place, of one of torch's classes.
+        """
+        ours = {*vars(nn.Module()), "weight_shape", "matrix_shape", "_stands_for"}
+        vars(module).update({name: value for name, value in vars(self).items() if name not in ours})
+        module._buffers.update({k: v for k, v in self._buffers.items() if k not in ("codes", "mask")})
+        module._non_persistent_buffers_set |= self._non_persistent_buffers_set
+        module._modules.update(self._modules)
+        module._parameters.update({k: v for k, v in self._parameters.items() if k not in ("bias", "codebook")})
+        if self._stands_for is not None:
+            module.__class__ = self._stands_for
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

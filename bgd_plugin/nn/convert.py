@@ -48,6 +48,8 @@ def quantized(module: nn.Module, codebook: Tensor, codes: Tensor, mask: Tensor |
         raise TypeError(f"{type(module).__name__} has no product-quantized counterpart")
     result: PQModule = form(codebook, codes, module)
     result.mask = mask
+    if not isinstance(module, FloatWeight):
+        result.stand_for(module)
     return result.train(module.training)
 
 
@@ -55,11 +57,13 @@ def materialized(
     module: PQLinear | PQConv | PQConvTranspose | PQEmbedding, weight: nn.Parameter | None = None
 ) -> nn.Module:
     """The float module with the decoded weight, or with `weight`; the bias is shared with `module`."""
-    result = module.to_float()
+    result: Any = module.to_float()
+    module.give_back(result)
     result.weight = restored_parameter(module) if weight is None else weight
     if not isinstance(module, PQEmbedding):
         result.bias = module.bias
-    return result.train(module.training)
+    trained: nn.Module = result.train(module.training)
+    return trained
 
 
 def restored_parameter(module: PQModule) -> nn.Parameter:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from bgd_plugin.config import FAMILIES, BGDConfig, LayerConfig
 from bgd_plugin.encoding.masks import mask_form, pack_mask
 from bgd_plugin.errors import ConfigError
-from bgd_plugin.graph import FoundLayer, module_at
+from bgd_plugin.graph import FoundLayer, looks_rows_up, module_at
 from bgd_plugin.nn import PQModule
 from bgd_plugin.planning.types import PlannedLayer, SkippedLayer
 from bgd_plugin.pq.rate import largest_codebook
@@ -43,7 +43,7 @@ def decided(layer: FoundLayer, config: BGDConfig, *, is_first: bool) -> PlannedL
         if block_size == 1 and columns > 1:
             return SkippedLayer(name=layer.name, reason=f"{columns} weights per row do not divide into blocks")
     blocks = rows * columns // block_size
-    codebook_size = min(most, largest_codebook(blocks))
+    codebook_size = min(most, largest_codebook(blocks, wanted))
     if codebook_size < 2:
         return SkippedLayer(name=layer.name, reason=f"only {blocks} blocks, too few for a codebook")
     if codebook_size < most:
@@ -115,6 +115,8 @@ def first_layer(graph_module: nn.Module, found: list[FoundLayer]) -> FoundLayer 
     if not isinstance(graph_module, fx.GraphModule):
         return _first_held(graph_module, found)
     for node in graph_module.graph.nodes:
+        if looks_rows_up(node):
+            return None
         if node.op == "call_module" and isinstance(module_at(graph_module, str(node.target)), (PQModule, nn.Embedding)):
             return None
         if found and node.name == found[0].calls[0]:

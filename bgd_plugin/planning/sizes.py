@@ -145,7 +145,7 @@ def _round_(network: nn.Module, survey: Survey) -> None:
         freeze_norms_(network)
     round_weights_(network, [name for name in survey.leftovers if name not in coarse], config.weight_storage)
     if config.float_storage == "float16":
-        round_floats_(network)
+        round_floats_(network, survey.tables)
 
 
 def paper_bytes(model: nn.Module) -> int:

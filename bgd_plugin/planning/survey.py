@@ -39,6 +39,8 @@ class Survey:
         free: by name, the settings of the chosen layers whose sizes a bound or a budget may choose.
         leftovers: names of the weights that stay float because their kind of layer has no setting; not those kept float
             by an override.
+        tables: names of parameters that are never rounded, since they are no weights: those that are not trained where
+            most of the network is.
         original_bytes: bytes of the user's network, or of the network before pruning.
         notes: why the network is not fitted as a graph, if it is not; how a budget was spent.
         expected_divergence: from the float network, if sizes were chosen by measurements.
@@ -52,6 +54,7 @@ class Survey:
     skipped: tuple[SkippedLayer, ...]
     free: Mapping[str, LayerConfig]
     leftovers: tuple[str, ...]
+    tables: frozenset[str]
     original_bytes: int
     notes: tuple[str, ...] = ()
     expected_divergence: float | None = None
@@ -86,6 +89,19 @@ class Survey:
     def noted(self, note: str) -> Survey:
         """The same with one more note."""
         return dataclasses.replace(self, notes=(*self.notes, note))
+
+    def without(self, reasons: Mapping[str, str]) -> Survey:
+        """The same with some layers left float.
+
+        Args:
+            reasons: by the layer's name.
+        """
+        return dataclasses.replace(
+            self,
+            chosen=tuple(pair for pair in self.chosen if pair[0].name not in reasons),
+            skipped=(*self.skipped, *(SkippedLayer(name=name, reason=reason) for name, reason in reasons.items())),
+            free={name: setting for name, setting in self.free.items() if name not in reasons},
+        )
 
     def budgeted(
         self,
@@ -146,6 +162,7 @@ def surveyed(
         skipped=(*skipped, *_unused(original, network)),
         free=_free(chosen, config, first),
         leftovers=tuple(_leftovers(found, first, config)),
+        tables=_tables(front.own),
         original_bytes=_chain_bytes(original, original_bytes),
         notes=(f"fitted by running the network itself, since {front.reason}",) if front.reason else (),
     )
@@ -175,9 +192,25 @@ def _leftovers(found: Sequence[FoundLayer], first: FoundLayer | None, config: BG
         layer.target if layer.functional else f"{layer.target}.weight"
         for layer in found
         if not _is_named(layer.name, config)
-        and not layer.tied
+        and not _is_tied(layer)
         and setting_of(layer, config, is_first=layer is first)[0] is None
     ]
+
+
+def _tables(network: nn.Module) -> frozenset[str]:
+    """Frozen parameters of a network that is trained for the most part: position tables, frequencies, class weights.
+
+    Where most of a network is frozen, as for inference or for training a head, that says nothing of a parameter.
+    """
+    frozen = [(name, p) for name, p in network.named_parameters(remove_duplicate=False) if not p.requires_grad]
+    frozen_size = sum({id(p): p.numel() for _, p in frozen}.values())
+    trained_size = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    return frozenset(name for name, _ in frozen) if frozen_size < trained_size else frozenset()
+
+
+def _is_tied(layer: FoundLayer) -> bool:
+    """Whether other layers share the weight: modules, or look-ups in a table that is a linear layer's weight."""
+    return bool(layer.tied) or (layer.family == "embedding" and layer.kind != "embedding")
 
 
 def _is_named(name: str, config: BGDConfig) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.pq.kmeans import cluster_sums, kmeans
+from bgd_plugin.pq.line import spread_on_a_line
 from bgd_plugin.pq.powers import near_one
 
 __all__ = ["Fit", "fit_em", "gram_root"]
@@ -31,7 +32,8 @@ def fit_em(blocks: Tensor, gram: Tensor, codebook_size: int, iterations: int, *,
     depend on n. The M-step, least squares of x̃ c against x̃ v over a cluster's blocks v, has the normal equations
     G (c − v̄) = 0. If G has full rank, the cluster mean v̄ is the only solution; otherwise v̄ is the solution that also
     fits the directions absent from the inputs. So codewords are always means of blocks.
-    The initial codewords are `codebook_size` blocks drawn at random without replacement.
+    The initial codewords are `codebook_size` blocks drawn at random without replacement; those of one weight are spread
+    by the weights' density (`spread_on_a_line`).
 
     Args:
         blocks: `[rows, blocks_per_row, d]`; computed in float64 if they are float64, otherwise in float32.
@@ -48,13 +50,21 @@ def fit_em(blocks: Tensor, gram: Tensor, codebook_size: int, iterations: int, *,
     _check(blocks, gram, codebook_size)
     flat = blocks.flatten(0, 1)
     flat, unit = near_one(flat if flat.dtype == torch.float64 else flat.float())
-    chosen = torch.randperm(flat.shape[0], generator=generator, device=generator.device)[:codebook_size].to(flat.device)
+    start = _start(flat, codebook_size, generator)
     root = gram_root(gram, flat.dtype).to(flat)
-    found = kmeans(flat @ root, flat[chosen] @ root, iterations, generator=generator)
+    found = kmeans(flat @ root, start @ root, iterations, generator=generator)
     counts = torch.bincount(found.codes, minlength=codebook_size).unsqueeze(1)
     means = cluster_sums(flat, found.codes, codebook_size) / counts.clamp(min=1)
-    codebook = (torch.where(counts > 0, means, flat[chosen]) * unit).to(blocks.dtype)
+    codebook = (torch.where(counts > 0, means, start) * unit).to(blocks.dtype)
     return Fit(codebook=codebook, codes=found.codes.view(blocks.shape[:2]))
+
+
+def _start(blocks: Tensor, codebook_size: int, generator: torch.Generator) -> Tensor:
+    """Initial codewords `[k, d]` for blocks `[n, d]`."""
+    if blocks.shape[1] == 1:
+        return spread_on_a_line(blocks[:, 0], codebook_size).unsqueeze(1)
+    chosen = torch.randperm(len(blocks), generator=generator, device=generator.device)[:codebook_size]
+    return blocks[chosen.to(blocks.device)]
 
 
 def gram_root(gram: Tensor, dtype: torch.dtype) -> Tensor:

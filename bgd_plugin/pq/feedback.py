@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from bgd_plugin.pq.line import nearest_on_a_line
 from bgd_plugin.pq.masked import masked, nearest_masked
 
 __all__ = ["damped", "diagonal_blocks", "encode_damped", "encode_with_feedback", "factors", "grouped", "nearest"]
@@ -151,6 +152,8 @@ def nearest(points: Tensor, metric: Tensor, codebook: Tensor, mask: Tensor | Non
     """
     if mask is not None:
         return nearest_masked(points, metric @ metric.mT, codebook, mask)
+    if codebook.shape[1] == 1:  # whatever the metric
+        return nearest_on_a_line(points[:, :, 0], codebook[:, 0].to(points))
     # Subtract the codebook's mean first: float32 loses accuracy in differences of large numbers.
     centre = codebook.mean(0)
     moved = (points - centre.to(points)) @ metric

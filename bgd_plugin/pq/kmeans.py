@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bgd_plugin.pq.line import nearest_on_a_line
+
 __all__ = ["KMeans", "cluster_sums", "kmeans"]
 
 _SCRATCH_CPU = 1 << 18
@@ -138,6 +140,8 @@ def _assign(homogeneous: Tensor, centroids: Tensor) -> Tensor:
     ‖v − c‖² = ‖v‖² − 2 v·c + ‖c‖², and ‖v‖² does not affect the choice. With a column of ones appended to the points,
     the rest is one matrix product: [v, 1] · [−2c, ‖c‖²].
     """
+    if centroids.shape[1] == 1:
+        return nearest_on_a_line(homogeneous[:, 0], centroids[:, 0])
     weights = torch.cat([-2 * centroids, centroids.square().sum(1, keepdim=True)], dim=1).T.contiguous()
     codes = torch.empty(homogeneous.shape[0], dtype=torch.int64, device=homogeneous.device)
     rows = min(_chunk_rows(homogeneous, centroids.shape[0]), homogeneous.shape[0])

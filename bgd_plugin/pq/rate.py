@@ -132,8 +132,14 @@ def _code_lengths(codes: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda some: lengths[(some + reach).long()]
 
 
-def largest_codebook(blocks: int) -> int:
-    """The largest power of two strictly below a quarter of the blocks; 0 if there is none."""
+def largest_codebook(blocks: int, block_size: int = 0) -> int:
+    """The largest power of two strictly below a quarter of the blocks; 0 if there is none.
+
+    Blocks that are meant to be single weights (`block_size` 1) may have a codeword each: the smallest power of two that
+    gives them one, at least 2.
+    """
+    if block_size == 1:
+        return int(2 ** max(1, math.ceil(math.log2(blocks))))
     return int(2 ** (math.ceil(math.log2(blocks / 4)) - 1)) if blocks > 4 else 0
 
 

@@ -57,7 +57,7 @@ def round_to_storage_(student: nn.Module, survey: Survey) -> None:
         round_norms_(student)
     round_weights_(student, [name for name in survey.leftovers if name not in coarse], config.weight_storage)
     if config.float_storage == "float16":
-        round_floats_(student)
+        round_floats_(student, survey.tables)
 
 
 @torch.no_grad()

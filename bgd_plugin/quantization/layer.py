@@ -23,7 +23,7 @@ from bgd_plugin.fitting import (
     output_error,
     shift_gain,
 )
-from bgd_plugin.graph import FoundLayer, install_, module_at, release_
+from bgd_plugin.graph import FoundLayer, install_, module_at, module_or_none, release_
 from bgd_plugin.nn import PQModule
 from bgd_plugin.planning.coded import as_coded
 from bgd_plugin.planning.types import PlannedLayer, SkippedLayer
@@ -137,7 +137,13 @@ def _inputs(job: Job, walk: Walk | Rerun, found: FoundLayer) -> LayerInputs:
         return CollectedInputs(found.name, calls, calls)
     if isinstance(walk, Rerun):
         return walk.inputs(found.name, paired=job.config.method == "full")
-    return LayerInputs(walk, found.name, found.calls, found.weight if found.hidden else None)
+    # hooks may change what a layer computes on: then it is watched
+    is_watched = found.hidden or any(
+        part._forward_pre_hooks
+        for target in (found.target, *found.tied)
+        if (part := module_or_none(job.student, target)) is not None
+    )
+    return LayerInputs(walk, found.name, found.calls, found.weight if is_watched else None)
 
 
 def _fit(

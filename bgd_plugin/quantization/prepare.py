@@ -13,6 +13,7 @@ from bgd_plugin.config import BGDConfig
 from bgd_plugin.graph import Front, front_end, set_modes
 from bgd_plugin.planning.budget import Budget
 from bgd_plugin.planning.survey import Survey, surveyed
+from bgd_plugin.quantization.rehearsal import rehearsed
 from bgd_plugin.rotation import Rotated, rotated
 from bgd_plugin.support.processes import processes, total
 
@@ -64,12 +65,16 @@ def prepared_for(
 
     Raises:
         CalibrationError, TraceError: as `checked`.
-        ConfigError: settings that need a graph, for a network that is fitted without one; otherwise as `prepared`.
+        ConfigError: settings that need a graph, for a network that is fitted without one; otherwise as `prepared` and
+            `rehearsed`.
     """
     turned = _rotated(model, config, batches)
     front = checked(first.front if turned.network is None else front_end(turned.network), batches)
     set_modes(front.network, {"": False})
     ready = first if front is first.front else _prepared(front, model, config, original_bytes)
+    survey = rehearsed(front.own, ready.survey, batches)
+    if survey is not ready.survey:
+        ready = Prepared(front=front, survey=survey, budget=Budget.of(survey))
     return dataclasses.replace(ready, survey=ready.survey.noted(turned.note)) if turned.note else ready
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from bgd_plugin.graph.in_place import untouched
+from bgd_plugin.graph.in_place import state_kept, untouched
 from tests.networks import SmallResNet, images
 
 
@@ -243,3 +243,41 @@ def test_one_network_twice_and_within_itself() -> None:
         assert net.held == [1]
         one(torch.ones(1, 3))
     assert net.held == [1]
+
+
+class Writes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.still = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("past", torch.zeros(4))
+        self.register_buffer("sum", torch.zeros(4))
+        self.calls, self.kept, self.plain = 0, [1], torch.zeros(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.kept.append(2)
+        self.past = x.mean(0)
+        self.sum += x.mean(0)
+        self.plain.add_(1)
+        self.cache = x
+        self.layer.seen = x
+        return self.still(self.layer(x))
+
+
+@torch.no_grad()
+def test_everything_is_as_before_and_the_writers_are_known() -> None:
+    network = Writes()
+    with state_kept(network.named_modules()) as written:
+        network(torch.ones(3, 4))
+    assert written == {"", "layer"}
+    assert (network.calls, network.kept, network.plain.tolist()) == (0, [1], [0, 0])
+    assert not network.past.any()
+    assert not network.sum.any()
+    assert not hasattr(network, "cache")
+
+
+def test_nothing_written_is_nothing_put_back() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    with state_kept(network.named_modules()) as written:
+        network(torch.ones(3, 4))
+    assert written == set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,18 @@ class Centred(nn.Conv2d):
         return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
 
 
+class SamePadded(nn.Conv2d):
+    """Pads as TensorFlow does, by the size of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads: list[int] = []
+        for size, kernel, stride in zip(x.shape[2:], self.kernel_size, self.stride, strict=True):
+            total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+            pads = [total // 2, total - total // 2, *pads]
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(F.pad(x, pads), weight, self.bias, self.stride)
+
+
 class Bounded(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, torch.tanh(self.weight), self.bias, self.stride, self.padding)
@@ -65,7 +78,9 @@ class Doubled(nn.Conv2d):
         return 2 * F.conv2d(x, self.weight - self.weight.mean(), self.bias, self.stride, self.padding)
 
 
-FOLDED: dict[str, Callable[..., nn.Conv2d]] = {kind.__name__: kind for kind in (Standardized, Scaled, Centred, Bounded)}
+FOLDED: dict[str, Callable[..., nn.Conv2d]] = {
+    kind.__name__: kind for kind in (Standardized, Scaled, Centred, SamePadded, Bounded)
+}
 OTHERS: dict[str, Callable[..., nn.Conv2d]] = {kind.__name__: kind for kind in (OfItsInput, Doubled)}
 
 
