@@ -1,107 +1,51 @@
-"""The fastest kernel for a layer and a number of inputs, measured at the first call and cached in a small file."""
+"""Which kernel computes a layer: the one whose estimated time is shortest.
+
+The estimate depends on sizes alone. So a network gives the same outputs in every process and on every machine with the
+same torch: a choice by stopwatch would differ from one process to the next, and with it the last bits of the outputs.
+"""
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import threading
-import time
-from collections.abc import Callable, Mapping
-from functools import cache
-from pathlib import Path
-from typing import Any
+from functools import lru_cache
 
-import torch
+from bgd_plugin.kernels.table import LANES
 
-from bgd_plugin.errors import BGDError
-from bgd_plugin.support.atomic import write_atomically
+__all__ = ["cheapest"]
 
-__all__ = ["cache_file", "fastest"]
+_MOST_DOTS = 4
+_LARGEST_TABLE_BLOCK = 32
 
-_ROUNDS = 3
-_log = logging.getLogger(__name__)
-_lock = threading.RLock()
-_chosen: dict[tuple[Any, ...], str] = {}
-
-Ways = Mapping[str, Callable[[], Any]]
+# Nanoseconds on one thread of a processor with AVX-512, of which only the ratios count.
+_DOT_BLOCK = 0.25
+_TABLE_BLOCK = 0.40
+_TABLE_PRODUCT = 0.32
+_TABLE_CALL = 20_000.0
+_DECODED_WEIGHT = 0.30
+_MULTIPLIED_WEIGHT = 0.0235
 
 
-def cache_file() -> Path:
-    """The file of cached measurements: `kernels.json` in `$BGD_CACHE`, or in `bgd_plugin` in the cache folder."""
-    if folder := os.environ.get("BGD_CACHE"):
-        return Path(folder) / "kernels.json"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bgd_plugin" / "kernels.json"
+@lru_cache(maxsize=4096)
+def cheapest(inputs: int, rows: int, blocks: int, codewords: int, block_size: int, has_mask: bool) -> str:
+    """The way to multiply some inputs by a quantized weight: `dot`, `table` or `tiles` (see `linear.WAYS`).
 
-
-def fastest(key: tuple[Any, ...], ways: Callable[[], Ways]) -> str:
-    """The name of the fastest way to compute, measured once for each key, machine and version of torch.
+    * `dot` reads every code once for each input, and multiplies its codeword.
+    * `table` makes the products of all codewords with a few inputs, then reads every code once for these inputs.
+    * `tiles` decodes the weight once and multiplies as torch does.
 
     Args:
-        key: everything on which the time depends.
-        ways: returns the calls to choose from, by name; they compute the same. Called only if the file has to be read
-            or the time measured.
+        inputs: rows of the input.
+        rows: outputs.
+        blocks: blocks in a row of the weight.
+        codewords: in the codebook.
+        block_size: weights in a block.
+        has_mask: whether single weights are zero regardless of their codeword; tables cannot say that.
     """
-    found = _chosen.get(key)
-    if found is None:
-        with _lock:
-            found = _chosen[key] = _kept_or_measured(str(key), ways())
-    return found
-
-
-def _kept_or_measured(key: str, ways: Ways) -> str:
-    kept = str(_read().get(key))
-    if kept not in ways:
-        kept = _measure(key, ways)
-        _write(key, kept)
-    return kept
-
-
-def _measure(key: str, ways: Ways) -> str:
-    """The way with the shortest of three calls, after a warm-up; calls of the ways alternate."""
-    # the CPU time of one thread does not depend on what else the machine runs
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    seconds = dict.fromkeys(ways, float("inf"))
-    for number in range(_ROUNDS + 1):
-        for name, call in ways.items():
-            start = clock()
-            call()
-            if number:
-                seconds[name] = min(seconds[name], clock() - start)
-    winner = min(seconds, key=seconds.__getitem__)
-    times = ", ".join(f"{name} {value * 1e3:.3f} ms" for name, value in seconds.items())
-    _log.info("kernel for %s: %s (%s)", key, winner, times)
-    return winner
-
-
-@cache
-def _machine() -> str:
-    from llvmlite import binding
-
-    return f"{binding.get_host_cpu_name()} x{os.cpu_count()}, torch {torch.__version__}"
-
-
-def _read() -> dict[str, str]:
-    """Earlier measurements on this machine; empty if the file is missing or not ours."""
-    content = _content().get(_machine())
-    return content if isinstance(content, dict) else {}
-
-
-def _content() -> dict[str, Any]:
-    try:
-        content = json.loads(cache_file().read_text())
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: a user without a home folder
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _write(key: str, name: str) -> None:
-    """Cache a measurement; if the folder is not writable, for this process only."""
-    content = _content()
-    content[_machine()] = {**_read(), key: name}
-    try:
-        file = cache_file()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(content, indent=1, sort_keys=True).encode())
-    except (OSError, RuntimeError, BGDError) as error:
-        _log.debug("kernel measurements are not cached: %s", error)
+    codes = rows * blocks
+    costs = {"tiles": codes * block_size * (_DECODED_WEIGHT + _MULTIPLIED_WEIGHT * inputs)}
+    if inputs <= _MOST_DOTS:
+        costs["dot"] = inputs * codes * _DOT_BLOCK
+    if not has_mask and inputs > 1 and block_size <= _LARGEST_TABLE_BLOCK:
+        groups = -(-inputs // LANES)
+        products = blocks * codewords * block_size
+        costs["table"] = _TABLE_CALL + groups * (codes * _TABLE_BLOCK + products * _TABLE_PRODUCT)
+    return min(costs, key=costs.__getitem__)

@@ -1,14 +1,13 @@
-"""A quantized linear layer on a CPU: by dot products, by tables, or decoded tile by tile, whichever is fastest."""
+"""A quantized linear layer on a CPU: by dot products, by tables, or decoded tile by tile (see `choice`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from bgd_plugin.kernels.choice import fastest
+from bgd_plugin.kernels.choice import cheapest
 from bgd_plugin.kernels.dot import dot_program
 from bgd_plugin.kernels.table import LANES, TABLE_POSITIONS, table_program
 from bgd_plugin.kernels.threads import share_rows
@@ -16,10 +15,8 @@ from bgd_plugin.kernels.tiles import decoded_tiles
 
 __all__ = ["FEW_INPUTS", "WAYS", "lookup_linear"]
 
-_MOST_DOTS = 4
 FEW_INPUTS = 64
-"""Maximum number of inputs for which reading codes may be faster than decoding tiles."""
-_LARGEST_TABLE_BLOCK = 32
+"""Maximum number of positions at which a 1×1 convolution is computed as a linear layer."""
 
 Way = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -41,34 +38,13 @@ def lookup_linear(x: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | Non
     inputs = x.reshape(-1, columns).contiguous()
     codebook = codebook.contiguous()
     if inputs.numel() and rows:
-        output = WAYS[_choice(inputs, codebook, codes, mask)](inputs, codebook, codes, mask)
+        way = cheapest(len(inputs), *codes.shape, *codebook.shape, has_mask=mask is not None)
+        output = WAYS[way](inputs, codebook, codes, mask)
     else:
         output = torch.nn.functional.linear(inputs, codebook.new_zeros(rows, columns))
     if bias is not None:
         output = output.add_(bias)
     return output.view(*x.shape[:-1], rows)
-
-
-def _choice(inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None) -> str:
-    """The fastest of the possible ways; batch sizes are rounded up to powers of two."""
-    count = inputs.shape[0]
-    if count > FEW_INPUTS:
-        return "tiles"
-    batch = 1 << (count - 1).bit_length()
-    layer = (*codes.shape, *codebook.shape, codes.itemsize, inputs.dtype, mask is not None)
-    return fastest((*layer, batch, torch.get_num_threads()), partial(_candidates, inputs, codebook, codes, mask))
-
-
-def _candidates(
-    inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None
-) -> dict[str, Callable[[], Tensor]]:
-    """The possible ways."""
-    names = ["tiles"]
-    if inputs.shape[0] <= _MOST_DOTS:
-        names.append("dot")
-    if mask is None and inputs.shape[0] > 1 and codebook.shape[1] <= _LARGEST_TABLE_BLOCK:
-        names.append("table")
-    return {name: partial(WAYS[name], inputs, codebook, codes, mask) for name in names}
 
 
 def _by_dots(inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""When the kernels are used: on a CPU, if no gradient is needed, unless they are turned off."""
+"""When the kernels are used: on a CPU, in inference, unless they are turned off."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from bgd_plugin.kernels.llvm import AVAILABLE
 
-__all__ = ["disabled", "enabled", "usable"]
+__all__ = ["computable", "disabled", "enabled", "usable"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CODES = (torch.uint8, torch.int16, torch.int32)
@@ -44,10 +44,7 @@ def enabled() -> bool:
 
 
 def usable(x: Tensor, codebook: Tensor, codes: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernels may compute a layer's output now.
-
-    They may not if a gradient is needed, while a model is traced or exported (graphs hold torch's operators), if calls
-    of operators are intercepted (autocast, vmap, dispatch modes, tensor subclasses), or for unsupported dtypes.
+    """Whether the kernels may compute a layer's output now, and no gradient is needed.
 
     Args:
         x: the input, any shape.
@@ -55,9 +52,21 @@ def usable(x: Tensor, codebook: Tensor, codes: Tensor, *others: Tensor | None) -
         codes: `[rows, blocks_per_row]`.
         others: the layer's other tensors, of any shape: bias and mask.
     """
-    if type(x) not in _TENSORS or not (x.is_cpu and codebook.is_cpu and codes.is_cpu) or _is_traced():
-        return False
     if torch.is_grad_enabled() and _need_gradient(x, codebook, *others):
+        return False
+    return computable(x, codebook, codes)
+
+
+def computable(x: Tensor, codebook: Tensor, codes: Tensor) -> bool:
+    """Whether the kernels may compute a layer's output now; where a gradient is needed, by the operator that has one.
+
+    They may not while a model is traced or exported (graphs hold torch's operators), if calls of operators are
+    intercepted (autocast, vmap, dispatch modes, tensor subclasses), or for unsupported dtypes.
+
+    Args:
+        x, codebook, codes: as in `usable`.
+    """
+    if type(x) not in _TENSORS or not (x.is_cpu and codebook.is_cpu and codes.is_cpu) or _is_traced():
         return False
     if x.dtype != codebook.dtype or x.dtype not in _DTYPES or codes.dtype not in _CODES:
         return False

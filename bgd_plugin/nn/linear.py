@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bgd_plugin.kernels.operators import run_linear
-from bgd_plugin.kernels.switch import usable
+from bgd_plugin.kernels.operators import pq_linear, run_linear
+from bgd_plugin.kernels.switch import computable, usable
 from bgd_plugin.nn.base import PQModule
 
 __all__ = ["PQLinear"]
@@ -25,6 +25,9 @@ class PQLinear(PQModule):
         """Map input `[..., in_features]` to `[..., out_features]`."""
         if usable(input, self.codebook, self.codes, self.bias):
             return run_linear(input, self.codebook, self.codes, self.mask, self.bias)
+        if not self.training and computable(input, self.codebook, self.codes):  # inference without torch.no_grad()
+            output: Tensor = pq_linear(input, self.codebook, self.codes, self.mask, self.bias)
+            return output
         return F.linear(input, self.weight, self.bias)
 
     def to_float(self) -> nn.Linear:

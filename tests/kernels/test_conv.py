@@ -62,7 +62,7 @@ def test_many_tiles(dimensions: int, size: int, monkeypatch: pytest.MonkeyPatch)
 def test_pointwise_at_few_positions(dtype: Any, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such a layer is linear; at more positions it convolves."""
     calls = []
-    monkeypatch.setattr(linear, "fastest", lambda key, ways: calls.append(key) or "tiles")
+    monkeypatch.setattr(linear, "cheapest", lambda *sizes, **_: calls.append(sizes) or "tiles")
     layer = with_codes(nn.Conv2d(16, 24, 1).to(dtype), 4)
     for x in (torch.randn(1, 16, positions, positions).to(dtype), torch.randn(16, 1, positions).to(dtype)):
         calls.clear()

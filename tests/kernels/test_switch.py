@@ -67,11 +67,40 @@ class _Subclass(Tensor):
     """A tensor that is more than a tensor."""
 
 
-def test_what_needs_a_gradient_does_not(calls: list[Tensor]) -> None:
+def test_inference_without_no_grad_uses_them_and_keeps_its_gradients(calls: list[Tensor]) -> None:
     found = layer()
+    x = torch.randn(2, 32, requires_grad=True)
+    output = found(x)
+    assert len(calls) == 1
+    (output.square().sum()).backward()
+    gradients = x.grad, found.codebook.grad, found.bias.grad
+    x.grad = found.codebook.grad = found.bias.grad = None
+    with kernels.disabled():
+        plain = found(x)
+    plain.square().sum().backward()
+    torch.testing.assert_close(output, plain, rtol=1e-5, atol=1e-5)
+    for one, other in zip(gradients, (x.grad, found.codebook.grad, found.bias.grad), strict=True):
+        assert one is not None
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert len(calls) == 1
+
+
+def test_gradients_of_gradients_are_those_of_the_plain_path() -> None:
+    found = layer()
+    x = torch.randn(2, 32, requires_grad=True)
+    seconds = []
+    for context in (torch.enable_grad(), kernels.disabled()):
+        with context:
+            (first,) = torch.autograd.grad(found(x).pow(3).sum(), x, create_graph=True)
+            seconds.append(torch.autograd.grad(first.square().sum(), found.codebook)[0])
+    torch.testing.assert_close(*seconds, rtol=1e-4, atol=1e-3)
+
+
+def test_training_does_not(calls: list[Tensor]) -> None:
+    found = layer().train()
     found(torch.randn(2, 32)).sum().backward()
     assert found.codebook.grad is not None
-    frozen = layer().requires_grad_(False)
+    frozen = layer().train().requires_grad_(False)
     x = torch.randn(2, 32, requires_grad=True)
     frozen(x).sum().backward()
     assert x.grad is not None and not calls
