@@ -143,14 +143,14 @@ def given_arguments(network: nn.Module, batches: Sequence[Batch]) -> dict[str, A
     given: dict[str, Any] = {}
     for index, batch in enumerate(batches):
         bound = _bound(signature, network, batch, given_number(batches, index))
+        if index and given.keys() != bound.keys():  # given in some batches only: each case takes its own branch
+            return None
         for name, value in bound.items():
             if signature.parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
                 return None
             is_constant = not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
-            same = index == 0 or (name in given and _is_same(given[name], value))
+            same = index == 0 or _is_same(given[name], value)
             given[name] = value if is_constant and same else FROM_DATA
-        if given.keys() != bound.keys():  # an argument given in some batches only: each case takes its own branch
-            return None
     return given
 
 

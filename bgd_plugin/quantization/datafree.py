@@ -114,7 +114,6 @@ def quantize_module(module: nn.Module, config: BGDConfig | None = None, *, name:
     matrix = found[0].matrix.detach()
     fit = _fitted(matrix, outcome, config)
     result = quantized(module, fit.codebook, fit.codes, outcome.kept(matrix))
-    result.round_codebook_(outcome.codebook_storage)
     result.codebook.requires_grad_(found[0].weight.requires_grad)
     return result
 

@@ -31,6 +31,8 @@ FOLDERS = ("fitting", "quantization", "planning", "correction", "calibration")
 _SLOW = ("processes", "memory", "kills", "full_disk", "numerics")
 TESTS = (
     *(f"tests/{folder}" for folder in FOLDERS),
+    "tests/graph",
+    "tests/training",
     "tests/test_smoke.py",
     *(f"--ignore=tests/quantization/test_{name}.py" for name in _SLOW),
     "--deselect=tests/calibration/test_store.py::test_the_measured_peak_stays_within_the_bound",

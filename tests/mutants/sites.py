@@ -95,7 +95,10 @@ def _made(root: Path, path: str, kind: str, index: int) -> Mutant | None:
         edit = list(edits(source.encode()))[index]
         kind, mutated = edit.operator, edit.applied(source.encode()).decode()
     else:
-        mutated = mutate_code(source, get_operator(kind)(), index) or source
+        try:
+            mutated = mutate_code(source, get_operator(kind)(), index) or source
+        except AttributeError:  # of some operators, at `except` with a dotted name
+            return None
     try:
         same = ast.dump(ast.parse(mutated)) == ast.dump(ast.parse(source))
     except SyntaxError:

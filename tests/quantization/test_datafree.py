@@ -136,7 +136,7 @@ def test_a_fit_knows_the_zeros_that_stay() -> None:
     """Weights of one value, but for the zeros: one codeword is exact."""
     model = PlainNet()
     model[2].weight.data.copy_(0.5 * (torch.rand(32, 32) > 0.5))
-    config = BGDConfig(preserve_zeros=True, max_divergence=None)
+    config = BGDConfig(preserve_zeros=True, linear=LayerConfig(block_size=4, codebook_size=4))
     layer: Any = integration.quantize_module(model[2], config)
     torch.testing.assert_close(layer.weight, model[2].weight)
 

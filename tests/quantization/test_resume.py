@@ -281,7 +281,8 @@ def test_a_damaged_file_of_training_says_what_to_delete(model: nn.Module, tmp_pa
 
 
 def test_leftovers_of_a_killed_process_are_removed(model: nn.Module, tmp_path: Path) -> None:
-    (tmp_path / ".layer-0001.safetensors.tmp").write_bytes(b"half")
+    for number in (1, 99):  # one whose file is written again, and one that no layer has
+        (tmp_path / f".layer-{number:04d}.safetensors.tmp").write_bytes(b"half")
     _bytes(tmp_path, em(), model)
     assert not list(tmp_path.glob(".*"))
 
@@ -291,6 +292,14 @@ def test_a_damaged_layer_file_says_what_to_delete(model: nn.Module, tmp_path: Pa
     file = sorted(tmp_path.glob("layer-*"))[1]
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(CheckpointError, match=rf"{file.name} is damaged .*: delete it to fit the layer again"):
+        _bytes(tmp_path, em(), model)
+
+
+def test_a_layer_file_of_another_layer_is_refused(model: nn.Module, tmp_path: Path) -> None:
+    _bytes(tmp_path, em(), model)
+    first, second = sorted(tmp_path.glob("layer-*"))[:2]
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(CheckpointError, match=rf"{second.name} is damaged .*shapes .*delete it to fit the layer again"):
         _bytes(tmp_path, em(), model)
 
 

@@ -193,6 +193,37 @@ def test_a_graph_that_is_not_the_whole_network_is_refused() -> None:
         bgd.quantize(graph, images(), em(), progress=False)
 
 
+class _Counting(nn.Module):
+    """Writes to a buffer at every run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(12, 64), nn.Linear(64, 64)
+        self.register_buffer("table", torch.zeros(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        self.table.add_(x.detach().mean())  # type: ignore[operator]
+        return self.last(torch.tanh(x))
+
+
+def test_buffers_that_a_run_writes_are_as_they_came() -> None:
+    model = _Counting().eval()
+    result = bgd.quantize(model, vectors(5), em(), progress=False).model
+    assert torch.equal(result.table, model.table) and not model.table.any()  # type: ignore[arg-type,operator]
+
+
+def test_a_class_that_cannot_be_imported_is_pickled_as_its_graph() -> None:
+    class Local(nn.Sequential):
+        pass
+
+    model = Local(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 32)).eval()
+    result = bgd.quantize(model, vectors(), em(), progress=False).model
+    assert type(result) is Local
+    again = pickle.loads(pickle.dumps(result))
+    assert all(torch.equal(again(x), result(x)) for x in vectors())
+
+
 def test_position_tables_stay_exact() -> None:
     class Positions(PlainNet):
         def __init__(self) -> None:
