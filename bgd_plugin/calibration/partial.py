@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bgd_plugin.calibration.batches import Batch
+from bgd_plugin.calibration.branch import BranchEnd
 from bgd_plugin.calibration.interception import intercepted, run_module
 from bgd_plugin.calibration.pieces import Kept, kept, revived
 from bgd_plugin.calibration.recording import Recording, input_identity
@@ -41,6 +42,7 @@ class PartialRun:
         strayed: whether this run executed other operators than the recorded one.
         given: the arguments of the piece up to which `up_to` ran; None if the run did not reach it.
         answer: the output of that piece.
+        skip: what the output of the only layer is added to; None where nothing was found.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class PartialRun:
         self.stored: set[str] = set()
         self.given: tuple[Any, Any] | None = None
         self.answer: Any = None
+        self.skip: Tensor | None = None
         self._piece = ""
         self._network, self._batch, self._recording = network, batch, recording
         self._norms = set(names) - set(weights)
@@ -65,7 +68,8 @@ class PartialRun:
         self._outputs, self._finished, self._blanks = outputs, finished, blanks
         self._left = sum(recording.counts[name] for name in names)
         # layers requested together share one input; the run ends there, so nothing can write to it
-        self._goes_on = self._left > len(names)
+        self._end = BranchEnd() if self._left == 1 and recording.branches.issuperset(names) else None
+        self._goes_on = self._left > len(names) or self._end is not None
         self._replayer = Replayer(recording.decisions)
         self._last: tuple[Tensor, Tensor, tuple[Any, ...] | None] | None = None
 
@@ -81,7 +85,7 @@ class PartialRun:
             paths = {*self._outputs, *self._finished, *self._norms, *filter(None, (self._piece,))}
             with contextlib.suppress(Stop), contextlib.ExitStack() as stack:
                 stack.enter_context(intercepted(self._network, paths, self._on_module))
-                stack.enter_context(Watch(self._weights, self._on_layer, self._replayer))
+                stack.enter_context(Watch(self._weights, self._on_layer, self))
                 self._batch.call(self._network)
         self._last = None
         return self
@@ -90,6 +94,19 @@ class PartialRun:
         """Run up to a piece and through it, whatever layers are requested."""
         self._piece, self._goes_on = piece, True
         return self.go()
+
+    def compute(self, operator: Any, args: Any, kwargs: Any) -> Any:
+        """Compute one operator with the recorded decisions; the run ends before the addition of a skip connection."""
+        if self._end is None or self._left:
+            return self._replayer.compute(operator, args, kwargs)
+        ended = self._end.before(operator, args)
+        if ended is not None:
+            self.skip = ended[1].detach().clone()
+            raise Stop
+        blank = self._end.blank(operator, args)
+        result = self._replayer.compute(operator, args, kwargs) if blank is None else blank
+        self._end.after(result)
+        return result
 
     def _on_module(self, path: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if path in self._outputs:
@@ -118,5 +135,7 @@ class PartialRun:
             self._last = (x, x.detach().clone() if self._goes_on else x.detach(), identity)
         self.calls[name].append((self._last[1], geometry))  # layers that share an input share the copy
         self._left -= 1
-        if not self._left and not self._piece:
+        if not self._left and self._end is not None and not self._piece:
+            self._end.layer(name)
+        elif not self._left and not self._piece:
             raise Stop

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bgd_plugin.calibration.batches import Batch
+from bgd_plugin.calibration.branch import BranchEnd
 from bgd_plugin.calibration.dataflow import Dataflow, is_plain, tensors_in
 from bgd_plugin.calibration.interception import intercepted, run_module
 from bgd_plugin.calibration.replay import Recorder
@@ -44,6 +45,7 @@ class Recording:
         readers: see `Dataflow.readers`; layers and norms by name, modules by path.
         unfit: modules whose output cannot replace a run: they write to their arguments, or return more than tensors.
         shares: for each layer, the layer right before it that had the same input.
+        branches: layers whose output is added to a skip connection.
         prints: fingerprints of each layer's inputs.
         decisions: see `Recorder`.
     """
@@ -57,6 +59,7 @@ class Recording:
     readers: dict[str, set[str]] = field(default_factory=dict)
     unfit: set[str] = field(default_factory=set)
     shares: dict[str, str] = field(default_factory=dict)
+    branches: set[str] = field(default_factory=set)
     prints: dict[str, list[Print]] = field(default_factory=dict)
     decisions: list[tuple[Any, list[Tensor]]] = field(default_factory=list)
 
@@ -95,13 +98,18 @@ class _Observer:
         self.recording = Recording()
         self.recorder = Recorder()
         self.flow = Dataflow()
+        self._end = BranchEnd()
         self._norms = set(norms)
         self._running: list[str] = []
         self._last: tuple[str, Tensor, tuple[Any, ...] | None] | None = None
 
     def compute(self, operator: Any, args: Any, kwargs: Any) -> Any:
         """Compute one operator, and record it."""
+        ended = self._end.before(operator, args)
+        if ended is not None:
+            self.recording.branches.add(ended[0])
         result = self.recorder.compute(operator, args, kwargs)
+        self._end.after(result)
         self.flow.computed(operator, (args, kwargs), result)
         return result
 
@@ -112,6 +120,7 @@ class _Observer:
         if geometry is None:
             return
         recording.counts[name] += 1
+        self._end.layer(name)
         self.flow.read(name, [x])
         identity = input_identity(x)
         if self._last is not None and identity is not None and self._last[2] == identity and self._last[0] != name:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -116,6 +116,23 @@ class Rerun:
             self._collect(self._group)
         student, reference = (self._calls(side, name) for side in ("student", "reference"))
         return CollectedInputs(name, student, reference if paired else student, self._shared)
+
+    def drift(self, name: str) -> Callable[[int], Tensor] | None:
+        """The drift of the skip connection behind a layer: the float network's values minus the compressed one's.
+
+        Args:
+            name: of the layer whose inputs were asked for last.
+
+        Returns:
+            for each batch, by index, the drift in the shape of the layer's output; None where there is no such skip.
+        """
+        sides = [_Calls(self.batches.store, f"{self._own}{self._side(s)} skip", "") for s in ("student", "reference")]
+        if self._group != [name]:
+            return None
+        for mine, theirs in zip(*sides, strict=True):
+            if mine is None or theirs is None or mine.shape != theirs.shape:
+                return None
+        return lambda batch: sides[1][batch] - sides[0][batch]
 
     def norm_inputs(self, path: str) -> tuple[list[Tensor], list[Tensor]]:
         """The inputs `[N, C, ...]` of the batch norm at `path` in the compressed and in the float network, by batch."""
@@ -233,6 +250,7 @@ class Rerun:
                 self._pieces, batch, outputs, done=done, stored=self._stored[batch]
             )
             content[f"{self._own}{side} inputs"] = runs[side].calls
+            content[f"{self._own}{side} skip"] = {"": runs[side].skip}
 
     def _is_as_recorded(self, recording: Recording, run: PartialRun) -> bool:
         """Whether the float network's inputs are those of its whole run."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,17 +17,26 @@ _ROWS = 16384
 
 
 @torch.no_grad()
-def shift_helps(weight: Tensor, decoded: Tensor, inputs: LayerInputs, generator: torch.Generator) -> bool:
+def shift_helps(
+    weight: Tensor,
+    decoded: Tensor,
+    inputs: LayerInputs,
+    generator: torch.Generator,
+    drift: Callable[[int], Tensor] | None = None,
+) -> bool:
     """Whether the mean error of a layer's outputs on some samples, taken off the others, lowers their error.
 
     Args:
         weight, decoded: W and Ŵ, `[C_out, C_in / groups, *kernel]` or `[C_out, C_in]`.
         inputs: the layer's, in the student and in the float network.
+        generator: draws the samples.
+        drift: per batch, what the layer's outputs are to compensate for besides, of their shape; None: nothing.
     """
     sums = torch.zeros(2, weight.shape[0], dtype=torch.float64, device=weight.device)
     counts = torch.zeros(2, 1, dtype=torch.float64, device=weight.device)
-    for piece in paired_pieces(inputs, _ROWS, generator):
+    for piece in paired_pieces(inputs, _ROWS, generator, drift):
         error = _outputs(piece.reference, weight) - _outputs(piece.student, decoded)
+        error = error if piece.drift is None else error + piece.drift
         tried, judges = kept_aside(piece.pieces)
         for place, those in enumerate((tried, judges)):
             if piece.index in those:

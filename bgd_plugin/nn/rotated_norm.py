@@ -42,7 +42,7 @@ class RotatedNorm(nn.Module):
         return cls(norm, matrix, torch.zeros_like(like, requires_grad=False)).train(norm.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map `[..., features]` to `[..., features]`."""
+        """Normalize `input` `[..., features]` and multiply it by the matrix; returns `[..., features]`."""
         return functional.linear(self.norm(input), self.matrix, self.shift)
 
     @torch.no_grad()
@@ -54,4 +54,5 @@ class RotatedNorm(nn.Module):
             self._buffers[name] = value.half().to(value.dtype) if value.dtype != torch.bfloat16 else value
 
     def extra_repr(self) -> str:
+        """The width, as torch prints it."""
         return f"{len(self.matrix)}"

@@ -61,9 +61,10 @@ def quantize_layer(
         sample = sampled_inputs(inputs, _error_rows(found), job.generator(f"{planned.name} sample"))
     generator = job.generator(planned.name)
     finished = fitted_once(lambda: job.run.finished(index, planned))
-    fit = finished or _fit(job, found, planned, inputs, generator, _skip_for_fit(job, walk, skip))
+    drifted = _skip_for_fit(job, walk, found, skip)
+    fit = finished or _fit(job, found, planned, inputs, generator, drifted)
     if finished is None and fit.bias_shift is not None:
-        fit = _judged_shift(job, found, fit, inputs)
+        fit = _judged_shift(job, found, fit, inputs, drifted)
     layer = _installed(job, walk, found, planned, fit)
     if finished is None:
         _distill(job, walk, index, layer, logits, generator)
@@ -113,12 +114,14 @@ def treat_unreached(job: Job, index: int) -> LayerReport | SkippedLayer:
     return LayerReport.of(planned, relative_error=float(lost) ** 2, bias_gain=None, warnings=(*fit.warnings, warning))
 
 
-def _judged_shift(job: Job, found: FoundLayer, fit: FittedLayer, inputs: LayerInputs) -> FittedLayer:
+def _judged_shift(job: Job, found: FoundLayer, fit: FittedLayer, inputs: LayerInputs, skip: Skip | None) -> FittedLayer:
     """The fit without its shift of the bias, where such a shift raises the error on samples kept aside."""
     codebook, codes = fit.codebook.to(found.weight), fit.codes.to(found.weight.device)
     decoded = decode(codebook, codes, found.matrix.shape)
     with job.log.timed("statistics"):
-        helps = shift_helps(found.matrix, decoded, inputs, job.generator(f"{found.name} shift"))
+        helps = shift_helps(
+            found.matrix, decoded, inputs, job.generator(f"{found.name} shift"), None if skip is None else skip.drift
+        )
     if helps:
         return fit
     warning = "bias correction undone: the error rose on samples kept aside"
@@ -182,13 +185,29 @@ def _fit(
     return fit
 
 
-def _skip_for_fit(job: Job, walk: Walk | Rerun, skip: DriftedSkip | None) -> Skip | None:
-    if skip is None or isinstance(walk, Rerun):
+def _skip_for_fit(job: Job, walk: Walk | Rerun, found: FoundLayer, skip: DriftedSkip | None) -> Skip | None:
+    if isinstance(walk, Rerun):
+        return _skip_behind(job, walk, found)
+    if skip is None:
         return None
     norm: Any = job.student.get_submodule(str(skip.norm.target))
     gain = (norm.running_var + norm.eps).rsqrt()
     gain = gain if norm.weight is None else gain * norm.weight.detach()
     return Skip(drift=functools.partial(walk.drift, skip.node), gain=gain)
+
+
+def _skip_behind(job: Job, walk: Rerun, found: FoundLayer) -> Skip | None:
+    """The skip connection that a layer's output is added to, in a network without a graph."""
+    is_plain = found.members == 1 and not found.tied and found.kind in ("linear", "conv1d", "conv2d", "conv3d")
+    drift = walk.drift(found.name) if is_plain and job.config.method == "full" else None
+    if drift is None:
+        return None
+    return Skip(drift=lambda batch: _positions_first(drift(batch), found), gain=torch.ones(found.rows))
+
+
+def _positions_first(values: Tensor, found: FoundLayer) -> Tensor:
+    """Values of the shape of a layer's output, in the order of its unfolded inputs."""
+    return values.flatten(0, -2) if found.kind == "linear" else values
 
 
 def _installed(job: Job, walk: Walk | Rerun, found: FoundLayer, planned: PlannedLayer, fit: FittedLayer) -> PQModule:

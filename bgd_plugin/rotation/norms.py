@@ -16,7 +16,12 @@ _TOLERANCE = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Affine:
-    """What a norm multiplies its normalized input by, and adds to it, both float64 `[features]`."""
+    """What a norm does to its normalized input.
+
+    Attributes:
+        gain: float64 `[features]`, what it multiplies by.
+        shift: float64 `[features]`, what it adds.
+    """
 
     gain: Tensor
     shift: Tensor

@@ -103,12 +103,22 @@ class Structure:
             self._above[root] = roots[0]
 
     def spoil(self, parts: Iterable[Part], reason: str) -> None:
-        """Note why a sum of parts cannot be rotated."""
+        """Note why a sum of parts cannot be rotated.
+
+        Args:
+            parts: of the sum.
+            reason: in words; the first one is kept.
+        """
         for part in parts:
             self._obstacles.setdefault(part, reason)
 
     def norm_read(self, path: str, parts: frozenset[Part] | None) -> None:
-        """Note that a norm ran on a sum, or on something else."""
+        """Note that a norm ran.
+
+        Args:
+            path: of the norm.
+            parts: of the sum that it ran on; None: it ran on something else.
+        """
         reads = self.norms.setdefault(path, NormReads())
         if parts is None:
             reads.is_mixed = True

@@ -12,10 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bgd_plugin as bgd
 from bgd_plugin.calibration import Rerun, collect_batches, paired_pieces
+from bgd_plugin.calibration.branch import BranchEnd
 from bgd_plugin.calibration.pieces import Pieces
 from bgd_plugin.fitting import method_full_gram as full_gram
 from bgd_plugin.graph import copy_module, find_layers
 from tests.networks import randomized, same_outputs, vectors
+from tests.rotation.networks import Model, words
 
 WIDTH = 16
 
@@ -298,3 +300,74 @@ def test_a_bound_on_memory_changes_no_result() -> None:
     one, other = free.model.state_dict(), bound.model.state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert any("in a file" in note for note in bound.report.notes)
+
+
+def _drifting() -> tuple[Model, Model]:
+    torch.manual_seed(0)
+    reference = Model(tied=False).eval()
+    student = copy_module(reference, share_tensors=True)
+    changed = nn.Linear(WIDTH, WIDTH, bias=False)  # as if it were quantized
+    student.blocks[0].v = changed
+    return student, reference
+
+
+@torch.no_grad()
+def test_the_drift_of_a_skip_connection() -> None:
+    student, reference = _drifting()
+    data = [words() for _ in range(2)]
+    batches = collect_batches(data, reference, device=torch.device("cpu"), forward=None)
+    weights = {path: m.weight for path, m in reference.named_modules() if isinstance(m, nn.Linear)}
+    rerun = Rerun(student, reference, batches, weights, [])
+    streams: dict[str, list[Tensor]] = {}
+    for name, network in (("student", student), ("reference", reference)):
+        norm = network.blocks[0].norm2  # type: ignore[union-attr]
+        hook = norm.register_forward_hook(lambda _m, args, _o, name=name: streams.setdefault(name, []).append(args[0]))
+        for x in data:
+            network(x)
+        hook.remove()
+    found = {}
+    for name in rerun.order:
+        rerun.inputs(name)
+        found[name] = rerun.drift(name)
+    assert [name for name, drift in found.items() if drift is not None] == [
+        f"blocks.{block}.{layer}" for block in (0, 1) for layer in ("o", "down")
+    ]
+    rerun = Rerun(
+        student, reference, collect_batches(data, reference, device=torch.device("cpu"), forward=None), weights, []
+    )
+    for name in rerun.order[: rerun.order.index("blocks.0.down") + 1]:
+        rerun.inputs(name)
+        drift = rerun.drift(name)
+        if name == "blocks.0.o":  # nothing has changed before it
+            assert drift is not None and float(drift(0).abs().max()) == 0
+        if name == "blocks.0.down":
+            assert drift is not None
+            for batch in (0, 1):
+                torch.testing.assert_close(drift(batch), streams["reference"][batch] - streams["student"][batch])
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_end_of_a_branch(in_place: bool) -> None:
+    end = BranchEnd()
+    x, weight, bias, skip = torch.randn(6, 4), torch.randn(4, 5), torch.randn(5), torch.randn(2, 3, 5)
+    aten = torch.ops.aten
+    end.layer("last")
+    assert end.before(aten.mm.default, (x, weight)) is None
+    blank = end.blank(aten.mm.default, (x, weight))
+    assert blank is not None and blank.shape == (6, 5)
+    end.after(blank)
+    assert end.before(aten.add.Tensor, (blank, bias)) is None  # a bias, not a skip
+    output = blank + bias
+    end.after(output)
+    operator = aten.add_.Tensor if in_place else aten.add.Tensor
+    name, other = end.before(operator, (skip, output.view(2, 3, 5))) or ("", x)
+    assert name == "last" and other is skip
+
+
+def test_an_output_that_is_changed_ends_no_branch() -> None:
+    end = BranchEnd()
+    output, skip = torch.randn(6, 5), torch.randn(6, 5)
+    end.layer("last")
+    end.after(output)
+    assert end.before(torch.ops.aten.relu_.default, (output,)) is None
+    assert end.before(torch.ops.aten.add.Tensor, (output, skip)) is None
