@@ -24,7 +24,10 @@ def _inputs(student: Sequence[Tensor], reference: Sequence[Tensor], geometry: Ge
     return CollectedInputs("layer", mine, theirs)
 
 
-@pytest.mark.parametrize(("count", "tried", "judges"), [(1, [0], [0]), (2, [0], [1]), (10, list(range(8)), [8, 9])])
+@pytest.mark.parametrize(
+    ("count", "tried", "judges"),
+    [(1, [0], [0]), (2, [0], [1]), (10, list(range(8)), [8, 9]), (20, list(range(16)), [16, 17, 18, 19])],
+)
 def test_the_last_fifth_judges(count: int, tried: list[int], judges: list[int]) -> None:
     assert tuple(map(list, kept_aside(count))) == (tried, judges)
 
@@ -42,6 +45,52 @@ def test_a_match_that_does_harm_is_undone(harm: float, mode: Any) -> None:
     is_undone = mode == "matched" and harm > 1
     assert gain.taken_back == is_undone
     assert torch.equal(norm.running_mean, torch.zeros(2) if is_undone else new)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["matched", "reestimate"])
+def test_a_match_is_tried_on_some_batches_judged_on_the_others_and_made_from_all(mode: Any) -> None:
+    """From the statistics that the norm came with, each time."""
+    norm = nn.BatchNorm1d(2)
+    norm.running_mean.fill_(7.0)  # type: ignore[union-attr,operator]
+    asked: list[tuple[str, list[int], float]] = []
+
+    def mean() -> float:
+        return float(norm.running_mean[0])  # type: ignore[index]
+
+    def statistics(batches: Sequence[int]) -> tuple[Tensor, Tensor]:
+        asked.append(("statistics", list(batches), mean()))
+        return torch.full((2,), float(len(asked))), torch.ones(2)
+
+    def distance(batches: Sequence[int]) -> float:
+        asked.append(("distance", list(batches), mean()))
+        return 0.1
+
+    gain = _corrected(norm, "norm", mode, 10, statistics, distance)
+    every, tried, judges = list(range(10)), list(range(8)), [8, 9]
+    matched = [
+        ("distance", every, 7.0),
+        ("distance", judges, 7.0),
+        ("statistics", tried, 7.0),
+        ("distance", judges, 3.0),
+        ("statistics", judges, 7.0),
+        ("distance", every, 5.0),
+    ]
+    reestimated = [("distance", every, 7.0), ("statistics", every, 7.0), ("distance", every, 2.0)]
+    assert asked == (matched if mode == "matched" else reestimated)
+    assert not gain.taken_back
+
+
+@pytest.mark.parametrize("where", ["tried", "judges"])
+def test_only_harm_to_the_judges_counts(where: str) -> None:
+    norm, new = nn.BatchNorm1d(2), torch.full((2,), 3.0)
+
+    def distance(batches: Sequence[int]) -> float:
+        is_harmed = list(batches) == ([8, 9] if where == "judges" else list(range(8)))
+        return 0.9 if is_harmed and torch.equal(norm.running_mean, new) else 0.1  # type: ignore[arg-type]
+
+    gain = _corrected(norm, "norm", "matched", 10, lambda batches: (new, new), distance)
+    assert gain.taken_back == (where == "judges")
+    assert (gain.before, gain.after) == (0.1, 0.1)
 
 
 def test_keeping_the_variance_has_its_price() -> None:

@@ -1,0 +1,44 @@
+"""A shift of biases: every module that holds the weight gets it, and what was one parameter stays one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bgd_plugin.correction import shift_biases_
+from bgd_plugin.graph import find_layers, trace
+
+
+class _Tied(nn.Module):
+    """Three layers with one weight: two share their bias, the third has one of its own, the fourth none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+        self.d = nn.Linear(8, 8, bias=False)
+        for other in (self.b, self.c, self.d):
+            other.weight = self.a.weight
+        self.b.bias = self.a.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.c(self.b(self.a(x))))
+
+
+def test_modules_that_share_a_weight_are_shifted_and_ties_are_kept() -> None:
+    graph = trace(_Tied().eval())
+    (layer,) = find_layers(graph)[0]
+    before = {name: getattr(graph, name).bias for name in "abc"}
+    values = {name: bias.detach().clone() for name, bias in before.items()}
+    shift_biases_(graph, layer, torch.arange(8.0))
+    for name in "abc":
+        torch.testing.assert_close(getattr(graph, name).bias.detach(), values[name] + torch.arange(8.0))
+        assert torch.equal(before[name], values[name])  # the float network may share the old ones
+    assert graph.a.bias is graph.b.bias is not graph.c.bias  # type: ignore[union-attr]
+    assert graph.d.bias is None  # type: ignore[union-attr]
+
+
+def test_a_layer_without_a_bias_stays_without() -> None:
+    graph = trace(nn.Sequential(nn.Linear(8, 8, bias=False)).eval())
+    (layer,) = find_layers(graph)[0]
+    shift_biases_(graph, layer, torch.ones(8))
+    assert graph.get_submodule("0").bias is None
