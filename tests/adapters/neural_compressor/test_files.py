@@ -123,7 +123,10 @@ def _forged(folder: Path, name: str, content: bytes) -> None:
         ('{"layer": 3}', r"qconfig\.json is damaged"),
         ('{"print(1)": {"bgd": {}}}', r"qconfig\.json is damaged"),
         ('{"(\'fc1\', \'Linear\')": {"bgd": {"block_size": -1}}}', r"qconfig\.json is damaged \(block_size=-1"),
-        ("{\"('fc1', 'Linear')\": {\"nobody\": {}}}", "quantized by 'nobody', which is not an algorithm"),
+        (
+            "{\"('fc1', 'Linear')\": {\"nobody\": {}}}",
+            "quantized by 'nobody', an algorithm that this neural-compressor lacks",
+        ),
     ],
 )
 def test_a_forged_config(folder: Path, content: str, message: str) -> None:
