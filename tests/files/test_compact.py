@@ -175,3 +175,12 @@ def test_a_stream_of_next_to_nothing_stands_for_few_codes() -> None:
     net = nn.Sequential(PQLinear(torch.randn(4, 1), codes, nn.Linear(1000, 1000)))
     assert compacted(stored(net)) is None
     assert file_size(stored(net)) > 1000 * 1000 / 64
+
+
+def test_uneven_codes_of_blocks_alone_stay_in_format_2() -> None:
+    """The plan has promised their length before there were codes."""
+    codes = torch.randint(0, 16, (80, 60), generator=torch.Generator().manual_seed(0))
+    codes[:, 1:] = codes[:, 1:].where(codes[:, 1:] % 5 == 0, 3)
+    codes[0, 0], codes[1, 0] = 0, 1  # no row of a trellis begins with either
+    net = nn.Sequential(PQLinear(torch.randn(16, 1), codes, nn.Linear(60, 80)))
+    assert compacted(stored(net)) is None

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bgd_plugin.pq.rate import RateCurve, largest_codebook, quick_fit, rate_curve, sampled_positions
+from bgd_plugin.pq.rate import (
+    EntropyCurve,
+    RateCurve,
+    entropy_curve,
+    largest_codebook,
+    quick_fit,
+    rate_curve,
+    sampled_positions,
+)
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -84,3 +94,40 @@ def test_what_is_sampled_keeps_blocks_and_metrics_together() -> None:
     assert len(some[:, 0, 0].unique()) == 10
     assert sampled_positions(blocks, metrics, 1000, _generator())[0] is blocks
     assert sampled_positions(blocks, metrics, 8, _generator())[0].shape == (1, 8, 2)
+
+
+def _entropy_points(scale: float = 1.0) -> EntropyCurve:
+    blocks = scale * torch.randn(40, 400, 1, generator=_generator(3))
+    return entropy_curve(blocks, torch.ones(40, 1, 1))
+
+
+def test_the_error_of_entropy_coded_codes_is_near_the_bound() -> None:
+    """A Gaussian's error at b bits is 4^-b at least; scalar codes need a quarter of a bit more, the trellis less."""
+    curve = _entropy_points()
+    assert curve.error(0.0) == pytest.approx(1.0, rel=0.03)
+    for bits in (1.0, 2.0, 3.0, 4.0):
+        assert 1.05 * 4.0**-bits < curve.error(bits) < 1.35 * 4.0**-bits, bits
+    assert all(b0 < b1 and e0 > e1 for (b0, e0), (b1, e1) in itertools.pairwise(curve.points))
+
+
+def test_an_entropy_curve_is_interpolated_and_goes_on() -> None:
+    curve = EntropyCurve(points=((0.0, 1.0), (2.0, 0.1)))
+    assert curve.error(1.0) == pytest.approx(0.1**0.5)
+    assert curve.error(2.0) == pytest.approx(0.1)
+    assert curve.error(3.0) == pytest.approx(0.025)
+    assert EntropyCurve(points=((0.0, 0.0),)).error(1.5) == 0.0
+
+
+def test_an_entropy_curve_scales_with_the_weights() -> None:
+    one, other = _entropy_points(), _entropy_points(2.0**10)
+    for (b0, e0), (b1, e1) in zip(one.points, other.points, strict=True):
+        assert b0 == pytest.approx(b1)
+        assert e1 == pytest.approx(2.0**20 * e0)
+
+
+def test_columns_that_hardly_count_get_few_bits() -> None:
+    blocks = torch.randn(20, 500, 1, generator=_generator(4))
+    metrics = torch.ones(20, 1, 1)
+    metrics[10:] = 1e-4
+    curve = entropy_curve(blocks, metrics)
+    assert curve.error(1.5) < 0.5 * 4.0**-1.5  # as if the rest had nearly all of them

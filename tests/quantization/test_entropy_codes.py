@@ -18,7 +18,7 @@ from bgd_plugin.files.save import read_file
 from bgd_plugin.nn import FrozenNorm, PQModule
 from tests.networks import images, randomized, same_outputs
 
-DATA = images(6, size=10)
+DATA = images(5, size=8)
 BUDGET = BGDConfig(codes="entropy", target_ratio=9.0, freeze_norms=True, rounds=1)
 
 
@@ -28,12 +28,12 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.expand, self.norm1 = nn.Conv2d(8, 64, 1, bias=False), nn.BatchNorm2d(64)
-        self.depthwise, self.norm2 = nn.Conv2d(64, 64, 3, 2, 1, groups=64, bias=False), nn.BatchNorm2d(64)
-        self.spatial, self.norm3 = nn.Conv2d(64, 48, 3, padding=1, bias=False), nn.BatchNorm2d(48)
-        self.grouped = nn.Conv2d(48, 48, 3, groups=2)
-        self.up = nn.ConvTranspose2d(48, 40, 2, 2)
-        self.fc = nn.Linear(40, 30)
+        self.expand, self.norm1 = nn.Conv2d(8, 32, 1, bias=False), nn.BatchNorm2d(32)
+        self.depthwise, self.norm2 = nn.Conv2d(32, 32, 3, 2, 1, groups=32, bias=False), nn.BatchNorm2d(32)
+        self.spatial, self.norm3 = nn.Conv2d(32, 40, 3, padding=1, bias=False), nn.BatchNorm2d(40)
+        self.grouped = nn.Conv2d(40, 32, 3, groups=2)
+        self.up = nn.ConvTranspose2d(32, 32, 2, 2)
+        self.fc = nn.Linear(32, 30)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm1(self.expand(torch.relu(self.stem(x)))))
@@ -114,7 +114,7 @@ def test_it_answers_better_than_blocks_of_as_many_bytes(result: Any) -> None:
 
 def _error(model: nn.Module) -> float:
     with torch.no_grad():
-        pairs = [(model(x), _net()(x)) for x in images(3, size=10, seed=5)]
+        pairs = [(model(x), _net()(x)) for x in images(3, size=8, seed=5)]
     return sum(float((a - b).square().sum()) for a, b in pairs)
 
 
@@ -130,8 +130,8 @@ def test_depthwise_weights_are_small_integers_and_norms_have_eight_bits(result: 
         assert value.unique().numel() <= 255
     bgd.save(result.model, tmp_path / "net")
     others = {other["name"]: other["bytes"] for other in inspected(tmp_path / "net")["others"]}
-    assert others["depthwise.weight"] <= 64 * 9 * 5 / 8 + 1
-    assert others["norm1.weight"] <= 64
+    assert others["depthwise.weight"] <= 32 * 9 * 5 / 8 + 1
+    assert others["norm1.weight"] <= 32
 
 
 def test_a_stopped_run_ends_in_the_same_bytes(tmp_path: Path, result: Any, monkeypatch: pytest.MonkeyPatch) -> None:
