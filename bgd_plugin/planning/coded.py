@@ -22,4 +22,6 @@ def as_coded(planned: PlannedLayer, layer: PQModule) -> PlannedLayer:
         return planned
     levels = layer.codebook_size
     level_bytes = levels + 4 if planned.codebook_storage == "int8" else 2 * levels
-    return dataclasses.replace(planned, codebook_size=levels, size_bytes=coded_bytes(layer.codes, levels) + level_bytes)
+    packed = -(-layer.codes.numel() * layer.code_bits // 8)  # what the file holds of a layer too small for a stream
+    codes = min(packed, coded_bytes(layer.codes, levels))
+    return dataclasses.replace(planned, codebook_size=levels, size_bytes=codes + level_bytes)

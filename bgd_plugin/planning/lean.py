@@ -14,7 +14,7 @@ from bgd_plugin.planning.survey import Survey
 
 __all__ = ["WEIGHT_BITS", "coarse_weights", "has_lean_norms"]
 
-WEIGHT_BITS = 5
+WEIGHT_BITS = 6
 
 
 def has_lean_norms(config: BGDConfig) -> bool:

@@ -18,8 +18,8 @@ from bgd_plugin.files.save import read_file
 from bgd_plugin.nn import FrozenNorm, PQModule
 from tests.networks import images, randomized, same_outputs
 
-DATA = images(5, size=8)
-BUDGET = BGDConfig(codes="entropy", target_ratio=9.0, freeze_norms=True, rounds=1)
+DATA = images(8, size=8)
+BUDGET = BGDConfig(codes="entropy", target_ratio=7.0, freeze_norms=True, rounds=1)
 
 
 class Net(nn.Module):
@@ -77,7 +77,7 @@ def result() -> Any:
 def test_the_file_is_within_the_budget_and_uses_it(result: Any, tmp_path: Path) -> None:
     size = bgd.save(result.model, tmp_path / "net")
     assert size == result.report.compressed_bytes
-    assert 0.95 * result.report.original_bytes / 9 < size <= result.report.original_bytes / 9
+    assert 0.95 * result.report.original_bytes / 7 < size <= result.report.original_bytes / 7
     assert inspected(tmp_path / "net")["format"] == 3
 
 
@@ -106,15 +106,17 @@ def test_the_network_comes_back_and_is_an_ordinary_one(result: Any, tmp_path: Pa
     assert type(result.model) is Net
 
 
-def test_it_answers_better_than_blocks_of_as_many_bytes(result: Any) -> None:
-    blocks = bgd.quantize(_net(), DATA, dataclasses.replace(BUDGET, codes="blocks"), progress=False)
-    lost, other = (_error(one.model) for one in (result, blocks))
-    assert lost < 0.7 * other
+def test_it_answers_better_than_blocks_of_as_many_bytes() -> None:
+    lost, other = (
+        _error(bgd.quantize(_net(Maps), DATA, dataclasses.replace(BUDGET, codes=codes), progress=False).model)
+        for codes in ("entropy", "blocks")
+    )
+    assert lost < 0.5 * other
 
 
 def _error(model: nn.Module) -> float:
     with torch.no_grad():
-        pairs = [(model(x), _net()(x)) for x in images(3, size=8, seed=5)]
+        pairs = [(model(x), _net(Maps)(x)) for x in images(3, size=8, seed=5)]
     return sum(float((a - b).square().sum()) for a, b in pairs)
 
 
@@ -122,7 +124,7 @@ def test_depthwise_weights_are_small_integers_and_norms_have_eight_bits(result: 
     weight = result.model.depthwise.weight.detach().flatten()
     step = weight.abs()[weight != 0].min()
     assert float((weight / step - (weight / step).round()).abs().max()) == 0
-    assert float((weight / step).abs().max()) <= 15
+    assert float((weight / step).abs().max()) <= 31
     norms = [module for module in result.model.modules() if isinstance(module, FrozenNorm)]
     assert len(norms) == 3
     for value in (value for norm in norms for value in norm.parameters()):
@@ -130,7 +132,7 @@ def test_depthwise_weights_are_small_integers_and_norms_have_eight_bits(result: 
         assert value.unique().numel() <= 255
     bgd.save(result.model, tmp_path / "net")
     others = {other["name"]: other["bytes"] for other in inspected(tmp_path / "net")["others"]}
-    assert others["depthwise.weight"] <= 32 * 9 * 5 / 8 + 1
+    assert others["depthwise.weight"] <= 32 * 9 * 6 / 8 + 1
     assert others["norm1.weight"] <= 32
 
 
@@ -159,7 +161,7 @@ def test_a_network_without_a_graph(fields: dict[str, Any], tmp_path: Path) -> No
     config = dataclasses.replace(BUDGET, **fields)
     found = bgd.quantize(_net(Branching), DATA, config, progress=False)
     size = bgd.save(found.model, tmp_path / "net")
-    assert size == found.report.compressed_bytes <= found.report.original_bytes / 9
+    assert size == found.report.compressed_bytes <= found.report.original_bytes / 7
     assert any(layer.memory_bytes > 1.5 * layer.compressed_bytes for layer in found.report.layers)
     assert same_outputs(found.model, bgd.load(tmp_path / "net", like=_net(Branching)), DATA[:1])
 
@@ -167,7 +169,7 @@ def test_a_network_without_a_graph(fields: dict[str, Any], tmp_path: Path) -> No
 def test_without_data(tmp_path: Path) -> None:
     found = bgd.quantize_weights(_net(), BUDGET)
     size = bgd.save(found.model, tmp_path / "net")
-    assert size == found.report.compressed_bytes <= found.report.original_bytes / 9
+    assert size == found.report.compressed_bytes <= found.report.original_bytes / 7
     assert read_file(tmp_path / "net")[1]["format"] == 3
 
 
@@ -188,7 +190,7 @@ def test_plan_says_what_the_streams_may_take() -> None:
     streams = [layer for layer in plan.layers if layer.codes == "entropy"]
     assert len(streams) >= 3
     assert all(layer.compressed_bytes == layer.size_bytes < layer.memory_bytes for layer in streams)
-    assert plan.compressed_bytes <= plan.original_bytes / 9
+    assert plan.compressed_bytes <= plan.original_bytes / 7
     assert "entropy" in str(plan)
 
 
@@ -201,7 +203,7 @@ def test_layers_of_an_override_keep_their_blocks() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"target_ratio": None}, "codes='entropy' has no fixed sizes: give target_bytes"),
+        ({"target_ratio": None, "max_divergence": None}, "codes='entropy' has no fixed sizes: give target_bytes"),
         ({"preserve_zeros": True}, "entropy-coded codes have no masks"),
         ({"codes": "arithmetic"}, "codes='arithmetic': give 'blocks' or 'entropy'"),
     ],
