@@ -207,7 +207,7 @@ def _answer_of_graph(graph: fx.GraphModule, batch: Batch) -> tuple[Any, Calibrat
 
 
 def first_difference(found: Any, wanted: Any, where: str) -> str:
-    """The first place where two outputs differ in structure, in type, or in values beyond rounding."""
+    """The first place where the output `found` differs from `wanted` in structure, type, or values beyond rounding."""
     if isinstance(wanted, Tensor) or isinstance(found, Tensor):
         return _tensor_difference(found, wanted, where)
     if isinstance(wanted, Mapping) and isinstance(found, Mapping):

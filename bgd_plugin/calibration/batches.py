@@ -137,7 +137,7 @@ class Batches(Sequence[Batch]):
 
 
 def given_number(batches: Sequence[Batch], index: int) -> int:
-    """The number of the caller's batch that a batch is, or is a piece of; for messages."""
+    """The number of the caller's batch from which the batch at this index comes, for messages."""
     return batches.numbers[index] if isinstance(batches, Batches) else index
 
 

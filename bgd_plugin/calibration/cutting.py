@@ -24,7 +24,7 @@ def can_be_cut(batch: Batch) -> bool:
 
 
 def some_samples_of(batch: Batch, places: Sequence[int]) -> Batch:
-    """Some samples of a batch that can be cut, copied; all of them: the batch itself."""
+    """Copies of the samples at some places (indices) of a batch that can be cut; the batch itself if these are all."""
     if len(places) == batch.size:
         return batch
     args, kwargs = pytree.tree_map_only(

@@ -32,7 +32,7 @@ class ChannelMoments:
         self._total, self._squares = (torch.zeros((), dtype=torch.float64) for _ in range(2))
 
     def add_(self, value: Tensor) -> None:
-        """Add the values of some samples."""
+        """Add the values of some samples, `value` `[N, C, ...]`."""
         total, squares = _sums(value)
         self._count += value.numel() // max(1, value.shape[1])
         self._total, self._squares = self._total + total, self._squares + squares
@@ -59,7 +59,7 @@ class LineFit:
         self._sums = torch.zeros((), dtype=torch.float64)
 
     def add_(self, z: Tensor, t: Tensor) -> None:
-        """Add values, both `[channels, positions]`."""
+        """Add values z and t, both `[channels, positions]`."""
         z, t = z.double(), t.double()
         self._count += z.shape[1]
         self._sums = self._sums + torch.stack([z.sum(1), t.sum(1), z.square().sum(1), (z * t).sum(1)])
@@ -73,7 +73,7 @@ class LineFit:
 
 
 def require_finite_inputs(moments: Sequence[Tensor], name: str) -> None:
-    """Check that moments of a batch norm's inputs are finite.
+    """Check that moments, each `[channels]`, of the inputs of the batch norm called `name` are finite.
 
     Raises:
         CalibrationError: they are not; the message names the batch norm.

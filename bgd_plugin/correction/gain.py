@@ -59,7 +59,7 @@ def some_samples(value: Tensor) -> Tensor:
 
 
 def judged_pairs(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The first pairs of outputs, until they make up as many values as are compared."""
+    """The first pairs of outputs, each pair of one shape, until they have as many values as are compared."""
     count = 0
     for mine, theirs in pairs:
         yield mine, theirs

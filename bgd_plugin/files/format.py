@@ -49,8 +49,7 @@ __all__ = [
     "stored_state",
 ]
 
-FORMAT_VERSION = 3
-"""The newest one; files without streams are written in format 2."""
+FORMAT_VERSION = 3  # the newest one; files without streams are written in format 2
 _PACKED = 2
 METADATA_KEY = "bgd_plugin"
 SCALES = "#scales"
@@ -287,10 +286,7 @@ def _packed(layer: PQModule) -> Tensor:
 
 
 def narrowest(value: Tensor, *, is_codebook: bool) -> Tensor:
-    """The value, of any shape, in the narrowest dtype that holds it exactly.
-
-    On the meta device a codebook (`is_codebook`) counts as half precision.
-    """
+    """The value, of any shape, in the narrowest exact dtype; on the meta device, half precision if `is_codebook`."""
     if value.is_meta:
         return value.half() if is_codebook and value.dtype in (torch.float32, torch.float64) else value
     if value.dtype in (torch.float32, torch.float64):

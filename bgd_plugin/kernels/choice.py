@@ -26,19 +26,19 @@ _MULTIPLIED_WEIGHT = 0.0235
 
 @lru_cache(maxsize=4096)
 def cheapest(inputs: int, rows: int, blocks: int, codewords: int, block_size: int, has_mask: bool) -> str:
-    """The way to multiply some inputs by a quantized weight: `dot`, `table` or `tiles` (see `linear.WAYS`).
+    """The cheapest way to multiply some inputs by a quantized weight: `dot`, `table` or `tiles` (see `linear.WAYS`).
 
     * `dot` reads every code once for each input, and multiplies its codeword.
-    * `table` makes the products of all codewords with a few inputs, then reads every code once for these inputs.
-    * `tiles` decodes the weight once and multiplies as torch does.
+    * `table` computes the products of all codewords with a few inputs, then reads every code once for these inputs.
+    * `tiles` decodes the weight once and multiplies it with torch.
 
     Args:
-        inputs: rows of the input.
-        rows: outputs.
-        blocks: blocks in a row of the weight.
-        codewords: in the codebook.
+        inputs: number of rows of the input.
+        rows: number of outputs.
+        blocks: number of blocks in a row of the weight.
+        codewords: number of codewords in the codebook.
         block_size: weights in a block.
-        has_mask: whether single weights are zero regardless of their codeword; tables cannot say that.
+        has_mask: whether single weights are zero regardless of their codeword; tables do not support that.
     """
     codes = rows * blocks
     costs = {"tiles": codes * block_size * (_DECODED_WEIGHT + _MULTIPLIED_WEIGHT * inputs)}

@@ -64,7 +64,7 @@ def computable(x: Tensor, codebook: Tensor, codes: Tensor) -> bool:
     intercepted (autocast, vmap, dispatch modes, tensor subclasses), or for unsupported dtypes.
 
     Args:
-        x, codebook, codes: as in `usable`.
+        x, codebook, codes: of the shapes in `usable`.
     """
     if type(x) not in _TENSORS or not (x.is_cpu and codebook.is_cpu and codes.is_cpu) or _is_traced():
         return False

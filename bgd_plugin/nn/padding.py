@@ -28,7 +28,7 @@ class SamePadding:
         return (self.padded(args[0]), *args[1:])
 
     def padded(self, x: Tensor) -> Tensor:
-        """Zeros around `[..., *spatial]`, one more behind than before where their number is odd."""
+        """Pad x `[..., *spatial]` with zeros, one more after than before it if their number is odd."""
         pads: list[int] = []
         dimensions = zip(x.shape[-len(self.kernel) :], self.kernel, self.stride, self.dilation, strict=True)
         for size, kernel, stride, dilation in dimensions:
