@@ -58,7 +58,7 @@ class LayerFacts:
         """
         if self.root is None:
             metrics = diagonal_blocks(self.gram, block_size)
-            return metrics.mean((0, 1), keepdim=True).expand_as(metrics)
+            return metrics.mean((0, 1)).expand_as(metrics)
         blocks = diagonal_blocks(self.root, block_size)
         return blocks @ blocks.mT
 

@@ -58,8 +58,10 @@ def edits(source: bytes) -> Iterator[Edit]:
 
 
 def executed(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but annotations, assertions, decorators and what only makes a message."""
+    """All nodes but annotations, assertions, `strict` of a zip, decorators and what only makes a message."""
     if isinstance(node, (ast.Assert, ast.Raise, ast.JoinedStr, ast.Import, ast.ImportFrom)):
+        return
+    if isinstance(node, ast.keyword) and node.arg == "strict":
         return
     yield node
     for name, value in ast.iter_fields(node):
