@@ -19,6 +19,7 @@ import bgd_plugin as bgd
 from bgd_plugin import BGDConfig
 from bgd_plugin.files import format as file_format
 from bgd_plugin.graph import find as graph_find
+from bgd_plugin.quantization import quality
 from tests.networks import SmallResNet, images, randomized
 
 
@@ -64,6 +65,15 @@ def test_a_network_is_looked_at_once(name: str, counted: Counter[str], tmp_path:
 def test_a_budget_takes_no_further_look(counted: Counter[str]) -> None:
     bgd.quantize(randomized(SmallResNet()), images(size=12), BGDConfig(target_ratio=4, rounds=1), progress=False)
     assert (counted["find"], counted["copy"], counted["shared copy"]) == (1, 1, 2)
+
+
+def test_each_further_pass_for_a_bound_prepares_the_network_anew(
+    counted: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its layers have been replaced by then."""
+    monkeypatch.setattr(quality, "_correction", lambda report, bound, is_first: 2.0 if is_first else None)
+    bgd.quantize(randomized(SmallResNet()), images(size=12), BGDConfig(rounds=1), progress=False)
+    assert (counted["find"], counted["copy"], counted["shared copy"]) == (2, 2, 4)
 
 
 def test_a_graph_is_fitted_as_it_is(counted: Counter[str]) -> None:
