@@ -49,10 +49,10 @@ def require_same_layers(reached: Sequence[str]) -> None:
         return
     everywhere = set(orders[0]).intersection(*orders)
     partly = sorted(set().union(*orders) - everywhere)
-    what = f"only some processes come to {', '.join(partly[:8])}" if partly else "the order of layers differs"
+    what = f"only some processes run {', '.join(partly[:8])}" if partly else "the order of layers differs"
     raise ConfigError(
-        f"this network does not trace, and takes another way on each process's part of the data: {what}. Use one "
-        "process, or give every process data that takes all ways"
+        f"the network does not trace, and runs different layers on each process's part of the data: {what}. Use one "
+        "process, or give every process data that reaches all layers"
     )
 
 

@@ -28,7 +28,7 @@ def settled(front: Front, student: nn.Module, batches: Sequence[Batch]) -> nn.Mo
     if isinstance(student, fx.GraphModule) and (reason := shared_difference(student, front.own, batches)):
         raise TraceError(
             f"the compressed {type(front.own).__name__} does not compute the same as the fitted graph: {reason}. Its "
-            "code looks at its layers in a way that a graph does not show; give a GraphModule of it instead"
+            "code inspects its layers, which a graph does not show: give a GraphModule of it instead"
         )
     make_picklable_(front.own)
     return front.own

@@ -183,4 +183,4 @@ def test_without_torchrun_the_others_end_and_name_it(dies: int, walks: int, how:
 def test_processes_that_come_to_different_layers_are_told_so(tmp_path: Path) -> None:
     assert 1 in _codes(_forked(tmp_path / "out", ["branching"]))
     said = [file.read_text() for file in (tmp_path / "out").glob("error-*")]
-    assert any("only some processes come to rare" in text and "Use one process" in text for text in said)
+    assert any("only some processes run rare" in text and "Use one process" in text for text in said)
