@@ -6,11 +6,13 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bgd_plugin.calibration import Batch
+from bgd_plugin.planning import answers as answers_module
 from bgd_plugin.planning.answers import compare_answers
 
 
@@ -56,3 +58,28 @@ def test_an_output_without_logits_by_relative_error() -> None:
 def test_answers_that_are_not_finite_are_infinitely_far() -> None:
     one = torch.full((2, 3), float("nan"))
     assert _compare(lambda n: one[n], lambda n: torch.zeros(2, 3)[n], [2]).divergence == math.inf
+
+
+@pytest.mark.parametrize(("loss", "expected"), [(-1e-9, 0.0), (0.25, 0.25), (float("nan"), math.inf)])
+def test_rounding_below_zero_is_no_divergence(loss: float, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers_module, "kl_to_teacher", lambda *_: torch.tensor(loss))
+    one = torch.randn(4, 5)
+    assert _compare(lambda n: one[n], lambda n: one[n], [2, 2]).divergence == expected
+    assert answers_module.output_loss(one, one) == (expected, "KL")
+
+
+def test_of_maps_of_logits_every_pixel_counts() -> None:
+    one, other = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2)
+    answers = _compare(lambda n: {"logits": one[n]}, lambda n: {"logits": other[n]}, [3, 1])
+    assert answers.agreement == pytest.approx(float((one.argmax(1) == other.argmax(1)).double().mean()))
+
+
+def test_one_output_without_logits_makes_the_measure_another() -> None:
+    one = torch.randn(4, 5)
+
+    def exact(numbers: Tensor) -> Tensor:
+        return one[numbers] if int(numbers[0]) else one[numbers, :1]
+
+    answers = _compare(lambda n: 0.9 * exact(n), exact, [2, 2])
+    assert answers.measure == "relative squared error" and answers.agreement is None
+    assert answers.divergence == pytest.approx(0.01, rel=1e-4)

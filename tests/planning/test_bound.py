@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bgd_plugin.planning import bound
 from bgd_plugin.planning.bound import fewest_bytes, loss_by_bytes
 from bgd_plugin.planning.candidates import Option
 
@@ -46,3 +49,21 @@ def test_the_curve_falls_from_the_smallest_file_to_no_loss(layers: list[list[Opt
     assert list(losses) == sorted(losses, reverse=True)
     assert sizes[0] == sum(options[0].size_bytes for options in layers)
     assert losses[-1] == 0.0
+
+
+def test_the_search_takes_few_steps_also_where_the_answer_is_near_the_smallest_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bytes are halved by factors, not by differences, while they span several powers of ten."""
+    calls, real = [], bound.allocate
+
+    def counted(layers: Any, shared: int) -> Any:
+        calls.append(shared)
+        return real(layers, shared)
+
+    monkeypatch.setattr(bound, "allocate", counted)
+    options = [Option(layer=None, size_bytes=1000 + 13 * i, loss=1 / (1 + i)) for i in range(200)]
+    layers = [[*options, Option(layer=None, size_bytes=10**7, loss=0.0)]]
+    (pick,) = fewest_bytes(layers, 1 / 11)
+    assert pick == 10
+    assert len(calls) <= 18

@@ -20,10 +20,11 @@ from bgd_plugin.errors import ConfigError
 from bgd_plugin.files.format import file_bytes, stored
 from bgd_plugin.graph import copy_module, trace
 from bgd_plugin.planning.budget import Budget
-from bgd_plugin.planning.candidates import Option, block_sizes, codebook_sizes
+from bgd_plugin.planning.candidates import Option, Sensitivity, block_sizes, codebook_sizes
 from bgd_plugin.planning.knapsack import allocate, choose
 from bgd_plugin.planning.sensitivity import measure_sensitivities
 from bgd_plugin.planning.survey import surveyed
+from bgd_plugin.pq.rate import RateCurve
 from tests.networks import em, images, randomized, vectors
 
 
@@ -346,3 +347,66 @@ def test_a_layer_in_float_costs_what_it_is_stored_in(storage: Any, size: int) ->
     assert budget is not None
     (options,) = budget._options()
     assert [o.size_bytes for o in options if o.layer is None] == [size * 32 * 48]
+
+
+# --- what an earlier pass has shown
+
+
+def _made_up(**fields: Any) -> tuple[Budget, dict[str, Sensitivity]]:
+    """A budget of two layers, and losses for them."""
+    model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    budget = Budget.of(surveyed(model_graph(model), BGDConfig(**fields), original=model))
+    assert budget is not None
+    losses = {"2": 0.3, "4": 0.1}
+    sensitivities = {
+        name: Sensitivity(
+            curves=tuple(
+                RateCurve(block_size=d, points=((16, 1.0 / d), (256, 0.1 / d))) for d in block_sizes((64, 64))
+            ),
+            per_error=loss,
+            reason="made up",
+        )
+        for name, loss in losses.items()
+    }
+    return budget, sensitivities
+
+
+def model_graph(model: nn.Module) -> nn.Module:
+    return trace(model.eval())
+
+
+def test_a_curve_is_corrected_by_what_an_earlier_pass_has_shown() -> None:
+    budget, sensitivities = _made_up(max_divergence=0.05)
+    plain, corrected = (budget.curve(sensitivities, realized) for realized in (1.0, 3.0))
+    assert [p.file_bytes for p in plain] == [p.file_bytes for p in corrected]
+    assert [p.expected_divergence for p in corrected] == pytest.approx([3 * p.expected_divergence for p in plain])
+    assert plain[0].expected_divergence > 0
+
+
+def test_a_bound_is_spent_as_an_earlier_pass_has_shown() -> None:
+    """Three times the loss for the same sizes is the same as a third of the bound."""
+    sizes = []
+    for bound, realized in ((0.06, 3.0), (0.02, 1.0)):
+        budget, sensitivities = _made_up(max_divergence=bound)
+        survey = budget.spend(sensitivities, realized)
+        sizes.append([(p.name, p.block_size, p.codebook_size) for p in survey.layers])
+        assert survey.expected_divergence is not None and survey.expected_divergence <= bound
+        assert survey.curve == budget.curve(sensitivities, realized)
+    assert sizes[0] == sizes[1]
+
+
+def test_what_was_spent_is_said_in_bytes_and_in_percent() -> None:
+    budget, sensitivities = _made_up(target_bytes=9000, max_divergence=None)
+    survey = budget.spend(sensitivities)
+    size = budget.sketch.file_size(survey.chosen)
+    (note,) = survey.notes
+    assert note.startswith(f"budget: {size:,} of 9,000 bytes ({size / 9000:.2%})")
+
+
+def test_a_layer_that_could_not_be_measured_counts_as_the_middle_one() -> None:
+    budget, sensitivities = _made_up(max_divergence=0.05)
+    del sensitivities["4"]
+    known = budget._known(sensitivities)
+    assert known["2"] == sensitivities["2"] and known["4"].per_error == 0.3
+    other = _made_up(max_divergence=0.05, seed=1)[0]._known(sensitivities)
+    assert other["4"].curves != known["4"].curves and "own error" in known["4"].reason

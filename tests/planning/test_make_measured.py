@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import bgd_plugin as bgd
+from bgd_plugin.support.tables import mib
 from tests.networks import SmallResNet, images, randomized
 
 
@@ -146,3 +147,11 @@ def test_batches_of_another_form_are_given_as_the_function_says() -> None:
     plain = bgd.plan(model, config, data, progress=False)
     other = bgd.plan(model, config, [{"rows": [x]} for x in data], forward=forward, progress=False)
     assert other == plain
+
+
+def test_a_table_has_the_size_of_each_layer() -> None:
+    plan = bgd.plan(_wide(), bgd.BGDConfig(max_divergence=None))
+    lines = str(plan).splitlines()
+    for layer in plan.layers:
+        (line,) = [line for line in lines if line.split()[:1] == [layer.name]]
+        assert mib(layer.compressed_bytes) in line and f"{layer.bits_per_weight:.2f}" in line
