@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bgd_plugin.pq.line import nearest_on_a_line
 from bgd_plugin.pq.masked import masked, nearest_masked
+from bgd_plugin.pq.panels import Panels
 
 __all__ = ["damped", "diagonal_blocks", "encode_damped", "encode_with_feedback", "factors", "grouped", "nearest"]
 
@@ -78,15 +79,15 @@ def encode_damped(weight: Tensor, codebook: Tensor, gram: Tensor, mask: Tensor |
     if rows.shape[2] % block_size:
         raise ValueError(f"{rows.shape[2]} weights per row do not divide into blocks of {block_size}")
     metrics, inverse = (factor.to(weight) for factor in factors(grams, block_size))
-    rest, kept = rows.clone(), None if mask is None else mask.reshape(rows.shape)
+    rest, kept = Panels(rows.clone(), inverse, block_size), None if mask is None else mask.reshape(rows.shape)
     codes = torch.empty(*rows.shape[:2], rows.shape[2] // block_size, dtype=torch.int64, device=weight.device)
     for block in range(codes.shape[2]):
         here = slice(block * block_size, (block + 1) * block_size)
         metric = metrics[:, block]
         here_kept = None if kept is None else kept[:, :, here]
-        codes[:, :, block] = nearest(rest[:, :, here], metric, codebook, here_kept)
-        error = rest[:, :, here] - masked(codebook[codes[:, :, block]].to(rest), here_kept)
-        rest[:, :, here.stop :] -= error @ (metric @ inverse[:, here, here.stop :])
+        codes[:, :, block] = nearest(rest[block], metric, codebook, here_kept)
+        error = rest[block] - masked(codebook[codes[:, :, block]].to(rows), here_kept)
+        rest.change_(block, error @ metric)
     return codes.flatten(0, 1)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bgd_plugin.pq.feedback import diagonal_blocks, grouped, nearest
 from bgd_plugin.pq.masked import masked
+from bgd_plugin.pq.panels import Panels
 
 __all__ = ["output_objective", "refine_codes", "solve_codebook"]
 
@@ -48,7 +49,7 @@ def solve_codebook(
     start: Tensor,
     *,
     iterations: int = 30,
-    tolerance: float = 1e-12,
+    tolerance: float = 1e-6,
     mask: Tensor | None = None,
     before: float | None = None,
 ) -> tuple[Tensor, float]:
@@ -129,8 +130,8 @@ def refine_codes(
     """One sweep of coordinate descent: block by block, the best codeword of each row with its other blocks fixed.
 
     With E = W − Ŵ and G = E H, the best codeword for block I of a row is the one nearest, in the metric H_II, to
-    ŵ_I + G_I H_II⁻¹; then G gets a rank-d update. Rows are independent, so all are updated at once. A row changes only
-    if that lowers its loss, so the objective does not rise.
+    ŵ_I + G_I H_II⁻¹; then the part of G that belongs to later blocks gets a rank-d update. Rows are independent, so all
+    are updated at once. A row changes only if that lowers its loss, so the objective does not rise.
 
     Args:
         weight: `[rows, columns]`; computed in its dtype.
@@ -147,7 +148,7 @@ def refine_codes(
     roots = torch.linalg.cholesky(diagonal_blocks(grams.double(), block_size))
     grams = grams.to(rows)
     new = codes.reshape(*rows.shape[:2], -1).clone()
-    slope = (rows - masked(words[new].reshape(rows.shape), mask)) @ grams
+    slope = Panels((rows - masked(words[new].reshape(rows.shape), mask)) @ grams, grams, block_size)
     kept = None if mask is None else mask.reshape(rows.shape)
     changed = 0
     for block in range(new.shape[2]):
@@ -155,7 +156,7 @@ def refine_codes(
         root = roots[:, block]
         here_kept = None if kept is None else kept[:, :, here]
         old = masked(words[new[:, :, block]], here_kept)
-        step = torch.cholesky_solve(slope[:, :, here].mT.double(), root).mT.to(rows)
+        step = torch.cholesky_solve(slope[block].mT.double(), root).mT.to(rows)
         metric = root.to(rows)
         choice = nearest(old + step, metric, words, here_kept)
         moved = masked(words[choice], here_kept) - old
@@ -163,5 +164,5 @@ def refine_codes(
         moved = torch.where(better.unsqueeze(2), moved, torch.zeros_like(moved))
         changed += int((better & (choice != new[:, :, block])).sum())
         new[:, :, block] = torch.where(better, choice, new[:, :, block])
-        slope -= moved @ grams[:, here, :]
+        slope.change_(block, moved)
     return new.flatten(0, 1), changed
