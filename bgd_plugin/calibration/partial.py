@@ -96,7 +96,16 @@ class PartialRun:
         return self.go()
 
     def compute(self, operator: Any, args: Any, kwargs: Any) -> Any:
-        """Compute one operator with the recorded decisions; the run ends before the addition of a skip connection."""
+        """Compute one operator with the recorded decisions; the run ends before the addition of a skip connection.
+
+        Args:
+            operator: of torch.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+
+        Returns:
+            its result.
+        """
         if self._end is None or self._left:
             return self._replayer.compute(operator, args, kwargs)
         ended = self._end.before(operator, args)

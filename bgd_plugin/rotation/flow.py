@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -82,6 +83,7 @@ class _Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.structure = Structure()
         self._parameters = {_memory(p): (name, p) for name, p in network.named_parameters() if not p.is_meta}
         self._tags: dict[int, _Tag] = {}
+        self._known: dict[int, StorageWeakRef] = {}  # keep the number of a storage, not its memory, from being reused
         self._in_norm = 0
 
     def on_norm(self, path: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -240,8 +242,11 @@ class _Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.structure.norms[tag.path].others.add(reader)
 
     def _mark(self, tensor: Tensor, tag: _Tag) -> None:
-        if _memory(tensor) not in self._parameters:
-            self._tags[_memory(tensor)] = tag
+        memory = _memory(tensor)
+        if memory not in self._parameters:
+            self._tags[memory] = tag
+            if memory not in self._known:
+                self._known[memory] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def _answers(answer: Any) -> Iterator[Tensor]:
