@@ -6,6 +6,8 @@ integers times one step.
 
 from __future__ import annotations
 
+from collections import Counter
+
 from torch import Tensor, fx, nn
 
 from bgd_plugin.config import BGDConfig
@@ -27,17 +29,23 @@ def coarse_weights(survey: Survey) -> dict[str, tuple[str, str]]:
     config, graph = survey.config, survey.network
     if config.codes != "entropy" or config.weight_storage != "int8" or not isinstance(graph, fx.GraphModule):
         return {}
+    calls = [node for node in graph.graph.nodes if node.op == "call_module"]
+    runs = Counter(id(_weight_of(module_at(graph, str(node.target)))) for node in calls)
     found = {}
-    for node in graph.graph.nodes:
-        name = f"{node.target}.weight"
-        if node.op == "call_module" and name in survey.leftovers and _is_depthwise(module_at(graph, str(node.target))):
+    for node in calls:
+        name, module = f"{node.target}.weight", module_at(graph, str(node.target))
+        if name in survey.leftovers and _is_depthwise(module) and runs[id(_weight_of(module))] == 1:
             norm = following_batchnorm(graph, (node.name,))
             if norm is not None:
                 found[name] = node.name, norm
     return found
 
 
+def _weight_of(module: nn.Module) -> Tensor | None:
+    return module._parameters.get("weight")
+
+
 def _is_depthwise(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
+    weight = _weight_of(module)
     is_single = isinstance(weight, Tensor) and weight.ndim > 2 and weight.shape[1] == 1
     return is_single and module._parameters.get("bias") is None and not getattr(module, "transposed", False)

@@ -51,18 +51,21 @@ class Crops:
                 yield photos.contiguous(memory_format=torch.channels_last)
 
 
-def arms(report: bgd.results.Report, names: Sequence[str], steps: int) -> dict[str, bgd.BGDConfig]:
+def arms(
+    report: bgd.results.Report, names: Sequence[str], steps: int, budget: bgd.BGDConfig = BUDGET
+) -> dict[str, bgd.BGDConfig]:
     """Settings by name. Those of single steps have the sizes that the budget chose, and differ in nothing else.
 
     Args:
         report: of the budget alone.
         names: of all layers that could be quantized.
         steps: of finetuning.
+        budget: the settings of `report`.
     """
     sizes: dict[str, bgd.LayerConfig | None] = dict.fromkeys(names)
     for layer in report.layers:
         sizes[layer.name] = bgd.LayerConfig(block_size=layer.block_size, codebook_size=layer.codebook_size)
-    chosen = replace(BUDGET, target_bytes=None, max_divergence=None, overrides=tuple(sizes.items()))
+    chosen = replace(budget, target_bytes=None, max_divergence=None, overrides=tuple(sizes.items()))
     plain = replace(chosen, asymmetric_step=0.0, refit_depthwise=False)
     return {
         "uniform, EM": bgd.BGDConfig(method="em", max_divergence=None),
@@ -74,8 +77,9 @@ def arms(report: bgd.results.Report, names: Sequence[str], steps: int) -> dict[s
         "sizes, full Gram, depthwise": replace(plain, refit_depthwise=True),
         "sizes, full Gram, targets": replace(chosen, refit_depthwise=False),
         "sizes, half precision": replace(chosen, codebook_storage="float16", weight_storage="float16"),
-        "budget, reconstruction": replace(BUDGET, reconstruction=bgd.ReconstructionConfig()),
-        "budget, finetuning": replace(BUDGET, finetuning=bgd.FinetuningConfig(steps=steps, mixing=True)),
+        "budget, entropy-coded": replace(budget, codes="entropy"),
+        "budget, reconstruction": replace(budget, reconstruction=bgd.ReconstructionConfig()),
+        "budget, finetuning": replace(budget, finetuning=bgd.FinetuningConfig(steps=steps, mixing=True)),
     }
 
 
@@ -94,9 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--splits", type=int, nargs="+", default=[0, 1, 2], help="seeds of the photos' two halves")
     parser.add_argument("--arms", nargs="*", default=[""], help="beginnings of their names, besides the budget")
     parser.add_argument("--steps", type=int, default=100, help="of finetuning, 25 photos each")
+    parser.add_argument("--bytes", type=int, default=BUDGET.target_bytes, help="of the file")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    budget = replace(BUDGET, target_bytes=options.bytes)
     found: dict[str, list[dict[str, float]]] = {}
 
     def add(name: str, row: dict[str, float]) -> None:
@@ -110,10 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         add(
             "float", {"bytes": state_bytes(subject.model.state_dict()), "cpu_seconds": 0} | subject.judge(subject.model)
         )
-        report, row = compress(subject, BUDGET)
+        report, row = compress(subject, budget)
         add("budget", row)
         names = [layer.name for layer in bgd.plan(subject.model).layers]
-        for name, config in arms(report, names, options.steps).items():
+        for name, config in arms(report, names, options.steps, budget).items():
             if name.startswith(tuple(options.arms)):
                 add(name, compress(subject, config)[1])
     print(table(["settings", "file", "top-1", "KL to float", "agrees", "CPU-s"], [_line(*x) for x in found.items()]))

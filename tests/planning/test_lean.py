@@ -1,0 +1,56 @@
+"""Which depthwise weights become small integers, and which norms eight bits."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from bgd_plugin import BGDConfig
+from bgd_plugin.graph import front_end
+from bgd_plugin.planning.lean import coarse_weights, has_lean_norms
+from bgd_plugin.planning.survey import surveyed
+from tests.networks import randomized
+
+LEAN = BGDConfig(codes="entropy", target_ratio=5.0)
+
+
+class Net(nn.Module):
+    """Depthwise convolutions: before a norm, with a bias, before an activation, and one that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 1)
+        self.plain, self.norm = nn.Conv2d(16, 16, 3, 1, 1, groups=16, bias=False), nn.BatchNorm2d(16)
+        self.biased, self.norm2 = nn.Conv2d(16, 16, 3, 1, 1, groups=16), nn.BatchNorm2d(16)
+        self.bare = nn.Conv2d(16, 16, 3, 1, 1, groups=16, bias=False)
+        self.twice, self.norm3 = nn.Conv2d(16, 16, 3, 1, 1, groups=16, bias=False), nn.BatchNorm2d(16)
+        self.head = nn.Conv2d(16, 64, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm2(self.biased(torch.relu(self.norm(self.plain(self.stem(x))))))
+        x = self.norm3(self.twice(torch.relu(self.twice(torch.relu(self.bare(x))))))
+        result: torch.Tensor = self.head(x)
+        return result
+
+
+def _coarse(config: BGDConfig) -> dict[str, tuple[str, str]]:
+    net = randomized(Net())
+    return coarse_weights(surveyed(front_end(net), config, original=net))
+
+
+def test_only_weights_whose_scale_a_norm_takes_up_become_small_integers() -> None:
+    assert {name: norm for name, (_, norm) in _coarse(LEAN).items()} == {"plain.weight": "norm"}
+
+
+@pytest.mark.parametrize("fields", [{"codes": "blocks"}, {"weight_storage": "float16"}, {"weight_storage": "float32"}])
+def test_other_settings_leave_the_weights_as_they_say(fields: dict[str, str]) -> None:
+    assert _coarse(dataclasses.replace(LEAN, **fields)) == {}  # type: ignore[arg-type]
+
+
+def test_norms_have_eight_bits_unless_more_is_asked_for() -> None:
+    assert has_lean_norms(LEAN)
+    assert not has_lean_norms(dataclasses.replace(LEAN, float_storage="float32"))
+    assert not has_lean_norms(dataclasses.replace(LEAN, codes="blocks"))
