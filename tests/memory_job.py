@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,23 +12,41 @@ import bgd_plugin as bgd
 from bgd_plugin.quantization.datafree import quantize_weights
 from tests.benchmarks.memory import forget_peak, resident_mib
 
-__all__ = ["COLUMNS", "LAYERS", "WIDTH"]
+__all__ = ["BATCHES", "BLOCKS", "COLUMNS", "LAYERS", "TOKENS", "WIDTH", "WIDTH_OF_BLOCK"]
 
 COLUMNS = 2048  # of the layer that "full" is tried on
 WIDTH, LAYERS = 1024, 12  # of the network of the other kinds
+WIDTH_OF_BLOCK, BLOCKS, TOKENS, BATCHES = 128, 8, 2048, 4  # of the transformer
 _LINEAR = bgd.LayerConfig(block_size=4, codebook_size=16)
 
 
+class Transformer(nn.Module):
+    """Blocks of attention and a hidden layer four times as wide; a branch keeps it from being traced."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        blocks = (nn.TransformerEncoderLayer(width, 4, 4 * width, batch_first=True) for _ in range(BLOCKS))
+        self.first, self.blocks = nn.Linear(width, width), nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x) if x.sum() < 1e9 else x
+        return x
+
+
 def _quantize(kind: str, model: nn.Module, data: list[Tensor]) -> None:
-    method = "full" if kind == "full" else "em"
-    config = bgd.BGDConfig(method=method, em_iterations=2, linear=_LINEAR, max_divergence=None)  # type: ignore[arg-type]
+    method: Any = "full" if kind in ("full", "transformer") else "em"
+    config = bgd.BGDConfig(method=method, em_iterations=2, rounds=1, linear=_LINEAR, max_divergence=None, rotation=False)
     if kind == "without data":
         quantize_weights(model, config)
     else:
         bgd.quantize(model, data, config, progress=False)
 
 
-def _network(kind: str, width: int) -> nn.Sequential:
+def _network(kind: str, width: int) -> nn.Module:
+    if kind == "transformer":
+        return Transformer(width)
     if kind == "full":
         return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 64, bias=False), nn.BatchNorm1d(64))
     return nn.Sequential(*(nn.Linear(width, width) for _ in range(LAYERS)))
@@ -37,9 +56,11 @@ def main(kind: str) -> None:
     """Print the peak above what the process held before, the network included."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    for width in (64, COLUMNS if kind == "full" else WIDTH):  # the first one loads what is loaded once
+    largest = {"full": COLUMNS, "transformer": WIDTH_OF_BLOCK}.get(kind, WIDTH)
+    for width in (32, largest):  # the first one loads what is loaded once
         model = _network(kind, width).eval()
-        data = [torch.randn(64, 8 if kind == "full" else width) for _ in range(4)]
+        shape = {"full": (64, 8), "transformer": (TOKENS // 64, 64, width)}.get(kind, (64, width))
+        data = [torch.randn(shape) for _ in range(BATCHES)]
         forget_peak()
         before = resident_mib("VmRSS")
         _quantize(kind, model, data)
