@@ -31,7 +31,7 @@ FRAMEWORKS_STAMP := $(if $(FRAMEWORKS),$(VENV)/.bgd-plugin-frameworks-installed)
 TEST_ENVIRONMENT := $(if $(FRAMEWORKS),BGD_FRAMEWORKS=required)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-web test test-slow check format docs docs-serve bench-adapters bench-export bench-export_zoo bench-budget bench-distributed bench-em bench-fashion bench-fashion_methods bench-fashion_finetuned bench-lite0 bench-memory bench-pruning bench-resnet18 bench-fuzz bench-kills bench-shapes bench-zoo wheel clean distclean
+.PHONY: help install demo demo-web test test-slow check format docs docs-serve bench-adapters bench-export bench-export_zoo bench-fidelity bench-budget bench-distributed bench-em bench-fashion bench-fashion_methods bench-fashion_finetuned bench-lite0 bench-memory bench-pruning bench-resnet18 bench-fuzz bench-kills bench-shapes bench-zoo wheel clean distclean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -117,7 +117,8 @@ bench-budget bench-distributed bench-em bench-fashion bench-fashion_methods benc
 
 ## make bench-export   bytes, latency and memory of exported ONNX files beside dense ones
 ## make bench-export_zoo torchvision's classifiers, ten timm and twelve transformers models through export
-bench-export bench-export_zoo: bench-%: $(STAMP) $(FRAMEWORKS_STAMP)
+## make bench-fidelity  published architectures, next to lossless: class, names, outputs, another process
+bench-export bench-export_zoo bench-fidelity: bench-%: $(STAMP) $(FRAMEWORKS_STAMP)
 	$(RUN) -m pip install --editable ".[runtimes]"
 	$(RUN) -m tests.benchmarks.$* $(BENCH_ARGS)
 

@@ -37,7 +37,9 @@ class Transformer(nn.Module):
 
 def _quantize(kind: str, model: nn.Module, data: list[Tensor]) -> None:
     method: Any = "full" if kind in ("full", "transformer") else "em"
-    config = bgd.BGDConfig(method=method, em_iterations=2, rounds=1, linear=_LINEAR, max_divergence=None, rotation=False)
+    config = bgd.BGDConfig(
+        method=method, em_iterations=2, rounds=1, linear=_LINEAR, max_divergence=None, rotation=False
+    )
     if kind == "without data":
         quantize_weights(model, config)
     else:

@@ -84,7 +84,7 @@ def _tied(found: list[FoundLayer]) -> list[FoundLayer]:
 def _as_one(group: list[FoundLayer]) -> FoundLayer:
     """One layer for tied ones: of an embedding's family if one is an embedding, fitted on the inputs of the others."""
     first = next((layer for layer in group if layer.kind != "embedding"), group[0])
-    family = "embedding" if any(layer.kind == "embedding" for layer in group) else first.family
+    family = "embedding" if any(layer.family == "embedding" for layer in group) else first.family
     return replace(first, family=family, tied=tuple(layer.target for layer in group if layer is not first))
 
 

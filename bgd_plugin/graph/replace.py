@@ -122,10 +122,11 @@ def _isolate(graph_module: fx.GraphModule, layer: FoundLayer, first_call: fx.Nod
     ]
     if not readers:
         return
-    parent, _, name = layer.target.rpartition(".")
-    holder = module_at(graph_module, parent)
-    del holder._parameters[name]
-    holder._modules[name] = FloatWeight(layer.weight, layer.layout).train(holder.training)
+    for target in (layer.target, *layer.tied):
+        parent, _, name = target.rpartition(".")
+        holder = module_at(graph_module, parent)
+        del holder._parameters[name]
+        holder._modules[name] = FloatWeight(layer.weight, layer.layout).train(holder.training)
     order = {node: index for index, node in enumerate(graph.nodes)}
     early = sorted((u for node in readers for u in node.users if order[u] < order[first_call]), key=order.__getitem__)
     with graph.inserting_before(first_call):
@@ -170,9 +171,10 @@ def materialize_(network: nn.Module, paths: Collection[str] | None = None) -> nn
 
 def release_(network: nn.Module, layer: FoundLayer) -> None:
     """Undo `isolate_weights_` for a layer that stays float."""
-    module = module_or_none(network, layer.target)
-    if isinstance(module, FloatWeight):
-        _restore_parameter(network, layer.target, module.weight)
+    for target in (layer.target, *layer.tied):
+        module = module_or_none(network, target)
+        if isinstance(module, FloatWeight):
+            _restore_parameter(network, target, module.weight)
 
 
 def _restore_parameter(network: nn.Module, path: str, parameter: nn.Parameter) -> None:

@@ -58,8 +58,8 @@ def config(method: Any = "em") -> bgd.BGDConfig:
 class Reader:
     """Another process, which loads files and says what the networks in them answer."""
 
-    def __init__(self) -> None:
-        command = [sys.executable, "-m", "tests.benchmarks.fidelity", "--serve"]
+    def __init__(self, *, timm: bool = True) -> None:
+        command = [sys.executable, "-m", "tests.benchmarks.fidelity", "--serve", *([] if timm else ["--no-timm"])]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def same(self, name: str, folder: Path) -> bool | str:
@@ -76,9 +76,9 @@ class Reader:
         self._process.wait()
 
 
-def serve() -> None:
+def serve(*, timm: bool) -> None:
     """What the other process does."""
-    known = {case.name: case for case in cases()}
+    known = {case.name: case for case in cases(timm=timm)}
     torch.set_num_threads(1)
     answers = sys.stdout
     sys.stdout = sys.stderr  # what libraries print is no answer
@@ -189,16 +189,17 @@ def main() -> None:
     parser.add_argument("--method", default="em", choices=("em", "full"))
     parser.add_argument("--results", type=Path, default=Path(tempfile.gettempdir()) / "bgd-fidelity.json")
     parser.add_argument("--again", action="store_true", help="run those anew that were not right")
+    parser.add_argument("--no-timm", dest="timm", action="store_false", help="where timm is not installed")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if options.serve:
-        serve()
+        serve(timm=options.timm)
         return
     rows = json.loads(options.results.read_text()) if options.results.is_file() else {}
-    reader = Reader()
-    for case in cases():
+    reader = Reader(timm=options.timm)
+    for case in cases(timm=options.timm):
         key = f"{case.name} {options.method}"
         is_done = key in rows and not (options.again and not is_right(rows[key]) and "left out" not in rows[key])
         if is_done or not fnmatch.fnmatchcase(case.name, options.only):

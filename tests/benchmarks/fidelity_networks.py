@@ -35,10 +35,11 @@ class Case:
     compared: str = ""
 
 
-def cases() -> Iterator[Case]:
-    """All networks."""
+def cases(*, timm: bool = True) -> Iterator[Case]:
+    """All networks; timm's only if it is installed."""
     yield from _transformers()
-    yield from _timm()
+    if timm:
+        yield from _timm()
     yield from _torchvision()
 
 

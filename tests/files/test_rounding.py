@@ -9,7 +9,7 @@ from torch import nn
 
 import bgd_plugin as bgd
 from bgd_plugin.files.rounding import round_floats_
-from tests.networks import SmallResNet, em, images, randomized
+from tests.networks import SmallResNet, em, images, randomized, vectors
 
 
 def test_plan_report_and_file_agree_and_shrink(tmp_path: Path) -> None:
@@ -45,6 +45,30 @@ def test_reload_is_equal(tmp_path: Path) -> None:
     )
     with torch.no_grad():
         assert torch.equal(net(data[0]), result.model(data[0]))
+
+
+class _Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 32), nn.Linear(32, 5)
+        self.table = nn.Parameter(1e4 ** (-torch.arange(12) / 12), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.relu(self.a(x + torch.cos(1e3 * self.table))))  # type: ignore[no-any-return]
+
+
+def test_a_frozen_table_stays_exact_and_is_counted_so(tmp_path: Path) -> None:
+    model, config = _Positions().eval(), em(float_storage="float16")
+    result = bgd.quantize(model, vectors(), config, progress=False)
+    assert torch.equal(result.model.table, model.table)
+    assert bgd.plan(model, config).compressed_bytes == bgd.save(result.model, tmp_path / "net")
+
+
+def test_a_network_that_is_frozen_for_inference_is_rounded_as_any_other() -> None:
+    model = _Positions().eval().requires_grad_(False)
+    result = bgd.quantize(model, vectors(), em(float_storage="float16"), progress=False)
+    assert torch.equal(result.model.b.bias, result.model.b.bias.half().float())
+    assert torch.equal(result.model.table, model.table.half().float())
 
 
 def test_values_out_of_range_stay_and_sharing_stays() -> None:

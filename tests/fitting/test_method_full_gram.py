@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import bgd_plugin as bgd
 from bgd_plugin.correction import absorb_row_scale_
-from bgd_plugin.fitting import LayerContext, full_gram
+from bgd_plugin.fitting import LayerContext, method_full_gram
 from tests.networks import FunctionalNet, PlainNet, SmallResNet, TwiceNet, images, randomized, vectors
 
 _SETTING = bgd.LayerConfig(block_size=4, codebook_size=16)
@@ -225,47 +225,49 @@ def test_a_rows_scale_is_one_over_the_deviation_of_its_outputs(groups: int) -> N
     per_row = covariance.repeat_interleave(6 // groups, 0)
     deviation = torch.einsum("ri,rij,rj->r", rows.double(), per_row, rows.double()).sqrt()
     deviation[1] = deviation.mean()
-    found = full_gram._row_scale(rows, covariance, _context(rows))
+    found = method_full_gram._row_scale(rows, covariance, _context(rows))
     torch.testing.assert_close(found.double(), 1 / deviation, rtol=1e-5, atol=0)
 
 
 def test_a_rows_scale_stays_where_the_norm_can_take_it_out_again() -> None:
     rows, covariance = torch.randn(4, 5), _covariances(1, 5)
-    free = full_gram._row_scale(rows, covariance, _context(rows))
+    free = method_full_gram._row_scale(rows, covariance, _context(rows))
     least, largest = 2 * free, 3 * free
     least[0], largest[1] = 0.5 * free[0], 0.25 * free[1]
     least[1] = 0.1 * free[1]
-    found = full_gram._row_scale(rows, covariance, _context(rows, scale_bounds=(least.double(), largest.double())))
+    found = method_full_gram._row_scale(
+        rows, covariance, _context(rows, scale_bounds=(least.double(), largest.double()))
+    )
     torch.testing.assert_close(found, torch.stack([free[0], 0.25 * free[1], 2 * free[2], 2 * free[3]]))
 
 
 def test_scaled_rows_stay_within_the_weights_type() -> None:
     """Inputs that hardly vary ask for scales that half precision does not hold; nothing asks for more than 1e30."""
     rows, covariance = 100 * torch.randn(4, 5), 1e-12 * _covariances(1, 5)
-    free = full_gram._row_scale(rows, covariance, _context(rows))
+    free = method_full_gram._row_scale(rows, covariance, _context(rows))
     assert float((rows.abs().amax(1) * free).max()) > 65504 / 4
-    found = full_gram._row_scale(rows, covariance, _context(rows.half()))
+    found = method_full_gram._row_scale(rows, covariance, _context(rows.half()))
     torch.testing.assert_close(found.double() * rows.double().abs().amax(1), torch.full((4,), 65504.0 / 4).double())
-    tiny = full_gram._row_scale(1e-38 * rows, covariance, _context(rows))
+    tiny = method_full_gram._row_scale(1e-38 * rows, covariance, _context(rows))
     assert bool((tiny == 1e30).all())
-    nothing = full_gram._row_scale(torch.zeros(4, 5), covariance, _context(rows))
+    nothing = method_full_gram._row_scale(torch.zeros(4, 5), covariance, _context(rows))
     assert bool(torch.isfinite(nothing).all()) and bool((nothing > 0).all())
 
 
 def test_what_the_fit_found_out_is_in_the_layers_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = full_gram.fit_full
+    real = method_full_gram.fit_full
 
     def noting(*args: Any, **kwargs: Any) -> Any:
         return dataclasses.replace(real(*args, **kwargs), notes=("something was found out",))
 
-    monkeypatch.setattr(full_gram, "fit_full", noting)
+    monkeypatch.setattr(method_full_gram, "fit_full", noting)
     model, data = nn.Sequential(nn.Linear(12, 64)).eval(), vectors()
     (layer,) = bgd.quantize(model, data, _config("full", first_layer=_SETTING), progress=False).report.layers
     assert "something was found out" in layer.note
 
 
 def test_a_layer_too_wide_for_its_gram_says_what_its_fit_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(full_gram, "_MAX_COLUMNS", 11)
+    monkeypatch.setattr(method_full_gram, "_MAX_COLUMNS", 11)
     model, data = nn.Sequential(nn.Linear(12, 64)).eval(), vectors()
     model[0].weight.data.copy_(model[0].weight.data[:1].expand(64, 12))  # three blocks, again and again
     (layer,) = bgd.quantize(model, data, _config("full", first_layer=_SETTING), progress=False).report.layers
@@ -276,8 +278,8 @@ def test_a_layer_too_wide_for_its_gram_says_what_its_fit_found_out(monkeypatch: 
 def test_channels_without_gain_are_not_asked_for_anything() -> None:
     gain = torch.tensor([2.0, -1.0, 0.0, 1e-4])
     floor = 0.01 * gain.square().mean()
-    torch.testing.assert_close(full_gram._inverse(gain), gain / (gain.square() + floor))
-    assert torch.equal(full_gram._inverse(torch.zeros(3)), torch.zeros(3))
+    torch.testing.assert_close(method_full_gram._inverse(gain), gain / (gain.square() + floor))
+    assert torch.equal(method_full_gram._inverse(torch.zeros(3)), torch.zeros(3))
 
 
 @pytest.mark.parametrize("batch", [0, 4])
@@ -306,15 +308,15 @@ def test_layers_with_one_input_are_fitted_to_the_same_rows_whoever_comes_first(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A sample of the rows, which depends on the seed of the run and on nothing that was done before."""
-    monkeypatch.setattr(full_gram, "_MIN_ROWS", 40)
-    monkeypatch.setattr(full_gram, "_ROWS_PER_COLUMN", 1)
-    real, grams = full_gram.fit_full, list[Tensor]()
+    monkeypatch.setattr(method_full_gram, "_MIN_ROWS", 40)
+    monkeypatch.setattr(method_full_gram, "_ROWS_PER_COLUMN", 1)
+    real, grams = method_full_gram.fit_full, list[Tensor]()
 
     def watched(weight: Tensor, gram: Tensor, *args: Any, **kwargs: Any) -> Any:
         grams.append(gram.clone())
         return real(weight, gram, *args, **kwargs)
 
-    monkeypatch.setattr(full_gram, "fit_full", watched)
+    monkeypatch.setattr(method_full_gram, "fit_full", watched)
     model, data = _Shared().eval(), [torch.randn(60, 16) for _ in range(5)]
 
     def last_gram(**fields: Any) -> Tensor:

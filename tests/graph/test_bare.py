@@ -197,3 +197,48 @@ def test_a_layout_undoes_itself(shape: tuple[int, ...], layout: Layout) -> None:
     matrix = layout.matrix(weight)
     assert matrix.shape[1] == 8
     assert torch.equal(layout.weight(matrix, shape), weight)
+
+
+class Mixing(nn.Module):
+    """A conditional convolution, as timm's: its kernel is a mix of four, by weights that each sample brings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels, self.kernel_size, self.num_experts = 16, 24, (3, 3), 4
+        self.weight = nn.Parameter(torch.randn(4, 24 * 16 * 9) / 12)
+        self.bias = nn.Parameter(torch.randn(4, 24))
+
+    def forward(self, x: Tensor, routing: Tensor) -> Tensor:
+        kernels = (routing @ self.weight).view(-1, 16, 3, 3)
+        y = functional.conv2d(x.reshape(1, -1, *x.shape[2:]), kernels, groups=len(x))
+        return y.view(len(x), 24, *y.shape[2:]) + (routing @ self.bias)[:, :, None, None]
+
+
+class Conditional(nn.Module):
+    def __init__(self, *, traces: bool) -> None:
+        super().__init__()
+        self.stem, self.routing, self.mix, self.head = nn.Conv2d(3, 16, 3), nn.Linear(16, 4), Mixing(), nn.Linear(24, 8)
+        self.traces = traces
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        if not self.traces and float(x.sum()) < 0:
+            x = -x
+        return self.head(self.mix(x, torch.sigmoid(self.routing(x.mean((2, 3))))).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("traces", [True, False])
+def test_kernels_that_each_sample_mixes_are_quantized_by_their_weights(traces: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = Conditional(traces=traces).eval()
+    batches = [torch.randn(4, 3, 10, 10) for _ in range(3)]
+    result = bgd.quantize(network, batches, bgd.BGDConfig(max_divergence=None, seed=1), progress=False)
+    assert {"mix", "routing", "head"} == {layer.name for layer in result.report.layers}
+    assert ("mix.bias", "Mixing has no product-quantized form") in [(x.name, x.reason) for x in result.report.skipped]
+    mixed = next(layer for layer in result.report.layers if layer.name == "mix")
+    assert mixed.relative_error < 0.3  # of the weight: nothing is known of each kernel's inputs
+    with torch.no_grad():
+        wanted, found = network(batches[0]), result.model(batches[0])
+    assert (found - wanted).norm() < 0.3 * wanted.norm()
+    bgd.save(result.model, tmp_path / "net")
+    assert torch.equal(bgd.load(tmp_path / "net", like=Conditional(traces=traces).eval())(batches[0]), found)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 import bgd_plugin as bgd
+from bgd_plugin.nn import PQModule
 from tests.networks import SmallResNet, em, randomized
 
 
@@ -44,6 +45,39 @@ def test_the_program_stays_as_it_was() -> None:
         before = program.module()(x)
         bgd.quantize(program, [x], em(), progress=False)
         assert torch.equal(program.module()(x), before)
+
+
+class Tied(nn.Module):
+    """A language model's ends: a table of embeddings is the weight of the head, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.a, self.b = nn.Embedding(64, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.head = nn.Linear(32, 64, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.b(torch.tanh(self.a(self.embed(x))))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("embedding", [None, bgd.LayerConfig(block_size=4, codebook_size=16)])
+def test_a_tied_table_is_found_counted_and_stored_once(embedding: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Tied().eval(), torch.randint(0, 64, (8, 5))
+    program, config = torch.export.export(model, (x,)), em(embedding=embedding)
+    plans = [bgd.plan(network, config) for network in (model, program)]
+    assert plans[0].original_bytes == plans[1].original_bytes
+    assert abs(plans[0].compressed_bytes - plans[1].compressed_bytes) < 200
+    assert [layer.name for layer in plans[1].layers] == ["a", "b", *([] if embedding is None else ["head"])]
+    result = bgd.quantize(program, [x], config, progress=False)
+    assert bgd.save(result.model, tmp_path / "net") == result.report.compressed_bytes == plans[1].compressed_bytes
+    loaded = bgd.load(tmp_path / "net", like=program)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), result.model(x))
+        assert torch.equal(torch.export.export(result.model, (x,)).module()(x), result.model(x))
+    if embedding is not None:
+        tables = [m for m in result.model.modules() if isinstance(m, PQModule) and m.weight_shape == (64, 32)]
+        assert len({id(table.codebook) for table in tables}) == 1
 
 
 @pytest.mark.slow
