@@ -222,7 +222,7 @@ class Conditional(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.stem(x))
-        if not self.traces and float(x.sum()) < 0:
+        if not self.traces and float(x.detach().sum()) < 0:
             x = -x
         return self.head(self.mix(x, torch.sigmoid(self.routing(x.mean((2, 3))))).mean((2, 3)))  # type: ignore[no-any-return]
 
