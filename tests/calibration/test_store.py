@@ -181,8 +181,9 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 blocks = [m for _ in range(3) for m in (nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())]
 model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 8))
+CONFIG = bgd.BGDConfig(rounds=0, max_divergence=None)
 def run(count, bound):
-    bgd.quantize(model.eval(), Images(count, 2, 64), bgd.BGDConfig(rounds=0), memory_bytes=bound, progress=False)
+    bgd.quantize(model.eval(), Images(count, 2, 64), CONFIG, memory_bytes=bound, progress=False)
 run(8, bound=1)  # what the process takes once and for all
 forget_peak()
 before = resident_mib("VmRSS")

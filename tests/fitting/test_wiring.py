@@ -395,7 +395,7 @@ def test_a_layer_is_fitted_to_what_corrections_before_it_have_left(fits: list[di
         )
     )
     data = images(5, size=6, batch=4)
-    config = _config(overrides=(("0", LayerConfig(block_size=1, codebook_size=4)),), weight_storage=storage)
+    config = _config(overrides=(("0", LayerConfig(block_size=1, codebook_size=2)),), weight_storage=storage)
     result = bgd.quantize(model, data, config, progress=False).model
     for path in ("1", "3", "4"):
         mine, theirs = (net.get_submodule(path).state_dict() for net in (result, model))
