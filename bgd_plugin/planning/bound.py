@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from bgd_plugin.planning.candidates import Option
+from bgd_plugin.planning.candidates import LEVEL, Option
 from bgd_plugin.planning.knapsack import allocate
 
 __all__ = ["fewest_bytes", "loss_by_bytes"]
@@ -42,20 +42,27 @@ def fewest_bytes(layers: Sequence[Sequence[Option]], bound: float) -> list[int]:
     return picks
 
 
-def loss_by_bytes(layers: Sequence[Sequence[Option]], points: int) -> list[tuple[int, float]]:
-    """Pairs of bytes and the least sum of losses for them; the bytes ascend by equal factors.
+def loss_by_bytes(
+    rated: Callable[[float], Sequence[Sequence[Option]]], loss: Callable[[Sequence[Option]], float], points: int
+) -> list[tuple[int, float]]:
+    """Pairs of bytes and the least loss for them, bytes ascending by equal factors, losses falling.
 
     Args:
-        layers: as in `fewest_bytes`.
-        points: maximum number of pairs; equal ones are given once.
+        rated: the layers' options, as in `fewest_bytes`, with their shares in a loss of so much.
+        loss: of options, one for each layer.
+        points: pairs, at most; equal ones are given once.
     """
+    layers = rated(LEVEL)
     low = sum(options[0].size_bytes for options in layers)
     high = sum(options[-1].size_bytes for options in layers)
     curve: dict[int, float] = {}
+    found = loss([options[0] for options in layers])
     for point in range(points):
         shared = round(low * (high / max(1, low)) ** (point / max(1, points - 1)))
-        picks = allocate(layers, shared)
-        curve[_bytes(layers, picks)] = _loss(layers, picks)
+        layers = rated(found or LEVEL)  # that of a few bytes less
+        picked = [options[i] for options, i in zip(layers, allocate(layers, shared), strict=True)]
+        found = min(found, loss(picked))
+        curve[sum(option.size_bytes for option in picked)] = found
     return sorted(curve.items())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.graph import FoundLayer
 from bgd_plugin.planning.bound import fewest_bytes, loss_by_bytes
-from bgd_plugin.planning.candidates import Option, Sensitivity, options_of, rated, weight_sensitivity
+from bgd_plugin.planning.candidates import LEVEL, Option, Sensitivity, joint_loss, options_of, rated, weight_sensitivity
 from bgd_plugin.planning.knapsack import Choice, choose, require_reachable
 from bgd_plugin.planning.sizes import Sketch
 from bgd_plugin.planning.survey import Chosen, Survey
@@ -20,6 +21,8 @@ from bgd_plugin.support.seeds import seeded
 __all__ = ["Budget"]
 
 _CURVE_POINTS = 16
+_AIM = 0.8
+"""Share of a bound at which a choice aims: what comes out differs a little from what is expected."""
 _UNMEASURED = (
     "bound: sizes are the fixed default ones, since what each layer's error does to the output was not measured; "
     "quantize() measures it, and so does plan() with calibration data"
@@ -60,7 +63,7 @@ class Budget:
         target = survey.config.budget_bytes(survey.original_bytes)
         budget = cls(survey=survey, sketch=sketch or Sketch(survey), target_bytes=target)
         if target is not None:
-            require_reachable(budget._options(), target, budget._file_size)
+            require_reachable(budget._options, target, budget._file_size)
         return budget
 
     @classmethod
@@ -90,13 +93,10 @@ class Budget:
             return self.survey.noted(_UNMEASURED)
         names = [layer.name for layer in self.free]
         known = self._known(sensitivities or {})
-        options = self.rated(known)
         if self.target_bytes is not None:
-            choice = choose(options, self.target_bytes, self._file_size)
+            choice = self._within_bytes(known, self.target_bytes)
         else:
-            choice = self._within_bound(options, realized)
-            if all(option.layer is None for option in choice.options) and not self._fixed:
-                choice = self._finest(options)
+            choice = self._within_bound(known, realized)
         pairs = list(zip(choice.options, names, strict=True))
         chosen = self._chosen([_explained(option, known[name]) for option, name in pairs])
         if not chosen:
@@ -108,7 +108,7 @@ class Budget:
         notes = self._notes(choice, sensitivities, realized)
         if not sensitivities:
             return self.survey.budgeted(chosen, left, notes)
-        return self.survey.budgeted(chosen, left, notes, choice.loss * realized, self.curve(sensitivities, realized))
+        return self.survey.budgeted(chosen, left, notes, choice.loss * realized)
 
     def curve(self, sensitivities: Mapping[str, Sensitivity], realized: float = 1.0) -> tuple[CurvePoint, ...]:
         """Bytes against expected divergence, from the smallest file that can be chosen to every layer in float.
@@ -117,32 +117,45 @@ class Budget:
             sensitivities: as in `spend`.
             realized: factor, as in `spend`.
         """
-        options = self.rated(self._known(sensitivities))
-        smallest = [layer[0] for layer in options]
+        known = self._known(sensitivities)
+        smallest = [layer[0] for layer in self._options]
         beside = self._file_size(smallest) - sum(option.size_bytes for option in smallest)
         return tuple(
             CurvePoint(file_bytes=beside + size, expected_divergence=loss * realized)
-            for size, loss in loss_by_bytes(options, _CURVE_POINTS)
+            for size, loss in loss_by_bytes(
+                lambda level: self.rated(known, level), lambda picked: self.loss(picked, known), _CURVE_POINTS
+            )
         )
 
-    def rated(self, known: Mapping[str, Sensitivity]) -> list[list[Option]]:
-        """The options of each free layer that may be chosen, with losses from its sensitivity, `known` by name."""
-        return [rated(o, known[layer.name]) for o, layer in zip(self._options(), self.free, strict=True)]
+    def rated(self, known: Mapping[str, Sensitivity], level: float = LEVEL) -> list[list[Option]]:
+        """The options of each free layer that are worth a thought, with their shares in a loss of `level`."""
+        return [rated(o, known[layer.name], level) for o, layer in zip(self._options, self.free, strict=True)]
 
-    def _within_bound(self, options: Sequence[Sequence[Option]], realized: float) -> Choice:
+    def loss(self, picked: Sequence[Option], known: Mapping[str, Sensitivity]) -> float:
+        """The loss that options, one for each free layer, are expected to bring together."""
+        pairs = [(o.layer, known[layer.name]) for o, layer in zip(picked, self.free, strict=True) if o.layer]
+        return joint_loss([(one, one.error_of(planned)) for planned, one in pairs])
+
+    def _within_bound(self, known: Mapping[str, Sensitivity], realized: float) -> Choice:
         bound = self.survey.config.bound
         assert bound is not None
-        picks = fewest_bytes(options, bound / realized)
-        picked = tuple(layer[i] for layer, i in zip(options, picks, strict=True))
-        return Choice(options=picked, file_bytes=self._file_size(picked), loss=sum(o.loss for o in picked))
+        level = _AIM * bound / realized
+        options = self.rated(known, level)
+        picked = [layer[i] for layer, i in zip(options, fewest_bytes(options, level), strict=True)]
+        if all(option.layer is None for option in picked) and not self._fixed:
+            picked = [
+                next(o for o in (*reversed(worthy), *reversed(every)) if o.layer is not None)
+                for worthy, every in zip(options, self._options, strict=True)
+            ]
+        return Choice(options=tuple(picked), file_bytes=self._file_size(picked), loss=self.loss(picked, known))
 
-    def _finest(self, options: Sequence[Sequence[Option]]) -> Choice:
-        """Every layer quantized with the least loss."""
-        picked = tuple(
-            next(o for o in (*reversed(rated_ones), *reversed(every)) if o.layer is not None)
-            for rated_ones, every in zip(options, self._options(), strict=True)
-        )
-        return Choice(options=picked, file_bytes=self._file_size(picked), loss=sum(o.loss for o in picked))
+    def _within_bytes(self, known: Mapping[str, Sensitivity], target_bytes: int) -> Choice:
+        """The choice for a file; shares are told at the loss that it comes to, which the first choice shows."""
+        choice = choose(self.rated(known), target_bytes, self._file_size)
+        level = self.loss(choice.options, known)
+        if level > 0:
+            choice = choose(self.rated(known, level), target_bytes, self._file_size)
+        return dataclasses.replace(choice, loss=self.loss(choice.options, known))
 
     @property
     def _fixed(self) -> int:
@@ -152,10 +165,11 @@ class Budget:
         """What was measured; a layer that could not be measured counts as one of the measured ones in the middle."""
         others = self._by_weights(measured)
         if measured:
-            middle = statistics.median(one.per_error for one in measured.values())
-            others = {name: dataclasses.replace(one, per_error=middle) for name, one in others.items()}
+            middle = statistics.median(one.per_error() for one in measured.values())
+            others = {name: dataclasses.replace(one, losses=((1.0, middle),)) for name, one in others.items()}
         return {**others, **measured}
 
+    @functools.cached_property
     def _options(self) -> list[list[Option]]:
         return [
             options_of(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bgd_plugin.config import DEFAULT_DIVERGENCE
 from bgd_plugin.encoding.stream import is_codable, overhead_bytes
 from bgd_plugin.planning.types import PlannedLayer
 from bgd_plugin.pq.blocks import to_blocks
@@ -24,12 +25,14 @@ from bgd_plugin.pq.rate import (
 )
 
 __all__ = [
+    "LEVEL",
     "Option",
     "Sensitivity",
     "block_sizes",
     "codebook_sizes",
     "entropy_bits",
     "fitted_sizes",
+    "joint_loss",
     "options_of",
     "rated",
     "weight_sensitivity",
@@ -45,6 +48,11 @@ _MOST_LEVELS = 256
 _USUAL_LEVELS = 48
 _ENTROPY_BITS = tuple(bits / 16 for bits in (*range(12, 48), *range(48, 97, 4)))
 """Rates to choose from, in bits for each weight."""
+LEVEL = DEFAULT_DIVERGENCE
+"""The loss of all layers together at which a layer's share is told unless another one is asked for."""
+_LEAST_SLOPE = 0.2
+_LEAST_LOSS, _MOST_LOSS, _PRECISION = 1e-15, 1e6, 1.001
+_TINY = 1e-30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +61,14 @@ class Sensitivity:
 
     Attributes:
         curves: the layer's error by codebook size, for each block size.
-        per_error: loss per unit of error.
+        losses: pairs (error, loss of the network's output), both ascending. Between and beyond them the loss is a power
+            of the error, and next to no error proportional to it.
         reason: what was measured, as text for the report.
         entropy: the layer's error by bits for each weight where codes are entropy coded; None where they may not be.
     """
 
     curves: tuple[RateCurve, ...]
-    per_error: float
+    losses: tuple[tuple[float, float], ...]
     reason: str
     entropy: EntropyCurve | None = None
 
@@ -76,18 +85,48 @@ class Sensitivity:
         )
         points = (values.get("entropy") or {}).get("points")
         entropy = EntropyCurve(points=tuple((bits, error) for bits, error in points)) if points else None
-        return cls(curves=curves, per_error=values["per_error"], reason=values["reason"], entropy=entropy)
+        losses = tuple((error, loss) for error, loss in values["losses"])
+        return cls(curves=curves, losses=losses, reason=values["reason"], entropy=entropy)
 
-    def loss(self, block_size: int, codebook_size: int) -> float:
-        """The expected divergence, in nats, from quantizing with this block size and codebook size."""
-        curve = next(c for c in self.curves if c.block_size == block_size)
-        return self.per_error * curve.error(codebook_size)
+    def error(self, block_size: int, codebook_size: int) -> float:
+        """The error that a candidate is expected to have."""
+        return next(c for c in self.curves if c.block_size == block_size).error(codebook_size)
 
-    def loss_of(self, layer: PlannedLayer) -> float:
-        """The expected divergence, in nats, from quantizing a layer as planned."""
+    def error_at(self, loss: float) -> float:
+        """The error of this layer that would cost so much by itself."""
+        points = self.losses
+        if loss <= points[0][1]:
+            return points[0][0] * loss / points[0][1]
+        above = next((i for i, (_, found) in enumerate(points) if found >= loss), len(points) - 1)
+        (e0, l0), (e1, l1) = points[max(0, above - 1)], points[above]
+        slope = math.log(l1 / l0) / math.log(e1 / e0) if above else 1.0
+        return e0 * float((loss / l0) ** (1 / max(slope, _LEAST_SLOPE)))
+
+    def per_error(self, level: float = LEVEL) -> float:
+        """Loss for each unit of error, where all layers' errors together cost `level`.
+
+        An error does not act alone: what it costs is told where the errors of all layers move the outputs so far.
+        """
+        return level / max(self.error_at(level), _TINY)
+
+    def loss(self, block_size: int, codebook_size: int, level: float = LEVEL) -> float:
+        """The share of a candidate in a loss of `level`."""
+        return self.per_error(level) * self.error(block_size, codebook_size)
+
+    def at_least(self, per_error: float) -> Sensitivity:
+        """The same with no loss below that of so much for each unit of error."""
+        losses = tuple((error, max(loss, per_error * error)) for error, loss in self.losses)
+        return dataclasses.replace(self, losses=losses)
+
+    def error_of(self, layer: PlannedLayer) -> float:
+        """The expected error, mean square per weight, of a layer quantized as planned."""
         if layer.codes == "entropy" and self.entropy is not None:
-            return self.per_error * self.entropy.error(entropy_bits(layer))
-        return self.loss(layer.block_size, layer.codebook_size)
+            return self.entropy.error(entropy_bits(layer))
+        return self.error(layer.block_size, layer.codebook_size)
+
+    def loss_of(self, layer: PlannedLayer, level: float = LEVEL) -> float:
+        """The share, in nats, of a layer quantized as planned in a loss of `level` nats of all layers together."""
+        return self.per_error(level) * self.error_of(layer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +142,22 @@ class Option:
     layer: PlannedLayer | None
     size_bytes: int
     loss: float = math.inf
+
+
+def joint_loss(errors: Sequence[tuple[Sensitivity, float]]) -> float:
+    """The loss L of several layers' errors together: that at which their shares in a loss of L add up to L.
+
+    Args:
+        errors: of layers, each with the layer's sensitivity.
+    """
+    if not any(error > 0 for _, error in errors):
+        return 0.0
+    low, high = _LEAST_LOSS, _MOST_LOSS
+    while high > _PRECISION * low:
+        middle = math.sqrt(low * high)
+        shares = sum(error / max(one.error_at(middle), _TINY) for one, error in errors)
+        low, high = (middle, high) if shares > 1 else (low, middle)
+    return low
 
 
 def block_sizes(weight_shape: Sequence[int]) -> tuple[int, ...]:
@@ -153,7 +208,7 @@ def weight_sensitivity(weight: Tensor, generator: torch.Generator) -> Sensitivit
     if weight.is_meta:
         laws = tuple(RateCurve(block_size=d, points=((1, 1.0),)) for d in sizes)
         law = EntropyCurve(points=((0.0, 1.0),))
-        return Sensitivity(curves=laws, per_error=1.0, reason="by the layer's shape", entropy=law)
+        return Sensitivity(curves=laws, losses=((1.0, 1.0),), reason="by the layer's shape", entropy=law)
     power = float(weight.detach().float().square().mean())
     curves: list[RateCurve] = []
     entropy = None
@@ -161,7 +216,7 @@ def weight_sensitivity(weight: Tensor, generator: torch.Generator) -> Sensitivit
         sample = _sampled(weight, d, power, generator)
         curves.append(rate_curve(*sample, fitted_sizes(shape, d), generator=generator))
         entropy = entropy_curve(*sample) if d == 1 else entropy
-    return Sensitivity(curves=tuple(curves), per_error=1.0, reason="by the weight's own error", entropy=entropy)
+    return Sensitivity(curves=tuple(curves), losses=((1.0, 1.0),), reason="by the weight's own error", entropy=entropy)
 
 
 def _sampled(weight: Tensor, block_size: int, power: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -230,10 +285,16 @@ def _fixed(planned: PlannedLayer, codebook_size: int) -> list[PlannedLayer]:
     ]
 
 
-def rated(options: Sequence[Option], sensitivity: Sensitivity) -> list[Option]:
-    """The options with their losses, as far as they are worth a thought: each loses less than all smaller ones."""
+def rated(options: Sequence[Option], sensitivity: Sensitivity, level: float = LEVEL) -> list[Option]:
+    """The options with their losses, as far as they are worth a thought: each loses less than all smaller ones.
+
+    Args:
+        options: of a layer.
+        sensitivity: of the layer.
+        level: the loss of all layers together at which each one's share is told.
+    """
     kept: list[Option] = []
-    losses = [sensitivity.loss_of(o.layer) if o.layer else 0.0 for o in options]
+    losses = [sensitivity.loss_of(o.layer, level) if o.layer else 0.0 for o in options]
     for option, loss in sorted(zip(options, losses, strict=True), key=lambda pair: (pair[0].size_bytes, pair[1])):
         if not kept or loss < kept[-1].loss:
             kept.append(dataclasses.replace(option, loss=loss))

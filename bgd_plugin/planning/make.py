@@ -13,6 +13,7 @@ from bgd_plugin.config import BGDConfig
 from bgd_plugin.files.format import state_bytes
 from bgd_plugin.graph import baked, find_layers, front_end, isolated, set_modes, unwrapped
 from bgd_plugin.planning.budget import Budget
+from bgd_plugin.planning.choosing import choose_sizes
 from bgd_plugin.planning.measure import measured
 from bgd_plugin.planning.sizes import Sketch, planned_paper_bytes
 from bgd_plugin.planning.survey import Survey, surveyed
@@ -67,10 +68,10 @@ def plan(
     curve: tuple[CurvePoint, ...] = ()
     if batches is not None:
         chooser = budget or Budget.free_of(survey, sketch)
-        sensitivities = measured(chooser, batches, progress=progress)
-        if budget is None and sensitivities:
-            curve = chooser.curve(sensitivities)
-        survey = survey if budget is None else budget.spend(sensitivities)
+        measurements = measured(chooser, batches, progress=progress)
+        if budget is None and measurements.sensitivities:
+            curve = chooser.curve(measurements.sensitivities)
+        survey = survey if budget is None else choose_sizes(budget, measurements)[0]
     elif budget is not None:
         survey = budget.spend(None)
     return Plan(

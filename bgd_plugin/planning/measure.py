@@ -1,43 +1,104 @@
-"""Measure the effect of each layer's error on the output, for choosing sizes."""
+"""Measurements before the fit: what each layer's error does to the output, and what all errors together do."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
-from bgd_plugin.calibration import Batch
-from bgd_plugin.graph import isolate_weights_, release_
+from bgd_plugin.calibration import Batch, first_samples
+from bgd_plugin.graph import copy_module, isolate_weights_, release_
+from bgd_plugin.planning.answers import compare_answers
 from bgd_plugin.planning.budget import Budget
 from bgd_plugin.planning.candidates import Sensitivity
-from bgd_plugin.planning.sensitivity import measure_sensitivities
+from bgd_plugin.planning.perturbation import perturbed
+from bgd_plugin.planning.sensitivity import Measured, measure_layers
+from bgd_plugin.planning.survey import Survey
 from bgd_plugin.support.processes import from_first, is_first
 
-__all__ = ["measured"]
+__all__ = ["Measurements", "measured"]
+
+_SAMPLES = 128
+"""Calibration samples on which all errors together are tried."""
 
 
-def measured(budget: Budget, batches: Sequence[Batch], *, progress: bool) -> dict[str, Sensitivity]:
-    """The sensitivity of each layer whose size is to be chosen, by name; a layer that no input reaches has none.
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """What was measured on the float network.
 
-    The first process measures it, on its own data.
-
-    Args:
-        budget: holds the survey, and the layers whose size is to be chosen.
-        batches: calibration batches.
-        progress: show a progress bar.
+    Attributes:
+        budget: whose free layers were measured.
+        batches: the calibration data.
+        sensitivities: of the layers, by name; a layer that no input reaches has none.
+        layers: the same with an error of each layer; only in the process that measured them.
     """
-    network = budget.survey.network
+
+    budget: Budget
+    batches: Sequence[Batch]
+    sensitivities: Mapping[str, Sensitivity]
+    layers: Mapping[str, Measured]
+
+    def joint(self, survey: Survey) -> float:
+        """The divergence from the float network when all layers of a survey have errors of the sizes expected.
+
+        The errors are those of rough quantizations, made larger or smaller; the first process tries them.
+        """
+
+        def work() -> tuple[dict[str, Tensor], str]:
+            return {}, json.dumps(self._tried(survey))
+
+        return float(json.loads(from_first(work)[1]))
+
+    def _tried(self, survey: Survey) -> float:
+        few = first_samples(self.batches, _SAMPLES)
+        with _isolated(self.budget):
+            exact = self.budget.survey.network
+            network = copy_module(exact, share_tensors=True)
+            with ExitStack() as stack:
+                for planned in survey.layers:
+                    one = self.layers.get(planned.name)
+                    if one is not None:
+                        error = one.sensitivity.error_of(planned)
+                        stack.enter_context(perturbed(network, one.error, (error / one.size) ** 0.5))
+                answers = compare_answers(
+                    lambda batch: batch.call(network), lambda batch: batch.call(exact), few, kept_aside=False
+                )
+        return answers.divergence
+
+
+def measured(budget: Budget, batches: Sequence[Batch], *, progress: bool) -> Measurements:
+    """Measure the layers whose sizes are to be chosen; the first process does, on its data."""
+    layers: dict[str, Measured] = {}
 
     def work() -> tuple[dict[str, Tensor], str]:
         shown = progress and is_first()
         with tqdm(total=len(budget.free), disable=not shown, desc="measure", unit="layer", dynamic_ncols=True) as bar:
-            found = measure_sensitivities(network, batches, budget.free, budget.survey.config, bar.update)
-        return {}, json.dumps({name: one.to_dict() for name, one in found.items()})
+            layers.update(measure_layers(budget.survey.network, batches, budget.free, budget.survey.config, bar.update))
+        return {}, json.dumps({name: one.sensitivity.to_dict() for name, one in layers.items()})
 
+    with _isolated(budget):
+        text = from_first(work)[1]
+    found: dict[str, Any] = json.loads(text)
+    return Measurements(
+        budget=budget,
+        batches=batches,
+        sensitivities={name: Sensitivity.from_dict(values) for name, values in found.items()},
+        layers=layers,
+    )
+
+
+@contextmanager
+def _isolated(budget: Budget) -> Iterator[None]:
+    """The network with weights that can be exchanged."""
+    network = budget.survey.network
     isolate_weights_(network, budget.free)
-    text = from_first(work)[1]
-    for layer in budget.free:
-        release_(network, layer)
-    return {name: Sensitivity.from_dict(values) for name, values in json.loads(text).items()}
+    try:
+        yield
+    finally:
+        for layer in budget.free:
+            release_(network, layer)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,20 +19,24 @@ from torch.utils import _pytree as pytree
 
 from bgd_plugin.calibration import Batch, LayerInputs, Rerun, Walk, first_samples
 from bgd_plugin.config import BGDConfig
-from bgd_plugin.graph import FoundLayer, batchnorms_in_parts, following_batchnorm, module_at
+from bgd_plugin.graph import FoundLayer, batchnorms_in_parts, following_batchnorm
 from bgd_plugin.planning.answers import Measure, output_loss
 from bgd_plugin.planning.candidates import Sensitivity, block_sizes, codebook_sizes, fitted_sizes
-from bgd_plugin.planning.layer_facts import LayerFacts, layer_facts, roughly_quantized, spread_ratio
+from bgd_plugin.planning.extrapolate import losses_by_error, shifted_logits
+from bgd_plugin.planning.layer_facts import LayerFacts, layer_facts, roughly_quantized
+from bgd_plugin.planning.perturbation import Perturbation, bias_of, has_channel_rows, perturbed
 from bgd_plugin.pq.full_gram import positions_as_groups
 from bgd_plugin.pq.rate import entropy_curve, quick_fit, rate_curve, sampled_positions
 from bgd_plugin.support.seeds import seeded
 
-__all__ = ["measure_sensitivities"]
+__all__ = ["Measured", "measure_layers", "measure_sensitivities"]
 
 _SAMPLES = 32  # that run to the network's end once for each layer
 _RUNS = 6  # over all batches, at most, that a network that is no graph takes to its end besides
 _SAMPLED_BLOCKS = 1 << 14
 _REFERENCE_CODEBOOK = 256
+_NUMBERS = 2_000_000
+"""Logits, at most, whose shifts are looked at."""
 _TINY = 1e-12
 _LEAST_KL = 1e-6
 """A divergence this small is what rounding has left."""
@@ -41,7 +45,22 @@ _LEAST_SHARE = 1e-6
 """Of the largest loss for each unit of error: a layer whose error does nothing still takes what bytes are left."""
 
 
-@torch.no_grad()
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What is known of a layer before its fit: what its error does to the output, and an error like the one to come.
+
+    Attributes:
+        sensitivity: of the layer.
+        error: of its rough quantization.
+        size, loss: of that error, in the unit of `sensitivity`, and what it alone costs.
+    """
+
+    sensitivity: Sensitivity
+    error: Perturbation
+    size: float
+    loss: float
+
+
 def measure_sensitivities(
     network: nn.Module,
     batches: Sequence[Batch],
@@ -49,7 +68,19 @@ def measure_sensitivities(
     config: BGDConfig,
     step: Callable[[], object],
 ) -> dict[str, Sensitivity]:
-    """The sensitivity of layers, by name.
+    """The sensitivities alone; as `measure_layers`."""
+    return {name: one.sensitivity for name, one in measure_layers(network, batches, layers, config, step).items()}
+
+
+@torch.no_grad()
+def measure_layers(
+    network: nn.Module,
+    batches: Sequence[Batch],
+    layers: Sequence[FoundLayer],
+    config: BGDConfig,
+    step: Callable[[], object],
+) -> dict[str, Measured]:
+    """What each layer's error does to the output, by the layer's name.
 
     Where no layer's error moves the logits' divergence (the logits are next to constant, as those of many a network
     with random weights), the squared difference of the outputs is measured instead.
@@ -67,10 +98,10 @@ def measure_sensitivities(
     """
     measured = _along_graph if isinstance(network, fx.GraphModule) else _by_runs
     found = measured(network, batches, layers, config, step, "KL")
-    if found and max(s.per_error for s in found.values()) < _LEAST_KL:
+    if found and max(one.loss / max(one.size, _TINY) for one in found.values()) < _LEAST_KL:
         found = measured(network, batches, layers, config, lambda: None, "squared difference")
-    least = _LEAST_SHARE * max((s.per_error for s in found.values()), default=0.0) or _NOTHING
-    return {name: dataclasses.replace(s, per_error=max(s.per_error, least)) for name, s in found.items()}
+    least = _LEAST_SHARE * max((one.sensitivity.per_error() for one in found.values()), default=0.0) or _NOTHING
+    return {name: dataclasses.replace(one, sensitivity=one.sensitivity.at_least(least)) for name, one in found.items()}
 
 
 def _along_graph(
@@ -80,17 +111,17 @@ def _along_graph(
     config: BGDConfig,
     step: Callable[[], object],
     measure: Measure,
-) -> dict[str, Sensitivity]:
+) -> dict[str, Measured]:
     assert isinstance(network, fx.GraphModule)
     few = first_samples(batches, _SAMPLES)
     outputs = [batch.call(network) for batch in few]
     wide, narrow = Walk(network, batches), Walk(network, few)
     waiting = {_first_node(wide, layer): layer for layer in layers if not layer.hidden}
-    found: dict[str, Sensitivity] = {}
+    found: dict[str, Measured] = {}
     for node, _ in zip(wide.nodes(waiting), narrow.nodes(waiting), strict=True):
         layer = waiting[node.name]
         generator = seeded(config.seed, layer.name, "sensitivity")
-        corrects = config.batchnorm != "keep" and _has_channel_rows(layer)
+        corrects = config.batchnorm != "keep" and has_channel_rows(layer)
         norm = following_batchnorm(network, layer.calls) if corrects else None
         facts = layer_facts(
             LayerInputs(wide, layer.name, layer.calls),
@@ -98,9 +129,9 @@ def _along_graph(
             config,
             generator,
             norm=norm,
-            has_bias=_bias(network, layer) is not None,
+            has_bias=bias_of(network, layer) is not None,
         )
-        found[layer.name] = _sensitivity(narrow, facts, outputs, generator, measure)
+        found[layer.name] = _measured(narrow, facts, outputs, generator, measure)
         step()
         if len(found) == len(waiting):
             break  # what comes after the last layer need not run
@@ -114,7 +145,7 @@ def _by_runs(
     config: BGDConfig,
     step: Callable[[], object],
     measure: Measure,
-) -> dict[str, Sensitivity]:
+) -> dict[str, Measured]:
     """The same for a network that is not a graph.
 
     Each layer's loss takes a run from there to the end, so that samples are the fewer, the more layers there are: all
@@ -130,27 +161,27 @@ def _by_runs(
         Rerun(network, network, few, weights, [], finishes=True),
     )
     by_name = {layer.name: layer for layer in layers}
-    found: dict[str, Sensitivity] = {}
+    found: dict[str, Measured] = {}
     for name in wide.order:
         layer = by_name[name]
         if wide.times(name) and narrow.times(name):
             generator = seeded(config.seed, name, "sensitivity")
             narrow.inputs(name)
-            norm = norms.get(layer.target) if _has_channel_rows(layer) and not layer.tied else None
-            inputs, has_bias = wide.inputs(name), _bias(network, layer) is not None
+            norm = norms.get(layer.target) if has_channel_rows(layer) and not layer.tied else None
+            inputs, has_bias = wide.inputs(name), bias_of(network, layer) is not None
             facts = layer_facts(inputs, layer, config, generator, norm=norm, has_bias=has_bias)
-            found[name] = _sensitivity(narrow, facts, outputs, generator, measure)
+            found[name] = _measured(narrow, facts, outputs, generator, measure)
         step()
     return found
 
 
-def _sensitivity(
+def _measured(
     walk: Walk | Rerun,
     facts: LayerFacts,
     outputs: Sequence[Any],
     generator: torch.Generator,
     measure: Measure,
-) -> Sensitivity:
+) -> Measured:
     """Error curves for each block size, and the loss that the reference's error brings."""
     shape = tuple(facts.layer.matrix.shape)
     sizes = [d for d in block_sizes(shape) if codebook_sizes(shape, d)]
@@ -165,11 +196,14 @@ def _sensitivity(
         if d == reference:
             k = max(k for k in codebook_sizes(shape, d) if k <= _REFERENCE_CODEBOOK)
             fit = quick_fit(*sample, k, generator=generator)
-    rough = roughly_quantized(scaled, facts, fit.codebook) / facts.scale[..., None]
-    loss, measured = _loss_alone(walk, facts, rough, outputs, measure)
+    error = Perturbation.of(facts, roughly_quantized(scaled, facts, fit.codebook) / facts.scale[..., None])
+    size = max(fit.error, _TINY)
+    with perturbed(walk.student, error):
+        loss, measured, shifts = _loss_alone(walk, outputs, measure)
     reason = f"{measured} {loss:.2g} if only this layer is quantized, at {reference}×{len(fit.codebook)}"
-    per_error = loss / max(fit.error, _TINY)
-    return Sensitivity(curves=tuple(curves), per_error=per_error, reason=reason, entropy=entropy)
+    losses = losses_by_error(shifts, size, loss)
+    sensitivity = Sensitivity(curves=tuple(curves), losses=losses, reason=reason, entropy=entropy)
+    return Measured(sensitivity=sensitivity, error=error, size=size, loss=loss)
 
 
 def _reference_block(sizes: Sequence[int], shape: Sequence[int]) -> int:
@@ -178,64 +212,23 @@ def _reference_block(sizes: Sequence[int], shape: Sequence[int]) -> int:
 
 
 def _loss_alone(
-    walk: Walk | Rerun, facts: LayerFacts, rough: Tensor, outputs: Sequence[Any], measure: Measure
-) -> tuple[float, str]:
-    """The loss of the network's output when this layer alone has its rough weight; means are corrected as in a run."""
+    walk: Walk | Rerun, outputs: Sequence[Any], measure: Measure
+) -> tuple[float, str, list[tuple[Tensor, Tensor]]]:
+    """The loss of the network's output as it is now, by which measure, and the shifts of its logits if it has some."""
     total, samples, measured = 0.0, 0, ""
-    with _replaced(walk.student, facts, rough):
-        for index, exact in enumerate(outputs):
-            loss, measured = output_loss(walk.finish(index), exact, measure)
-            size = _samples_in(exact)
-            total, samples = total + size * loss, samples + size
-    return total / max(1, samples), measured
+    shifts = []
+    for index, exact in enumerate(outputs):
+        found = walk.finish(index)
+        loss, measured = output_loss(found, exact, measure)
+        size = _samples_in(exact)
+        total, samples = total + size * loss, samples + size
+        if measured == "KL":
+            shifts.append(shifted_logits(found, exact, _NUMBERS // len(outputs)))
+    return total / max(1, samples), measured, shifts
 
 
 def _samples_in(output: Any) -> int:
     return next((t.shape[0] for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.ndim), 1)
-
-
-@contextmanager
-def _replaced(network: nn.Module, facts: LayerFacts, rough: Tensor) -> Iterator[None]:
-    """The network with one layer's weight replaced, and the mean and spread of the layer's output kept."""
-    holder, name = _holder(network, facts.layer)
-    weight, bias = getattr(holder, name), _bias(network, facts.layer)
-    norm: Any = module_at(network, facts.norm) if facts.norm else None
-    if norm is not None:
-        rough = rough * spread_ratio(facts, rough)[..., None]
-    shift = ((facts.weight - rough) @ facts.mean.unsqueeze(2)).flatten()
-    mean: Any = norm.running_mean if norm is not None else None
-    try:
-        setattr(holder, name, nn.Parameter(facts.layer.weight_of(rough).to(weight), requires_grad=False))
-        if norm is not None:
-            norm.running_mean = mean - shift.to(mean)
-        elif facts.takes_mean and bias is not None:
-            holder.bias = nn.Parameter(bias + shift.to(bias), requires_grad=False)
-        yield
-    finally:
-        setattr(holder, name, weight)
-        if norm is not None:
-            norm.running_mean = mean
-        elif bias is not None:
-            holder.bias = bias
-
-
-def _holder(network: nn.Module, layer: FoundLayer) -> tuple[Any, str]:
-    """The module that holds a layer's weight, and the weight's name in it."""
-    owner, _, name = layer.target.rpartition(".")
-    holder = module_at(network, owner)
-    return (holder, name) if name in holder._parameters else (module_at(network, layer.target), "weight")
-
-
-def _bias(network: nn.Module, layer: FoundLayer) -> Any:
-    """The bias of a module that is called; that of a function's call is not the module's."""
-    if layer.functional or not _has_channel_rows(layer):
-        return None
-    return getattr(module_at(network, layer.target), "bias", None)
-
-
-def _has_channel_rows(layer: FoundLayer) -> bool:
-    """Whether each row of a layer's matrix is an output channel, whose mean a bias or a batch norm can take out."""
-    return not layer.kind.startswith("conv_transpose")
 
 
 def _first_node(walk: Walk, layer: FoundLayer) -> str:

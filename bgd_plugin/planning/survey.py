@@ -109,7 +109,6 @@ class Survey:
         left: Sequence[str],
         notes: tuple[str, ...],
         expected_divergence: float | None = None,
-        curve: tuple[CurvePoint, ...] = (),
     ) -> Survey:
         """The same with the sizes that a budget chose.
 
@@ -118,7 +117,6 @@ class Survey:
             left: names of those for which the budget has room in float.
             notes: how it was spent.
             expected_divergence: with these sizes.
-            curve: of all sizes that could be chosen.
         """
         skipped = [SkippedLayer(name=name, reason="the budget has room for it in float") for name in left]
         return dataclasses.replace(
@@ -127,7 +125,6 @@ class Survey:
             skipped=(*self.skipped, *skipped),
             notes=(*self.notes, *notes),
             expected_divergence=expected_divergence,
-            curve=curve,
         )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from torch import fx, nn
 from bgd_plugin.calibration import Batch, Batches, Forward, take_aside_
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.graph import batchnorms_in_parts, copy_module, isolate_weights_
-from bgd_plugin.planning.candidates import Sensitivity
-from bgd_plugin.planning.measure import measured
+from bgd_plugin.planning.budget import Budget
+from bgd_plugin.planning.choosing import choose_sizes
+from bgd_plugin.planning.measure import Measurements, measured
 from bgd_plugin.planning.survey import Survey
 from bgd_plugin.quantization.finish import finish, reported, restore_
 from bgd_plugin.quantization.job import Job
@@ -44,7 +46,8 @@ class Task:
         batches: the calibration data; from the first pass on without the samples kept aside.
         ready: the network that the first pass compresses in place.
         aside: samples that judge the answers.
-        sensitivities: of the layers whose sizes are chosen; None where none are.
+        measurements: of the layers whose sizes are chosen; None where none are.
+        factor: by which the first pass corrected what they promise.
         log: the seconds of what is done once for all passes.
     """
 
@@ -59,7 +62,8 @@ class Task:
     batches: Batches
     ready: Prepared | None
     aside: Sequence[Batch] = ()
-    sensitivities: Mapping[str, Sensitivity] | None = None
+    measurements: Measurements | None = None
+    factor: float = 1.0
     log: Log = field(default_factory=Log)
 
     def run(self, realized: float, number: int) -> Quantized:
@@ -78,9 +82,19 @@ class Task:
         survey = ready.survey
         if ready.budget is not None:
             with log.timed("budget"):
-                survey = ready.budget.spend(self.sensitivities, realized)
+                survey = self._chosen(ready.budget, realized, number)
         log.note(*survey.notes)
         return self._fitted(ready, survey, run, log)
+
+    def _chosen(self, budget: Budget, realized: float, number: int) -> Survey:
+        """The sizes; the first pass tries all errors together, on the float network."""
+        assert self.measurements is not None
+        if number == 0:
+            survey, self.factor = choose_sizes(budget, self.measurements)
+            return survey
+        sensitivities, factor = self.measurements.sensitivities, realized * self.factor
+        survey = budget.spend(sensitivities, factor)
+        return dataclasses.replace(survey, curve=budget.curve(sensitivities, factor))
 
     def _network(self, number: int) -> Prepared:
         if number == 0:
@@ -101,7 +115,7 @@ class Task:
         self.aside = take_aside_(self.batches, self.config.kept_aside)
         if ready.budget is not None:
             with self.log.timed("budget"):
-                self.sensitivities = measured(ready.budget, self.batches, progress=self.progress)
+                self.measurements = measured(ready.budget, self.batches, progress=self.progress)
 
     def _fitted(self, ready: Prepared, survey: Survey, run: Run, log: Log) -> Quantized:
         student, model, config = ready.front.network, self.model, self.config

@@ -12,8 +12,6 @@ __all__ = ["within_bound"]
 _PASSES = 3
 _SLACK = 1.5
 """A file whose divergence is this many times below the bound is larger than it need be."""
-_MARGIN = 0.85
-"""Share of the bound at which a corrected pass aims: the next measurement will differ a little, too."""
 
 
 def within_bound(run: Callable[[float, int], Quantized], bound: float) -> Quantized:
@@ -51,7 +49,7 @@ def _correction(report: Report, bound: float, *, is_first: bool) -> float | None
     is_wasteful = answers.divergence * _SLACK < bound and is_first
     if is_within and not is_wasteful:
         return None
-    return answers.divergence / expected / _MARGIN
+    return answers.divergence / expected
 
 
 def _same_sizes(one: Report, other: Report) -> bool:

@@ -43,7 +43,7 @@ def test_nothing_smaller_keeps_the_bound(layers: list[list[Option]], bound: floa
 
 @given(st.lists(LAYER, min_size=1, max_size=4))
 def test_the_curve_falls_from_the_smallest_file_to_no_loss(layers: list[list[Option]]) -> None:
-    curve = loss_by_bytes(layers, 6)
+    curve = loss_by_bytes(lambda level: layers, lambda picked: sum(o.loss for o in picked), 6)
     sizes, losses = zip(*curve, strict=True)
     assert list(sizes) == sorted(set(sizes))
     assert list(losses) == sorted(losses, reverse=True)

@@ -345,7 +345,7 @@ def test_a_layer_in_float_costs_what_it_is_stored_in(storage: Any, size: int) ->
     config = BGDConfig(target_bytes=4_000, float_storage=storage)
     budget = Budget.of(surveyed(graph, config, original=graph))
     assert budget is not None
-    (options,) = budget._options()
+    (options,) = budget._options
     assert [o.size_bytes for o in options if o.layer is None] == [size * 32 * 48]
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.planning.candidates import (
@@ -16,6 +18,7 @@ from bgd_plugin.planning.candidates import (
     block_sizes,
     codebook_sizes,
     fitted_sizes,
+    joint_loss,
     options_of,
     rated,
     weight_sensitivity,
@@ -48,7 +51,7 @@ def test_all_sizes_of_a_layer_are_options_and_so_is_float() -> None:
 
 def test_only_options_that_lose_less_than_all_smaller_ones_are_kept() -> None:
     curves = tuple(RateCurve(block_size=d, points=((16, 1.0 / d), (256, 0.1 / d))) for d in block_sizes((64, 64)))
-    sensitivity = Sensitivity(curves=curves, per_error=3.0, reason="made up")
+    sensitivity = Sensitivity(curves=curves, losses=((1.0, 3.0),), reason="made up")
     options = options_of(_planned((64, 64)), float_bytes=3000)
     kept = rated(options, sensitivity)
     losses = {o.size_bytes: o.loss for o in kept}
@@ -61,8 +64,38 @@ def test_only_options_that_lose_less_than_all_smaller_ones_are_kept() -> None:
     assert kept[0].loss == pytest.approx(3.0 / 8)  # 16 codewords of 8 weights are the smallest of all
 
 
+_FLAT = (RateCurve(block_size=4, points=((16, 0.5), (256, 0.1))),)
+
+
+def test_what_an_error_costs_is_told_at_the_loss_of_all_layers_together() -> None:
+    """A network that is sure of its answers: twice the error brings ten times the loss, at last no more than twice."""
+    one = Sensitivity(curves=_FLAT, losses=((0.1, 0.001), (0.2, 0.01), (0.4, 0.1), (0.8, 0.2)), reason="r")
+    between = [(0.05, 0.0005), (1.6, 0.4), (0.1 * 2**0.5, 0.001 * 10**0.5)]
+    for error, loss in (*one.losses, *between):
+        assert one.error_at(loss) == pytest.approx(error)
+        assert one.per_error(loss) == pytest.approx(loss / error)
+    assert one.loss(4, 16, 0.1) == pytest.approx(0.5 * 0.1 / 0.4)
+    assert one.loss(4, 16) == one.loss(4, 16, 0.02)
+
+
+@given(st.lists(st.floats(0.01, 5.0), min_size=1, max_size=5))
+def test_the_joint_loss_is_that_at_which_the_shares_add_up_to_it(errors: list[float]) -> None:
+    powers = [Sensitivity(curves=_FLAT, losses=((0.1, 0.001), (0.2, 0.01 / i)), reason="r") for i in range(1, 6)]
+    loss = joint_loss(list(zip(powers, errors, strict=False)))
+    shares = sum(one.per_error(loss) * error for one, error in zip(powers, errors, strict=False))
+    assert shares == pytest.approx(loss, rel=0.01)
+
+
+def test_losses_that_are_proportional_to_errors_add_up() -> None:
+    flat = [Sensitivity(curves=_FLAT, losses=((1.0, per_error),), reason="r") for per_error in (0.1, 2.0)]
+    assert joint_loss([(flat[0], 3.0), (flat[1], 0.5)]) == pytest.approx(0.3 + 1.0, rel=0.002)
+    assert joint_loss([(flat[0], 0.0)]) == joint_loss([]) == 0.0
+
+
 def test_a_sensitivity_is_the_same_after_json() -> None:
-    one = Sensitivity(curves=(RateCurve(block_size=4, points=((16, 0.5), (256, 0.1))),), per_error=2.0, reason="r")
+    one = Sensitivity(
+        curves=(RateCurve(block_size=4, points=((16, 0.5), (256, 0.1))),), losses=((1.0, 2.0),), reason="r"
+    )
     other = Sensitivity.from_dict(json.loads(json.dumps(one.to_dict())))
     assert other == one
     assert other.loss(4, 64) == pytest.approx(2.0 * (0.5 * 0.1) ** 0.5)

@@ -1,0 +1,74 @@
+"""What an error in one layer costs when it is larger or smaller than the one that was measured.
+
+The logits' shift that a small error brings is proportional to the error. Its Kullback-Leibler divergence is not: of a
+network that is sure of its answers, small shifts change next to nothing, and larger ones much. So the shift is scaled,
+and the divergence computed again, without running the network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bgd_plugin.calibration import logits_of
+
+__all__ = ["losses_by_error", "shifted_logits"]
+
+_ENERGIES = tuple(4.0**step for step in range(-3, 15))
+"""Factors on the energy of the shift."""
+_LEAST, _MOST = 1e-6, 1.0
+"""Divergences in nats: what rounding leaves, and what no bound asks for."""
+_NOTHING = 1e-30
+
+
+def shifted_logits(found: Any, exact: Any, most: int) -> tuple[Tensor, Tensor]:
+    """Logits of one output `[samples, classes]`, and their shift in another one; in double precision.
+
+    Args:
+        found, exact: outputs with an error and without it.
+        most: numbers, beyond which only some of the samples are taken.
+    """
+    true, moved = logits_of(exact), logits_of(found)
+    dim = 1 if true.ndim in (2, 4) else -1
+    true, moved = (t.movedim(dim, -1).reshape(-1, t.shape[dim]) for t in (true, moved))
+    every = max(1, true.numel() // most)
+    logits = true[::every].double()
+    return logits, moved[::every].double() - logits
+
+
+def losses_by_error(
+    shifts: Sequence[tuple[Tensor, Tensor]], size: float, loss: float
+) -> tuple[tuple[float, float], ...]:
+    """Pairs (error, loss), both ascending.
+
+    Args:
+        shifts: logits and their shifts; none of an output without logits.
+        size: of the error that brought them.
+        loss: that it brings.
+
+    Returns:
+        at least one pair. Without logits just the one measured: its loss is proportional to its error.
+    """
+    if not shifts:
+        return ((size, max(loss, _NOTHING * size)),)
+    logits, shift = (torch.cat(parts) for parts in zip(*shifts, strict=True))
+    pairs: list[tuple[float, float]] = []
+    for energy in _ENERGIES:
+        cost = _divergence(logits, math.sqrt(energy) * shift)
+        if not math.isfinite(cost):
+            break
+        if cost > max(_LEAST, pairs[-1][1] if pairs else 0.0):
+            pairs.append((energy * size, cost))
+        if cost > _MOST:
+            break
+    return tuple(pairs) or ((1.0, _NOTHING),)
+
+
+def _divergence(logits: Tensor, shift: Tensor) -> float:
+    """KL(logits ‖ logits + shift), averaged over samples."""
+    p, q = logits.log_softmax(1), (logits + shift).log_softmax(1)
+    return float((p.exp() * (p - q)).sum(1).mean())
