@@ -50,7 +50,7 @@ def loss_by_bytes(
     Args:
         rated: the layers' options, as in `fewest_bytes`, with their shares in a loss of so much.
         loss: of options, one for each layer.
-        points: pairs, at most; equal ones are given once.
+        points: maximum number of pairs; equal ones are given once.
     """
     layers = rated(LEVEL)
     low = sum(options[0].size_bytes for options in layers)

@@ -128,11 +128,16 @@ class Budget:
         )
 
     def rated(self, known: Mapping[str, Sensitivity], level: float = LEVEL) -> list[list[Option]]:
-        """The options of each free layer that are worth a thought, with their shares in a loss of `level`."""
+        """The options of each free layer that may be chosen, with their losses.
+
+        Args:
+            known: the sensitivity of each free layer, by name.
+            level: loss of all layers together, in nats, at which each one's share is told.
+        """
         return [rated(o, known[layer.name], level) for o, layer in zip(self._options, self.free, strict=True)]
 
     def loss(self, picked: Sequence[Option], known: Mapping[str, Sensitivity]) -> float:
-        """The loss that options, one for each free layer, are expected to bring together."""
+        """The expected loss in nats of options, one `picked` for each free layer; sensitivities are `known` by name."""
         pairs = [(o.layer, known[layer.name]) for o, layer in zip(picked, self.free, strict=True) if o.layer]
         return joint_loss([(one, one.error_of(planned)) for planned, one in pairs])
 

@@ -89,11 +89,11 @@ class Sensitivity:
         return cls(curves=curves, losses=losses, reason=values["reason"], entropy=entropy)
 
     def error(self, block_size: int, codebook_size: int) -> float:
-        """The error that a candidate is expected to have."""
+        """The expected error, mean square per weight, in blocks of `block_size` with `codebook_size` codewords."""
         return next(c for c in self.curves if c.block_size == block_size).error(codebook_size)
 
     def error_at(self, loss: float) -> float:
-        """The error of this layer that would cost so much by itself."""
+        """The error of this layer, mean square per weight, whose loss by itself is `loss` nats."""
         points = self.losses
         if loss <= points[0][1]:
             return points[0][0] * loss / points[0][1]
@@ -103,18 +103,28 @@ class Sensitivity:
         return e0 * float((loss / l0) ** (1 / max(slope, _LEAST_SLOPE)))
 
     def per_error(self, level: float = LEVEL) -> float:
-        """Loss for each unit of error, where all layers' errors together cost `level`.
+        """Loss in nats for each unit of error, where the errors of all layers together cost `level` nats.
 
-        An error does not act alone: what it costs is told where the errors of all layers move the outputs so far.
+        The loss is no multiple of the error, and a layer's error does not act alone: its share is that at the point to
+        which all errors together move the outputs.
         """
         return level / max(self.error_at(level), _TINY)
 
     def loss(self, block_size: int, codebook_size: int, level: float = LEVEL) -> float:
-        """The share of a candidate in a loss of `level`."""
+        """The share of a candidate in the loss of all layers together.
+
+        Args:
+            block_size: weights per block.
+            codebook_size: codewords.
+            level: the loss of all layers together, in nats.
+
+        Returns:
+            nats.
+        """
         return self.per_error(level) * self.error(block_size, codebook_size)
 
     def at_least(self, per_error: float) -> Sensitivity:
-        """The same with no loss below that of so much for each unit of error."""
+        """The same with every loss at least `per_error` nats for each unit of error."""
         losses = tuple((error, max(loss, per_error * error)) for error, loss in self.losses)
         return dataclasses.replace(self, losses=losses)
 
@@ -145,10 +155,10 @@ class Option:
 
 
 def joint_loss(errors: Sequence[tuple[Sensitivity, float]]) -> float:
-    """The loss L of several layers' errors together: that at which their shares in a loss of L add up to L.
+    """The loss L in nats of several layers' errors together: that at which their shares in a loss of L add up to L.
 
     Args:
-        errors: of layers, each with the layer's sensitivity.
+        errors: of layers, mean square per weight, each with the layer's sensitivity.
     """
     if not any(error > 0 for _, error in errors):
         return 0.0

@@ -12,6 +12,9 @@ from bgd_plugin.planning.survey import Survey
 __all__ = ["choose_sizes"]
 
 _TRIALS = 4
+_MADE_GOOD = 0.25
+"""Share of the divergence that is left where each layer's fit aims at the float outputs, and so makes good what the
+layers before it have lost. Measured on three small networks trained on digits: 0.11 to 0.54."""
 _NEAR = 1.1
 """A trial that differs from what was expected by no more than this factor ends the search."""
 
@@ -33,12 +36,14 @@ def choose_sizes(budget: Budget, measurements: Measurements) -> tuple[Survey, fl
         ConfigError: as `Budget.spend`.
     """
     sensitivities = measurements.sensitivities
-    factor = 1.0
-    survey = budget.spend(sensitivities)
+    config = budget.survey.config
+    left = _MADE_GOOD if config.method == "full" and config.asymmetric_step else 1.0
+    factor = left
+    survey = budget.spend(sensitivities, factor)
     for trial in range(_TRIALS):
         if not survey.expected_divergence:
             return survey, factor
-        tried = measurements.joint(survey)
+        tried = measurements.joint(survey) * left
         if not 0 < tried < math.inf:
             break
         step = tried / survey.expected_divergence

@@ -26,11 +26,15 @@ _NOTHING = 1e-30
 
 
 def shifted_logits(found: Any, exact: Any, most: int) -> tuple[Tensor, Tensor]:
-    """Logits of one output `[samples, classes]`, and their shift in another one; in double precision.
+    """Logits of one output, and their shift in another one, in double precision.
 
     Args:
-        found, exact: outputs with an error and without it.
-        most: numbers, beyond which only some of the samples are taken.
+        found: output with an error.
+        exact: the same without it.
+        most: logits, beyond which only some of the samples are taken.
+
+    Returns:
+        logits and shifts, both `[samples, classes]`.
     """
     true, moved = logits_of(exact), logits_of(found)
     dim = 1 if true.ndim in (2, 4) else -1
@@ -46,9 +50,9 @@ def losses_by_error(
     """Pairs (error, loss), both ascending.
 
     Args:
-        shifts: logits and their shifts; none of an output without logits.
-        size: of the error that brought them.
-        loss: that it brings.
+        shifts: logits and their shifts, both `[samples, classes]`; none of an output without logits.
+        size: of the error that brought them, mean square per weight.
+        loss: of that error, in nats.
 
     Returns:
         at least one pair. Without logits just the one measured: its loss is proportional to its error.

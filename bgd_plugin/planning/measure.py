@@ -72,7 +72,13 @@ class Measurements:
 
 
 def measured(budget: Budget, batches: Sequence[Batch], *, progress: bool) -> Measurements:
-    """Measure the layers whose sizes are to be chosen; the first process does, on its data."""
+    """Measure the layers whose sizes are to be chosen; the first process does, on its data.
+
+    Args:
+        budget: holds the survey, and the layers whose sizes are to be chosen.
+        batches: calibration batches.
+        progress: show a progress bar.
+    """
     layers: dict[str, Measured] = {}
 
     def work() -> tuple[dict[str, Tensor], str]:

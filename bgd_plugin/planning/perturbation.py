@@ -41,7 +41,12 @@ class Perturbation:
 
     @classmethod
     def of(cls, facts: LayerFacts, rough: Tensor) -> Perturbation:
-        """The error of a rough weight `[groups, rows_per_group, columns]`."""
+        """The error of a rough weight.
+
+        Args:
+            facts: of the layer.
+            rough: `[groups, rows_per_group, columns]`.
+        """
         error = (rough - facts.weight).to(torch.bfloat16).float()
         means = [(one @ facts.mean.unsqueeze(2)).flatten() for one in (facts.weight, error)]
         spread = [
@@ -58,7 +63,7 @@ class Perturbation:
         )
 
     def weight(self, scale: float) -> Tensor:
-        """The layer's weight with `scale` times the error, of the layer's own form."""
+        """The layer's weight with `scale` times the error, of the layer's own form `[C_out, ...]`."""
         exact = self.layer.matrix.detach().float().reshape(self.error.shape)
         changed = exact + scale * self.error.float()
         if self.norm is not None:
@@ -66,7 +71,11 @@ class Perturbation:
         return self.layer.weight_of(changed).to(self.layer.weight)
 
     def ratio(self, scale: float) -> Tensor:
-        """For each row, the standard deviation of the output with the exact weight over that with the error."""
+        """Each row's standard deviation of the output with the exact weight over that with the error, `[rows]`.
+
+        Args:
+            scale: factor on the error.
+        """
         exact, both, error = self.powers
         found = (exact + 2 * scale * both + scale**2 * error).clamp(min=0)
         ratio: Tensor = ((exact.clamp(min=0) + _TINY) / (found + _TINY)).sqrt().clamp(*_RATIOS)

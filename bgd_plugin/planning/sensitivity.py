@@ -68,7 +68,7 @@ def measure_sensitivities(
     config: BGDConfig,
     step: Callable[[], object],
 ) -> dict[str, Sensitivity]:
-    """The sensitivities alone; as `measure_layers`."""
+    """The sensitivities alone; arguments as of `measure_layers`, `step` being called after each layer."""
     return {name: one.sensitivity for name, one in measure_layers(network, batches, layers, config, step).items()}
 
 

@@ -68,7 +68,7 @@ def quantize_layer(
     layer = _installed(job, walk, found, planned, fit)
     if finished is None:
         _distill(job, walk, index, layer, logits, generator)
-        job.run.store(index, dataclasses.replace(fit, codebook=layer.codebook, codes=layer.codes))
+        job.run.store(index, planned, dataclasses.replace(fit, codebook=layer.codebook, codes=layer.codes))
     elif job.config.distillation:
         job.bar.update(job.config.distillation.steps)
     job.bar.update()
@@ -107,7 +107,7 @@ def treat_unreached(job: Job, index: int) -> LayerReport | SkippedLayer:
     assert fit is not None
     layer, *_ = install_(job.student, found, fit.codebook.to(found.weight), fit.codes.to(matrix.device), mask)
     layer.requires_grad_(False)
-    job.run.store(index, dataclasses.replace(fit, codebook=layer.codebook, codes=layer.codes))
+    job.run.store(index, planned, dataclasses.replace(fit, codebook=layer.codebook, codes=layer.codes))
     planned = as_coded(planned, layer)
     lost = torch.linalg.vector_norm(matrix - layer.matrix) / torch.linalg.vector_norm(matrix).clamp(min=1e-30)
     warning = "no calibration input reaches it: fitted to its weight alone, to keep to the budget"

@@ -23,7 +23,7 @@ from bgd_plugin.quantization.judge import judged
 from bgd_plugin.quantization.layerwise import quantize_layers
 from bgd_plugin.quantization.prepare import Prepared, prepared, prepared_for
 from bgd_plugin.quantization.progress_bar import progress_bar
-from bgd_plugin.quantization.resume import Run
+from bgd_plugin.quantization.resume import Fits, Run
 from bgd_plugin.quantization.settle import settled
 from bgd_plugin.quantization.train import check_teacher, teacher_for, train
 from bgd_plugin.report.report import Quantized
@@ -48,6 +48,7 @@ class Task:
         aside: samples that judge the answers.
         measurements: of the layers whose sizes are chosen; None where none are.
         factor: by which the first pass corrected what they promise.
+        fits: of the last pass, by layer name; the next one fits layers of other sizes only.
         log: the seconds of what is done once for all passes.
     """
 
@@ -64,6 +65,7 @@ class Task:
     aside: Sequence[Batch] = ()
     measurements: Measurements | None = None
     factor: float = 1.0
+    fits: Fits = field(default_factory=dict)
     log: Log = field(default_factory=Log)
 
     def run(self, realized: float, number: int) -> Quantized:
@@ -84,7 +86,9 @@ class Task:
             with log.timed("budget"):
                 survey = self._chosen(ready.budget, realized, number)
         log.note(*survey.notes)
-        return self._fitted(ready, survey, run, log)
+        result = self._fitted(ready, survey, run, log)
+        self.fits = run.fits
+        return result
 
     def _chosen(self, budget: Budget, realized: float, number: int) -> Survey:
         """The sizes; the first pass tries all errors together, on the float network."""
@@ -108,7 +112,7 @@ class Task:
         folder = self.checkpoint if is_first() else None
         if folder is not None and number:
             folder = folder / f"pass-{number + 1}"
-        return Run.open(folder, self.model, self.config, self.batches, self.teacher)
+        return Run.open(folder, self.model, self.config, self.batches, self.teacher, self.fits)
 
     def _measure(self, ready: Prepared) -> None:
         """Keep samples aside, and measure what each layer's error does to the output."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,13 @@ from bgd_plugin.support.atomic import remove, remove_leftovers, write_atomically
 from bgd_plugin.support.processes import largest
 from bgd_plugin.support.steps import Steps
 
-__all__ = ["Run", "holds_run", "stage"]
+__all__ = ["Fits", "Run", "holds_run", "stage"]
 
 _DESCRIPTION = "run.json"
+
+
+Fits = Mapping[str, tuple[PlannedLayer, FittedLayer]]
+"""What was fitted, and as what, by layer name."""
 
 
 class Run:
@@ -37,8 +41,10 @@ class Run:
     it runs.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, known: Fits | None = None) -> None:
         self.folder = folder
+        self.fits: dict[str, tuple[PlannedLayer, FittedLayer]] = {}
+        self._known = known or {}
         self._is_kept = bool(largest(folder is not None))
 
     @classmethod
@@ -49,15 +55,24 @@ class Run:
         config: BGDConfig,
         batches: Sequence[Batch],
         teacher: nn.Module | None = None,
+        known: Fits | None = None,
     ) -> Run:
         """Start a run, or resume the one in `folder`.
+
+        Args:
+            folder: for progress; None: nothing is saved.
+            model: the float network.
+            config: the settings.
+            batches: the calibration data.
+            teacher: the network whose logits training matches, if it is not the float one.
+            known: what an earlier pass over the sizes has fitted, by layer name; taken for layers of the same sizes.
 
         Raises:
             CheckpointError: the folder contains a run with another version, network, settings, calibration data or
                 teacher (the message names every difference), or it cannot be created.
         """
         if folder is None:
-            return cls(None)
+            return cls(None, known)
         path = Path(folder)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -72,7 +87,7 @@ class Run:
             _require_same(path, _read(file), wanted)
         else:
             write_atomically(file, json.dumps(wanted, indent=2).encode())
-        return cls(path)
+        return cls(path, known)
 
     def steps(self, name: str, on_steps: Callable[[int], object], *, is_shared: bool = True) -> Steps:
         """The gradient steps of the stage with this name.
@@ -98,14 +113,22 @@ class Run:
             raise
 
     def finished(self, index: int, layer: PlannedLayer) -> FittedLayer | None:
-        """Codebook and codes of the layer at this index, if an earlier call finished it.
+        """Codebook and codes of the layer at this index, if an earlier call or an earlier pass finished it.
 
         Raises:
             CheckpointError: the layer's file is damaged.
         """
         file = self._file(index)
-        if file is None or not file.exists():
-            return None
+        if file is not None and file.exists():
+            fit = self._saved(index, file, layer)
+        else:
+            before, fit = self._known.get(layer.name, (None, None))
+            if before is None or fit is None or _sizes(before) != _sizes(layer):
+                return None
+        self.fits[layer.name] = layer, fit
+        return fit
+
+    def _saved(self, index: int, file: Path, layer: PlannedLayer) -> FittedLayer:
         self._forget_steps(index)  # a run killed between saving the layer and this leaves them behind
         try:
             with safetensors.safe_open(str(file), framework="pt") as content:
@@ -126,8 +149,9 @@ class Run:
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(f"{file} is damaged ({error}): delete it to fit the layer again") from error
 
-    def store(self, index: int, fit: FittedLayer) -> None:
+    def store(self, index: int, layer: PlannedLayer, fit: FittedLayer) -> None:
         """Save the finished layer at this index."""
+        self.fits[layer.name] = layer, fit
         file = self._file(index)
         if file is not None:
             values = {f.name: getattr(fit, f.name) for f in dataclasses.fields(fit)}
@@ -145,6 +169,11 @@ class Run:
 
     def _file(self, index: int) -> Path | None:
         return None if self.folder is None else self.folder / f"{stage(index)}.safetensors"
+
+
+def _sizes(layer: PlannedLayer) -> tuple[int, int, str, int]:
+    """What a fit depends on besides the network and the data."""
+    return layer.block_size, layer.codebook_size, layer.codes, layer.size_bytes
 
 
 def stage(index: int) -> str:
