@@ -33,7 +33,7 @@ __all__ = ["Measured", "measure_layers", "measure_sensitivities"]
 
 _SAMPLES = 32  # that run to the network's end once for each layer
 _RUNS = 6  # over all batches, at most, that a network that is no graph takes to its end besides
-_SAMPLED_BLOCKS = 1 << 14
+_SAMPLED_BLOCKS = 1 << 13
 _REFERENCE_CODEBOOK = 256
 _NUMBERS = 2_000_000
 """Logits, at most, whose shifts are looked at."""

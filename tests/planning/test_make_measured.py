@@ -36,11 +36,11 @@ def test_it_chooses_as_quantize_does() -> None:
 
 def test_a_looser_bound_makes_a_smaller_file() -> None:
     model, data = _wide(), _rows()
-    plans = [bgd.plan(model, bgd.BGDConfig(max_divergence=b), data, progress=False) for b in (0.0001, 0.001, 0.01)]
+    plans = [bgd.plan(model, bgd.BGDConfig(max_divergence=b), data, progress=False) for b in (1e-5, 1e-4, 1e-3)]
     sizes = [plan.compressed_bytes for plan in plans]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == 3
-    for plan, bound in zip(plans, (0.0001, 0.001, 0.01), strict=True):
+    for plan, bound in zip(plans, (1e-5, 1e-4, 1e-3), strict=True):
         assert plan.expected_divergence is not None
         assert plan.expected_divergence <= bound
 
