@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from bgd_plugin.planning.candidates import LEVEL, Option
+from bgd_plugin.planning.candidates import Option
 from bgd_plugin.planning.knapsack import allocate
+from bgd_plugin.planning.losses import LEVEL
 
 __all__ = ["fewest_bytes", "loss_by_bytes"]
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.graph import FoundLayer
 from bgd_plugin.planning.bound import fewest_bytes, loss_by_bytes
-from bgd_plugin.planning.candidates import LEVEL, Option, Sensitivity, joint_loss, options_of, rated, weight_sensitivity
+from bgd_plugin.planning.candidates import Option, options_of, rated, weight_sensitivity
 from bgd_plugin.planning.knapsack import Choice, choose, require_reachable
+from bgd_plugin.planning.losses import LEVEL, Sensitivity, joint_loss
 from bgd_plugin.planning.sizes import Sketch
 from bgd_plugin.planning.survey import Chosen, Survey
 from bgd_plugin.planning.types import CurvePoint

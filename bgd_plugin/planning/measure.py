@@ -15,7 +15,7 @@ from bgd_plugin.calibration import Batch, first_samples
 from bgd_plugin.graph import copy_module, isolate_weights_, release_
 from bgd_plugin.planning.answers import compare_answers
 from bgd_plugin.planning.budget import Budget
-from bgd_plugin.planning.candidates import Sensitivity
+from bgd_plugin.planning.losses import Sensitivity
 from bgd_plugin.planning.perturbation import perturbed
 from bgd_plugin.planning.sensitivity import Measured, measure_layers
 from bgd_plugin.planning.survey import Survey

@@ -21,9 +21,10 @@ from bgd_plugin.calibration import Batch, LayerInputs, Rerun, Walk, first_sample
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.graph import FoundLayer, batchnorms_in_parts, following_batchnorm
 from bgd_plugin.planning.answers import Measure, output_loss
-from bgd_plugin.planning.candidates import Sensitivity, block_sizes, codebook_sizes, fitted_sizes
+from bgd_plugin.planning.candidates import block_sizes, codebook_sizes, fitted_sizes
 from bgd_plugin.planning.extrapolate import losses_by_error, shifted_logits
 from bgd_plugin.planning.layer_facts import LayerFacts, layer_facts, roughly_quantized
+from bgd_plugin.planning.losses import Sensitivity
 from bgd_plugin.planning.perturbation import Perturbation, bias_of, has_channel_rows, perturbed
 from bgd_plugin.pq.full_gram import positions_as_groups
 from bgd_plugin.pq.rate import entropy_curve, quick_fit, rate_curve, sampled_positions

@@ -120,12 +120,12 @@ class Run:
         """
         file = self._file(index)
         if file is not None and file.exists():
-            fit = self._saved(index, file, layer)
+            fit: FittedLayer | None = self._saved(index, file, layer)
         else:
-            before, fit = self._known.get(layer.name, (None, None))
-            if before is None or fit is None or _sizes(before) != _sizes(layer):
-                return None
-        self.fits[layer.name] = layer, fit
+            before = self._known.get(layer.name)
+            fit = before[1] if before is not None and _sizes(before[0]) == _sizes(layer) else None
+        if fit is not None:
+            self.fits[layer.name] = layer, fit
         return fit
 
     def _saved(self, index: int, file: Path, layer: PlannedLayer) -> FittedLayer:

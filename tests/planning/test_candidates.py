@@ -14,16 +14,15 @@ from hypothesis import strategies as st
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.planning.candidates import (
     Option,
-    Sensitivity,
     block_sizes,
     codebook_sizes,
     fitted_sizes,
-    joint_loss,
     options_of,
     rated,
     weight_sensitivity,
 )
 from bgd_plugin.planning.knapsack import choose
+from bgd_plugin.planning.losses import Sensitivity, joint_loss
 from bgd_plugin.planning.types import PlannedLayer
 from bgd_plugin.pq.blocks import to_blocks
 from bgd_plugin.pq.rate import RateCurve

@@ -16,7 +16,7 @@ from bgd_plugin.calibration import Batch, collect_batches, first_samples
 from bgd_plugin.graph import copy_module, find_layers, isolate_weights_, trace
 from bgd_plugin.planning import sensitivity
 from bgd_plugin.planning.answers import output_loss
-from bgd_plugin.planning.candidates import Sensitivity
+from bgd_plugin.planning.losses import Sensitivity
 from bgd_plugin.planning.sensitivity import measure_sensitivities
 from bgd_plugin.training import kl_to_teacher
 from tests.networks import FunctionalNet, TwiceNet, em, images, randomized, vectors
