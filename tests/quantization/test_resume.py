@@ -104,7 +104,7 @@ def test_other_settings_are_refused(model: nn.Module, tmp_path: Path) -> None:
 
 
 def test_settings_within_settings_are_named(model: nn.Module, tmp_path: Path) -> None:
-    _bytes(tmp_path, em(), model)
+    _bytes(tmp_path, em(linear=bgd.LayerConfig(block_size=4)), model)
     with pytest.raises(CheckpointError, match=r"linear.codebook_size was 256, is 4\)"):
         _bytes(tmp_path, em(linear=bgd.LayerConfig(block_size=4, codebook_size=4)), model)
 
