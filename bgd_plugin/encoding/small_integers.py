@@ -1,6 +1,6 @@
 """Values as small integers times one step for a whole tensor, exact in half precision: files find the grid again.
 
-A step of few significant bits times an integer of few bits is a number that half precision holds exactly.
+A power of two times an integer of few bits is a number that half precision holds exactly.
 """
 
 from __future__ import annotations
@@ -10,32 +10,10 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["fold_to_integers", "round_to_integers"]
+__all__ = ["fold_to_integers"]
 
-_STEP_BITS = 4
 _LEAST_STEP = 2.0**-24
 """The least number in half precision."""
-_LARGEST_HALF = 65504.0
-
-
-@torch.no_grad()
-def round_to_integers(values: Tensor, bits: int = 8) -> Tensor:
-    """Round values to the multiples of one step, -(2^(bits−1) − 1) … 2^(bits−1) − 1 of them.
-
-    Args:
-        values: any shape; what half precision cannot hold, or is not finite, is returned unchanged.
-        bits: 2 … 8.
-
-    Returns:
-        the same shape and dtype.
-    """
-    largest = float(values.abs().max()) if values.numel() else 0.0
-    if not 0 < largest < _LARGEST_HALF / 2:
-        return values
-    most = 2 ** (bits - 1) - 1
-    mantissa, exponent = math.frexp(largest / most)
-    step = max(math.ldexp(math.ceil(mantissa * 2**_STEP_BITS), exponent - _STEP_BITS), _LEAST_STEP)
-    return ((values.double() / step).round().clamp(-most, most) * step + 0.0).to(values.dtype)
 
 
 @torch.no_grad()

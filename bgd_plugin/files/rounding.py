@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from bgd_plugin.encoding.eight_bit import round_to_eight_bits, to_eight_bits
-from bgd_plugin.encoding.small_integers import round_to_integers
-from bgd_plugin.nn import FrozenNorm, PQModule, has_running_statistics, storable
+from bgd_plugin.nn import PQModule, has_running_statistics, storable
 
-__all__ = ["eight_bit_rows", "round_floats_", "round_norms_", "round_weights_"]
+__all__ = ["eight_bit_rows", "round_floats_", "round_weights_"]
 
 _NORM_BUFFERS = ("running_mean", "running_var", "weight", "bias")  # the last two belong to frozen norms
 
@@ -43,19 +42,6 @@ def round_floats_(model: nn.Module, exact: Collection[str] = ()) -> None:
             is_saved = name not in module._non_persistent_buffers_set
             if buffer is not None and is_statistics and is_saved and _wants_half(buffer):
                 module._buffers[name] = rounded.setdefault(id(buffer), _half(buffer))
-
-
-@torch.no_grad()
-def round_norms_(model: nn.Module) -> None:
-    """Round scales and shifts of frozen norms in place to 8 bits: multiples of one step for each tensor.
-
-    Parameters are replaced, as in `round_floats_`.
-    """
-    for module in model.modules():
-        for name in ("weight", "bias") if isinstance(module, FrozenNorm) else ():
-            value = module._parameters[name]
-            if value is not None and not value.is_meta and value.dtype == torch.float32:
-                module._parameters[name] = nn.Parameter(round_to_integers(value.detach()), value.requires_grad)
 
 
 @torch.no_grad()

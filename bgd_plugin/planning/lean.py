@@ -1,4 +1,4 @@
-"""What else a file with entropy-coded codes saves: depthwise weights in few bits, and frozen norms in eight.
+"""What else a file with entropy-coded codes saves: depthwise weights in few bits.
 
 The scale of each channel of a depthwise convolution goes into the batch norm behind it, so that its weights are small
 integers times one step.
@@ -10,18 +10,12 @@ from collections import Counter
 
 from torch import Tensor, fx, nn
 
-from bgd_plugin.config import BGDConfig
 from bgd_plugin.graph import following_batchnorm, module_at
 from bgd_plugin.planning.survey import Survey
 
-__all__ = ["WEIGHT_BITS", "coarse_weights", "has_lean_norms"]
+__all__ = ["WEIGHT_BITS", "coarse_weights"]
 
 WEIGHT_BITS = 6
-
-
-def has_lean_norms(config: BGDConfig) -> bool:
-    """Whether frozen norms are rounded to eight bits."""
-    return config.codes == "entropy" and config.float_storage == "float16"
 
 
 def coarse_weights(survey: Survey) -> dict[str, tuple[str, str]]:

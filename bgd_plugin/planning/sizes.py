@@ -14,7 +14,7 @@ from bgd_plugin.files.format import State, file_size, stored_state
 from bgd_plugin.files.rounding import round_floats_, round_weights_
 from bgd_plugin.graph import FoundLayer, float_module, module_at, untouched
 from bgd_plugin.nn import PQModule, freeze_norms_, quantized
-from bgd_plugin.planning.lean import WEIGHT_BITS, coarse_weights, has_lean_norms
+from bgd_plugin.planning.lean import WEIGHT_BITS, coarse_weights
 from bgd_plugin.planning.survey import Chosen, Survey
 from bgd_plugin.planning.types import PlannedLayer
 
@@ -42,8 +42,6 @@ class Sketch:
             _empty_(base, always_quantized)
             _round_(base, survey)
             self._state = State.of(base)
-        lean = self._state.frozen if has_lean_norms(survey.config) else ()
-        self._lean = {f"{path}.{name}" for path in lean for name in ("weight", "bias")}
 
     def file_size(self, chosen: Chosen) -> int:
         """Length in bytes of the file with the chosen layers quantized and the rest float, rounded as the settings say.
@@ -58,17 +56,13 @@ class Sketch:
         whole = state.tensors
         narrows = self._config.float_storage == "float32" or bool(content.streams)  # by its values, which may change
         changing = {name for name, value in whole.items() if _may_change(value) and narrows}
-        tensors = {n: self._at_most(n, whole[n]) if n in changing else t for n, t in content.tensors.items()}
+        tensors = {n: whole[n].to("meta") if n in changing else t for n, t in content.tensors.items()}
         counters = sum(not t.is_floating_point() and t.ndim == 0 for t in whole.values())
         reserve = _COUNTER_BYTES * counters if self._config.finetuning else 0
         if content.streams:  # names and numbers in the header, and 8-bit integers that the fit changes
             rest = sum(t.numel() * t.element_size() for n, t in content.tensors.items() if n not in content.streams)
             reserve += _STREAM_BYTES * len(content.streams) + rest // _REST_SHARE
         return file_size(dataclasses.replace(content, tensors=tensors)) + reserve
-
-    def _at_most(self, name: str, value: Tensor) -> Tensor:
-        """What the file may hold of a vector whose values change: of frozen norms, beside their step, 8 bits."""
-        return value.to("meta", torch.int8 if name in self._lean else value.dtype)
 
     def _with(self, chosen: Chosen) -> State:
         """The state with empty codebooks and codes in the place of weights."""

@@ -10,11 +10,11 @@ from torch import nn
 from bgd_plugin.calibration import BatchStore
 from bgd_plugin.files.content import measured_size
 from bgd_plugin.files.format import state_bytes
-from bgd_plugin.files.rounding import round_floats_, round_norms_, round_weights_
+from bgd_plugin.files.rounding import round_floats_, round_weights_
 from bgd_plugin.graph import module_or_none, set_modes
 from bgd_plugin.nn import PQModule, freeze_norms_
 from bgd_plugin.planning.answers import Answers
-from bgd_plugin.planning.lean import coarse_weights, has_lean_norms
+from bgd_plugin.planning.lean import coarse_weights
 from bgd_plugin.planning.sizes import paper_bytes
 from bgd_plugin.planning.survey import Survey
 from bgd_plugin.planning.types import SkippedLayer
@@ -53,8 +53,6 @@ def round_to_storage_(student: nn.Module, survey: Survey) -> None:
     coarse = coarse_weights(survey)
     if config.freeze_norms:
         freeze_norms_(student)
-    if has_lean_norms(config):
-        round_norms_(student)
     round_weights_(student, [name for name in survey.leftovers if name not in coarse], config.weight_storage)
     if config.float_storage == "float16":
         round_floats_(student, survey.tables)

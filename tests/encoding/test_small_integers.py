@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
-from bgd_plugin.encoding.small_integers import fold_to_integers, round_to_integers
+from bgd_plugin.encoding.small_integers import fold_to_integers
 from bgd_plugin.files.grids import Grids, group_size
 
 
@@ -20,28 +18,6 @@ def _bits(value: Tensor) -> int:
     """The bits in which a file holds a tensor of small integers."""
     (group,) = Grids.of({"x": value.half()}).members
     return group_size(group).bit_length()
-
-
-@given(seed=st.integers(0, 99), exponent=st.integers(-10, 12), bits=st.integers(2, 8))
-def test_rounded_values_are_near_and_a_file_finds_their_grid(seed: int, exponent: int, bits: int) -> None:
-    values = _values(seed, 2.0**exponent, 40)
-    rounded = round_to_integers(values, bits)
-    assert torch.equal(rounded.half().float(), rounded)
-    step = float(values.abs().max()) / (2 ** (bits - 1) - 1)
-    assert float((rounded - values).abs().max()) <= step * (0.5 + 1 / 8)  # its step has four bits
-    assert _bits(rounded) <= bits
-
-
-@pytest.mark.parametrize(
-    "values", [torch.zeros(3), torch.tensor([1e5, 1.0]), torch.tensor([torch.inf]), torch.empty(0)]
-)
-def test_values_without_a_grid_in_half_precision_stay(values: Tensor) -> None:
-    assert torch.equal(round_to_integers(values), values)
-
-
-def test_rounding_again_changes_nothing() -> None:
-    once = round_to_integers(_values(0, 0.3, 100))
-    assert torch.equal(round_to_integers(once), once)
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6])

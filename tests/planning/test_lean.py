@@ -1,4 +1,4 @@
-"""Which depthwise weights become small integers, and which norms eight bits."""
+"""Which depthwise weights become small integers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from bgd_plugin import BGDConfig
 from bgd_plugin.graph import front_end
-from bgd_plugin.planning.lean import coarse_weights, has_lean_norms
+from bgd_plugin.planning.lean import coarse_weights
 from bgd_plugin.planning.survey import surveyed
 from tests.networks import randomized
 
@@ -48,9 +48,3 @@ def test_only_weights_whose_scale_a_norm_takes_up_become_small_integers() -> Non
 @pytest.mark.parametrize("fields", [{"codes": "blocks"}, {"weight_storage": "float16"}, {"weight_storage": "float32"}])
 def test_other_settings_leave_the_weights_as_they_say(fields: dict[str, str]) -> None:
     assert _coarse(dataclasses.replace(LEAN, **fields)) == {}  # type: ignore[arg-type]
-
-
-def test_norms_have_eight_bits_unless_more_is_asked_for() -> None:
-    assert has_lean_norms(LEAN)
-    assert not has_lean_norms(dataclasses.replace(LEAN, float_storage="float32"))
-    assert not has_lean_norms(dataclasses.replace(LEAN, codes="blocks"))
