@@ -49,8 +49,8 @@ class BGDConfig:
         asymmetric_step: target of method "full", from the layer's own weight (0) to the weight that best reproduces the
             float network's outputs on the student's inputs (1).
         rotation: put a transformer's weights into random bases before the fit, by rotations that fold into neighbouring
-            layers, so that the float network computes the same. "auto": in method "full", where that is so and no zeros
-            are to be preserved. The report says what was rotated, or why not.
+            layers, if the float network then computes the same; False by default. "auto": in method "full", unless
+            zeros are to be preserved. The report says what was rotated, or why not.
         refit_depthwise: refit depthwise convolutions that stay float, in method "full", to the float network's outputs
             on the student's inputs.
         em_iterations: maximum number of EM iterations per layer.
