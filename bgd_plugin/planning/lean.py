@@ -1,4 +1,4 @@
-"""What else a file with entropy-coded codes saves: depthwise weights in few bits.
+"""What else a file with entropy-coded codes saves: the scales of depthwise weights.
 
 The scale of each channel of a depthwise convolution goes into the batch norm behind it, so that its weights are small
 integers times one step.
@@ -15,7 +15,7 @@ from bgd_plugin.planning.survey import Survey
 
 __all__ = ["WEIGHT_BITS", "coarse_weights"]
 
-WEIGHT_BITS = 6
+WEIGHT_BITS = 8
 
 
 def coarse_weights(survey: Survey) -> dict[str, tuple[str, str]]:

@@ -77,7 +77,7 @@ def result() -> Any:
 def test_the_file_is_within_the_budget_and_uses_it(result: Any, tmp_path: Path) -> None:
     size = bgd.save(result.model, tmp_path / "net")
     assert size == result.report.compressed_bytes
-    assert 0.95 * result.report.original_bytes / 7 < size <= result.report.original_bytes / 7
+    assert 0.93 * result.report.original_bytes / 7 < size <= result.report.original_bytes / 7
     assert inspected(tmp_path / "net")["format"] == 3
 
 
@@ -124,13 +124,13 @@ def test_depthwise_weights_are_small_integers_and_norms_keep_half_precision(resu
     weight = result.model.depthwise.weight.detach().flatten()
     step = weight.abs()[weight != 0].min()
     assert float((weight / step - (weight / step).round()).abs().max()) == 0
-    assert float((weight / step).abs().max()) <= 31
+    assert float((weight / step).abs().max()) <= 127
     norms = [module for module in result.model.modules() if isinstance(module, FrozenNorm)]
     assert len(norms) == 3
     assert all(torch.equal(value.half().to(value), value) for norm in norms for value in norm.parameters())
     bgd.save(result.model, tmp_path / "net")
     others = {other["name"]: other["bytes"] for other in inspected(tmp_path / "net")["others"]}
-    assert others["depthwise.weight"] <= 32 * 9 * 6 / 8 + 1
+    assert others["depthwise.weight"] <= 32 * 9 + 1
 
 
 def test_a_stopped_run_ends_in_the_same_bytes(tmp_path: Path, result: Any, monkeypatch: pytest.MonkeyPatch) -> None:
