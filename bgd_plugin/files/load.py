@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -75,7 +76,9 @@ def load(path: str | os.PathLike[str], *, like: nn.Module | ExportedProgram) -> 
     give_attributes_(network, header, tensors, problems)
     _raise_if(problems, path)
     ties = _ties(network)
-    network.load_state_dict(state, strict=True, assign=True)
+    versioned: Any = OrderedDict(state)
+    versioned._metadata = getattr(network.state_dict(), "_metadata", None)  # modules may ask for their version
+    network.load_state_dict(versioned, strict=True, assign=True)
     _tie_(network, ties)
     _require_no_meta(network)
     make_picklable_(network)

@@ -354,3 +354,20 @@ def test_saving_over_a_file_replaces_it(saved: Path) -> None:
 def test_a_file_has_the_permissions_that_any_new_file_has(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "plain").write_bytes(b"")
     assert saved.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+class _Versioned(PlainNet):
+    """Loads by its version, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: dict[str, Any], *others: Any) -> None:
+        if metadata.get("version") != 2:
+            raise ValueError(f"version {metadata.get('version')}")
+        super()._load_from_state_dict(state, prefix, metadata, *others)
+
+
+def test_a_module_that_asks_for_its_version_is_loaded(tmp_path: Path) -> None:
+    found = bgd.quantize(_Versioned().eval(), vectors(), em(), progress=False).model
+    bgd.save(found, tmp_path / "net")
+    assert same_outputs(found, bgd.load(tmp_path / "net", like=_Versioned().eval()), vectors())
