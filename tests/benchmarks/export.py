@@ -3,6 +3,7 @@
 Run `python -m tests.benchmarks.export` (`make bench-export`). Layers are quantized without data: sizes, latency and
 memory do not depend on the values of codes. Latency is CPU time on one thread, compressed and dense taking turns in
 one process; memory is what a fresh process holds more after loading. OpenVINO is measured where it is installed.
+Sizes can be measured in pieces: rows are kept in a file, and only those that are missing there are computed.
 """
 
 from __future__ import annotations
@@ -107,20 +108,33 @@ def compressed(name: str, codebook_size: int, *, pruned: bool = False) -> tuple[
 _BLOCKS = {"conv": 9, "pointwise_conv": 4, "linear": 4}
 
 
-def sizes(names: list[str], folder: Path) -> list[list[object]]:
-    """Bytes of the ONNX file and of ours, and the largest difference of the answers."""
-    rows: list[list[object]] = []
-    for name in names:
-        cases = [(size, False) for size in _SIZES] + [(256, True)]
-        for codebook_size, pruned in cases:
-            model, inputs = compressed(name, codebook_size, pruned=pruned)
-            done = bgd.export(model, folder / "net.onnx", inputs)
-            words = f"{codebook_size}{', 2:4' if pruned else ''}"
-            ratio = f"{done.size_bytes / done.packed_bytes:.3f}"
-            difference = f"{done.largest_difference:.0e}"
-            rows.append(
-                [name, words, f"{done.size_bytes:,}", f"{done.packed_bytes:,}", ratio, difference, done.is_folded]
-            )
+_COREML = "Core ML"
+
+
+def cases(names: list[str], kinds: list[str]) -> list[tuple[str, str]]:
+    """Each network with each size of codebooks, once with zeros in 2:4, and once as a Core ML package."""
+    every = [str(size) for size in _SIZES] + ["256, 2:4", f"256, {_COREML}"]
+    return [(name, kind) for name in names for kind in every if not kinds or kind in kinds]
+
+
+def size_row(name: str, kind: str, folder: Path) -> list[object]:
+    """Bytes of an exported file and of ours, and the largest difference of the answers."""
+    codebook_size, _, form = kind.partition(", ")
+    model, inputs = compressed(name, int(codebook_size), pruned=form == "2:4")
+    done = bgd.export(model, folder / ("net.mlpackage" if form == _COREML else "net.onnx"), inputs)
+    ratio = f"{done.size_bytes / done.packed_bytes:.3f}"
+    difference = "" if done.largest_difference is None else f"{done.largest_difference:.0e}"
+    folded = "" if done.is_folded is None else str(done.is_folded)
+    return [name, kind, f"{done.size_bytes:,}", f"{done.packed_bytes:,}", ratio, difference, folded]
+
+
+def sizes(wanted: list[tuple[str, str]], folder: Path, results: Path) -> list[list[object]]:
+    """The rows of all cases; those that a file of results has already are taken from there."""
+    rows: list[list[object]] = json.loads(results.read_text()) if results.is_file() else []
+    for name, kind in wanted:
+        if [name, kind] not in [row[:2] for row in rows]:
+            rows.append(size_row(name, kind, folder))
+            results.write_text(json.dumps(rows))
             print(rows[-1], flush=True)
     return rows
 
@@ -202,12 +216,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS))
     parser.add_argument("--only", choices=["sizes", "speed"])
+    parser.add_argument("--kinds", nargs="*", default=[], help="of the table of sizes, such as 256 or '256, 2:4'")
+    parser.add_argument("--results", type=Path, default=Path(tempfile.gettempdir()) / "bgd-export-sizes.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         if options.only != "speed":
-            header = ["network", "codebook", "ONNX bytes", "our bytes", "ratio", "difference", "folded"]
-            print(table(header, sizes(options.networks, Path(folder))))
+            header = ["network", "codebook", "bytes", "our bytes", "ratio", "difference", "folded"]
+            print(table(header, sizes(cases(options.networks, options.kinds), Path(folder), options.results)))
         if options.only != "sizes":
             header = ["network", "bytes", "dense bytes", "ort 1", "ort 8", "ov 1", "ov 8"]
             header += ["low-memory MiB", "default MiB", "dense MiB", "low/dense"]
