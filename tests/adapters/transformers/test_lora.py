@@ -68,6 +68,33 @@ def test_transformers_own_add_adapter(tmp_path: Path) -> None:
     assert not (tmp_path / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("options", [{"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_variants_of_lora_train(options: dict[str, Any]) -> None:
+    model = peft.prepare_model_for_kbit_training(quantized("bert"), use_gradient_checkpointing=False)
+    with_adapters = peft.get_peft_model(model, config(**options))
+    batch = ZOO["bert"].batch(9)
+    with_adapters(**batch, labels=torch.zeros(len(batch["input_ids"]), dtype=torch.long)).loss.backward()
+    trained = {name for name, p in with_adapters.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert trained
+    assert all("lora_" in name for name in trained)
+
+
+def test_two_adapters_take_turns_and_one_batch_takes_both() -> None:
+    model = peft.get_peft_model(quantized("bert"), config(), adapter_name="one")
+    model.add_adapter("two", config(r=2))
+    batch = ZOO["bert"].batch(9)
+    answers = {}
+    with torch.no_grad():
+        for name in ("one", "two"):
+            model.set_adapter(name)
+            answers[name] = model.eval()(**batch).logits
+        assert not torch.allclose(answers["one"], answers["two"])
+        names = ["one", "two", "one"]
+        both = model(**batch, adapter_names=names).logits
+    for row, name in enumerate(names):
+        assert torch.allclose(both[row], answers[name][row], atol=1e-5)
+
+
 def test_an_adapter_is_not_merged_into_codes() -> None:
     with_adapters = peft.get_peft_model(quantized("bert"), config())
     with pytest.raises(ConfigError, match="cannot be merged into a quantized layer"):
