@@ -65,7 +65,7 @@ TargetSize = Annotated[
 TargetRatio = Annotated[float | None, typer.Option(help="compression ratio to reach, instead of --target-size")]
 MaxDivergence = Annotated[
     float | None,
-    typer.Option(help="bound on the divergence from the float network; the default of a run without a target is 0.02"),
+    typer.Option(help="bound on the divergence from the float network; the default of a run without a target is 0.01"),
 ]
 FixedSizes = Annotated[
     bool,

@@ -18,7 +18,7 @@ from bgd_plugin.errors import ConfigError
 __all__ = ["DEFAULT_DIVERGENCE", "BGDConfig"]
 
 CONFIG_VERSION = 2
-DEFAULT_DIVERGENCE = 0.02
+DEFAULT_DIVERGENCE = 0.01
 """The bound on the divergence of a run without a budget."""
 
 

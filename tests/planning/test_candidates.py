@@ -22,7 +22,7 @@ from bgd_plugin.planning.candidates import (
     weight_sensitivity,
 )
 from bgd_plugin.planning.knapsack import choose
-from bgd_plugin.planning.losses import Sensitivity, joint_loss
+from bgd_plugin.planning.losses import LEVEL, Sensitivity, joint_loss
 from bgd_plugin.planning.types import PlannedLayer
 from bgd_plugin.pq.blocks import to_blocks
 from bgd_plugin.pq.rate import RateCurve
@@ -74,7 +74,7 @@ def test_what_an_error_costs_is_told_at_the_loss_of_all_layers_together() -> Non
         assert one.error_at(loss) == pytest.approx(error)
         assert one.per_error(loss) == pytest.approx(loss / error)
     assert one.loss(4, 16, 0.1) == pytest.approx(0.5 * 0.1 / 0.4)
-    assert one.loss(4, 16) == one.loss(4, 16, 0.02)
+    assert one.loss(4, 16) == one.loss(4, 16, LEVEL)
 
 
 @given(st.lists(st.floats(0.01, 5.0), min_size=1, max_size=5))
