@@ -1,7 +1,7 @@
 """What a run with default settings gives: bytes, divergence and accuracy, beside a budget of the same bytes.
 
-Run `python -m tests.benchmarks.default` (`make bench-default`): networks trained for seconds on scikit-learn's digits, 512 images
-to calibrate, 297 others to judge. `--bound` takes another bound on the divergence than the default one.
+Run `python -m tests.benchmarks.default` (`make bench-default`): networks trained for seconds on scikit-learn's
+digits, 512 images to calibrate, 297 others to judge. `--bound` takes another bound than the default one.
 """
 
 import argparse
@@ -43,7 +43,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 
 def row(name: str, bound: float) -> list[str]:
-    """Figures of one network: file, expected and measured divergence, top-1, and those of a budget of the same bytes."""
+    """One network: file, expected and measured divergence, top-1, and that of a budget of the same bytes."""
     model = trained_on_digits(NETWORKS[name])
     data = list(digits()[0][:512].split(64))
     start = time.process_time()
