@@ -62,7 +62,7 @@ def test_the_search_takes_few_steps_also_where_the_answer_is_near_the_smallest_f
         return real(layers, shared)
 
     monkeypatch.setattr(bound, "allocate", counted)
-    options = [Option(layer=None, size_bytes=1000 + 13 * i, loss=1 / (1 + i)) for i in range(200)]
+    options = [Option(layer=None, size_bytes=round(1000 * 1.05**i), loss=1 / (1 + i)) for i in range(188)]
     layers = [[*options, Option(layer=None, size_bytes=10**7, loss=0.0)]]
     (pick,) = fewest_bytes(layers, 1 / 11)
     assert pick == 10
