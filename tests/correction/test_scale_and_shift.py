@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from bgd_plugin.correction import shift_biases_
+from bgd_plugin.correction import row_scale_bounds, shift_biases_
 from bgd_plugin.graph import find_layers, trace
 
 
@@ -42,3 +44,16 @@ def test_a_layer_without_a_bias_stays_without() -> None:
     (layer,) = find_layers(graph)[0]
     shift_biases_(graph, layer, torch.ones(8))
     assert graph.get_submodule("0").bias is None
+
+
+def test_bounds_of_scales_leave_the_variance_above_eps_and_the_statistics_within_their_type() -> None:
+    """√(2 eps)/σ ≤ scale ≤ √(max/4)/σ, and scale · |μ| ≤ max/4."""
+    norm: Any = nn.BatchNorm1d(4, eps=1e-3)
+    norm.running_var.copy_(torch.tensor([1e-9, 0.5, 2.0, 2.0]))
+    norm.running_mean.copy_(torch.tensor([0.0, 0.1, 1e37, -1e37]))
+    least, largest = row_scale_bounds(norm)
+    sigma, limit = (norm.running_var.double() + 1e-3).sqrt(), torch.finfo(torch.float32).max / 4
+    torch.testing.assert_close(least, 0.002**0.5 / sigma)
+    free = limit**0.5 / sigma
+    torch.testing.assert_close(largest, torch.minimum(free, limit / norm.running_mean.double().abs()))
+    assert bool((largest[2:] < free[2:]).all()) and bool((largest[:2] == free[:2]).all())

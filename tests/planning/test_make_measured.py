@@ -10,8 +10,13 @@ import torch
 from torch import nn
 
 import bgd_plugin as bgd
+from bgd_plugin.calibration import collect_batches
+from bgd_plugin.graph import trace
+from bgd_plugin.planning.budget import Budget
+from bgd_plugin.planning.measure import measured
+from bgd_plugin.planning.survey import surveyed
 from bgd_plugin.support.tables import mib
-from tests.networks import SmallResNet, images, randomized
+from tests.networks import FunctionalNet, SmallResNet, images, randomized
 
 
 def _wide() -> nn.Module:
@@ -155,3 +160,14 @@ def test_a_table_has_the_size_of_each_layer() -> None:
     for layer in plan.layers:
         (line,) = [line for line in lines if line.split()[:1] == [layer.name]]
         assert mib(layer.compressed_bytes) in line and f"{layer.bits_per_weight:.2f}" in line
+
+
+def test_measuring_leaves_weights_where_they_were() -> None:
+    """While a function's weight is measured, a module gives it; afterwards it is a parameter again."""
+    graph = trace(FunctionalNet().eval())
+    budget = Budget.of(surveyed(graph, bgd.BGDConfig(target_ratio=2), original=graph))
+    assert budget is not None
+    names, modules = list(graph.state_dict()), list(dict(graph.named_modules()))
+    batches = collect_batches(images(size=12), graph, device=torch.device("cpu"), forward=None)
+    assert {"kernel", "matrix"} <= set(measured(budget, batches, progress=False))
+    assert sorted(graph.state_dict()) == sorted(names) and list(dict(graph.named_modules())) == modules
