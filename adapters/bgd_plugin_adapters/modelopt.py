@@ -242,7 +242,8 @@ def _check_before(model: nn.Module) -> None:
         if isinstance(module, DynamicModule):
             raise ConfigError(
                 f"{name!r} is a {type(module).__name__} of a ModelOpt mode: a network that ModelOpt has quantized "
-                "cannot be quantized again; after sparsity or a search, export first (mts.export, mtn.export)"
+                "cannot be quantized again; after sparsity, distillation or a search, export first (mts.export, "
+                "mtd.export, mtn.export)"
             )
 
 

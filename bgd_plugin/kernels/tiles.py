@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from bgd_plugin.kernels.decoding import decode_rows_into
 
-__all__ = ["TILE", "convolve_by_tiles", "decoded_tiles"]
+__all__ = ["TILE", "convolve_by_tiles", "decoded_tiles", "rows_of_a_tile"]
 
 TILE = 1 << 20
 """Number of weights decoded at once."""
@@ -18,6 +18,11 @@ _ROWS = 64
 """A tile's rows are a multiple of this, for which torch's operators are fastest."""
 
 _scratch = threading.local()
+
+
+def rows_of_a_tile(rows: int, columns: int) -> int:
+    """How many rows of a weight `[rows, columns]` are decoded at once."""
+    return rows if rows * columns <= TILE else max(1, TILE // columns // _ROWS * _ROWS or TILE // columns)
 
 
 def decoded_tiles(codebook: Tensor, codes: Tensor, mask: Tensor | None) -> Iterator[tuple[int, Tensor]]:
@@ -31,7 +36,7 @@ def decoded_tiles(codebook: Tensor, codes: Tensor, mask: Tensor | None) -> Itera
         mask: bool of the weight's shape, false where it is zero; None: nowhere.
     """
     rows, columns = codes.shape[0], codes.shape[1] * codebook.shape[1]
-    step = rows if rows * columns <= TILE else max(1, TILE // columns // _ROWS * _ROWS or TILE // columns)
+    step = rows_of_a_tile(rows, columns)
     buffer = _memory(step * columns, codebook.dtype).view(step, columns)
     for first in range(0, rows, step):
         tile = buffer[: min(step, rows - first)]
@@ -42,9 +47,7 @@ def decoded_tiles(codebook: Tensor, codes: Tensor, mask: Tensor | None) -> Itera
 
 
 def convolve_by_tiles(
-    codebook: Tensor,
-    codes: Tensor,
-    mask: Tensor | None,
+    tiles: Iterable[tuple[int, Tensor]],
     bias: Tensor | None,
     shape: torch.Size,
     convolve: Callable[[Tensor, Tensor | None], Tensor],
@@ -52,13 +55,13 @@ def convolve_by_tiles(
     """A convolution without groups, some output channels at a time if its weight is large.
 
     Args:
-        codebook, codes, mask: of the shapes in `decoded_tiles`.
+        tiles: the weight's rows, as `decoded_tiles` gives them.
         bias: `[C_out]` or None.
         shape: the weight's, `[C_out, C_in, *kernel]`.
         convolve: from `(weight, bias)` of some output channels to their output.
     """
     parts = []
-    for first, tile in decoded_tiles(codebook, codes, mask):
+    for first, tile in tiles:
         part = None if bias is None else bias[first : first + len(tile)]
         parts.append(convolve(tile.view(-1, *shape[1:]), part))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1 - len(shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from bgd_plugin.kernels.linear import FEW_INPUTS, lookup_linear
-from bgd_plugin.kernels.switch import usable
-from bgd_plugin.kernels.tiles import convolve_by_tiles
+from bgd_plugin.kernels.operators import pq_linear
+from bgd_plugin.kernels.switch import computable, usable
+from bgd_plugin.kernels.tiles import convolve_by_tiles, decoded_tiles, rows_of_a_tile
 from bgd_plugin.nn.base import PQModule
 
 __all__ = ["PQConv", "PQConv1d", "PQConv2d", "PQConv3d"]
@@ -38,8 +40,11 @@ class PQConv(PQModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map input `[batch, in_channels, *spatial]` to `[batch, out_channels, *spatial]`, as the float convolution."""
-        if not torch.compiler.is_compiling() and usable(input, self.codebook, self.codes, self.bias):
-            return self._forward_by_kernels(input)
+        if not torch.compiler.is_compiling():
+            if usable(input, self.codebook, self.codes, self.bias):
+                return self._forward_by_kernels(input)
+            if not self.training and computable(input, self.codebook, self.codes):  # inference without torch.no_grad()
+                return self._forward_with_gradients(input)
         return self._convolved(input, self.weight, self.bias)
 
     def _convolved(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -52,17 +57,33 @@ class PQConv(PQModule):
         """Inference on a CPU: a 1×1 convolution at few positions is a linear layer; others decode tiles."""
         if self.groups > 1:
             return self._convolved(input, self.weight, self.bias)
-        if self._is_pointwise() and input.numel() <= FEW_INPUTS * self.in_channels:
-            channels = -1 - len(self.kernel_size)
-            rows = input.movedim(channels, -1)
-            return lookup_linear(rows, self.codebook, self.codes, self.mask, self.bias).movedim(-1, channels)
-        convolve = partial(self._convolved, input)
-        return convolve_by_tiles(self.codebook, self.codes, self.mask, self.bias, self.weight_shape, convolve)
+        if self._is_lookup(input):
+            return self._at_each_position(lookup_linear, input)
+        tiles = decoded_tiles(self.codebook, self.codes, self.mask)
+        return convolve_by_tiles(tiles, self.bias, self.weight_shape, partial(self._convolved, input))
 
-    def _is_pointwise(self) -> bool:
-        """Whether each output position depends on the input at that position alone."""
+    def _forward_with_gradients(self, input: Tensor) -> Tensor:
+        """The same products as `_forward_by_kernels`, bit for bit, by operators that have gradients."""
+        if self.groups > 1:
+            return self._convolved(input, self.weight, self.bias)
+        if self._is_lookup(input):
+            return self._at_each_position(pq_linear, input)
+        rows = self.weight.flatten(1)
+        step = rows_of_a_tile(*rows.shape)
+        tiles = ((first, rows[first : first + step]) for first in range(0, len(rows), step))
+        return convolve_by_tiles(tiles, self.bias, self.weight_shape, partial(self._convolved, input))
+
+    def _is_lookup(self, input: Tensor) -> bool:
+        """Whether it is a linear layer, a 1×1 convolution, at few positions."""
         ones = all(size == 1 for size in (*self.kernel_size, *self.stride))
-        return ones and not any(self._reversed_padding_repeated_twice)
+        is_pointwise = ones and not any(self._reversed_padding_repeated_twice)
+        return is_pointwise and input.numel() <= FEW_INPUTS * self.in_channels
+
+    def _at_each_position(self, linear: Callable[..., Tensor], input: Tensor) -> Tensor:
+        """The output of a function for linear layers, at each position of `[batch, in_channels, *spatial]`."""
+        channels = -1 - len(self.kernel_size)
+        rows = input.movedim(channels, -1)
+        return linear(rows, self.codebook, self.codes, self.mask, self.bias).movedim(-1, channels)
 
     def to_float(self) -> _Conv:
         """The float module of the same geometry, on the meta device."""

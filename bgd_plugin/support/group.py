@@ -6,11 +6,14 @@ import datetime
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["group_device", "is_first", "is_on", "process_group", "processes", "rank"]
+__all__ = ["by_itself", "group_device", "is_first", "is_on", "process_group", "processes", "rank"]
+
+_is_by_itself: ContextVar[bool] = ContextVar("bgd_plugin_is_by_itself", default=False)
 
 
 def is_on() -> bool:
@@ -25,8 +28,18 @@ def group_device() -> torch.device:
 
 
 def processes() -> int:
-    """Number of processes in the job; 1 outside a process group."""
-    return dist.get_world_size() if is_on() else 1
+    """Number of processes that work on this together; 1 outside a process group, and `by_itself`."""
+    return dist.get_world_size() if is_on() and not _is_by_itself.get() else 1
+
+
+@contextmanager
+def by_itself() -> Iterator[None]:
+    """Inside, this process's sums are its own: it does not wait for the others, which are not there."""
+    token = _is_by_itself.set(True)
+    try:
+        yield
+    finally:
+        _is_by_itself.reset(token)
 
 
 def rank() -> int:

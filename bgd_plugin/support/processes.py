@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bgd_plugin.errors import BGDError, DistributedError
-from bgd_plugin.support.group import group_device, is_first, process_group, processes, rank
+from bgd_plugin.support.group import by_itself, group_device, is_first, process_group, processes, rank
 from bgd_plugin.support.liveness import finish, watched
 
 __all__ = [
@@ -95,7 +95,7 @@ def unsynchronized(module: nn.Module) -> AbstractContextManager[None]:
 
 
 def from_first(work: Callable[[], tuple[dict[str, Tensor], str]]) -> tuple[dict[str, Tensor], str]:
-    """Call `work` in the first process only, and return its result in every process.
+    """Call `work` in the first process only, and return its result in every process; sums inside are its own.
 
     The result is a mapping of CPU tensors and a text, sent as a safetensors file, so nothing is unpickled.
 
@@ -107,7 +107,8 @@ def from_first(work: Callable[[], tuple[dict[str, Tensor], str]]) -> tuple[dict[
     content, error = b"", None
     if is_first():
         try:
-            tensors, text = work()
+            with by_itself():
+                tensors, text = work()
             held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
             content = safetensors.torch.save(held, metadata={"text": text})
         except BGDError as raised:

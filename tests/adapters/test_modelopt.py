@@ -258,7 +258,7 @@ def test_distillation_before_ours_is_refused_until_its_export() -> None:
     import modelopt.torch.distill as mtd
 
     student = distilled(Student())
-    with pytest.raises(ConfigError, match=r"mode of ModelOpt.*export first"):
+    with pytest.raises(ConfigError, match=r"ModelOpt mode.*distillation.*export first"):
         adapter.quantize(student, None, loop(vectors()))
     model = adapter.quantize(mtd.export(student), None, loop(vectors()))
     assert set(integration.placement_of(model)) == {"body.2", "body.4"}

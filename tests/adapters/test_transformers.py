@@ -100,9 +100,10 @@ def in_a_fresh_process(script: str, folder: Path) -> subprocess.CompletedProcess
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A quantized ViT."""
+    """A quantized ViT, in blocks of 4."""
     model = vit()
-    result = adapter.quantize_pretrained(model, batches(model), progress=False)
+    config = adapter.BGDQuantizationConfig(max_divergence=None)
+    result = adapter.quantize_pretrained(model, batches(model), config, progress=False)
     adapter.save_pretrained(result.model, tmp_path / "vit")
     return tmp_path / "vit"
 

@@ -145,9 +145,11 @@ def test_codes_lie_in_the_file_as_in_ours(codebook_size: int, tmp_path: Path) ->
 
 
 def test_codes_that_are_coded_in_our_file_are_packed_here(tmp_path: Path) -> None:
-    layer = nn.Linear(64, 512)
-    codes = torch.randn(512, 64).mul(2).round().clamp(-10, 10).long() + 10  # few of 21 levels are frequent
-    network = nn.Sequential(quantized(layer, torch.linspace(-1, 1, 21)[:, None].clone(), codes), nn.Tanh())
+    config = bgd.BGDConfig(codes="entropy", target_ratio=8)
+    batches = [torch.randn(64, 64) for _ in range(4)]
+    network = bgd.quantize(
+        nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 512)).eval(), batches, config, progress=False
+    ).model
     saved = bgd.save(network, tmp_path / "net.safetensors")
     done = export(network, tmp_path / "net.onnx", torch.randn(2, 64))
     assert done.file_bytes == saved < done.packed_bytes

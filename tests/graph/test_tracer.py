@@ -88,7 +88,7 @@ def test_it_says_what_to_do_about_it() -> None:
     text = str(info.value)
     assert "_Branching itself raises" in text
     assert "bgd_plugin.quantize on a submodule" in text
-    assert "a GraphModule from a your own tracer" in text
+    assert "a GraphModule from your own tracer" in text
 
 
 def test_a_copy_shares_no_module() -> None:

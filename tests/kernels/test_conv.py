@@ -57,6 +57,30 @@ def test_many_tiles(dimensions: int, size: int, monkeypatch: pytest.MonkeyPatch)
     assert_same(layer, torch.randn(shape))
 
 
+def assert_same_with_gradients(layer: PQModule, x: torch.Tensor) -> None:
+    """Who forgets `no_grad` gets the same answers bit for bit, and the plain path's gradients."""
+    with torch.no_grad():
+        expected = layer.eval()(x)
+    found = layer(x)
+    assert torch.equal(found, expected)
+    wanted = [p for p in (layer.codebook, layer.bias) if p is not None]
+    gradients = torch.autograd.grad(found.square().sum(), wanted)
+    with kernels.disabled():
+        plain = torch.autograd.grad(layer(x).square().sum(), wanted)
+    for one, other in zip(gradients, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_the_same_bits_without_no_grad(has_mask: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A convolution in one tile, in many, at few positions of 1×1 kernels, and in groups."""
+    x = torch.randn(2, 12, 4, 4)
+    for module in (nn.Conv2d(12, 23, 3, padding=1), nn.Conv2d(12, 23, 1), nn.Conv2d(12, 24, 3, groups=3, bias=False)):
+        assert_same_with_gradients(with_codes(module, 4 if module.groups == 1 else 9, has_mask=has_mask), x)
+    monkeypatch.setattr(tiles, "TILE", 5 * 12 * 9)
+    assert_same_with_gradients(with_codes(nn.Conv2d(12, 23, 3, padding=1), 9, has_mask=has_mask), x)
+
+
 @pytest.mark.parametrize("dtype", list(ROUNDING))
 @pytest.mark.parametrize("positions", [1, 2, 7, 9])
 def test_pointwise_at_few_positions(dtype: Any, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:

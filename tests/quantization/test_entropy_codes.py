@@ -64,8 +64,12 @@ class Maps(Net):
 
 
 def _net(kind: type[Net] = Net) -> Net:
+    """Its weights are large enough that answers depend on what goes in."""
     torch.manual_seed(0)
     net: Net = randomized(kind())
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight)
     return net
 
 
@@ -138,8 +142,8 @@ def test_a_stopped_run_ends_in_the_same_bytes(tmp_path: Path, result: Any, monke
 
     store = Run.store
 
-    def stopping(self: Run, index: int, fit: Any) -> None:
-        store(self, index, fit)
+    def stopping(self: Run, index: int, *stored: Any) -> None:
+        store(self, index, *stored)
         if index == 2:
             raise KeyboardInterrupt
 
@@ -173,12 +177,12 @@ def test_without_data(tmp_path: Path) -> None:
 def test_a_bound_on_the_divergence_takes_fewer_bytes_than_blocks() -> None:
     sizes = [
         bgd.quantize(
-            _net(Maps), DATA, BGDConfig(codes=codes, max_divergence=3e-4, freeze_norms=True, rounds=1), progress=False
+            _net(Maps), DATA, BGDConfig(codes=codes, max_divergence=0.02, freeze_norms=True, rounds=1), progress=False
         ).report
         for codes in ("entropy", "blocks")
     ]
     assert sizes[0].answers is not None
-    assert sizes[0].answers.divergence <= 3e-4
+    assert sizes[0].answers.divergence <= 0.02
     assert sizes[0].compressed_bytes < 0.97 * sizes[1].compressed_bytes
 
 

@@ -130,7 +130,7 @@ def test_config_mapping() -> None:
 
 def test_dict_and_class_are_equal() -> None:
     values = {"method": "em", "linear": {"block_size": 8, "codebook_size": 16}}
-    config = BGDConfig(method="em", linear=LayerConfig(block_size=8, codebook_size=16), max_divergence=None)
+    config = BGDConfig(method="em", linear=LayerConfig(block_size=8, codebook_size=16))
     assert BGDConfig.from_dict(values).to_dict() == config.to_dict()
     assert BGDConfig.from_dict(values) == config
 
