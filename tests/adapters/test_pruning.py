@@ -145,7 +145,7 @@ def test_a_fresh_process_needs_no_torch_pruning_to_load(tp: Any, tmp_path: Path)
         text=True,
         check=True,
         cwd=ROOT,
-        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'adapters'}", "OMP_NUM_THREADS": "1"},
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'adapters'}", "OMP_NUM_THREADS": "1", "BGD_KERNELS": "off"},
     )
     with torch.no_grad():
         assert torch.equal(torch.tensor(json.loads(done.stdout)), result.model(images()[0]))

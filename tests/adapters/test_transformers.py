@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -95,7 +96,8 @@ def same_logits(one: Any, other: Any) -> bool:
 
 def in_a_fresh_process(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     path = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'adapters')!r}]\n"
-    return subprocess.run([sys.executable, "-c", path + script], cwd=folder, capture_output=True, text=True)
+    plain = os.environ | {"BGD_KERNELS": "off"}  # as the tests themselves
+    return subprocess.run([sys.executable, "-c", path + script], cwd=folder, env=plain, capture_output=True, text=True)
 
 
 @pytest.fixture
