@@ -55,7 +55,7 @@ def convolve_by_tiles(
     """A convolution without groups, some output channels at a time if its weight is large.
 
     Args:
-        tiles: the weight's rows, as `decoded_tiles` gives them.
+        tiles: the weight's rows, as `decoded_tiles` gives them: (index of the first, `[count, columns]`).
         bias: `[C_out]` or None.
         shape: the weight's, `[C_out, C_in, *kernel]`.
         convolve: from `(weight, bias)` of some output channels to their output.
