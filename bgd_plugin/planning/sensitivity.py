@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from bgd_plugin.calibration import Batch, LayerInputs, Rerun, Walk, first_samples
 from bgd_plugin.config import BGDConfig
+from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import FoundLayer, batchnorms_in_parts, following_batchnorm
 from bgd_plugin.planning.answers import Measure, output_loss
 from bgd_plugin.planning.candidates import block_sizes, codebook_sizes, fitted_sizes
@@ -192,6 +193,7 @@ def _measured(
     for d in sizes:
         blocks, metrics = positions_as_groups(scaled, facts.metrics(d))
         sample = sampled_positions(blocks, metrics, _SAMPLED_BLOCKS, generator)
+        _require_finite(facts.layer.name, *sample)
         curves.append(rate_curve(*sample, fitted_sizes(shape, d), generator=generator))
         entropy = entropy_curve(*sample) if d == 1 else entropy
         if d == reference:
@@ -205,6 +207,19 @@ def _measured(
     losses = losses_by_error(shifts, size, loss)
     sensitivity = Sensitivity(curves=tuple(curves), losses=losses, reason=reason, entropy=entropy)
     return Measured(sensitivity=sensitivity, error=error, size=size, loss=loss)
+
+
+def _require_finite(name: str, *tensors: Tensor) -> None:
+    """Refuse a layer whose weights and inputs are numbers, but with squares that are none.
+
+    Raises:
+        CalibrationError: naming the layer.
+    """
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise CalibrationError(
+            f"layer '{name}': its weights or inputs are so large that their squares overflow, so what its error does "
+            "to the output cannot be measured; keep it float by overrides, or fix the sizes with max_divergence=None"
+        )
 
 
 def _reference_block(sizes: Sequence[int], shape: Sequence[int]) -> int:

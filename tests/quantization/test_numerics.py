@@ -229,6 +229,16 @@ def test_a_network_is_quantized_well_or_the_layer_is_named(
             assert torch.isfinite(result.model(batch)).all() or not torch.isfinite(model(batch)).all()
 
 
+@pytest.mark.parametrize("network", NETWORKS)
+def test_weights_whose_squares_overflow_are_named_where_sizes_are_chosen(network: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    make, names = NETWORKS[network]
+    model, data = randomized(network()), make(3)
+    _scaled("weights", 30)(model, data, names[0])
+    with pytest.raises(bgd.BGDError, match=f"layer '({'|'.join(names)})': .*overflow"):
+        bgd.quantize(model, data, progress=False)
+
+
 @pytest.mark.parametrize("method", ["full", "em"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_appears_midway_in_one_batch_names_the_layer_it_reaches(method: Any, bad: float) -> None:
