@@ -115,6 +115,17 @@ def perplexity(model: Any, windows: Sequence[Tensor]) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
+def configuration(options: argparse.Namespace) -> bgd.BGDConfig:
+    """Settings of one run: default ones, a budget, or 2 bits for each weight of a linear layer."""
+    common = {"rotation": options.rotation, "codes": options.codes}
+    if options.two_bits:
+        linear = bgd.LayerConfig(block_size=4, codebook_size=256)
+        return bgd.BGDConfig(linear=linear, overrides=(("lm_head", None),), max_divergence=None, **common)
+    if options.target_bytes:
+        return bgd.BGDConfig(target_bytes=options.target_bytes, **common)
+    return bgd.BGDConfig(**common)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.smollm2", description=main.__doc__)
@@ -123,8 +134,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--judging", type=int, default=8, help="windows that judge")
     parser.add_argument("--length", type=int, default=512, help="tokens in a window")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--two-bits", action="store_true", help="blocks of 4 weights, 256 codewords: linear layers alone"
+    )
+    parser.add_argument("--rotation", action="store_true", help="fold rotations into the weights first")
+    parser.add_argument("--codes", default="blocks", choices=("blocks", "entropy"))
+    parser.add_argument("--target-bytes", type=int, help="a budget for the whole file")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    config = configuration(options)
     model, tokenizer = network()
     tokens = tokenizer(text_in(options.text) if options.text else handbook(), return_tensors="pt").input_ids[0]
     windows = tokens[: len(tokens) // options.length * options.length].reshape(-1, 1, options.length)
@@ -138,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model(**calibration[0])
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with counted_runs() as runs:
-        result = bgd.load_adapter("transformers").quantize_pretrained(model, calibration, progress=False)
+        result = bgd.load_adapter("transformers").quantize_pretrained(model, calibration, config, progress=False)
     seconds = time.process_time() - start
     weights = sum(layer.weights for layer in result.report.layers)
     bits = sum(layer.weights * layer.bits_per_weight for layer in result.report.layers) / weights
