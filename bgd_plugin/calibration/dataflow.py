@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 __all__ = ["DECIDED", "Dataflow", "is_plain", "tensors_in"]
@@ -33,6 +34,7 @@ class Dataflow:
     def __init__(self) -> None:
         self.readers: dict[str, set[str]] = {}
         self._sources: dict[int, Sources] = {}
+        self._known: dict[int, StorageWeakRef] = {}  # keep the number of a storage, not its memory, from being reused
 
     def sources(self, tensors: Iterable[Tensor]) -> Sources:
         """The modules from whose outputs these tensors (any shapes) were computed."""
@@ -53,10 +55,10 @@ class Dataflow:
         for t in _tensors(result):
             memory = _memory(t)
             known = self._sources.get(memory, _NONE) if memory in shared else _NONE
-            self._mark(memory, known | sources)
+            self._mark(t, memory, known | sources)
         if operator._schema.is_mutable:
             for t in read:
-                self._mark(_memory(t), self._sources.get(_memory(t), _NONE) | sources)
+                self._mark(t, _memory(t), self._sources.get(_memory(t), _NONE) | sources)
 
     def left(self, module: str, given: Any, output: Any) -> None:
         """Record that a module returned `output`; parts of `given` that it returns unchanged keep their sources too."""
@@ -65,11 +67,14 @@ class Dataflow:
         shared = {_memory(t) for t in tensors_in(given)}
         for t in tensors:
             memory = _memory(t)
-            self._mark(memory, frozenset((module,)) | (self._sources.get(memory, _NONE) if memory in shared else _NONE))
+            passed = self._sources.get(memory, _NONE) if memory in shared else _NONE
+            self._mark(t, memory, frozenset((module,)) | passed)
 
-    def _mark(self, memory: int, sources: Sources) -> None:
+    def _mark(self, tensor: Tensor, memory: int, sources: Sources) -> None:
         if sources:
             self._sources[memory] = sources
+            if memory not in self._known and memory != id(tensor):
+                self._known[memory] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
         else:
             self._sources.pop(memory, None)
 
