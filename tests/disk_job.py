@@ -1,14 +1,17 @@
 """What happens on a disk that is full, or read-only: a small one, mounted where only this process sees it.
 
-`unshare --map-root-user --mount python -m tests.disk_job NAME FOLDER` runs one of the functions below.
+`unshare --map-root-user --mount python -m tests.disk_job FOLDER` runs the functions below one after another, and prints
+the traceback of each, empty if it passed, as JSON.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -170,10 +173,18 @@ def spilled_values(disk: Disk) -> None:
 SCENARIOS = {job.__name__: job for job in (checkpoint, saved_file, read_only, spilled_values)}
 
 
-def main(name: str, folder: str) -> None:
-    """Run one of them."""
+def main(folder: str) -> None:
+    """Run all of them, each on a disk of its own."""
     bgd_plugin.support.steps.SAVE_SECONDS, bgd_plugin.support.steps._SHARE = 0.0, float("inf")
-    SCENARIOS[name](Disk(Path(folder)))
+    failures = {}
+    for name, scenario in SCENARIOS.items():
+        tempfile.tempdir = None
+        try:
+            scenario(Disk(Path(folder)))
+            failures[name] = ""
+        except Exception:
+            failures[name] = traceback.format_exc()
+    sys.stdout.write(f"{json.dumps(failures)}\n")
 
 
 if __name__ == "__main__":

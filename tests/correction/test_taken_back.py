@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from bgd_plugin.calibration import CollectedInputs
 from bgd_plugin.correction.batchnorm import _corrected, _price
-from bgd_plugin.correction.bias import shift_helps
 from bgd_plugin.correction.depthwise_refit import refitted
 from bgd_plugin.correction.gain import kept_aside
 from bgd_plugin.pq.blocks import Geometry
@@ -103,15 +102,6 @@ def test_keeping_the_variance_has_its_price() -> None:
         cost = float((given_back - x).square().mean() / x.var())
         assert cost == pytest.approx(2 * (1 - (1 - error) ** 0.5), rel=0.02)
         assert cost < _price(error) < 1.2 * cost
-
-
-@pytest.mark.parametrize("last", [1.0, -1.0])
-def test_a_shift_is_judged_on_other_samples(last: float) -> None:
-    reference = [torch.randn(64, 8) for _ in range(5)]
-    student = [x - 0.5 * (last if i == 4 else 1.0) for i, x in enumerate(reference)]
-    weight = torch.eye(8)
-    helps = shift_helps(weight, weight, _inputs(student, reference), torch.Generator().manual_seed(0))
-    assert helps == (last > 0)
 
 
 @pytest.mark.parametrize("last", [0.5, 2.0])

@@ -116,6 +116,7 @@ def test_a_copy_is_computed_by_itself(tmp_path: Path) -> None:
 
 
 def test_nothing_is_kept_of_a_network_that_is_gone() -> None:
+    gc.collect()  # networks of earlier tests
     before = len(file_content._known)
     net = _quantized()
     assert len(file_content._known) == before + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bgd_plugin import kernels
-from bgd_plugin.kernels import operators
+from bgd_plugin.kernels import operators, switch
+from bgd_plugin.kernels.llvm import AVAILABLE
 from bgd_plugin.nn import PQLinear, quantized
 
 
@@ -142,11 +144,13 @@ def test_the_context_ends_and_nests(calls: list[Tensor]) -> None:
     assert kernels.enabled()
 
 
-def test_the_environment_switches_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BGD_KERNELS", "Off")
-    code = "from bgd_plugin import kernels; print(kernels.enabled())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+@pytest.mark.parametrize(("value", "expected"), [("Off", False), ("0", False), ("on", True), (None, True)])
+def test_the_environment_switches_them_off(value: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BGD_KERNELS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("BGD_KERNELS", value)
+    imported_anew = runpy.run_path(switch.__file__)
+    assert imported_anew["enabled"]() == (expected and AVAILABLE)
 
 
 def test_without_llvmlite_the_plain_path_remains() -> None:

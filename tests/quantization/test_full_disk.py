@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -16,8 +17,8 @@ _ALONE = ["unshare", "--map-root-user", "--mount"]
 
 
 @pytest.fixture(scope="module")
-def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder on which one may mount, in a process with mounts of its own."""
+def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The traceback of each scenario, empty if it passed: all of them run in one process, with mounts of its own."""
     folder = tmp_path_factory.mktemp("disk")
     if shutil.which("unshare") is None:
         pytest.skip("there is no unshare here, which gives a process mounts of its own")
@@ -25,14 +26,9 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tried = subprocess.run(command, capture_output=True, text=True, check=False)
     if tried.returncode:
         pytest.skip(f"this system does not let a process have mounts of its own: {tried.stderr.strip()}")
-    return folder
-
-
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_on_a_disk_of_its_own(scenario: str, disk: Path) -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [*_ALONE, sys.executable, "-m", "tests.disk_job", scenario, str(disk)],
+        [*_ALONE, sys.executable, "-m", "tests.disk_job", str(folder)],
         cwd=root,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "adapters")]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -40,3 +36,10 @@ def test_on_a_disk_of_its_own(scenario: str, disk: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_on_a_disk_of_its_own(scenario: str, failures: dict[str, str]) -> None:
+    assert not failures[scenario], failures[scenario]

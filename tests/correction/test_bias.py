@@ -1,0 +1,67 @@
+"""Whether a shift of the bias helps: the decision is the literal one, on samples that the shift was not made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from bgd_plugin.calibration import CollectedInputs
+from bgd_plugin.correction.bias import shift_helps
+from bgd_plugin.pq.blocks import Geometry
+
+LINEAR = Geometry.linear()
+
+
+def _inputs(student: Sequence[Tensor], reference: Sequence[Tensor], geometry: Geometry = LINEAR) -> CollectedInputs:
+    mine, theirs = ([[(x, geometry)] for x in values] for values in (student, reference))
+    return CollectedInputs("layer", mine, theirs)
+
+
+def _helps(inputs: CollectedInputs, weight: Tensor, decoded: Tensor, drift: Callable[[int], Tensor] | None) -> bool:
+    return shift_helps(weight, decoded, inputs, torch.Generator().manual_seed(0), drift)
+
+
+@pytest.mark.parametrize("last", [1.0, -1.0])
+def test_a_shift_is_judged_on_other_samples(last: float) -> None:
+    reference = [torch.randn(64, 8) for _ in range(5)]
+    student = [x - 0.5 * (last if i == 4 else 1.0) for i, x in enumerate(reference)]
+    weight = torch.eye(8)
+    assert _helps(_inputs(student, reference), weight, weight, None) == (last > 0)
+
+
+@pytest.mark.parametrize(("tried", "judged", "expected"), [(0.9, -0.9, False), (-0.9, 0.9, True)])
+def test_what_the_layer_is_to_compensate_for_counts_as_error(tried: float, judged: float, expected: bool) -> None:
+    """An error of 1 everywhere, and a drift that makes it 1.9 and 0.1, or 0.1 and 1.9."""
+    reference = [torch.randn(32, 4) for _ in range(5)]
+    inputs = _inputs([x - 1 for x in reference], reference)
+    drift = [torch.full((32, 4), judged if i == 4 else tried) for i in range(5)]
+    assert _helps(inputs, torch.eye(4), torch.eye(4), drift.__getitem__) == expected
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("has_drift", [False, True])
+def test_the_decision_is_the_literal_one(groups: int, has_drift: bool) -> None:
+    """Pieces of other sizes, some with more samples than others, in a convolution with or without groups."""
+    decisions = []
+    for seed in range(16):
+        torch.manual_seed(seed)
+        sizes = [1, 2, 3, 4, 5, 3]
+        reference = [torch.randn(size, 4, 6) for size in sizes]
+        student = [x + 0.3 * torch.randn(4)[None, :, None] for x in reference]
+        weight, drifts = torch.randn(6, 4 // groups, 1), [torch.randn(size, 6, 6) * has_drift for size in sizes]
+        decoded = weight + 0.1 * torch.randn_like(weight)
+        mine, theirs = (
+            [torch.nn.functional.conv1d(x, w, groups=groups).double() for x in values]
+            for values, w in ((student, decoded), (reference, weight))
+        )
+        errors = [t - m + d for t, m, d in zip(theirs, mine, drifts, strict=True)]
+        mean = torch.cat(errors[:5]).mean((0, 2))
+        judged = errors[5].mean((0, 2))
+        expected = bool((judged - mean).square().sum() <= judged.square().sum())
+        inputs = _inputs(student, reference, Geometry.of((1,), 1, 0, 1, groups))
+        assert _helps(inputs, weight, decoded, drifts.__getitem__ if has_drift else None) == expected, seed
+        decisions.append(expected)
+    assert len(set(decisions)) == 2

@@ -1,0 +1,67 @@
+"""Moments and lines, channel by channel, against the literal ones of all values at once."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bgd_plugin.correction.channels import ChannelMoments, LineFit
+from bgd_plugin.errors import CalibrationError
+
+
+@pytest.mark.parametrize("places", [(), (2,), (5, 7), (3, 3, 3)])
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_moments_are_those_of_all_values(places: tuple[int, ...], offset: float) -> None:
+    """Over few positions and many, and around a mean a thousand times as large as the spread."""
+    parts = [
+        torch.randn(size, 3, *places) * torch.tensor([1.0, 2.0, 0.5]).view(3, *(1 for _ in places))
+        + offset * (torch.arange(3.0).view(3, *(1 for _ in places)))
+        for size in (1, 4, 6)
+    ]
+    moments = ChannelMoments("norm")
+    for part in parts:
+        moments.add_(part)
+    literal = torch.cat(parts).double().transpose(0, 1).flatten(1)
+    for _ in range(2):  # asking changes nothing
+        mean, variance = moments.means()
+        torch.testing.assert_close(mean, literal.mean(1), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(variance, literal.var(1, correction=0), rtol=1e-3, atol=1e-6)
+
+
+def test_a_constant_channel_has_no_variance() -> None:
+    moments = ChannelMoments("norm")
+    moments.add_(torch.full((3, 2, 5, 5), 0.1))
+    mean, variance = moments.means()
+    torch.testing.assert_close(mean, torch.full((2,), 0.1, dtype=torch.float64), rtol=1e-6, atol=0)
+    assert bool((variance >= 0).all()) and float(variance.max()) < 1e-9
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_values_that_are_not_finite_name_the_norm(bad: float) -> None:
+    moments = ChannelMoments("body.norm")
+    moments.add_(torch.tensor([[1.0, bad]]))
+    with pytest.raises(CalibrationError, match=r"batch norm 'body\.norm': its inputs"):
+        moments.means()
+
+
+def test_a_line_is_the_least_squares_one() -> None:
+    """In three batches of other sizes; a channel that does not vary gets a slope that is a number."""
+    z = [torch.randn(4, n) for n in (3, 10, 6)]
+    t = [torch.tensor([2.0, -1.0, 0.5, 1.0])[:, None] * x + torch.randn(4, 1) + 0.1 * torch.randn(x.shape) for x in z]
+    for x in z:
+        x[3] = 0.0
+    fit = LineFit()
+    for one, other in zip(z, t, strict=True):
+        fit.add_(one, other)
+    x, y = torch.cat(z, 1).double(), torch.cat(t, 1).double()
+    for _ in range(2):
+        slope, z_mean, t_mean = fit.solved()
+        torch.testing.assert_close(z_mean, x.mean(1))
+        torch.testing.assert_close(t_mean, y.mean(1))
+        for channel in range(3):
+            design = torch.stack([x[channel], torch.ones_like(x[channel])], 1)
+            expected = torch.linalg.lstsq(design, y[channel][:, None]).solution[0, 0]
+            torch.testing.assert_close(slope[channel], expected)
+        assert bool(torch.isfinite(slope).all())
