@@ -23,9 +23,7 @@ _COLUMNS = 512
 
 
 @torch.no_grad()
-def encode_with_feedback(
-    weight: Tensor, codebook: Tensor, gram: Tensor, *, damping: float, mask: Tensor | None = None
-) -> Tensor:
+def encode_with_feedback(weight: Tensor, codebook: Tensor, gram: Tensor, *, damping: float) -> Tensor:
     """Encode a layer's rows block by block, and carry each block's error over to the blocks still to come.
 
     With the damped Gram H = V Vᵀ, V upper triangular, U = V⁻¹ gives H⁻¹ = Uᵀ U, and the rows from I on of U give the
@@ -42,7 +40,6 @@ def encode_with_feedback(
         codebook: `[codebook_size, block_size]`, shared by all groups.
         gram: `[groups, columns, columns]`, H of each group's inputs; `[columns, columns]` for one group.
         damping: added to H's diagonal, as a factor of its mean; above 0, because few inputs leave H singular.
-        mask: bool `[rows, columns]`, false where the decoded weight is zero; the error this causes is carried over too.
 
     Returns:
         int64 `[rows, columns / block_size]`.
@@ -55,7 +52,7 @@ def encode_with_feedback(
     """
     if not damping > 0:
         raise ValueError(f"error feedback needs a damping above 0, not {damping}")
-    return encode_damped(weight, codebook, damped(grouped(weight, gram)[1], damping), mask)
+    return encode_damped(weight, codebook, damped(grouped(weight, gram)[1], damping))
 
 
 @torch.no_grad()
@@ -65,8 +62,9 @@ def encode_damped(weight: Tensor, codebook: Tensor, gram: Tensor, mask: Tensor |
     Args:
         weight: `[rows, columns]`, float32 or float64; the rows of each group are contiguous.
         codebook: `[codebook_size, block_size]`.
-        mask: bool `[rows, columns]`, false where the decoded weight is zero; None: nowhere.
         gram: `[groups, columns, columns]`, positive definite.
+        mask: bool `[rows, columns]`, false where the decoded weight is zero; the error this causes is carried over too.
+            None: nowhere.
 
     Returns:
         int64 `[rows, columns / block_size]`.

@@ -25,18 +25,12 @@ _STILL = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class FullFit:
-    """A fitted codebook, its codes, and the history of the fit."""
+    """A fitted codebook and its codes."""
 
     codebook: Tensor
     """`[codebook_size, block_size]`, the weight's dtype."""
     codes: Tensor
     """int64 `[rows, blocks_per_row]`."""
-    history: tuple[float, ...]
-    """The damped objective after error feedback, then after each half round; never rises."""
-    heldout: tuple[float, ...]
-    """The objective on the held-out Gram at the same points; empty without a held-out Gram."""
-    chosen: int
-    """Index in `history` of the point that is returned."""
     notes: tuple[str, ...]
     """Warnings about the fit."""
 
@@ -81,8 +75,7 @@ def fit_full(
     rows, unit = near_one(rows if rows.dtype == torch.float64 else rows.float())
     flat = rows.flatten(0, 1)
     hessian = damped(grams, damping)
-    level = power_of_two(hessian)
-    hessian /= level
+    hessian /= power_of_two(hessian)
     codebook = _start(rows, hessian, mask, codebook_size, block_size, generator)
     codes = encode_damped(flat, codebook, hessian, mask)
     heldout = None if heldout_gram is None else grouped(weight, heldout_gram)[1]
@@ -99,15 +92,19 @@ def fit_full(
     return FullFit(
         codebook=(codebook * unit).to(weight.dtype),
         codes=codes,
-        history=tuple(level * unit**2 * loss for loss in trail.history),
-        heldout=tuple(unit**2 * loss for loss in trail.heldout),
-        chosen=trail.chosen,
         notes=(*trail.notes(), *_notes(codes, codebook_size, grams)),
     )
 
 
 class _Trail:
-    """The points of a fit, their losses, and the best point: by held-out loss if there is a held-out Gram."""
+    """The points of a fit, their losses, and the best point: by held-out loss if there is a held-out Gram.
+
+    Attributes:
+        history: the damped objective after error feedback, then after each half round; never rises.
+        heldout: the objective on the held-out Gram at the same points; empty without a held-out Gram.
+        chosen: index of the best point.
+        best: its codebook and codes.
+    """
 
     def __init__(
         self,

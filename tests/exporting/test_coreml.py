@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from bgd_plugin.errors import BGDError, ConfigError
 from bgd_plugin.exporting.coreml import write as coreml
-from bgd_plugin.exporting.examples import Examples
 from bgd_plugin.exporting.export import export
 from bgd_plugin.nn import FrozenNorm, quantized
 
@@ -19,24 +18,24 @@ pytest.importorskip("coremltools", reason="the extra coreml is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # coremltools has many things to say of versions
 
 
-def _layer(layer: Any, block_size: int, codebook_size: int) -> Any:
+def _layer(layer: Any, block_size: int, codebook_size: int, storage: Any = "int8") -> Any:
     rows, columns = layer.weight.shape[0], layer.weight[0].numel()
     codes = torch.randint(codebook_size, (rows, columns // block_size))
     result = quantized(layer, torch.randn(codebook_size, block_size) * 0.1, codes)
-    result.round_codebook_("int8")
+    result.round_codebook_(storage)
     return result
 
 
 class Net(nn.Module):
     """A 3x3 convolution, a 1x1 convolution, and a linear layer, with three widths of indices."""
 
-    def __init__(self, codebook_size: int = 8) -> None:
+    def __init__(self, codebook_size: int = 8, storage: str = "int8") -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 16, 3, padding=1)
         self.norm = FrozenNorm(torch.rand(16), torch.rand(16))
-        self.wide = _layer(nn.Conv2d(16, 16, 3, padding=1), 9, 16)
-        self.point = _layer(nn.Conv2d(16, 32, 1), 4, 64)
-        self.last = _layer(nn.Linear(32, 10), 4, codebook_size)
+        self.wide = _layer(nn.Conv2d(16, 16, 3, padding=1), 9, 16, storage)
+        self.point = _layer(nn.Conv2d(16, 32, 1), 4, 64, storage)
+        self.last = _layer(nn.Linear(32, 10), 4, codebook_size, storage)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.wide(torch.relu(self.norm(self.stem(x)))))
@@ -56,10 +55,9 @@ def test_the_package_is_written_and_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_in_single_precision_the_tables_are_exact(tmp_path: Path) -> None:
-    examples = Examples.of(torch.randn(1, 3, 8, 8))
-    notes = coreml.write(Net().eval(), tmp_path / "net.mlpackage", examples, None, "float32")
-    assert "largest difference 0.0e+00" in notes[0]
+def test_tables_that_half_precision_holds_are_exact(tmp_path: Path) -> None:
+    done = export(Net(storage="float16").eval(), tmp_path / "net.mlpackage", torch.randn(1, 3, 8, 8))
+    assert "largest difference 0.0e+00" in done.notes[0]
 
 
 def test_what_has_no_table_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from bgd_plugin.pq.feedback import damped, diagonal_blocks
 from bgd_plugin.pq.full_gram import FullFit, fit_full, fit_positions, positions_as_groups
 from bgd_plugin.pq.least_squares import output_objective
 from tests.pq.test_feedback import layer, random_codebook
+from tests.pq.trails import Trail, watched_trails
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -25,21 +27,31 @@ def _fit(weight: Tensor, gram: Tensor, heldout: Tensor | None = None, size: int 
     return fit_full(weight, gram, heldout, size, 4, damping=damping, rounds=rounds, generator=_generator())
 
 
+def _watched(*arguments: Any, **settings: float) -> tuple[FullFit, Trail]:
+    """A fit, and the points that it went through."""
+    with watched_trails() as trails:
+        fit = _fit(*arguments, **settings)
+    (trail,) = trails
+    assert torch.equal(fit.codes, trail.best[1])
+    return fit, trail
+
+
 def _objective(fit: FullFit, weight: Tensor, gram: Tensor) -> float:
     return output_objective(weight, fit.codebook.to(weight), fit.codes, gram)
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-def test_history_never_rises_and_the_objective_is_what_it_says(groups: int) -> None:
+def test_the_objective_never_rises_and_is_the_literal_one(groups: int) -> None:
     weight, gram = layer(groups, 60, 32)
-    fit = _fit(weight, gram)
+    fit, trail = _watched(weight, gram)
+    history = trail.objectives(weight, damped(gram, 0.01))
     assert fit.codebook.shape == (32, 4)
     assert fit.codebook.dtype == weight.dtype
     assert fit.codes.shape == (60 * groups, 8)
-    assert fit.history[fit.chosen] == pytest.approx(_objective(fit, weight, damped(gram, 0.01)), rel=1e-9)
-    assert all(later <= earlier * (1 + 1e-9) for earlier, later in itertools.pairwise(fit.history))
-    assert len(fit.history) >= 3
-    assert fit.history[fit.chosen] == min(fit.history)
+    assert history[trail.chosen] == pytest.approx(_objective(fit, weight, damped(gram, 0.01)), rel=1e-9)
+    assert all(later <= earlier * (1 + 1e-9) for earlier, later in itertools.pairwise(history))
+    assert len(history) >= 3
+    assert history[trail.chosen] == min(history)
     assert fit.notes == ()
 
 
@@ -60,23 +72,24 @@ def test_heldout_rows_decide() -> None:
     """Few inputs, next to no damping: the fitted loss goes on falling while the loss on unseen inputs rises."""
     weight, gram = layer(1, 100, 48, seed=3, positions=30)
     _, heldout = layer(1, 100, 48, seed=3, positions=5000)
-    free = _fit(weight, gram, rounds=6, damping=1e-3)
-    watched = _fit(weight, gram, heldout, rounds=6, damping=1e-3)
-    assert len(watched.heldout) == len(watched.history)
-    assert watched.heldout[watched.chosen] == min(watched.heldout)
-    assert watched.chosen < free.chosen
+    free, unwatched = _watched(weight, gram, rounds=6, damping=1e-3)
+    watched, trail = _watched(weight, gram, heldout, rounds=6, damping=1e-3)
+    judged = trail.heldout_objectives(weight)
+    assert len(judged) == len(trail.history)
+    assert judged[trail.chosen] == min(judged)
+    assert trail.chosen < unwatched.chosen
     losses = [output_objective(weight, fit.codebook, fit.codes, heldout) for fit in (watched, free)]
     assert losses[0] < losses[1]
-    assert watched.heldout[watched.chosen] == pytest.approx(losses[0], rel=1e-9)
+    assert judged[trail.chosen] == pytest.approx(losses[0], rel=1e-9)
     assert _objective(watched, weight, gram) > _objective(free, weight, gram)
-    assert len(watched.history) < len(free.history)
+    assert len(trail.history) < len(unwatched.history)
 
 
 def test_another_heldout_gram_gives_another_choice() -> None:
     weight, gram = layer(1, 100, 48, seed=3, positions=30)
-    same = _fit(weight, gram, gram, rounds=6, damping=1e-3)
+    _, same = _watched(weight, gram, gram, rounds=6, damping=1e-3)
     _, heldout = layer(1, 100, 48, seed=3, positions=5000)
-    other = _fit(weight, gram, heldout, rounds=6, damping=1e-3)
+    _, other = _watched(weight, gram, heldout, rounds=6, damping=1e-3)
     assert same.chosen > other.chosen
 
 

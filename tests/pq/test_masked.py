@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.pq.em import fit_em
-from bgd_plugin.pq.feedback import damped, encode_with_feedback
+from bgd_plugin.pq.feedback import damped, encode_damped
 from bgd_plugin.pq.full_gram import fit_full
 from bgd_plugin.pq.least_squares import output_objective, refine_codes, solve_codebook
 from bgd_plugin.pq.masked import codeword_uses, fit_em_masked, fit_masked, nearest_masked
 from tests.encoding.test_masks import n_of_m
 from tests.oracles import reconstruction_objective
 from tests.pq.test_feedback import layer, random_codebook
+from tests.pq.trails import watched_trails
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -98,9 +99,9 @@ def test_nothing_but_zeros_is_fitted() -> None:
 def test_a_whole_mask_changes_nothing_in_the_full_fit(groups: int) -> None:
     weight, gram = layer(groups, 40, 32)
     whole, words = torch.ones_like(weight, dtype=torch.bool), random_codebook(16, 4)
-    codes = encode_with_feedback(weight, words, gram, damping=0.1)
-    assert torch.equal(encode_with_feedback(weight, words, gram, damping=0.1, mask=whole), codes)
     hessian = damped(gram, 0.1)
+    codes = encode_damped(weight, words, hessian)
+    assert torch.equal(encode_damped(weight, words, hessian, whole), codes)
     solved, _ = solve_codebook(weight, codes, hessian, words)
     torch.testing.assert_close(solve_codebook(weight, codes, hessian, words, mask=whole)[0], solved)
     refined = refine_codes(weight, solved, codes, hessian)[0]
@@ -111,12 +112,14 @@ def test_a_whole_mask_changes_nothing_in_the_full_fit(groups: int) -> None:
 def test_the_full_fit_of_a_pruned_weight_never_gets_worse(groups: int) -> None:
     weight, gram = layer(groups, 60, 32)
     mask = n_of_m(tuple(weight.shape), 2, 4)
-    fit = fit_full(weight * mask, gram, None, 32, 4, damping=0.01, rounds=4, mask=mask, generator=_generator())
-    assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(fit.history))
+    with watched_trails() as trails:
+        fit = fit_full(weight * mask, gram, None, 32, 4, damping=0.01, rounds=4, mask=mask, generator=_generator())
+    (trail,) = trails
+    assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(trail.history))
     decoded = fit.codebook[fit.codes].reshape(weight.shape) * mask
     difference = ((weight * mask - decoded).reshape(groups, -1, 32)).double()
     literal = float(((difference @ damped(gram, 0.01).double()) * difference).sum())
-    assert fit.history[fit.chosen] == pytest.approx(literal, rel=1e-6)
+    assert trail.objectives(weight * mask, damped(gram, 0.01))[trail.chosen] == pytest.approx(literal, rel=1e-6)
 
 
 def test_a_fit_that_knows_the_mask_beats_one_that_is_masked_afterwards() -> None:

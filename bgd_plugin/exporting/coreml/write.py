@@ -26,21 +26,20 @@ __all__ = ["read_back", "write"]
 _PASS = "bgd_plugin::tables"
 _HALF = "_cast_fp16"
 """Suffix of the names of values that coremltools computes in half precision."""
-_NEAR = {"float16": 1e-3, "float32": 1e-5}
-"""Largest difference between a weight that was read back and the network's, relative to the largest one: rounding."""
+_NEAR = 1e-3
+"""Largest difference of a weight that was read back, relative to the largest weight: half precision."""
 
 
-def write(
-    model: nn.Module, path: Path, examples: Examples, dynamic: Any, precision: str = "float16"
-) -> tuple[str, ...]:
-    """Write the network to a package for iOS 18 and macOS 15.
+def write(model: nn.Module, path: Path, examples: Examples, dynamic: Any) -> tuple[str, ...]:
+    """Write the network to a package for iOS 18 and macOS 15, with arithmetic in half precision.
+
+    The Neural Engine supports no other.
 
     Args:
         model: the compressed network, in evaluation mode.
         path: the package, a folder.
         examples: what it is traced with.
         dynamic: must be None: a package has the shapes of the examples.
-        precision: of the package's arithmetic, "float16" or "float32"; the Neural Engine supports only "float16".
 
     Returns:
         notes: the check of the tables, and the layers whose form the Neural Engine may not support.
@@ -54,9 +53,9 @@ def write(
     layers = {name: m for name, m in model.named_modules() if isinstance(m, PQModule)}
     tables = Tables()
     with _quiet():
-        _convert(model, examples, tables, precision).save(str(path))
+        _convert(model, examples, tables).save(str(path))
         difference = read_back(path, {f"p_{name.replace('.', '_')}_codebook": m for name, m in layers.items()}, tables)
-    if difference > _NEAR[precision]:
+    if difference > _NEAR:
         raise BGDError(f"coremltools reads weights back that differ by {difference:.1e} of the largest one")
     return tuple(_notes(layers, tables, difference))
 
@@ -94,7 +93,7 @@ def read_back(path: Path, layers: dict[str, PQModule], tables: Tables) -> float:
     return worst
 
 
-def _convert(model: nn.Module, examples: Examples, tables: Tables, precision: str) -> Any:
+def _convert(model: nn.Module, examples: Examples, tables: Tables) -> Any:
     import coremltools
     from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
 
@@ -113,7 +112,7 @@ def _convert(model: nn.Module, examples: Examples, tables: Tables, precision: st
             ],
             minimum_deployment_target=coremltools.target.iOS18,
             pass_pipeline=pipeline,
-            compute_precision=getattr(coremltools.precision, precision.upper()),
+            compute_precision=coremltools.precision.FLOAT16,
             skip_model_load=True,
         )
     except Exception as error:  # a converter's own errors, of many types
