@@ -53,13 +53,14 @@ def runs_its_parents_forward(module: nn.Module) -> bool:
     """Whether a module of one of our kinds computes as its base class, so that a quantized one can replace it.
 
     It does not if its class overrides `forward` or `_conv_forward` or makes the weight a property, or if a method of
-    the instance was replaced.
+    the instance was replaced. An embedding's class may override `forward`, which then runs on decoded rows.
     """
     base = next((base for base in MODULES if isinstance(module, base)), None)
     if base is None or any(name in vars(module) for name in _METHODS):
         return False
     kind = type(module)
-    methods = all(getattr(kind, name, None) is getattr(base, name, None) for name in _METHODS)
+    kept = [name for name in _METHODS if base is not nn.Embedding or name != "forward"]
+    methods = all(getattr(kind, name, None) is getattr(base, name, None) for name in kept)
     properties = any(hasattr(kind, name) for name in ("weight", "bias") if not hasattr(base, name))
     return methods and not properties
 

@@ -53,7 +53,7 @@ class PQModule(nn.Module):
     mask: Tensor | None
 
     def __init__(self, codebook: Tensor, codes: Tensor, weight_shape: Sequence[int]) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not that of another base, which would create a weight
         notify_hosts()
         self._stands_for: type[nn.Module] | None = None
         self.weight_shape = self.matrix_shape = torch.Size(weight_shape)

@@ -16,6 +16,7 @@ from bgd_plugin.nn.conv_transpose import (
 )
 from bgd_plugin.nn.embedding import PQEmbedding
 from bgd_plugin.nn.linear import PQLinear
+from bgd_plugin.nn.own_embedding import embedding_like
 from bgd_plugin.nn.weight import FloatWeight, PQWeight
 
 __all__ = ["materialized", "quantized", "restored_parameter"]
@@ -29,7 +30,7 @@ _FORMS: dict[type[nn.Module], Any] = {
     nn.ConvTranspose1d: PQConvTranspose1d,
     nn.ConvTranspose2d: PQConvTranspose2d,
     nn.ConvTranspose3d: PQConvTranspose3d,
-    nn.Embedding: PQEmbedding,
+    nn.Embedding: embedding_like,
     FloatWeight: PQWeight,
 }
 

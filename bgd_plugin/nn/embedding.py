@@ -15,7 +15,7 @@ class PQEmbedding(PQModule):
     """`nn.Embedding` with a decoded weight; only the requested rows are decoded."""
 
     def __init__(self, codebook: Tensor, codes: Tensor, like: nn.Embedding) -> None:
-        super().__init__(codebook, codes, like.weight.shape)
+        PQModule.__init__(self, codebook, codes, like.weight.shape)
         self.num_embeddings = like.num_embeddings
         self.embedding_dim = like.embedding_dim
         self.padding_idx = like.padding_idx

@@ -14,10 +14,17 @@ from bgd_plugin.graph.inside import find_inside
 
 
 class Scaled(nn.Embedding):
-    """An embedding that overrides its forward."""
+    """An embedding that overrides its forward, and whose weight is looked up as well."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) * 3
+
+
+def replaced() -> nn.Embedding:
+    """An embedding whose instance has another forward, of which nothing is known."""
+    embedding = nn.Embedding(64, 16)
+    embedding.forward = lambda input: nn.functional.embedding(input, embedding.weight) * 3  # type: ignore[method-assign]
+    return embedding
 
 
 class Language(nn.Module):
@@ -38,7 +45,7 @@ class Language(nn.Module):
 
 
 EMBEDDINGS: dict[str, Callable[[], nn.Module]] = {
-    "scaled": lambda: Scaled(64, 16),
+    "replaced": replaced,
     "max_norm": lambda: nn.Embedding(64, 16, max_norm=1.0),
     "bag": lambda: nn.EmbeddingBag(64, 16),
 }
@@ -57,4 +64,5 @@ def test_a_tie_with_a_scaled_embedding_survives() -> None:
     batches = [torch.randint(0, 64, (4, 6)) for _ in range(3)]
     config = bgd.BGDConfig(embedding=bgd.LayerConfig(block_size=4, codebook_size=16), max_divergence=None)
     result: Any = bgd.quantize(model, batches, config, progress=False).model
-    assert result.head.weight is result.embedding.weight
+    assert result.head.codes is result.embedding.codes
+    assert result.head.codebook is result.embedding.codebook
