@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, LayerConfig
 from tests.networks import randomized
-from tests.quantization.unusual import LAYER_KINDS, LAYERS, NETWORK_KINDS, Net, first_tensor
+from tests.quantization.unusual import LAYER_KINDS, LAYERS, Net, first_tensor
+from tests.quantization.unusual_networks import NETWORK_KINDS
 
 FINE = LayerConfig(block_size=1, codebook_size=4096)
 CONFIG = BGDConfig(
