@@ -5,9 +5,9 @@ from bgd_plugin.encoding.codes import code_dtype, pack, unpack
 from bgd_plugin.errors import CalibrationError, CheckpointError, ConfigError, TraceError
 from bgd_plugin.files.placement import make_room_, placement_in, placement_of, transplant_, transplanted
 from bgd_plugin.files.save import read_file
-from bgd_plugin.graph import PQTracer, become_, copy_module, materialize_, set_modes
+from bgd_plugin.graph import PQTracer, become_, copy_module, materialize_, narrow_, set_modes, widen_
 from bgd_plugin.graph.computed import compute_parameter_, loosen_parameter_, restore_parameter_
-from bgd_plugin.nn import PQLinear, PQModule, PQWeight
+from bgd_plugin.nn import NarrowLinear, NarrowModule, PQLinear, PQModule, PQWeight
 from bgd_plugin.planning.make import layers_in
 from bgd_plugin.quantization.datafree import quantize_module
 from bgd_plugin.results import LayerReport, Plan, PlannedLayer, Quantized, Report, SkippedLayer
@@ -19,6 +19,8 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "LayerReport",
+    "NarrowLinear",
+    "NarrowModule",
     "PQLinear",
     "PQModule",
     "PQTracer",
@@ -38,6 +40,7 @@ __all__ = [
     "make_room_",
     "materialize_",
     "mib",
+    "narrow_",
     "pack",
     "placement_in",
     "placement_of",
@@ -48,4 +51,5 @@ __all__ = [
     "transplant_",
     "transplanted",
     "unpack",
+    "widen_",
 ]

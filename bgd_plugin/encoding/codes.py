@@ -74,6 +74,8 @@ def unpack(packed: Tensor, bits: int, count: int, dtype: torch.dtype = torch.int
             f"{count} codes of {bits} bits need uint8 ({_packed_bytes(count, bits)},), "
             f"found {packed.dtype} {tuple(packed.shape)}"
         )
+    if bits == 8:
+        return packed.to(dtype, copy=True)
     codes = torch.empty(count, dtype=dtype, device=packed.device)
     places = torch.arange(8, dtype=torch.uint8, device=packed.device)
     for part, chunk in zip(torch.split(packed, _CHUNK * bits // 8), torch.split(codes, _CHUNK), strict=True):

@@ -18,7 +18,7 @@ from bgd_plugin.exporting.examples import Examples
 from bgd_plugin.exporting.result import Exported
 from bgd_plugin.exporting.targets import target_of
 from bgd_plugin.files.format import file_size, packed_size, stored
-from bgd_plugin.graph import copy_module, set_modes
+from bgd_plugin.graph import copy_module, set_modes, widen_
 from bgd_plugin.graph.computed import set_apart_
 from bgd_plugin.nn import PQModule
 
@@ -104,7 +104,7 @@ def _ready(model: nn.Module) -> nn.Module:
     if any(tensor.is_meta for tensor in tensors):
         raise BGDError("the network has no values (it is on the meta device): load them first")
     is_elsewhere = any(tensor.device.type != "cpu" for tensor in tensors)
-    network: nn.Module = copy_module(model, share_tensors=not is_elsewhere)
+    network = widen_(copy_module(model, share_tensors=not is_elsewhere))
     set_modes(network, {"": False})  # graphs made by torch.export cannot switch modes themselves
     set_apart_(network)
     return network.cpu() if is_elsewhere else network

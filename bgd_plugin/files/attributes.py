@@ -99,9 +99,9 @@ def give_attributes_(
         if owner is None or value is None or not isinstance(kind, torch.dtype) or not _may_hold(owner, attribute):
             problems.append(f"{name!r} is in the file; the network has no place for it")
         elif attribute in owner._buffers:
-            owner._buffers[attribute] = value.to(device, kind)
+            owner._buffers[attribute] = value.to(device, kind, copy=True)
         else:
-            vars(owner)[attribute] = value.to(device, kind)
+            vars(owner)[attribute] = value.to(device, kind, copy=True)
     wanted: dict[str, Any] = header.get("marks", {})
     if wanted:
         whole, marked = other_tensors(network)

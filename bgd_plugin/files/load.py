@@ -30,6 +30,7 @@ from bgd_plugin.graph import (
     make_picklable_,
     module_at,
     module_or_none,
+    narrow_,
     trace,
     unwrapped,
 )
@@ -50,7 +51,8 @@ def load(path: str | os.PathLike[str], *, like: nn.Module | ExportedProgram) -> 
 
     Returns:
         the compressed network, of the class of `like`, on its device (the CPU if that is meta), in its training or
-            evaluation mode.
+            evaluation mode. In evaluation mode on a CPU, large embeddings and linear layers that are float stay as
+            narrow as in the file, and are no parameters: `materialize` makes them float.
 
     Raises:
         CheckpointError: the file is damaged, of another format, written by a newer version, or does not fit `like`; the
@@ -82,7 +84,7 @@ def load(path: str | os.PathLike[str], *, like: nn.Module | ExportedProgram) -> 
     _tie_(network, ties)
     _require_no_meta(network)
     make_picklable_(network)
-    return network
+    return narrow_(network)
 
 
 def _places(network: nn.Module, header: dict[str, Any]) -> dict[str, FoundLayer]:
@@ -279,7 +281,7 @@ def _widened(name: str, value: Tensor, wanted: Tensor, original: Any, problems: 
     if value.is_floating_point() and name.endswith(".codebook") and not bool(torch.isfinite(value).all()):
         problems.append(f"{name!r}: the codebook contains NaN or infinite values")
         return None
-    return value.to(wanted.dtype)
+    return value.to(wanted.dtype, copy=True)  # a tensor of the file's own would keep all of it mapped
 
 
 def _raise_if(problems: list[str], path: Any) -> None:

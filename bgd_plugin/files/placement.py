@@ -24,8 +24,9 @@ from bgd_plugin.graph import (
     fold_parametrizations_,
     install_,
     swap_,
+    widen_,
 )
-from bgd_plugin.nn import FrozenNorm, PQModule, RotatedNorm, has_running_statistics, is_batchnorm
+from bgd_plugin.nn import FrozenNorm, NarrowModule, PQModule, RotatedNorm, has_running_statistics, is_batchnorm
 
 __all__ = ["Placement", "make_room_", "placement_in", "placement_of", "transplant_", "transplanted"]
 
@@ -102,10 +103,12 @@ def transplant_(model: nn.Module, compressed: nn.Module, *, statistics_only: boo
     Raises:
         ConfigError: the model has pruning masks, which recompute its weights at each call.
     """
+    widen_(model)
     if baked(model) is not model:
         raise ConfigError("the network has pruning masks: make them permanent first (torch.nn.utils.prune.remove)")
     fold_parametrizations_(model)
-    layers = {path: x for path, x in compressed.named_modules() if isinstance(x, (PQModule, FrozenNorm, RotatedNorm))}
+    ours = (PQModule, NarrowModule, FrozenNorm, RotatedNorm)
+    layers = {path: module for path, module in compressed.named_modules() if isinstance(module, ours)}
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

@@ -11,6 +11,7 @@ from bgd_plugin.graph.following import added_to, following_batchnorm, following_
 from bgd_plugin.graph.front import Front, front_end, retraced, unwrapped
 from bgd_plugin.graph.in_place import state_kept, untouched
 from bgd_plugin.graph.layer import FoundLayer, LeftLayer
+from bgd_plugin.graph.narrowing import narrow_, widen_
 from bgd_plugin.graph.parts import batchnorms_in_parts
 from bgd_plugin.graph.pickling import make_picklable_
 from bgd_plugin.graph.place import layer_at
@@ -59,6 +60,7 @@ __all__ = [
     "module_at",
     "module_or_none",
     "module_paths",
+    "narrow_",
     "partition",
     "pointwise",
     "release_",
@@ -70,4 +72,5 @@ __all__ = [
     "trace",
     "untouched",
     "unwrapped",
+    "widen_",
 ]

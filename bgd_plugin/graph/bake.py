@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.graph.copying import copy_module
+from bgd_plugin.graph.narrowing import widen_
+from bgd_plugin.nn import NarrowModule
 
 __all__ = ["baked"]
 
@@ -29,12 +31,14 @@ def baked(model: nn.Module) -> nn.Module:
 
     Returns:
         `model` itself if it has no mask; otherwise a copy that shares every tensor that is not masked. Its masked
-        parameters keep their names, without `_orig`.
+        parameters keep their names, without `_orig`. Weights that are held narrow are float parameters in it.
 
     Raises:
         ConfigError: a parameter is held as a sparse tensor, or as a tensor of another library's own kind.
     """
     _require_plain(model)
+    if any(isinstance(module, NarrowModule) for module in model.modules()):
+        model = widen_(copy_module(model, share_tensors=True))
     if not any(_hooks(module) or _sparse_tensors(module) for module in model.modules()):
         return model
     result: nn.Module = copy_module(model, share_tensors=True)

@@ -11,7 +11,17 @@ from bgd_plugin.graph.calls import attribute
 from bgd_plugin.graph.computed import compute_parameter_, module_at, module_or_none, restore_parameter_
 from bgd_plugin.graph.copying import rebind_
 from bgd_plugin.graph.layer import FoundLayer
-from bgd_plugin.nn import FloatWeight, PQModule, PQWeight, materialized, quantized, restored_parameter, take_hooks_
+from bgd_plugin.nn import (
+    FloatWeight,
+    NarrowModule,
+    PQModule,
+    PQWeight,
+    materialized,
+    quantized,
+    restored_parameter,
+    take_hooks_,
+    widened,
+)
 from bgd_plugin.pq.blocks import AS_IT_IS, Layout
 
 __all__ = [
@@ -142,7 +152,7 @@ def _isolate(graph_module: fx.GraphModule, layer: FoundLayer, first_call: fx.Nod
 
 
 def materialize_(network: nn.Module, paths: Collection[str] | None = None) -> nn.Module:
-    """Replace product-quantized modules by ordinary ones with decoded weights, in place.
+    """Replace product-quantized modules, and those with a narrow weight, by ordinary ones with float weights, in place.
 
     Args:
         network: the compressed network.
@@ -153,7 +163,14 @@ def materialize_(network: nn.Module, paths: Collection[str] | None = None) -> nn
     """
     weights: dict[int, nn.Parameter] = {}  # tied layers share one
     for path, module in list(network.named_modules()):
-        if not isinstance(module, PQModule) or (paths is not None and path not in paths):
+        if paths is not None and path not in paths:
+            continue
+        if isinstance(module, NarrowModule):
+            narrow: Any = module
+            if id(module.numbers) not in weights:
+                weights[id(module.numbers)] = module.as_parameter()
+            swap_(network, path, widened(narrow, weights[id(module.numbers)]))
+        if not isinstance(module, PQModule):
             continue
         weight = weights.setdefault(id(module.codebook), restored_parameter(module))
         if isinstance(module, PQWeight):

@@ -16,7 +16,7 @@ from bgd_plugin.graph.copying import drop_hooks_, set_modes
 from bgd_plugin.graph.in_place import untouched
 from bgd_plugin.graph.kinds import MODULES, runs_its_parents_forward
 from bgd_plugin.graph.layer import FoundLayer
-from bgd_plugin.nn import FloatWeight, FrozenNorm, PQModule, RotatedNorm, has_running_statistics
+from bgd_plugin.nn import FloatWeight, FrozenNorm, NarrowModule, PQModule, RotatedNorm, has_running_statistics
 
 __all__ = ["FROM_DATA", "PQTracer", "is_quantized_elsewhere", "trace"]
 
@@ -43,7 +43,7 @@ class PQTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """As in `torch.fx.Tracer`: whether module `m` becomes one node; `module_qualified_name` is its path."""
-        ours = isinstance(m, (PQModule, FloatWeight, FrozenNorm, RotatedNorm))
+        ours = isinstance(m, (PQModule, NarrowModule, FloatWeight, FrozenNorm, RotatedNorm))
         is_opaque = isinstance(m, torch.jit.ScriptModule) or is_quantized_elsewhere(m)
         if ours or is_opaque or has_running_statistics(m):
             return True

@@ -15,7 +15,7 @@ from functools import cache
 from types import TracebackType
 from typing import Any
 
-__all__ = ["AVAILABLE", "Loop", "compiled", "define", "pieces", "read_codes", "vector_registers"]
+__all__ = ["AVAILABLE", "Loop", "compiled", "converts_halves", "define", "pieces", "read_codes", "vector_registers"]
 
 _LANES = 16
 """Floats in the widest vector; LLVM splits it if the processor's vectors are narrower."""
@@ -134,6 +134,15 @@ def vector_registers() -> int:
     features = binding.get_host_cpu_features()
     is_x86 = binding.get_process_triple().startswith(("x86", "i386", "i686"))
     return 16 if is_x86 and not features.get("avx512f") else 32
+
+
+@cache
+def converts_halves() -> bool:
+    """Whether the processor converts half precision to single precision itself."""
+    from llvmlite import binding
+
+    features, triple = binding.get_host_cpu_features(), binding.get_process_triple()
+    return bool(features.get("f16c") or features.get("avx512f")) or triple.startswith(("aarch64", "arm64"))
 
 
 @cache

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from bgd_plugin.kernels.llvm import AVAILABLE
 
-__all__ = ["computable", "disabled", "enabled", "usable"]
+__all__ = ["computable", "disabled", "enabled", "runs_directly", "turned_off", "usable"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CODES = (torch.uint8, torch.int16, torch.int32)
@@ -40,7 +40,12 @@ def disabled() -> Iterator[None]:
 
 def enabled() -> bool:
     """Whether kernels can be used: `llvmlite` is installed, and they are not turned off."""
-    return not _is_off_by_environment and not _is_off.get() and AVAILABLE
+    return AVAILABLE and not turned_off()
+
+
+def turned_off() -> bool:
+    """Whether the caller wants the plain path, with torch's operators alone."""
+    return _is_off_by_environment or _is_off.get()
 
 
 def usable(x: Tensor, codebook: Tensor, codes: Tensor, *others: Tensor | None) -> bool:
@@ -66,13 +71,22 @@ def computable(x: Tensor, codebook: Tensor, codes: Tensor) -> bool:
     Args:
         x, codebook, codes: of the shapes in `usable`.
     """
-    if type(x) not in _TENSORS or not (x.is_cpu and codebook.is_cpu and codes.is_cpu) or _is_traced():
+    if not (runs_directly(x) and codebook.is_cpu and codes.is_cpu):
         return False
     if x.dtype != codebook.dtype or x.dtype not in _DTYPES or codes.dtype not in _CODES:
         return False
     if codebook.shape[1] > _LARGEST_BLOCK or not (codes.is_contiguous() and codebook.is_contiguous()):
         return False
-    return enabled() and not torch.is_autocast_enabled("cpu") and not _is_intercepted()
+    return enabled()
+
+
+def runs_directly(x: Tensor) -> bool:
+    """Whether an operator on x, of any shape, runs here and now on a CPU: not traced, not intercepted, no autocast.
+
+    The compiler may be at work: it knows our operators.
+    """
+    is_plain = type(x) in _TENSORS and x.is_cpu and not _is_traced()
+    return is_plain and not torch.is_autocast_enabled("cpu") and not _is_intercepted()
 
 
 def _need_gradient(*tensors: Tensor | None) -> bool:

@@ -8,6 +8,7 @@ from bgd_plugin.nn.embedding import PQEmbedding
 from bgd_plugin.nn.frozen import FrozenNorm, freeze_norms_
 from bgd_plugin.nn.hooks import take_hooks_
 from bgd_plugin.nn.linear import PQLinear
+from bgd_plugin.nn.narrow import NarrowEmbedding, NarrowLinear, NarrowModule, narrowed, widened
 from bgd_plugin.nn.norms import has_running_statistics, is_batchnorm, normalizes
 from bgd_plugin.nn.padding import SamePadding
 from bgd_plugin.nn.rotated_norm import RotatedNorm
@@ -16,6 +17,9 @@ from bgd_plugin.nn.weight import FloatWeight, PQWeight
 __all__ = [
     "FloatWeight",
     "FrozenNorm",
+    "NarrowEmbedding",
+    "NarrowLinear",
+    "NarrowModule",
     "PQConv1d",
     "PQConv2d",
     "PQConv3d",
@@ -32,9 +36,11 @@ __all__ = [
     "has_running_statistics",
     "is_batchnorm",
     "materialized",
+    "narrowed",
     "normalizes",
     "quantized",
     "restored_parameter",
     "storable",
     "take_hooks_",
+    "widened",
 ]

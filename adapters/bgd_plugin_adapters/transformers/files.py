@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from bgd_plugin.integration import CheckpointError, ConfigError, PQModule, PQWeight, code_dtype, pack, unpack
-from bgd_plugin_adapters.transformers.ties import shared
+from bgd_plugin_adapters.transformers.ties import repeated, shared
 
 __all__ = [
     "checked_files",
@@ -50,7 +50,7 @@ def packed_state(model: nn.Module, given: Mapping[str, Any] | None = None) -> di
     """
     layers = {p: m for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, PQModule)}
     state = dict(model.state_dict() if given is None else given)
-    ties = shared(model)
+    ties, again = shared(model), repeated(model)
     halves: dict[tuple[Any, ...], Tensor] = {}
     result: dict[str, Any] = {}
     for name, value in state.items():
@@ -61,6 +61,8 @@ def packed_state(model: nn.Module, given: Mapping[str, Any] | None = None) -> di
             _require_whole(path, layers[path], value, state)
         source = ties.get(path)
         if source is not None and part in _PARTS and f"{source}.{part}" in state:
+            continue
+        if path in again and part == "weight" and f"{again[path]}.weight" in state:
             continue
         if path in layers and part == "codes":
             result[code_name(path, layers[path])] = pack(value.reshape(-1), layers[path].code_bits)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bgd_plugin import integration
-from bgd_plugin.integration import ConfigError, PQModule
+from bgd_plugin.integration import ConfigError, NarrowModule, PQModule
 from bgd_plugin_adapters.transformers.config import QUANT_METHOD, BGDQuantizationConfig, parts_of
 from bgd_plugin_adapters.transformers.quantizer import BGDHfQuantizer
 from bgd_plugin_adapters.transformers.ties import forget_names, remember_names
@@ -111,13 +111,15 @@ def _require_loadable(model: Any) -> None:
 
 def _make_embeddings_float_(model: Any) -> None:
     """Decode quantized token embeddings and the head, so that rows can be added and removed."""
+    is_narrow = any(isinstance(module, NarrowModule) for module in model.modules())
+    integration.widen_(model)
     both = (model.get_input_embeddings(), model.get_output_embeddings())
     tables = {id(module.codebook) for module in both if isinstance(module, PQModule)}
     layers = {path: module for path, module in model.named_modules() if isinstance(module, PQModule)}
     paths = [path for path, module in layers.items() if id(module.codebook) in tables]
-    if not paths:
-        return
-    _logger.warning("%s: decoded for resizing, float from now on", ", ".join(paths))
-    integration.materialize_(model, paths)
-    remember_names(model)
-    forget_names(model)
+    if paths:
+        _logger.warning("%s: decoded for resizing, float from now on", ", ".join(paths))
+        integration.materialize_(model, paths)
+    if paths or is_narrow:
+        remember_names(model)
+        forget_names(model)

@@ -6,7 +6,7 @@ import functools
 import warnings
 from typing import Any
 
-from bgd_plugin.integration import ConfigError, PQLinear, PQModule
+from bgd_plugin.integration import ConfigError, NarrowLinear, NarrowModule, PQLinear, PQModule
 
 __all__ = ["on_quantized_layers"]
 
@@ -23,7 +23,7 @@ def on_quantized_layers(config: Any) -> Any:
         ConfigError: an initialization of the adapters that would change the quantized weight.
     """
     _require_untouched(config)
-    config._register_custom_module({PQLinear: _lora_class()})
+    config._register_custom_module({PQLinear: _lora_class(), NarrowLinear: _lora_class()})
     return config
 
 
@@ -56,7 +56,7 @@ def _lora_class() -> Any:
             Raises:
                 ConfigError: the layer is still quantized.
             """
-            if isinstance(self.get_base_layer(), PQModule):
+            if isinstance(self.get_base_layer(), (PQModule, NarrowModule)):
                 raise ConfigError(
                     "an adapter cannot be merged into a quantized layer, whose weight is decoded from codes: keep it "
                     "beside the layer, or make the model float first (bgd_plugin.materialize)"

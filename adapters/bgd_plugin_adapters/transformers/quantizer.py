@@ -94,8 +94,10 @@ class BGDHfQuantizer(HfQuantizer):
             self._quantize_(model)
         compute_weights_(model)
         _reset_new_biases(self._loading)
-        self._loading = []
         share_(model, self._tied)
+        if self._loading:  # a folder, no model that was quantized in memory
+            integration.narrow_(model)
+        self._loading = []
         forget_names(model)
         accept_packed_codes(model)
         self._write_layers(model)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bgd_plugin.integration import CheckpointError, PQModule
 from bgd_plugin_adapters.transformers.files import code_name, unpacked_codes, unpacked_mask
-from bgd_plugin_adapters.transformers.ties import shared
+from bgd_plugin_adapters.transformers.ties import repeated, shared
 
 __all__ = ["accept_packed_codes"]
 
@@ -48,6 +48,9 @@ def _unpack_codes(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
         for part in ("codes", "codebook", "mask"):
             if f"{prefix}{first}.{part}" in state_dict:
                 state_dict.setdefault(f"{prefix}{path}.{part}", state_dict[f"{prefix}{first}.{part}"])
+    for path, first in repeated(model).items():
+        if f"{prefix}{first}.weight" in state_dict:
+            state_dict.setdefault(f"{prefix}{path}.weight", state_dict[f"{prefix}{first}.weight"])
 
 
 def _require_same(path: str, layer: PQModule, packed: Tensor) -> None:

@@ -1,7 +1,8 @@
 """Tied weights of quantized layers.
 
 transformers ties parameters by name, `lm_head.weight` to `model.embed_tokens.weight`. A quantized layer has no
-parameter of that name: it shares codebook and codes instead, and the names leave transformers' lists.
+parameter of that name: it shares codebook and codes instead, and the names leave transformers' lists. So does a float
+layer whose weight is held narrow: it shares its numbers.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bgd_plugin.integration import PQModule
+from bgd_plugin.integration import NarrowModule, PQModule
 
-__all__ = ["forget_names", "remember_names", "share_", "shared"]
+__all__ = ["forget_names", "remember_names", "repeated", "share_", "shared"]
 
 
 def shared(model: nn.Module) -> dict[str, str]:
@@ -23,6 +24,13 @@ def shared(model: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     layers = [(p, m) for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, PQModule)]
     return {path: first[id(m.codebook)] for path, m in layers if first.setdefault(id(m.codebook), path) != path}
+
+
+def repeated(model: nn.Module) -> dict[str, str]:
+    """Narrow layers that share their weight with an earlier one, and that one, by path."""
+    first: dict[int, str] = {}
+    layers = [(p, m) for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, NarrowModule)]
+    return {path: first[id(m.numbers)] for path, m in layers if first.setdefault(id(m.numbers), path) != path}
 
 
 def share_(model: nn.Module, pairs: dict[str, str]) -> None:
@@ -37,23 +45,24 @@ def share_(model: nn.Module, pairs: dict[str, str]) -> None:
 
 
 def forget_names(model: Any) -> dict[str, str]:
-    """Remove quantized layers from transformers' lists of tied names; returns the pairs of layers removed."""
-    layers = {path for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, PQModule)}
+    """Remove our layers from transformers' lists of tied names; returns the pairs of layers removed."""
+    ours = (PQModule, NarrowModule)
+    layers = {path for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, ours)}
     pairs: dict[str, str] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, PreTrainedModel):
             continue
         inside = {path.removeprefix(f"{prefix}.") for path in layers if not prefix or path.startswith(f"{prefix}.")}
         found: dict[str, str] = getattr(module, "all_tied_weights_keys", {})
-        ours = {k: v for k, v in found.items() if {_layer(k), _layer(v)} & inside}
-        if not ours:
+        gone = {k: v for k, v in found.items() if {_layer(k), _layer(v)} & inside}
+        if not gone:
             continue
-        module.all_tied_weights_keys = {k: v for k, v in found.items() if k not in ours}
+        module.all_tied_weights_keys = {k: v for k, v in found.items() if k not in gone}
         names = module._tied_weights_keys or {}
-        kept = {k: v for k, v in names.items() if not any(re.search(f"^{k}", target) for target in ours)}
+        kept = {k: v for k, v in names.items() if not any(re.search(f"^{k}", target) for target in gone)}
         module._tied_weights_keys = kept or None
         if not prefix:
-            pairs = {_layer(k): _layer(v) for k, v in ours.items()}
+            pairs = {_layer(k): _layer(v) for k, v in gone.items()}
     return pairs
 
 
