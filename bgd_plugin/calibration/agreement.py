@@ -53,17 +53,21 @@ def difference(graph: fx.GraphModule, network: nn.Module, batches: Sequence[Batc
     Raises:
         CalibrationError: the network itself fails on a batch.
     """
-    with untouched(graph, network) as (graph, network):
-        for one in (graph, network):
-            set_modes(one, {"": False})
-        return _difference(graph, network, batches)
+    chosen = _compared(batches)
+    with untouched(graph) as (graph,):
+        set_modes(graph, {"": False})
+        answers = [_answer_of_graph(graph, batches[index]) for index in chosen]
+    with untouched(network) as (network,):  # they may share modules: each begins with the state that they came with
+        set_modes(network, {"": False})
+        return _first_of(network, batches, dict(zip(chosen, answers, strict=True)))
 
 
-def _difference(graph: fx.GraphModule, network: nn.Module, batches: Sequence[Batch]) -> str:
-    for index in _compared(batches):
+def _first_of(
+    network: nn.Module, batches: Sequence[Batch], answers: Mapping[int, tuple[Any, CalibrationError | None]]
+) -> str:
+    """The first difference between a network's answers and those of its graph, or its failures, by index of batch."""
+    for index, (found, failure) in answers.items():
         batch, number = batches[index], given_number(batches, index)
-        with same_random_numbers():
-            found, failure = _answer_of_graph(graph, batch)
         with same_random_numbers():
             try:
                 wanted = batch.call(network)
@@ -192,14 +196,20 @@ def same_random_numbers() -> Iterator[None]:
 
 
 def _answer_of_graph(graph: fx.GraphModule, batch: Batch) -> tuple[Any, CalibrationError | None]:
-    """The graph's output, computed node by node as in a walk; or the error."""
+    """The graph's output, computed node by node as in a walk, or the error; the output is no part of its state."""
+    with same_random_numbers():
+        return _along_nodes(graph, batch)
+
+
+def _along_nodes(graph: fx.GraphModule, batch: Batch) -> tuple[Any, CalibrationError | None]:
     try:
         given = {node.name: value for node, value in batch.placeholders(graph.graph).items()}
         values = dict(given)
         for node in graph.graph.nodes:
             if node.op == "output":
                 output = pytree.tree_map_only(fx.Node, lambda n: values[n.name], node.args[0])
-                return graph.graph.process_outputs(output), None  # exported graphs give leaves in a row
+                output = graph.graph.process_outputs(output)  # exported graphs give leaves in a row
+                return pytree.tree_map_only(Tensor, Tensor.clone, output), None
             run_node(graph, node, values, protected=(given,))
     except CalibrationError as error:
         return None, error

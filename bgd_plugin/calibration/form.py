@@ -12,7 +12,7 @@ from torch import fx, nn
 from bgd_plugin.calibration.agreement import difference, given_arguments
 from bgd_plugin.calibration.batches import Batch
 from bgd_plugin.errors import TraceError
-from bgd_plugin.graph import FROM_DATA, Front, copy_module, retraced
+from bgd_plugin.graph import FROM_DATA, Front, retraced
 from bgd_plugin.support.processes import largest
 
 __all__ = ["checked", "shared_difference"]
@@ -42,8 +42,7 @@ def checked(front: Front, batches: Sequence[Batch]) -> Front:
     if not isinstance(front.network, fx.GraphModule):
         return front
     if reason := shared_difference(front.network, front.own, batches):
-        working: nn.Module = copy_module(front.own, share_tensors=True)
-        return dataclasses.replace(front, network=working, reason=reason)
+        return dataclasses.replace(front, network=front.own, reason=reason)
     return front
 
 

@@ -25,8 +25,8 @@ class Front:
 
     Attributes:
         own: a copy of the network, of its own class, with plain weights; it receives the compressed layers.
-        network: in which the layers are fitted: a graph over a second copy that shares its parameters with `own`; that
-            copy itself if it cannot be traced; `own` if that is a graph.
+        network: in the form in which the layers are fitted: a graph over the modules of `own`; `own` itself if that is
+            a graph, or cannot be traced. Layers are fitted in copies of it.
         folded: layers whose weight was computed, and by what.
         reason: why `network` is not a graph; empty if it is one.
     """
@@ -53,11 +53,10 @@ def front_end(model: nn.Module, *, share_tensors: bool = False) -> Front:
 
 def retraced(front: Front, given: Mapping[str, Any] | None) -> Front:
     """The same network, traced for the arguments of its calls, `given` as for `trace`; None: unknown."""
-    working: nn.Module = copy_module(front.own, share_tensors=True)
     try:
-        return dataclasses.replace(front, network=trace(working, given), reason="")
+        return dataclasses.replace(front, network=trace(front.own, given), reason="")
     except TraceError as error:
-        return dataclasses.replace(front, network=working, reason=error.reason)
+        return dataclasses.replace(front, network=front.own, reason=error.reason)
 
 
 def unwrapped(model: nn.Module | ExportedProgram) -> nn.Module:

@@ -118,12 +118,24 @@ class _State:
             self.is_known = False
             return
         attributes = vars(module)
+        self._class(module)
         self._container(attributes, dict)
         for name, value in attributes.items():
             if name in ("_parameters", "_modules"):
                 self._container(value, dict)
             elif not (isinstance(module, fx.GraphModule) and name in _GRAPH_PARTS):
                 self._look(value, _DEPTH)
+
+    def _class(self, module: nn.Module) -> None:
+        kind = type(module)  # a parameter that is computed makes it another one
+
+        def put_back() -> bool:
+            is_changed = type(module) is not kind
+            if is_changed:
+                module.__class__ = kind
+            return is_changed
+
+        self._undo.append(put_back)
 
     def _look(self, value: Any, depth: int) -> None:
         if isinstance(value, _CONSTANT) or id(value) in self._seen or not self.is_known:

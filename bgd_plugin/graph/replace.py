@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -29,6 +30,7 @@ __all__ = [
     "float_module",
     "install_",
     "isolate_weights_",
+    "isolated_weights",
     "materialize_",
     "module_paths",
     "release_",
@@ -184,6 +186,17 @@ def materialize_(network: nn.Module, paths: Collection[str] | None = None) -> nn
         network.graph.lint()
         network.recompile()
     return network
+
+
+@contextmanager
+def isolated_weights(network: nn.Module, layers: Sequence[FoundLayer]) -> Iterator[None]:
+    """A context in which `isolate_weights_` has been done; copies made in it keep what it did."""
+    isolate_weights_(network, layers)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            release_(network, layer)
 
 
 def release_(network: nn.Module, layer: FoundLayer) -> None:

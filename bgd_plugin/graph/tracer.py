@@ -173,12 +173,24 @@ def _error(model: nn.Module, error: Exception) -> TraceError:
 
 
 def _keep_owners_(result: fx.GraphModule, model: nn.Module) -> None:
-    """Insert the layers of which the graph only reads parameters; a `GraphModule` has plain holders instead."""
+    """Insert the layers of which the graph only reads parameters; a `GraphModule` has plain holders instead.
+
+    They are other modules than the network's, with the same parameters: a graph exchanges the weights that it reads.
+    """
     for node in result.graph.nodes:
         owner = str(node.target).rpartition(".")[0]
         module = module_or_none(model, owner) if node.op == "get_attr" and owner else None
         if isinstance(module, _SWAPPABLE) and not computed_parameters(module):
-            result.add_submodule(owner, module)
+            result.add_submodule(owner, _holder_of(module))
+
+
+def _holder_of(module: nn.Module) -> nn.Module:
+    """Another module of the same class with the same parameters, buffers and attributes."""
+    result = module.__class__.__new__(module.__class__)
+    vars(result).update(vars(module))
+    for table in ("_parameters", "_buffers", "_modules"):
+        vars(result)[table] = dict(vars(module)[table])
+    return result
 
 
 def _type_at(model: nn.Module, name: str) -> str:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from bgd_plugin.calibration import Batch, first_samples
-from bgd_plugin.graph import copy_module, isolate_weights_, release_
+from bgd_plugin.graph import isolated_weights, untouched
 from bgd_plugin.planning.answers import compare_answers
 from bgd_plugin.planning.budget import Budget
 from bgd_plugin.planning.losses import Sensitivity
-from bgd_plugin.planning.perturbation import perturbed
+from bgd_plugin.planning.perturbation import changed, changes_of
 from bgd_plugin.planning.sensitivity import Measured, measure_layers
 from bgd_plugin.planning.survey import Survey
 from bgd_plugin.support.processes import from_first, is_first
@@ -56,18 +56,19 @@ class Measurements:
 
     def _tried(self, survey: Survey) -> float:
         few = first_samples(self.batches, _SAMPLES)
-        with _isolated(self.budget):
-            exact = self.budget.survey.network
-            network = copy_module(exact, share_tensors=True)
-            with ExitStack() as stack:
-                for planned in survey.layers:
-                    one = self.layers.get(planned.name)
-                    if one is not None:
-                        error = one.sensitivity.error_of(planned)
-                        stack.enter_context(perturbed(network, one.error, (error / one.size) ** 0.5))
-                answers = compare_answers(
-                    lambda batch: batch.call(network), lambda batch: batch.call(exact), few, kept_aside=False
-                )
+        errors = [
+            (one, (one.sensitivity.error_of(planned) / one.size) ** 0.5)
+            for planned in survey.layers
+            if (one := self.layers.get(planned.name)) is not None
+        ]
+        with _apart(self.budget) as network:
+            changes = [change for one, scale in errors for change in changes_of(network, one.error, scale)]
+
+            def with_errors(batch: Batch) -> Any:
+                with changed(changes):
+                    return batch.call(network)
+
+            answers = compare_answers(with_errors, lambda batch: batch.call(network), few, kept_aside=False)
         return answers.divergence
 
 
@@ -83,12 +84,15 @@ def measured(budget: Budget, batches: Sequence[Batch], *, progress: bool) -> Mea
 
     def work() -> tuple[dict[str, Tensor], str]:
         shown = progress and is_first()
-        with tqdm(total=len(budget.free), disable=not shown, desc="measure", unit="layer", dynamic_ncols=True) as bar:
-            layers.update(measure_layers(budget.survey.network, batches, budget.free, budget.survey.config, bar.update))
+        count = len(budget.free)
+        with (
+            tqdm(total=count, disable=not shown, desc="measure", unit="layer", dynamic_ncols=True) as bar,
+            _apart(budget) as network,
+        ):
+            layers.update(measure_layers(network, batches, budget.free, budget.survey.config, bar.update))
         return {}, json.dumps({name: one.sensitivity.to_dict() for name, one in layers.items()})
 
-    with _isolated(budget):
-        text = from_first(work)[1]
+    text = from_first(work)[1]
     found: dict[str, Any] = json.loads(text)
     return Measurements(
         budget=budget,
@@ -99,12 +103,8 @@ def measured(budget: Budget, batches: Sequence[Batch], *, progress: bool) -> Mea
 
 
 @contextmanager
-def _isolated(budget: Budget) -> Iterator[None]:
-    """The network with weights that can be exchanged."""
+def _apart(budget: Budget) -> Iterator[nn.Module]:
+    """The network with weights that can be exchanged; it is as before at the end."""
     network = budget.survey.network
-    isolate_weights_(network, budget.free)
-    try:
-        yield
-    finally:
-        for layer in budget.free:
-            release_(network, layer)
+    with isolated_weights(network, budget.free), untouched(network) as (running,):
+        yield running

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bgd_plugin.graph import FoundLayer, module_at
 from bgd_plugin.planning.layer_facts import LayerFacts
 
-__all__ = ["Perturbation", "bias_of", "has_channel_rows", "perturbed"]
+__all__ = ["Perturbation", "bias_of", "changed", "changes_of", "has_channel_rows", "perturbed"]
 
 _TINY = 1e-12
 _RATIOS = 0.05, 20.0
@@ -82,30 +82,44 @@ class Perturbation:
         return ratio
 
 
+Change = tuple[Any, str, Any]
+"""A module, one of its attributes, and another value for that."""
+
+
 @contextmanager
 def perturbed(network: nn.Module, one: Perturbation, scale: float = 1.0) -> Iterator[None]:
     """The network with `scale` times the error in one layer, and the mean and spread of the layer's output kept."""
+    with changed(changes_of(network, one, scale)):
+        yield
+
+
+def changes_of(network: nn.Module, one: Perturbation, scale: float) -> list[Change]:
+    """What `perturbed` changes; it can be done and undone many times."""
     holder, name = _holder(network, one.layer)
-    weight, bias = getattr(holder, name), bias_of(network, one.layer)
+    bias = bias_of(network, one.layer)
     norm: Any = module_at(network, one.norm) if one.norm else None
-    mean: Any = norm.running_mean if norm is not None else None
     exact, error = one.means
     shift = scale * error
+    changes: list[Change] = [(holder, name, nn.Parameter(one.weight(scale), requires_grad=False))]
     if norm is not None:  # whose rows are scaled, too
         shift = (exact + shift) * one.ratio(scale) - exact
+        changes.append((norm, "running_mean", norm.running_mean + shift.to(norm.running_mean)))
+    elif one.takes_mean and bias is not None:
+        changes.append((holder, "bias", nn.Parameter(bias - shift.to(bias), requires_grad=False)))
+    return changes
+
+
+@contextmanager
+def changed(changes: Sequence[Change]) -> Iterator[None]:
+    """A context in which modules have other values."""
+    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
     try:
-        setattr(holder, name, nn.Parameter(one.weight(scale), requires_grad=False))
-        if norm is not None:
-            norm.running_mean = mean + shift.to(mean)
-        elif one.takes_mean and bias is not None:
-            holder.bias = nn.Parameter(bias - shift.to(bias), requires_grad=False)
+        for module, name, value in changes:
+            setattr(module, name, value)
         yield
     finally:
-        setattr(holder, name, weight)
-        if norm is not None:
-            norm.running_mean = mean
-        elif bias is not None:
-            holder.bias = bias
+        for module, name, value in reversed(before):
+            setattr(module, name, value)
 
 
 def _holder(network: nn.Module, layer: FoundLayer) -> tuple[Any, str]:

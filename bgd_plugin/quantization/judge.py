@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from bgd_plugin.calibration import first_samples
 from bgd_plugin.graph import set_modes, untouched
 from bgd_plugin.planning.answers import Answers, compare_answers
@@ -16,17 +14,16 @@ _JUDGED = 64
 """Samples on which the answers are compared where none were kept aside."""
 
 
-def judged(job: Job, network: nn.Module) -> Answers:
+def judged(job: Job) -> Answers:
     """How the compressed network answers beside the float network.
 
     Args:
-        job: the run.
-        network: what will be saved; it answers in evaluation mode, and is as before afterwards. Finetuning walks all of
-            the calibration data, so that after it no sample counts as kept aside.
+        job: the run; its student has the values that will be saved, answers in evaluation mode, and is as before
+            afterwards. Finetuning walks all of the calibration data, so that after it no sample counts as kept aside.
     """
     has_aside = -largest(-len(job.aside)) > 0  # in every process
     batches = job.aside if has_aside else first_samples(job.batches, _JUDGED)
-    with untouched(network) as (answering,), job.log.timed("answers"):
+    with untouched(job.student) as (answering,), job.log.timed("answers"):
         set_modes(answering, {"": False})
         return compare_answers(
             lambda batch: batch.call(answering),

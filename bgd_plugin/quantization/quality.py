@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from bgd_plugin.report.report import Quantized, Report
+from torch import nn
 
-__all__ = ["within_bound"]
+from bgd_plugin.report.report import Report
+
+__all__ = ["Pass", "within_bound"]
 
 _PASSES = 3
 _SLACK = 1.5
 """A file whose divergence is this many times below the bound is larger than it need be."""
 
 
-def within_bound(run: Callable[[float, int], Quantized], bound: float) -> Quantized:
-    """The smallest compressed network whose measured divergence is within a bound.
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """What one pass came to.
+
+    Attributes:
+        report: of the compressed network.
+        network: gives it; of several passes, only one is asked, and once.
+    """
+
+    report: Report
+    network: Callable[[], nn.Module]
+
+
+def within_bound(run: Callable[[float, int], Pass], bound: float) -> Pass:
+    """The pass with the smallest compressed network whose measured divergence is within a bound.
 
     Args:
         run: compresses with sizes chosen under a correction of the expected divergences (measured over expected); its
@@ -26,7 +42,7 @@ def within_bound(run: Callable[[float, int], Quantized], bound: float) -> Quanti
         of at most three passes, the smallest file within the bound; if none is, the one nearest to it, and its report
         says that the bound was missed. Where no sizes were chosen, the first pass's, as it is.
     """
-    results: list[Quantized] = []
+    results: list[Pass] = []
     realized = 1.0
     for number in range(_PASSES):
         result = run(realized, number)
@@ -59,8 +75,8 @@ def _same_sizes(one: Report, other: Report) -> bool:
     return sizes[0] == sizes[1]
 
 
-def _best(results: list[Quantized], bound: float) -> Quantized:
-    def divergence(result: Quantized) -> float:
+def _best(results: list[Pass], bound: float) -> Pass:
+    def divergence(result: Pass) -> float:
         answers = result.report.answers
         return 0.0 if answers is None else answers.divergence
 
@@ -76,4 +92,4 @@ def _best(results: list[Quantized], bound: float) -> Quantized:
         )
     note += f", after {len(results)} passes" if len(results) > 1 else ""
     report = dataclasses.replace(best.report, notes=(*best.report.notes, note))
-    return Quantized(best.model, report)
+    return dataclasses.replace(best, report=report)

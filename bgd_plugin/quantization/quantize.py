@@ -80,6 +80,7 @@ def quantize(
     first = prepared(model, config, original_bytes)
     device = next(model.parameters()).device
     batches = collect_batches(calibration, model, device=device, forward=forward, memory_bytes=memory_bytes)
+    ready = prepared_for(first, model, config, original_bytes, batches)
     task = Task(
         model=model,
         calibration=calibration,
@@ -88,8 +89,9 @@ def quantize(
         forward=forward,
         checkpoint=None if checkpoint is None else Path(checkpoint),
         progress=progress,
-        original_bytes=original_bytes,
         batches=batches,
-        ready=prepared_for(first, model, config, original_bytes, batches),
+        ready=ready,
+        learnt={layer.target: layer.weight.requires_grad for layer in ready.survey.found},
     )
-    return task.run(1.0, 0) if config.bound is None else within_bound(task.run, config.bound)
+    best = task.run(1.0, 0) if config.bound is None else within_bound(task.run, config.bound)
+    return Quantized(best.network(), best.report)

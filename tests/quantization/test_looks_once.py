@@ -1,7 +1,8 @@
 """One call looks for layers once, copies the weights once, and computes what a file holds once to tell its length.
 
-Two more copies share the weights: the network that the layers are fitted in, and the float one beside it. Checks of
-the trace, its tracing, the sizes and the answers need none: they run a network as it is, and put it back.
+One more copy shares the weights: the network that the layers are fitted in, beside the float one. Checks of the trace,
+its tracing, the errors that are tried, the sizes and the answers need none: they run a network as it is, and put it
+back.
 `save` writes what was computed then, unless the network has changed (`tests/files/test_content.py`).
 """
 
@@ -13,14 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 import bgd_plugin as bgd
 from bgd_plugin import BGDConfig
 from bgd_plugin.files import format as file_format
 from bgd_plugin.graph import find as graph_find
-from bgd_plugin.quantization import quality
+from bgd_plugin.quantization import prepare, quality
 from tests.networks import SmallResNet, images, randomized
+
+
+class Branching(SmallResNet):
+    """Does not trace: it looks at its input's values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same as the other's."""
+        return super().forward(x if float(x.sum()) < 1e9 else -x)
 
 
 @pytest.fixture
@@ -59,22 +68,29 @@ CONFIGS = {
 def test_a_network_is_looked_at_once(name: str, counted: Counter[str], tmp_path: Path) -> None:
     result = bgd.quantize(randomized(SmallResNet()), images(size=12), CONFIGS[name], progress=False)
     bgd.save(result.model, tmp_path / "net")
-    assert (counted["find"], counted["copy"], counted["shared copy"], counted["content"]) == (1, 1, 2, 1)
+    assert (counted["find"], counted["copy"], counted["shared copy"], counted["content"]) == (1, 1, 1, 1)
 
 
 def test_a_budget_takes_no_further_look(counted: Counter[str]) -> None:
-    """But a third copy: in it all layers have the errors that are expected of them, beside the float network."""
     bgd.quantize(randomized(SmallResNet()), images(size=12), BGDConfig(target_ratio=4, rounds=1), progress=False)
-    assert (counted["find"], counted["copy"], counted["shared copy"]) == (1, 1, 3)
+    assert (counted["find"], counted["copy"], counted["shared copy"]) == (1, 1, 1)
 
 
-def test_each_further_pass_for_a_bound_prepares_the_network_anew(
-    counted: Counter[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("network", [SmallResNet, Branching])
+def test_each_further_pass_for_a_bound_takes_one_more_copy(
+    network: type[nn.Module], counted: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its layers have been replaced by then."""
-    monkeypatch.setattr(quality, "_correction", lambda report, bound, is_first: 2.0 if is_first else None)
-    bgd.quantize(randomized(SmallResNet()), images(size=12), BGDConfig(rounds=1), progress=False)
-    assert (counted["find"], counted["copy"], counted["shared copy"]) == (2, 2, 6)
+    """And what was prepared for the first one: trace, rehearsal, survey and measurements."""
+    corrections: list[float | None] = [2.0, 0.4, None]
+    monkeypatch.setattr(quality, "_correction", lambda report, bound, is_first: corrections.pop(0))
+    monkeypatch.setattr(quality, "_same_sizes", lambda one, other: False)
+    rehearsed = Counter[str]()
+    function = prepare.rehearsed
+    monkeypatch.setattr(prepare, "rehearsed", lambda *given: (rehearsed.update(["it"]), function(*given))[1])
+    result = bgd.quantize(randomized(network()), images(size=12), BGDConfig(rounds=1), progress=False)
+    assert "after 3 passes" in result.report.notes[-1]
+    assert (counted["copy"], counted["shared copy"], rehearsed["it"]) == (1, 3, 1)
+    assert counted["find"] == (0 if network is Branching else 1)  # which is looked at without a graph
 
 
 def test_a_graph_is_fitted_as_it_is(counted: Counter[str]) -> None:
@@ -83,6 +99,11 @@ def test_a_graph_is_fitted_as_it_is(counted: Counter[str]) -> None:
     assert (counted["find"], counted["copy"], counted["shared copy"]) == (1, 1, 1)
 
 
+def test_a_network_that_does_not_trace_is_copied_no_more_often(counted: Counter[str]) -> None:
+    bgd.quantize(randomized(Branching()), images(size=12), CONFIGS["em"], progress=False)
+    assert (counted["copy"], counted["shared copy"]) == (1, 1)
+
+
 def test_plan_looks_once_and_copies_no_weight(counted: Counter[str]) -> None:
     bgd.plan(randomized(SmallResNet()))
-    assert (counted["find"], counted["copy"], counted["shared copy"], counted["content"]) == (1, 0, 2, 1)
+    assert (counted["find"], counted["copy"], counted["shared copy"], counted["content"]) == (1, 0, 1, 1)

@@ -15,16 +15,16 @@ from bgd_plugin.files.format import file_bytes, stored
 from bgd_plugin.planning.answers import Answers
 from bgd_plugin.planning.types import PlannedLayer
 from bgd_plugin.quantization import quality
-from bgd_plugin.quantization.quality import within_bound
+from bgd_plugin.quantization.quality import Pass, within_bound
 from bgd_plugin.report.layer import LayerReport
-from bgd_plugin.report.report import Quantized, Report
+from bgd_plugin.report.report import Report
 
 
-def _runs(divergence: Callable[[float], float]) -> tuple[Callable[[float, int], Quantized], list[float]]:
+def _runs(divergence: Callable[[float], float]) -> tuple[Callable[[float, int], Pass], list[float]]:
     """Runs whose file has as many bytes as the expected loss allows, and whose true divergence is a function of it."""
     seen: list[float] = []
 
-    def run(realized: float, number: int) -> Quantized:
+    def run(realized: float, number: int) -> Pass:
         assert number == len(seen)
         seen.append(realized)
         loss = 0.1 / realized  # what the chooser spends on a bound of 0.1
@@ -40,7 +40,7 @@ def _runs(divergence: Callable[[float], float]) -> tuple[Callable[[float, int], 
             answers=answers,
             expected_divergence=loss * realized,
         )
-        return Quantized(nn.Identity(), report)
+        return Pass(report=report, network=nn.Identity)
 
     return run, seen
 
@@ -60,11 +60,11 @@ def test_the_passes_end_where_sizes_do_not_change() -> None:
     assert "missed" in result.report.notes[-1]
 
 
-def _passes(*divergences: float | None) -> tuple[Callable[[float, int], Quantized], list[float]]:
+def _passes(*divergences: float | None) -> tuple[Callable[[float, int], Pass], list[float]]:
     """Runs with these measured divergences, each with other sizes, in files of 1000 bytes over the expected loss."""
     run, seen = _runs(lambda loss: loss)
 
-    def one(realized: float, number: int) -> Quantized:
+    def one(realized: float, number: int) -> Pass:
         result = run(realized, number)
         report, measured = result.report, divergences[number]
         assert report.answers is not None
@@ -77,7 +77,9 @@ def _passes(*divergences: float | None) -> tuple[Callable[[float, int], Quantize
             calls=("a",),
         )
         layers, notes = (LayerReport.of(planned, relative_error=0.1),), (f"pass {number}",)
-        return Quantized(result.model, dataclasses.replace(report, answers=answers, layers=layers, notes=notes))
+        return dataclasses.replace(
+            result, report=dataclasses.replace(report, answers=answers, layers=layers, notes=notes)
+        )
 
     return one, seen
 
