@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from bgd_plugin.cli.options import Interpolation, Regime
+from bgd_plugin.cli.options import Codes, Interpolation, Regime
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "BatchSize",
+    "CodesOption",
     "ConfigFile",
     "Device",
     "FcCodebook",
@@ -74,6 +75,12 @@ FixedSizes = Annotated[
 FreezeNorms = Annotated[
     bool,
     typer.Option("--freeze-norms", help="store batch norms as one scale and one shift per channel, in half the bytes"),
+]
+CodesOption = Annotated[
+    Codes | None,
+    typer.Option(
+        "--codes", help="'entropy': codes of single weights as entropy-coded streams, the smallest file; or 'blocks'"
+    ),
 ]
 PointwiseBlock = Annotated[int | None, typer.Option(help="block size of 1x1 convolutions")]
 Size = Annotated[int, typer.Option(help="size of the centre crop, in pixels")]

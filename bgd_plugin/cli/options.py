@@ -20,6 +20,7 @@ from bgd_plugin.config.paper import opened
 from bgd_plugin.errors import ConfigError
 
 __all__ = [
+    "Codes",
     "Interpolation",
     "Regime",
     "settings_from",
@@ -36,6 +37,13 @@ class Regime(StrEnum):
     default = "default"
     paper_small = "paper-small"
     paper_large = "paper-large"
+
+
+class Codes(StrEnum):
+    """How the file holds codes."""
+
+    blocks = "blocks"
+    entropy = "entropy"
 
 
 class Interpolation(StrEnum):
@@ -107,8 +115,9 @@ def with_budget(
     freeze_norms: bool = False,
     max_divergence: float | None = None,
     fixed_sizes: bool = False,
+    codes: Codes | None = None,
 ) -> BGDConfig:
-    """The settings with a budget.
+    """The settings with a budget, and the form of codes that needs one.
 
     Args:
         settings: without one.
@@ -117,11 +126,16 @@ def with_budget(
         freeze_norms: store batch norms as one scale and one shift per channel.
         max_divergence: a bound on the divergence, in nats.
         fixed_sizes: choose nothing.
+        codes: how the file holds them; None: as in the settings.
 
     Raises:
-        ConfigError: more than one of them.
+        ConfigError: more than one of them, or entropy-coded codes without one.
     """
-    settings = replace(settings, freeze_norms=freeze_norms or settings.freeze_norms)
+    settings = replace(
+        settings,
+        freeze_norms=freeze_norms or settings.freeze_norms,
+        codes=settings.codes if codes is None else codes.value,
+    )
     if size is None and ratio is None and max_divergence is None:
         return replace(settings, target_bytes=None, target_ratio=None, max_divergence=None) if fixed_sizes else settings
     if fixed_sizes:

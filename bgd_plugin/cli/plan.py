@@ -12,6 +12,7 @@ from bgd_plugin.cli.arguments import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     BatchSize,
+    CodesOption,
     ConfigFile,
     FcCodebook,
     FixedSizes,
@@ -50,6 +51,7 @@ def plan(
     max_divergence: MaxDivergence = None,
     fixed_sizes: FixedSizes = False,
     freeze_norms: FreezeNorms = False,
+    codes: CodesOption = None,
     calibration: Annotated[
         Path | None, typer.Option(help="folder of images: measure the curve of bytes against expected divergence")
     ] = None,
@@ -71,7 +73,7 @@ def plan(
     if picture is not None and calibration is None:
         raise ConfigError("--picture shows a measured curve: give --calibration FOLDER")
     settings = settings_from(regime, config, override, fc_codebook_size, pointwise_block_size)
-    settings = with_budget(settings, target_size, target_ratio, freeze_norms, max_divergence, fixed_sizes)
+    settings = with_budget(settings, target_size, target_ratio, freeze_norms, max_divergence, fixed_sizes, codes)
     # preserved zeros and a measured curve need the weights' values
     only_shapes = not settings.preserve_zeros and calibration is None
     network = named_model(model, weights, only_shapes=only_shapes)

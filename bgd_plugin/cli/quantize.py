@@ -12,6 +12,7 @@ from bgd_plugin.cli.arguments import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     BatchSize,
+    CodesOption,
     ConfigFile,
     Device,
     FcCodebook,
@@ -64,6 +65,7 @@ def quantize(
     max_divergence: MaxDivergence = None,
     fixed_sizes: FixedSizes = False,
     freeze_norms: FreezeNorms = False,
+    codes: CodesOption = None,
     distill_steps: Annotated[int | None, typer.Option(min=1, help="gradient steps for each layer's codewords")] = None,
     reconstruct_steps: Annotated[int | None, typer.Option(min=1, help="gradient steps for each block")] = None,
     distillation: Annotated[bool, typer.Option(help="run the distillation of the settings, or skip it")] = True,
@@ -113,7 +115,7 @@ def quantize(
     if resume:
         _require_run(checkpoint)
     settings = settings_from(regime, config, override, fc_codebook_size, pointwise_block_size)
-    settings = with_budget(settings, target_size, target_ratio, freeze_norms, max_divergence, fixed_sizes)
+    settings = with_budget(settings, target_size, target_ratio, freeze_norms, max_divergence, fixed_sizes, codes)
     _require_folders(output, report, None if json_file == "-" else json_file)
     settings = settings if seed is None else replace(settings, seed=seed)
     with process_group(device) as place:

@@ -63,8 +63,11 @@ class BGDConfig:
             statistics that later training could update.
         codebook_storage: "float16" or "int8", the type in which codebooks are stored and to which they are rounded;
             "int8" has one scale per codebook.
-        weight_storage: "float32", "float16" or "int8", the same for the weights of first layers and depthwise
+        weight_storage: "float32", "float16", "int8" or "int5", the same for the weights of first layers and depthwise
             convolutions that stay float by default (not by an override); "int8" has one scale per output channel.
+            "int5": the scales of depthwise convolutions go into the batch norms behind them, their weights take five
+            bits, and the numbers of frozen norms seven significant ones; other weights as "int8". With entropy-coded
+            codes "int8" is the same as "int5".
         float_storage: "float32" or "float16", the same for everything else that stays float (norms, biases, layers
             kept float by an override).
         preserve_zeros: keep weights that are exactly zero, such as pruned ones, exactly zero after decoding; their
@@ -104,7 +107,7 @@ class BGDConfig:
     finetuning: FinetuningConfig | None = None
     freeze_norms: bool = False
     codebook_storage: Literal["int8", "float16"] = "int8"
-    weight_storage: Literal["int8", "float16", "float32"] = "int8"
+    weight_storage: Literal["int8", "int5", "float16", "float32"] = "int8"
     float_storage: Literal["float16", "float32"] = "float16"
     preserve_zeros: bool = False
     target_bytes: int | None = None
@@ -121,7 +124,7 @@ class BGDConfig:
         check_choice("rotation", self.rotation, (True, False, "auto"))
         check_choice("batchnorm", self.batchnorm, ("matched", "reestimate", "keep"))
         check_choice("codebook_storage", self.codebook_storage, ("int8", "float16"))
-        check_choice("weight_storage", self.weight_storage, ("int8", "float16", "float32"))
+        check_choice("weight_storage", self.weight_storage, ("int8", "int5", "float16", "float32"))
         check_choice("float_storage", self.float_storage, ("float16", "float32"))
         check(isinstance(self.preserve_zeros, bool), f"preserve_zeros={self.preserve_zeros!r}: give True or False")
         check(counts(self.em_iterations), f"em_iterations={self.em_iterations}: give at least 1")

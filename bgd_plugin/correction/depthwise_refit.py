@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from bgd_plugin.calibration import LayerInputs, paired_pieces, require_finite
 from bgd_plugin.correction.gain import Gain, kept_aside, output_distance
-from bgd_plugin.pq.target import MomentSums, asymmetric_target
+from bgd_plugin.pq.target import MomentSums, ridge_target
 
-__all__ = ["refitted"]
+__all__ = ["Refit", "refitted"]
 
 _DAMPING = 0.01
 _MAX_ROWS = 32768
@@ -17,8 +19,23 @@ _MAX_ELEMENTS = 30_000_000  # of sampled inputs
 _JUDGED_SHARE = 4  # one row in so many shows what the refit gained, and another one judges it
 
 
+@dataclass(frozen=True, kw_only=True)
+class Refit:
+    """What `refitted` found.
+
+    Attributes:
+        weight: `[C_out, C_in / groups, *kernel]`.
+        gain: on a sample of the inputs, ignoring means.
+        gram: `[groups, columns, columns]`, the covariance of the student's inputs, float64.
+    """
+
+    weight: Tensor
+    gain: Gain
+    gram: Tensor
+
+
 @torch.no_grad()
-def refitted(weight: Tensor, inputs: LayerInputs, generator: torch.Generator) -> tuple[Tensor, Gain]:
+def refitted(weight: Tensor, inputs: LayerInputs, generator: torch.Generator) -> Refit:
     """The weight that, on the student's inputs, best reproduces the float network's outputs.
 
     Ridge regression centred on the weight. A depthwise convolution has so few weights per channel that the full step is
@@ -29,8 +46,7 @@ def refitted(weight: Tensor, inputs: LayerInputs, generator: torch.Generator) ->
         inputs: the layer's inputs in the student and in the float network.
 
     Returns:
-        a weight of the same shape and dtype, and its gain on a sample of the inputs, ignoring means; the weight itself
-        if the error rose on inputs kept aside.
+        a weight of the same shape and dtype; the weight itself if the error rose on inputs kept aside.
     """
     columns = weight[0].numel()
     groups = weight.shape[0] if weight.shape[1] == 1 else 1
@@ -51,10 +67,11 @@ def refitted(weight: Tensor, inputs: LayerInputs, generator: torch.Generator) ->
     for sums in (first, last):
         sums.share_()
     every = first.joined(last)
-    if _distance(_solved(weight, first, inputs.name), judged) > _distance(weight, judged):
-        return weight, Gain(before=before, after=before, taken_back=True)
-    target = _solved(weight, every, inputs.name)
-    return target, Gain(before=before, after=_distance(target, shown))
+    is_harmful = _distance(_solved(weight, first, inputs.name)[0], judged) > _distance(weight, judged)
+    target, gram = _solved(weight, every, inputs.name)
+    if is_harmful:
+        return Refit(weight=weight, gain=Gain(before=before, after=before, taken_back=True), gram=gram)
+    return Refit(weight=target, gain=Gain(before=before, after=_distance(target, shown)), gram=gram)
 
 
 def _distance(weight: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> float:
@@ -62,11 +79,13 @@ def _distance(weight: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> float:
     return output_distance((_centred(_outputs(x, weight)), _centred(y)) for x, y in pairs)
 
 
-def _solved(weight: Tensor, sums: MomentSums, name: str) -> Tensor:
-    """The refitted weight by some sums over all processes."""
+def _solved(weight: Tensor, sums: MomentSums, name: str) -> tuple[Tensor, Tensor]:
+    """The refitted weight by some sums over all processes, and the inputs' covariance."""
     for moment in sums.sums:
         require_finite(moment, name)
-    return asymmetric_target(weight.flatten(1), sums.means_(), step=1.0, damping=_DAMPING).reshape(weight.shape)
+    gram, cross = sums.means_().centred()
+    target = ridge_target(weight.flatten(1), gram, cross, step=1.0, damping=_DAMPING)
+    return target.reshape(weight.shape), gram
 
 
 def _outputs(rows: Tensor, weight: Tensor) -> Tensor:

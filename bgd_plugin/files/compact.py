@@ -18,6 +18,7 @@ from torch import Tensor
 from bgd_plugin.encoding.codes import pack, unpack
 from bgd_plugin.encoding.stream import Packed, coded_bytes, decoded, encoded, is_codable, is_walk
 from bgd_plugin.files.grids import GRIDS, STEPS, Grids, group_size, members_of
+from bgd_plugin.files.halves import HALVES, LOW, Halves, low_bits, shapes_of
 from bgd_plugin.files.stored import Stored
 
 __all__ = ["FILE_BYTES", "compacted", "expanded"]
@@ -26,6 +27,7 @@ FILE_BYTES = "file_bytes"
 """In an expanded content's header: the bytes of tensors in the file, where they are not those that they have here."""
 STREAMS = "streams"
 _FORMAT = 3
+_BYTES = 256
 _WORTH = 32
 """Codes are coded where that saves one part in so many."""
 _MOST_CODES = 64
@@ -45,21 +47,28 @@ def compacted(content: Stored, *, exact: bool = True) -> Stored | None:
     if not is_planned and not any(is_walk(*codes) for codes in found.values()):
         return None
     streams = dict(zip(found, _coded(list(found.values()), exact=exact), strict=True)) if found else {}
-    planned = {name: content.tensors[name] for name in content.streams}
-    gone = {name for members in grids.members.values() for name, *_ in members}
-    tensors = {name: x for name, x in content.tensors.items() if name not in gone} | streams
-    names = [*streams, *planned]
+    halves = Halves.of({name: x for name, x in content.tensors.items() if name not in grids.names()})
+    pieces: dict[str, Tensor] = {}
+    names = [*streams, *content.streams]
     for group, numbers in grids.numbers.items():
         size = group_size(group)
-        tensors[group] = pack(numbers, size.bit_length())
-        if not _is_worth_coding(numbers, size, tensors[group].numel()):
+        pieces[group] = pack(numbers, size.bit_length())
+        if _is_worth_coding(numbers, size, pieces[group].numel()):
+            names.append(group)
+            (pieces[group],) = _coded([(numbers, size)], exact=exact)
+    for group, numbers in list(halves.high.items()):
+        if not _is_worth_coding(numbers, _BYTES, numbers.numel()):
+            del halves.members[group]
             continue
         names.append(group)
-        (tensors[group],) = _coded([(numbers, size)], exact=exact)
+        (pieces[group],) = _coded([(numbers, _BYTES)], exact=exact)
+        pieces |= halves.packed_low(group)
     if grids.steps:
-        tensors[STEPS] = torch.tensor(grids.steps, dtype=torch.float64).half()
+        pieces[STEPS] = torch.tensor(grids.steps, dtype=torch.float64).half()
+    gone = grids.names() | halves.names()
+    tensors = {name: x for name, x in content.tensors.items() if name not in gone} | streams | pieces
     header = {**content.header, "format": _FORMAT, STREAMS: sorted(names), GRIDS: grids.members}
-    return Stored(tensors=tensors, header=header)
+    return Stored(tensors=tensors, header=header | ({HALVES: halves.members} if halves.members else {}))
 
 
 def _worth_coding(content: Stored, name: str) -> tuple[Tensor, int] | None:
@@ -90,43 +99,75 @@ def expanded(content: Stored) -> Stored:
         ValueError: it is damaged.
     """
     tensors, header = dict(content.tensors), dict(content.header)
-    names, entries = header.pop(STREAMS, []), header.pop(GRIDS, {})
-    if not isinstance(entries, dict) or not _are_names(names, tensors):
+    names, entries, parts = header.pop(STREAMS, []), header.pop(GRIDS, {}), header.pop(HALVES, {})
+    if not isinstance(entries, dict) or not isinstance(parts, dict) or not _are_names(names, tensors):
         raise ValueError("its header is damaged: it names streams that it does not have")
     grids = Grids(members={group: members_of(members) for group, members in entries.items()})
-    steps = tensors.pop(STEPS, torch.empty(0, dtype=torch.float16))
-    if steps.dtype != torch.float16 or steps.ndim != 1 or not bool(torch.isfinite(steps).all()):
-        raise ValueError("the steps of grids are damaged")
-    grids.steps = steps.double().tolist()
-    opened = dict(zip(names, _opened(content, names, grids), strict=True))
-    for group, members in grids.members.items():
-        count, size = sum(math.prod(shape) for _, shape, _ in members), group_size(group)
+    halves = Halves(members=parts)
+    grids.steps = _steps(tensors.pop(STEPS, torch.empty(0, dtype=torch.float16)), grids)
+    counts = _counts(grids, halves)
+    opened = dict(zip(names, _opened(content, names, counts), strict=True))
+    for group in (*grids.members, *halves.members):
         packed = tensors.pop(group, None)
         if packed is None:
             raise ValueError(f"{group!r} is missing from the file")
-        grids.numbers[group] = opened[group] if group in opened else unpack(packed, size.bit_length(), count)
-    for name in (name for name in names if name not in grids.members):
+        size, count = counts[group]
+        numbers = opened[group] if group in opened else unpack(packed, size.bit_length(), count)
+        if group in grids.members:
+            grids.numbers[group] = numbers
+        else:
+            halves.high[group] = numbers
+            halves.take_low_(group, tensors)
+    for name in (name for name in names if name not in counts):
         tensors[name] = pack(opened[name], _bits(_sizes(header, name)[0]))
-    if len(grids.steps) != sum(has_step for members in grids.members.values() for *_, has_step in members):
-        raise ValueError("there are not as many steps as there are tensors on a grid")
-    for name, value in grids.tensors():
+    for name, value in (*grids.tensors(), *halves.tensors()):
         if tensors.setdefault(name, value) is not value:
             raise ValueError(f"{name!r} is in the file twice")
-    header[FILE_BYTES] = {name: content.tensors[name].numel() for name in names if name not in grids.members}
-    for group, members in grids.members.items():
-        share = content.tensors[group].numel() / max(1, grids.numbers[group].numel())
-        header[FILE_BYTES] |= {name: int(share * tensors[name].numel()) for name, *_ in members}
+    header[FILE_BYTES] = {name: content.tensors[name].numel() for name in names if name not in counts}
+    for group, (_, count) in counts.items():
+        length = sum(content.tensors[part].numel() for part in (group, group + LOW) if part in content.tensors)
+        header[FILE_BYTES] |= {
+            name: int(length / max(1, count) * tensors[name].numel()) for name in _members(grids, halves, group)
+        }
     return Stored(tensors=tensors, header=header)
 
 
-def _opened(content: Stored, names: Sequence[str], grids: Grids) -> list[Tensor]:
+def _members(grids: Grids, halves: Halves, group: str) -> list[str]:
+    return [name for name, *_ in (grids.members.get(group) or halves.members[group])]
+
+
+def _counts(grids: Grids, halves: Halves) -> dict[str, tuple[int, int]]:
+    """How many different numbers each group has, and how many numbers.
+
+    Raises:
+        ValueError: the header is damaged.
+    """
+    counts = {}
+    for group, members in grids.members.items():
+        counts[group] = group_size(group), sum(math.prod(shape) for _, shape, _ in members)
+    for group, own in halves.members.items():
+        low_bits(group)
+        counts[group] = _BYTES, sum(math.prod(shape) for shape in shapes_of(own))
+    return counts
+
+
+def _steps(steps: Tensor, grids: Grids) -> list[float]:
+    """The steps of grids, checked.
+
+    Raises:
+        ValueError: they are damaged, or not as many as there are tensors with one.
+    """
+    if steps.dtype != torch.float16 or steps.ndim != 1 or not bool(torch.isfinite(steps).all()):
+        raise ValueError("the steps of grids are damaged")
+    if len(steps) != sum(has_step for members in grids.members.values() for *_, has_step in members):
+        raise ValueError("there are not as many steps as there are tensors on a grid")
+    return list(steps.double().tolist())
+
+
+def _opened(content: Stored, names: Sequence[str], counts: Mapping[str, tuple[int, int]]) -> list[Tensor]:
     streams = []
     for name in names:
-        members = grids.members.get(name)
-        if members is not None:
-            size, count = group_size(name), sum(math.prod(shape) for _, shape, _ in members)
-        else:
-            size, count = _sizes(content.header, name)
+        size, count = counts[name] if name in counts else _sizes(content.header, name)
         stream = content.tensors[name]
         if count > _MOST_CODES * stream.numel():
             raise ValueError(f"{name!r}: {stream.numel()} bytes are too few for {count} codes")

@@ -11,7 +11,7 @@ import numpy
 import torch
 from torch import Tensor
 
-__all__ = ["GRIDS", "STEPS", "Grids", "group_size", "members_of"]
+__all__ = ["GRIDS", "STEPS", "Grids", "group_size", "is_on_grid", "members_of"]
 
 GRIDS = "grids"
 STEPS = "#steps"
@@ -52,6 +52,10 @@ class Grids:
             result.steps += [step for *_, step in entries if step is not None]
         return result
 
+    def names(self) -> set[str]:
+        """Of the tensors on grids."""
+        return {name for members in self.members.values() for name, *_ in members}
+
     def has_weights(self) -> bool:
         """Whether a tensor in half precision that is not a vector is among them."""
         return any(has_step and len(shape) > 1 for members in self.members.values() for _, shape, has_step in members)
@@ -71,6 +75,11 @@ class Grids:
             for (name, shape, has_step), part in zip(members, torch.split(numbers, sizes), strict=True):
                 whole = (part - middle).reshape(shape)
                 yield name, (whole.double() * next(steps)).half() if has_step else whole.to(torch.int8)
+
+
+def is_on_grid(value: Tensor) -> bool:
+    """Whether a tensor in half precision, of any shape, holds small integers times one step."""
+    return _on_grid(value) is not None
 
 
 def group_size(group: str) -> int:

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from bgd_plugin.encoding.masks import mask_form, pack_mask
 from bgd_plugin.encoding.small_integers import fold_to_integers
 from bgd_plugin.files.format import State, file_size, stored_state
+from bgd_plugin.files.grids import is_on_grid
 from bgd_plugin.files.rounding import round_floats_, round_weights_
 from bgd_plugin.graph import FoundLayer, float_module, module_at, untouched
-from bgd_plugin.nn import PQModule, freeze_norms_, quantized
-from bgd_plugin.planning.lean import WEIGHT_BITS, coarse_weights
+from bgd_plugin.nn import PQModule, quantized
+from bgd_plugin.planning.lean import WEIGHT_BITS, coarse_weights, freeze_lean_norms_
 from bgd_plugin.planning.survey import Chosen, Survey
 from bgd_plugin.planning.types import PlannedLayer
 
-__all__ = ["Sketch", "paper_bytes", "planned_paper_bytes"]
+__all__ = ["Sketch", "as_saved_", "paper_bytes", "planned_layer", "planned_paper_bytes", "stream_bytes"]
 
 _ENTROPY_LEVELS = 2  # of the module that stands for an entropy-coded layer
 _STREAM_BYTES, _REST_SHARE = 16, 64
@@ -40,7 +41,7 @@ class Sketch:
         always_quantized = [f.weight for f, p in survey.chosen if is_fixed or p.name not in survey.free]
         with untouched(survey.own) as (base,):
             _empty_(base, always_quantized)
-            _round_(base, survey)
+            as_saved_(base, survey)
             self._state = State.of(base)
 
     def file_size(self, chosen: Chosen) -> int:
@@ -54,7 +55,7 @@ class Sketch:
         if not self._config.has_budget:
             return file_size(content)
         whole = state.tensors
-        narrows = self._config.float_storage == "float32" or bool(content.streams)  # by its values, which may change
+        narrows = self._config.float_storage == "float32"  # by its values, which may change
         changing = {name for name, value in whole.items() if _may_change(value) and narrows}
         tensors = {n: whole[n].to("meta") if n in changing else t for n, t in content.tensors.items()}
         counters = sum(not t.is_floating_point() and t.ndim == 0 for t in whole.values())
@@ -69,7 +70,7 @@ class Sketch:
         places = {
             name: (path, module, planned)
             for found, planned in chosen
-            for module in [_empty(self._network, found, planned)]
+            for module in [planned_layer(self._network, found, planned)]
             for name, path in self._paths[found.name].items()
         }
         tensors: dict[str, Tensor] = {}
@@ -81,7 +82,7 @@ class Sketch:
             path, module, planned = places[name]
             layers[path] = module
             if planned.codes == "entropy":
-                streams[path] = planned.size_bytes - _ENTROPY_LEVELS * module.codebook.element_size()
+                streams[path] = stream_bytes(planned, module)
             parts = {"codebook": module.codebook.detach(), "codes": module.codes, "mask": module.mask}
             tensors |= {f"{path}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
         return dataclasses.replace(self._state, tensors=tensors, layers=layers, stream_bytes=streams)
@@ -109,8 +110,19 @@ def _weight_paths(network: nn.Module, chosen: Chosen) -> Iterator[tuple[FoundLay
         yield layer, names
 
 
-def _empty(network: nn.Module, found: FoundLayer, planned: PlannedLayer) -> PQModule:
-    """The module that will stand for a layer, with shapes and types alone."""
+def stream_bytes(planned: PlannedLayer, module: PQModule) -> int:
+    """What an entropy-coded layer has for its stream, and for its levels beyond those of its `planned_layer`."""
+    return planned.size_bytes - _ENTROPY_LEVELS * module.codebook.element_size()
+
+
+def planned_layer(network: nn.Module, found: FoundLayer, planned: PlannedLayer) -> PQModule:
+    """The module that will stand for a layer, with shapes and types alone.
+
+    Args:
+        network: in which the layer was found.
+        found: the layer.
+        planned: what it will be.
+    """
     dtype = torch.int8 if planned.codebook_storage == "int8" else found.weight.dtype
     size = _ENTROPY_LEVELS if planned.codes == "entropy" else planned.codebook_size  # the levels count as stream
     codebook = torch.empty(size, planned.block_size, dtype=dtype, device="meta")
@@ -127,16 +139,21 @@ def _empty_(network: nn.Module, weights: list[nn.Parameter]) -> None:
                 module._parameters[name] = empty[id(parameter)]
 
 
-def _round_(network: nn.Module, survey: Survey) -> None:
+def as_saved_(network: nn.Module, survey: Survey) -> None:
+    """Round what stays float to the values that the file of a finished network would have, in place.
+
+    Args:
+        network: of the survey, or the same with some layers quantized.
+        survey: with the settings.
+    """
     config, coarse = survey.config, coarse_weights(survey)
     for name in coarse:
         owner, _, attribute = name.rpartition(".")
         parameters = module_at(network, owner)._parameters
         weight = parameters[attribute]
-        if weight is not None and not weight.is_meta:
+        if weight is not None and not weight.is_meta and not is_on_grid(weight.detach().half()):
             parameters[attribute] = nn.Parameter(fold_to_integers(weight.detach(), WEIGHT_BITS)[0], requires_grad=False)
-    if config.freeze_norms:
-        freeze_norms_(network)
+    freeze_lean_norms_(network, config)
     round_weights_(network, [name for name in survey.leftovers if name not in coarse], config.weight_storage)
     if config.float_storage == "float16":
         round_floats_(network, survey.tables)

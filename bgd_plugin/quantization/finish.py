@@ -8,8 +8,8 @@ from torch import nn
 
 from bgd_plugin.files.rounding import round_floats_, round_weights_
 from bgd_plugin.graph import module_or_none, set_modes
-from bgd_plugin.nn import PQModule, freeze_norms_
-from bgd_plugin.planning.lean import coarse_weights
+from bgd_plugin.nn import PQModule
+from bgd_plugin.planning.lean import coarse_weights, freeze_lean_norms_
 from bgd_plugin.planning.survey import Survey
 
 __all__ = ["restore_", "round_to_storage_"]
@@ -23,8 +23,7 @@ def round_to_storage_(student: nn.Module, survey: Survey) -> None:
         if isinstance(layer, PQModule):
             layer.round_codebook_(planned.codebook_storage)
     coarse = coarse_weights(survey)
-    if config.freeze_norms:
-        freeze_norms_(student)
+    freeze_lean_norms_(student, config)
     round_weights_(student, [name for name in survey.leftovers if name not in coarse], config.weight_storage)
     if config.float_storage == "float16":
         round_floats_(student, survey.tables)

@@ -30,6 +30,7 @@ from bgd_plugin.planning.types import PlannedLayer, SkippedLayer
 from bgd_plugin.pq.blocks import Geometry, decode
 from bgd_plugin.quantization.job import Job
 from bgd_plugin.quantization.resume import stage
+from bgd_plugin.quantization.spending import with_the_rest
 from bgd_plugin.report.layer import LayerReport
 from bgd_plugin.training import distill_
 
@@ -52,7 +53,8 @@ def quantize_layer(
         logits: the teacher's logits per batch, `[batch, classes]`, if the layer is distilled.
         skip: the skip connection whose drift the layer compensates for.
     """
-    found, planned = job.survey.chosen[index]
+    found = job.survey.found[index]
+    planned = with_the_rest(job.survey, job.student, index)
     job.bar.set_description(planned.name)
     with job.log.timed("statistics"):
         inputs = _inputs(job, walk, found)

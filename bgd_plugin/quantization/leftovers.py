@@ -12,6 +12,7 @@ from bgd_plugin.encoding.small_integers import fold_to_integers
 from bgd_plugin.files.rounding import round_weights_
 from bgd_plugin.graph import call_input, module_at
 from bgd_plugin.planning.lean import WEIGHT_BITS
+from bgd_plugin.pq.integers import integers_with_feedback
 from bgd_plugin.quantization.job import Job
 
 __all__ = ["leftover_nodes", "treat_leftover"]
@@ -33,22 +34,16 @@ def treat_leftover(job: Job, walk: Walk, weight_name: str, call: fx.Node, coarse
     """Refit a depthwise layer to the student's inputs; round any layer to its storage type.
 
     Args:
-        job: the run.
-        walk: positioned at the layer.
-        weight_name: of its weight.
-        call: the node that computes with it.
-        coarse: path of the batch norm that takes up the scale of each row, if the weight becomes small integers.
-
-    Args:
         job: the run; its student is changed.
         walk: positioned at the call.
         weight_name: the weight's name among the network's parameters.
-        call: the node that uses the weight.
+        call: the node that computes with it.
+        coarse: path of the batch norm that takes up the scale of each row, if the weight becomes small integers.
 
     Returns:
         the gain of the refit; None if there was none.
     """
-    gain = None
+    gain = gram = None
     config = job.config
     path, _, attribute = weight_name.rpartition(".")
     owner = job.student.get_submodule(path)
@@ -60,11 +55,16 @@ def treat_leftover(job: Job, walk: Walk, weight_name: str, call: fx.Node, coarse
         and walk.differs_at(call_input(call))
     )
     if is_refitted:
-        weight, gain = refitted(weight, LayerInputs(walk, path, [call.name]), job.generator(f"{path} refit"))
+        refit = refitted(weight, LayerInputs(walk, path, [call.name]), job.generator(f"{path} refit"))
+        weight, gain, gram = refit.weight, refit.gain, refit.gram
         # a new parameter: the reference may share the old one
         owner._parameters[attribute] = nn.Parameter(weight, requires_grad=False)
     if coarse is not None:
-        weight, factor = fold_to_integers(weight.detach(), WEIGHT_BITS)
+        weight = weight.detach()
+        if gram is None:
+            weight, factor = fold_to_integers(weight, WEIGHT_BITS)
+        else:
+            weight, factor = integers_with_feedback(weight, WEIGHT_BITS, gram)
         owner._parameters[attribute] = nn.Parameter(weight, requires_grad=False)
         absorb_row_scale_(module_at(job.student, coarse), factor)
     else:

@@ -18,6 +18,7 @@ from bgd_plugin.planning.types import SkippedLayer
 from bgd_plugin.quantization.finish import round_to_storage_
 from bgd_plugin.quantization.job import Job
 from bgd_plugin.quantization.settle import transplanted_into
+from bgd_plugin.quantization.spending import shorten_
 from bgd_plugin.report.layer import LayerReport
 from bgd_plugin.report.report import Report
 from bgd_plugin.support.processes import synchronize_
@@ -51,6 +52,9 @@ def sized(job: Job, front: Front) -> Sizes:
         size, target = measured_size(network), job.config.budget_bytes(job.survey.original_bytes)
         if target is not None and size > target and (names := _round_tiny_values_(network)):
             job.log.note(f"budget: tiny values rounded to half precision to stay within it: {', '.join(names)}")
+            size = measured_size(network)
+        if target is not None and size > target and (names := shorten_(job.survey, network, target)):
+            job.log.note(f"budget: codes fitted again, to fewer bytes, to stay within it: {', '.join(names)}")
             size = measured_size(network)
         return Sizes(
             compressed_bytes=size,

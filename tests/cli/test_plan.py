@@ -37,6 +37,17 @@ def test_norms_are_frozen_on_demand() -> None:
     assert 2 * 2 * channels <= sizes[0] - sizes[1] <= 2 * 2 * channels + 8192
 
 
+def test_a_plan_takes_the_form_of_codes() -> None:
+    asked = ["plan", "torchvision:resnet18", "--target-ratio", "20", "--json"]
+    forms = [json.loads(RUNNER.invoke(app, [*asked, *more]).stdout) for more in ([], ["--codes", "entropy"])]
+    sizes = [[layer["block_size"] for layer in plan["layers"]] for plan in forms]
+    assert sizes[1].count(1) > sizes[0].count(1)
+
+
+def test_entropy_coded_codes_with_fixed_sizes_are_an_error() -> None:
+    fails(["plan", NET, "--fixed-sizes", "--codes", "entropy"], "codes='entropy' has no fixed sizes")
+
+
 def test_plan_reads_the_weights_where_zeros_are_to_be_preserved(tmp_path: Path) -> None:
     file = tmp_path / "settings.json"
     file.write_text(bgd.BGDConfig(preserve_zeros=True, max_divergence=None).to_json())

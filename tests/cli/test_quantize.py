@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 import bgd_plugin as bgd
 from bgd_plugin.cli.app import app
@@ -25,6 +26,15 @@ def test_quantize_writes_the_file_and_the_reports(tmp_path: Path, flat: Path) ->
     assert values["layers"][0]["codebook_size"] == 4
     assert page.read_text().startswith("<!doctype html>")
     assert "layers quantized" in done.stdout
+
+
+def test_codes_are_entropy_coded_on_demand(tmp_path: Path, flat: Path) -> None:
+    output = tmp_path / "coded.safetensors"
+    arguments = ["--calibration", str(flat), "--output", str(output), *SMALL, "--codes", "entropy"]
+    done = RUNNER.invoke(app, ["quantize", NET, *arguments, "--target-size", "2000"])
+    assert done.exit_code == 0, done.stderr
+    with safe_open(output, "pt") as opened:
+        assert opened.metadata()["bgd_plugin"] == '{"format":3}'
 
 
 def test_quantize_says_json_alone_on_stdout(tmp_path: Path, flat: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import bgd_plugin as bgd
+from bgd_plugin.encoding.significant import round_to_bits
 from bgd_plugin.errors import CheckpointError
 from bgd_plugin.files.compact import compacted, expanded
 from bgd_plugin.files.container import joined, parted
@@ -184,3 +185,54 @@ def test_uneven_codes_of_blocks_alone_stay_in_format_2() -> None:
     codes[0, 0], codes[1, 0] = 0, 1  # no row of a trellis begins with either
     net = nn.Sequential(PQLinear(torch.randn(16, 1), codes, nn.Linear(60, 80)))
     assert compacted(stored(net)) is None
+
+
+@pytest.fixture
+def halves() -> Net:
+    """A network with numbers in half precision: one bias of full precision, and statistics of few bits."""
+    torch.manual_seed(0)
+    net = Net().eval()
+    for module in (net.third, net.fourth):
+        bias: Any = module.bias
+        bias.data = (2 + torch.rand(len(bias))).half().float()
+    net.norm = nn.BatchNorm2d(4000)
+    for value in (net.norm.weight, net.norm.bias, net.norm.running_mean, net.norm.running_var):
+        value.data = round_to_bits(2 + 8 * torch.rand(4000), 7)
+    return net
+
+
+def test_numbers_in_half_precision_take_their_high_bytes_as_a_stream(halves: Net) -> None:
+    content = stored(halves)
+    compact = compacted(content)
+    assert compact is not None
+    assert [name for name, _ in compact.header["halves"]["#half4.running_var"]] == ["norm.running_var"]
+    bits = 8 * (compact.tensors["#half4.running_var"].numel() + compact.tensors["#half4.running_var/low"].numel())
+    assert 4 + 2.5 < bits / 4000 < 4 + 4.5  # four bits as they are, and one of ten high bytes, with their table
+    assert "#half8.bias" not in compact.header["halves"]  # too few to be worth a table
+    assert compact.tensors["third.bias"].dtype == torch.float16
+    again = expanded(compact)
+    for name, value in content.tensors.items():
+        assert again.tensors[name].dtype == value.dtype
+        assert torch.equal(again.tensors[name], value), name
+    assert sum(again.header["file_bytes"][name] for name in ("norm.weight", "norm.bias")) < 4 * 4000 * 0.6
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda t, h: h.update(halves=3),
+        lambda t, h: h.update(halves={"#half4.weight": 3}),
+        lambda t, h: h["halves"].update({"#half9.weight": []}),
+        lambda t, h: h["halves"].update({"#half3.weight": []}),
+        lambda t, h: h["halves"]["#half4.weight"][0].__setitem__(1, [4001]),
+        lambda t, h: h["halves"]["#half4.weight"][0].__setitem__(0, "norm.bias"),
+        lambda t, h: t.pop("#half4.weight/low"),
+        lambda t, h: t.update({"#half4.weight/low": t["#half4.weight/low"][:-1]}),
+        lambda t, h: t.update({"#half4.weight": t["#half4.weight"][:-1]}),
+        lambda t, h: t.update({"norm.bias": torch.zeros(4)}),
+        lambda t, h: h["streams"].remove("#half4.weight"),
+    ],
+)
+def test_damage_to_numbers_in_half_precision_is_refused(halves: Net, edit: Any) -> None:
+    with pytest.raises(ValueError):
+        expanded(_edited(halves, edit))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from torch import nn
 
 from bgd_plugin import BGDConfig
+from bgd_plugin.encoding.significant import round_to_bits
 from bgd_plugin.graph import front_end
-from bgd_plugin.planning.lean import coarse_weights
+from bgd_plugin.nn import freeze_norms_
+from bgd_plugin.planning.lean import coarse_weights, freeze_lean_norms_
 from bgd_plugin.planning.survey import surveyed
 from tests.networks import randomized
 
@@ -43,6 +46,34 @@ def _coarse(config: BGDConfig) -> dict[str, tuple[str, str]]:
 
 def test_only_weights_whose_scale_a_norm_takes_up_become_small_integers() -> None:
     assert {name: norm for name, (_, norm) in _coarse(LEAN).items()} == {"plain.weight": "norm"}
+
+
+def test_five_bits_on_demand_suit_blocks_too() -> None:
+    config = dataclasses.replace(LEAN, codes="blocks", weight_storage="int5")
+    assert _coarse(config) == _coarse(LEAN)
+
+
+@pytest.mark.parametrize(
+    ("fields", "bits"),
+    [({}, 7), ({"float_storage": "float32"}, 24), ({"codes": "blocks"}, 24), ({"weight_storage": "float16"}, 24)],
+)
+def test_frozen_norms_keep_seven_significant_bits_where_settings_are_lean(fields: dict[str, str], bits: int) -> None:
+    norms = nn.Sequential(nn.BatchNorm2d(40), nn.BatchNorm1d(30))
+    for norm in norms:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+        norm.running_var.uniform_(0.1, 10)
+    found, exact = copy.deepcopy(norms).eval(), copy.deepcopy(norms).eval()
+    freeze_lean_norms_(found, dataclasses.replace(LEAN, freeze_norms=True, **fields))  # type: ignore[arg-type]
+    freeze_norms_(exact)
+    for mine, theirs in zip(found.parameters(), exact.parameters(), strict=True):
+        assert torch.equal(mine, round_to_bits(theirs, bits))
+
+
+def test_norms_that_are_not_frozen_stay() -> None:
+    norms = nn.Sequential(nn.BatchNorm2d(4))
+    freeze_lean_norms_(norms, LEAN)
+    assert isinstance(norms[0], nn.BatchNorm2d)
 
 
 @pytest.mark.parametrize("fields", [{"codes": "blocks"}, {"weight_storage": "float16"}, {"weight_storage": "float32"}])

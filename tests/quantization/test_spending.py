@@ -1,0 +1,138 @@
+"""The last bytes of a budget: the last entropy-coded layer takes what is left, and gives back what is too much."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bgd_plugin as bgd
+from bgd_plugin import BGDConfig
+from bgd_plugin.files.content import measured_size
+from bgd_plugin.graph import front_end
+from bgd_plugin.planning.survey import Survey, surveyed
+from bgd_plugin.planning.types import PlannedLayer
+from bgd_plugin.quantization import spending
+from bgd_plugin.quantization.spending import shorten_, with_the_rest
+from tests.networks import images, randomized
+
+DATA = images(8, size=8)
+BUDGET = BGDConfig(codes="entropy", target_bytes=9000, freeze_norms=True, rounds=1)
+
+
+class Net(nn.Module):
+    """A stem, a depthwise and a pointwise convolution with norms, and a head that is most of the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm0 = nn.Conv2d(3, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24)
+        self.depthwise, self.norm1 = nn.Conv2d(24, 24, 3, 1, 1, groups=24, bias=False), nn.BatchNorm2d(24)
+        self.point, self.norm2 = nn.Conv2d(24, 96, 1, bias=False), nn.BatchNorm2d(96)
+        self.head = nn.Linear(96, 200)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm1(self.depthwise(torch.relu(self.norm0(self.stem(x))))))
+        x = torch.relu(self.norm2(self.point(x)))
+        result: Tensor = self.head(x.mean((2, 3)))
+        return result
+
+
+def _net() -> Net:
+    torch.manual_seed(0)
+    return randomized(Net())
+
+
+@pytest.fixture(scope="module")
+def found() -> Any:
+    return bgd.quantize(_net(), DATA, BUDGET, progress=False)
+
+
+def test_the_budget_is_spent_to_the_end(found: Any, tmp_path: Path) -> None:
+    size = bgd.save(found.model, tmp_path / "net")
+    assert size == found.report.compressed_bytes
+    assert 0.98 * 9000 < size <= 9000
+
+
+@pytest.mark.parametrize("target", [6500, 14_000])
+def test_other_budgets_are_spent_too(target: int) -> None:
+    config = dataclasses.replace(BUDGET, target_bytes=target)
+    size = bgd.quantize(_net(), DATA, config, progress=False).report.compressed_bytes
+    assert 0.97 * target < size <= target
+
+
+def _survey(config: BGDConfig, **sizes: int) -> tuple[Survey, nn.Module]:
+    """A survey in which some layers are to be entropy coded, in so many bytes."""
+    net = _net()
+    survey = surveyed(front_end(net), config, original=net)
+
+    def coded(planned: PlannedLayer) -> PlannedLayer:
+        size = sizes.get(planned.name)
+        if size is None:
+            return planned
+        return dataclasses.replace(planned, codes="entropy", block_size=1, codebook_size=256, size_bytes=size)
+
+    chosen = tuple((layer, coded(planned)) for layer, planned in survey.chosen)
+    return dataclasses.replace(survey, chosen=chosen), survey.network
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes", "name"),
+    [
+        (BUDGET, {"point": 700, "head": 5000}, "point"),  # not the last one
+        (BUDGET, {}, "head"),  # of blocks
+        (BGDConfig(codes="entropy", max_divergence=0.1), {"head": 5000}, "head"),  # no budget in bytes
+    ],
+)
+def test_other_layers_stay_as_planned(config: BGDConfig, sizes: dict[str, int], name: str) -> None:
+    survey, network = _survey(config, **sizes)
+    index = [planned.name for planned in survey.layers].index(name)
+    assert with_the_rest(survey, network, index) == survey.layers[index]
+
+
+@pytest.mark.parametrize("more", [0, 1000])
+def test_each_byte_of_the_budget_goes_to_the_last_one(more: int) -> None:
+    config = dataclasses.replace(BUDGET, target_bytes=9000 + more)
+    survey, network = _survey(config, point=700, head=5000)
+    length = spending._length(survey, network)
+    last = with_the_rest(survey, network, 1)
+    assert last.size_bytes == 5000 + (9000 + more - length) - 48
+
+
+def test_a_length_counts_layers_to_come_as_planned() -> None:
+    shorter, longer = (spending._length(*_survey(BUDGET, point=700, head=size)) for size in (5000, 5777))
+    assert abs(longer - shorter - 777) <= 8  # a number more in the deflated header
+
+
+def test_the_last_one_keeps_half_its_bytes() -> None:
+    survey, network = _survey(dataclasses.replace(BUDGET, target_bytes=3000), point=700, head=5000)
+    assert with_the_rest(survey, network, 1).size_bytes == 2500
+
+
+def test_a_file_that_is_too_long_gets_coarser_codes(found: Any) -> None:
+    survey, _ = _survey(BUDGET, point=700, head=5000)
+    network = bgd.quantize(_net(), DATA, BUDGET, progress=False).model
+    before = network.head.weight.detach()
+    target = measured_size(network) - 300
+    assert shorten_(survey, network, target) == ["head"]
+    assert 0.85 * target < measured_size(network) <= target
+    after = network.head.weight.detach()
+    assert 0 < float((after - before).square().mean()) < 0.1 * float(before.square().mean())
+    assert shorten_(survey, network, target) == []
+
+
+def test_quantize_shortens_a_file_that_came_out_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the last layer had been given too much."""
+    rest = with_the_rest
+
+    def generous(*arguments: Any) -> PlannedLayer:
+        planned = rest(*arguments)
+        return dataclasses.replace(planned, size_bytes=planned.size_bytes + 700)
+
+    monkeypatch.setattr("bgd_plugin.quantization.layer.with_the_rest", generous)
+    report = bgd.quantize(_net(), DATA, BUDGET, progress=False).report
+    assert report.compressed_bytes <= 9000
+    assert any(note.startswith("budget: codes fitted again, to fewer bytes") for note in report.notes)
