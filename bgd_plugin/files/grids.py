@@ -78,7 +78,7 @@ class Grids:
 
 
 def is_on_grid(value: Tensor) -> bool:
-    """Whether a tensor in half precision, of any shape, holds small integers times one step."""
+    """Whether `value`, in half precision and of any shape, holds small integers times one step."""
     return _on_grid(value) is not None
 
 

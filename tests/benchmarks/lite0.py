@@ -20,7 +20,8 @@ from bgd_plugin.files.format import state_bytes
 from bgd_plugin.support.tables import mib, table
 from tests.benchmarks.peers.subjects import Subject, lite0
 
-BUDGET = bgd.BGDConfig(target_bytes=1_705_000, freeze_norms=True)
+BUDGET = bgd.BGDConfig(target_bytes=1_705_000, freeze_norms=True, kept_aside=0.0)
+"""All photos of the first half calibrate, since those of the other half judge."""
 _BATCH = 25
 
 
@@ -77,6 +78,7 @@ def arms(
         "sizes, full Gram, depthwise": replace(plain, refit_depthwise=True),
         "sizes, full Gram, targets": replace(chosen, refit_depthwise=False),
         "sizes, half precision": replace(chosen, codebook_storage="float16", weight_storage="float16"),
+        "budget, lean": replace(budget, weight_storage="int5"),
         "budget, entropy-coded": replace(budget, codes="entropy"),
         "budget, reconstruction": replace(budget, reconstruction=bgd.ReconstructionConfig()),
         "budget, finetuning": replace(budget, finetuning=bgd.FinetuningConfig(steps=steps, mixing=True)),
