@@ -1,7 +1,7 @@
 """The graph of a network, or the network itself where it has none: find the layers, put modules in their place."""
 
 from bgd_plugin.graph.bake import baked
-from bgd_plugin.graph.calls import call_geometry, call_input, looks_rows_up, pointwise, spoken
+from bgd_plugin.graph.calls import attribute, call_geometry, call_input, looks_rows_up, pointwise, spoken
 from bgd_plugin.graph.computed import module_at, module_or_none
 from bgd_plugin.graph.copying import copy_module, set_modes
 from bgd_plugin.graph.cuts import Block, block_module, partition
@@ -37,6 +37,7 @@ __all__ = [
     "LeftLayer",
     "PQTracer",
     "added_to",
+    "attribute",
     "baked",
     "batchnorms_in_parts",
     "become_",

@@ -12,16 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.encoding.significant import round_to_bits
-from bgd_plugin.graph import following_batchnorm, module_at
+from bgd_plugin.graph import attribute, following_batchnorm, module_at
 from bgd_plugin.nn import freeze_norms_
 from bgd_plugin.planning.survey import Survey
 
 __all__ = ["WEIGHT_BITS", "coarse_weights", "freeze_lean_norms_", "is_lean"]
 
 WEIGHT_BITS = 5
+_CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)
+_WEIGHT, _BIAS = 1, 2
 _NORM_BITS = 7
 
 
@@ -47,23 +50,39 @@ def coarse_weights(survey: Survey) -> dict[str, tuple[str, str]]:
     config, graph = survey.config, survey.network
     if not is_lean(config) or not isinstance(graph, fx.GraphModule):
         return {}
-    calls = [node for node in graph.graph.nodes if node.op == "call_module"]
-    runs = Counter(id(_weight_of(module_at(graph, str(node.target)))) for node in calls)
+    readers = [(node, _weight_of(graph, node)) for node in graph.graph.nodes]
+    runs = Counter(id(weight) for _, weight in readers if weight is not None)
     found = {}
-    for node in calls:
-        name, module = f"{node.target}.weight", module_at(graph, str(node.target))
-        if name in survey.leftovers and _is_depthwise(module) and runs[id(_weight_of(module))] == 1:
-            norm = following_batchnorm(graph, (node.name,))
+    for node, weight in readers:
+        name = f"{node.target}.weight" if node.op == "call_module" else str(node.target)
+        if weight is None or name not in survey.leftovers or runs[id(weight)] != 1:
+            continue
+        call = _plain_call(graph, node)
+        if weight.ndim > 2 and weight.shape[1] == 1 and call is not None:
+            norm = following_batchnorm(graph, (call.name,))
             if norm is not None:
-                found[name] = node.name, norm
+                found[name] = call.name, norm
     return found
 
 
-def _weight_of(module: nn.Module) -> Tensor | None:
-    return module._parameters.get("weight")
+def _weight_of(graph: fx.GraphModule, node: fx.Node) -> Tensor | None:
+    """The weight that a node reads: that of the module which it calls, or the parameter that it gets."""
+    if node.op == "call_module":
+        return module_at(graph, str(node.target))._parameters.get("weight")
+    value = attribute(graph, str(node.target)) if node.op == "get_attr" else None
+    return value if isinstance(value, nn.Parameter) else None
 
 
-def _is_depthwise(module: nn.Module) -> bool:
-    weight = _weight_of(module)
-    is_single = isinstance(weight, Tensor) and weight.ndim > 2 and weight.shape[1] == 1
-    return is_single and module._parameters.get("bias") is None and not getattr(module, "transposed", False)
+def _plain_call(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """The convolution that uses a weight read by a node, if it has no bias and is not transposed."""
+    if node.op == "call_module":
+        module = module_at(graph, str(node.target))
+        is_plain = module._parameters.get("bias") is None and not getattr(module, "transposed", False)
+        return node if is_plain else None
+    if len(node.users) != 1:
+        return None
+    (call,) = node.users
+    arguments = dict(enumerate(call.args))
+    bias = call.kwargs.get("bias", arguments.get(_BIAS))
+    is_weight = node is call.kwargs.get("weight", arguments.get(_WEIGHT))
+    return call if call.target in _CONVOLUTIONS and is_weight and bias is None else None

@@ -8,14 +8,16 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
+import bgd_plugin as bgd
 from bgd_plugin import BGDConfig
 from bgd_plugin.encoding.significant import round_to_bits
 from bgd_plugin.graph import front_end
 from bgd_plugin.nn import freeze_norms_
 from bgd_plugin.planning.lean import coarse_weights, freeze_lean_norms_
 from bgd_plugin.planning.survey import surveyed
-from tests.networks import randomized
+from tests.networks import images, randomized
 
 LEAN = BGDConfig(codes="entropy", target_ratio=5.0)
 
@@ -39,13 +41,61 @@ class Net(nn.Module):
         return result
 
 
-def _coarse(config: BGDConfig) -> dict[str, tuple[str, str]]:
-    net = randomized(Net())
+class Padding(nn.Conv2d):
+    """Pads by itself, so that a graph has a plain convolution of a weight; `twice` reads the weight a second time."""
+
+    twice = False
+    shift: torch.Tensor | None = None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        def call(x: torch.Tensor) -> torch.Tensor:
+            return functional.conv2d(functional.pad(x, (1, 1, 1, 1)), self.weight, self.shift, groups=self.groups)
+
+        return call(torch.relu(call(input))) if self.twice else call(input)
+
+
+class Plain(nn.Module):
+    """Such convolutions before norms: one that reads its weight once, one that does twice, and one with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 1)
+        self.once, self.norm = Padding(16, 16, 3, groups=16, bias=False), nn.BatchNorm2d(16)
+        self.twice, self.norm2 = Padding(16, 16, 3, groups=16, bias=False), nn.BatchNorm2d(16)
+        self.biased, self.norm3 = Padding(16, 16, 3, groups=16, bias=False), nn.BatchNorm2d(16)
+        self.twice.twice, self.biased.shift = True, torch.ones(16)
+        self.head = nn.Conv2d(16, 64, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm2(self.twice(torch.relu(self.norm(self.once(self.stem(x)))))))
+        result: torch.Tensor = self.head(self.norm3(self.biased(x)))
+        return result
+
+
+def _coarse(config: BGDConfig, kind: type[nn.Module] = Net) -> dict[str, tuple[str, str]]:
+    net = randomized(kind())
     return coarse_weights(surveyed(front_end(net), config, original=net))
 
 
 def test_only_weights_whose_scale_a_norm_takes_up_become_small_integers() -> None:
     assert {name: norm for name, (_, norm) in _coarse(LEAN).items()} == {"plain.weight": "norm"}
+
+
+def test_plain_calls_in_a_graph_count_as_convolutions() -> None:
+    """EfficientNet's do: their class pads by itself."""
+    assert {name: norm for name, (_, norm) in _coarse(LEAN, Plain).items()} == {"once.weight": "norm"}
+
+
+def test_their_weights_are_small_integers_in_the_compressed_network() -> None:
+    net, data = randomized(Plain()), images(8, size=8)
+    found = bgd.quantize(net, data, LEAN, progress=False)
+    weight = found.model.once.weight.detach()
+    step = weight[weight != 0].abs().min()
+    assert float((weight / step).abs().max()) <= 15
+    assert torch.equal((weight / step).round(), weight / step)
+    with torch.no_grad():
+        before, after = (torch.relu(m.norm(m.once(m.stem(data[0])))) for m in (net, found.model))
+    assert float((after - before).square().mean()) < 0.02 * float(before.var())
 
 
 def test_five_bits_on_demand_suit_blocks_too() -> None:
