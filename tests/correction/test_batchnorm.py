@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import bgd_plugin as bgd
 from bgd_plugin.calibration import Walk, collect_batches
-from bgd_plugin.correction import absorb_row_scale_, row_scale_bounds
+from bgd_plugin.correction import absorb_row_scale_, batchnorm, gain, row_scale_bounds
 from bgd_plugin.correction.batchnorm import correct_batchnorm_
+from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import copy_module, trace
 from tests.networks import PlainNet, SmallResNet, em, images, randomized, vectors
 
@@ -51,8 +52,16 @@ def test_uncorrected_outputs_drift() -> None:
     assert float((found - mean).abs().max()) > 1e-2
 
 
-def test_reestimated_outputs_are_normalized() -> None:
-    model, data = randomized(SmallResNet()), images(3, batch=8)
+class _NoGraph(SmallResNet):
+    """Its code looks at a value, which no trace follows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if bool((x == x).all()) else -x)
+
+
+@pytest.mark.parametrize("build", [SmallResNet, _NoGraph])
+def test_reestimated_outputs_are_normalized(build: Any) -> None:
+    model, data = randomized(build()), images(3, batch=8)
     mean, variance = _moments(_quantized(model, data, "reestimate"), "bn2", data)
     torch.testing.assert_close(mean, model.bn2.bias.detach().double(), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(variance.sqrt(), model.bn2.weight.detach().abs().double(), rtol=1e-3, atol=1e-4)
@@ -179,7 +188,7 @@ def _corrected(factors: Tensor, *, with_skip: bool, mode: Any = "matched", batch
     for node in walk.nodes():
         if node.target == "norm":
             skip = next(n for n in walk.order if "tanh" in n.name)
-            gain = correct_batchnorm_(walk, node, mode, skip if with_skip else None)
+            gained = correct_batchnorm_(walk, node, mode, skip if with_skip else None)
     with torch.no_grad():
         skips = [torch.stack([torch.tanh(net.skip(x)) for x in data]) for net in (student, reference)]
         z, y = (
@@ -187,7 +196,7 @@ def _corrected(factors: Tensor, *, with_skip: bool, mode: Any = "matched", batch
             for net, s in zip((student, reference), skips, strict=True)
         )
     drift = (skips[1] - skips[0]).double().transpose(1, 2).flatten(3).flatten(2)
-    return model.norm, own, student.norm, z, y, drift, gain
+    return model.norm, own, student.norm, z, y, drift, gained
 
 
 def _all(values: Tensor) -> Tensor:
@@ -210,7 +219,7 @@ _FACTORS = torch.tensor([1.0, 0.7, 1.5, 1e4, 1e-4, 1.0])
 
 def test_matched_statistics_are_the_formulas_within_their_bounds() -> None:
     """σ'² = σ² v'/v, μ' = m' − (m − μ) σ'/σ; no scale moves by more than 20 times its own, or below 1/20 of it."""
-    shipped, own, norm, z, y, _, gain = _corrected(_FACTORS, with_skip=False, batches=6)
+    shipped, own, norm, z, y, _, gained = _corrected(_FACTORS, with_skip=False, batches=6)
     z, y, sigma = _all(z), _all(y), _sigma(shipped)
     ratio = ((z.var(1, correction=0) + 1e-3 * shipped.eps) / (y.var(1, correction=0) + 1e-3 * shipped.eps)).sqrt()
     free = sigma * ratio
@@ -222,7 +231,7 @@ def test_matched_statistics_are_the_formulas_within_their_bounds() -> None:
     torch.testing.assert_close(norm.running_mean.double(), mean, rtol=1e-3, atol=1e-4)
     theirs = _normed(shipped, shipped, y)
     varies = (theirs - theirs.mean(1, keepdim=True)).square().sum()
-    for found, one in ((gain.before, own), (gain.after, norm)):
+    for found, one in ((gained.before, own), (gained.after, norm)):
         lost = (_normed(one, shipped, z) - theirs).square().sum() / varies
         assert found == pytest.approx(float(lost), rel=1e-3)
 
@@ -235,7 +244,7 @@ def test_reestimated_statistics_are_those_of_the_inputs() -> None:
 
 def test_beside_a_skip_the_nearest_affine_map_is_taken_within_the_same_bounds() -> None:
     """γ(z − μ')/σ' + β is the least squares fit to the float output plus the drift: s z + o ≈ t = y + drift · σ/γ."""
-    shipped, own, norm, z, y, drift, gain = _corrected(_FACTORS, with_skip=True, batches=6)
+    shipped, own, norm, z, y, drift, gained = _corrected(_FACTORS, with_skip=True, batches=6)
     z, y, drift, sigma = _all(z), _all(y), _all(drift), _sigma(shipped)
     scale = shipped.weight.detach().double() / sigma
     t = y + drift * (scale / (scale.square() + 0.01 * scale.square().mean()))[:, None]
@@ -250,7 +259,7 @@ def test_beside_a_skip_the_nearest_affine_map_is_taken_within_the_same_bounds() 
     # What it gained is said of the norm's output with the skip added to it.
     theirs = _normed(shipped, shipped, y)
     varies = (theirs - theirs.mean(1, keepdim=True)).square().sum()
-    for found, one in ((gain.before, own), (gain.after, norm)):
+    for found, one in ((gained.before, own), (gained.after, norm)):
         lost = (_normed(one, shipped, z) - theirs - drift).square().sum() / varies
         assert found == pytest.approx(float(lost), rel=1e-3)
 
@@ -320,7 +329,8 @@ def test_the_norm_that_ends_a_block_is_corrected_to_what_the_skip_has_lost_as_we
     assert float((plain / (sigma / slope) - 1).abs().max()) > 0.02
 
 
-def test_a_norm_that_runs_twice_is_left_and_named_without_a_graph() -> None:
+@pytest.mark.parametrize("has_graph", [True, False])
+def test_a_norm_that_runs_twice_is_left_and_named(has_graph: bool) -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -328,7 +338,7 @@ def test_a_norm_that_runs_twice_is_left_and_named_without_a_graph() -> None:
             self.norm = nn.BatchNorm1d(32)
 
         def forward(self, x: Tensor) -> Tensor:
-            x = self.stem(x if bool((x == x).all()) else -x)
+            x = self.stem(x if has_graph or bool((x == x).all()) else -x)
             return self.norm(self.last(self.norm(self.layer(x))))
 
     model = randomized(Twice())
@@ -346,9 +356,11 @@ def test_norms_that_quantization_does_not_reach_stay(mode: Any) -> None:
             super().__init__()
             self.stem, self.before = nn.Linear(12, 16), nn.BatchNorm1d(16)
             self.layer, self.after = nn.Linear(16, 32), nn.BatchNorm1d(32)
+            self.beside = nn.BatchNorm1d(12)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.after(self.layer(torch.tanh(self.before(self.stem(x)))))
+            y = self.after(self.layer(torch.tanh(self.before(self.stem(x)))))
+            return y + self.beside(x).mean(1, keepdim=True)
 
     class NoGraph(Two):
         def forward(self, x: Tensor) -> Tensor:
@@ -357,7 +369,37 @@ def test_norms_that_quantization_does_not_reach_stay(mode: Any) -> None:
     for kind in (Two, NoGraph):
         model = randomized(kind())
         result = bgd.quantize(model, vectors(), em(batchnorm=mode), progress=False)
-        norms = [net.get_submodule(name) for name in ("before", "after") for net in (model, result.model)]
-        assert torch.equal(norms[0].running_mean, norms[1].running_mean)
-        assert not torch.equal(norms[2].running_mean, norms[3].running_mean)
+        for name, stays in (("before", True), ("after", False), ("beside", True)):
+            mine, theirs = (net.get_submodule(name).running_mean for net in (result.model, model))
+            assert torch.equal(mine, theirs) == stays, name
         assert any(f"batch norm ({mode}): 1 corrected" in note for note in result.report.notes)
+
+
+@pytest.mark.parametrize("build", [SmallResNet, _NoGraph])
+def test_a_few_million_values_are_compared(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here no more than one, so that the first batch is all that is looked at, however many there are."""
+    counts: list[int] = []
+
+    def counted(pairs: Any) -> float:
+        counts.append(len(list(pairs)))
+        return 0.1
+
+    monkeypatch.setattr(gain, "_ALL_VALUES", 1)
+    monkeypatch.setattr(batchnorm, "output_distance", counted)
+    _quantized(randomized(build()), images(6), "matched")
+    assert counts and set(counts) == {1}
+
+
+def test_channels_that_are_constant_in_both_networks_keep_their_variance() -> None:
+    norm: Any = nn.BatchNorm1d(3).eval()
+    norm.running_var.copy_(torch.tensor([0.5, 1.0, 2.0]))
+    mean, nothing = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    found_mean, variance = batchnorm._matched(norm, norm, (mean + 1, nothing), (mean, nothing))
+    torch.testing.assert_close(variance, norm.running_var.double())
+    torch.testing.assert_close(found_mean, norm.running_mean.double() + 1)
+
+
+def test_statistics_that_the_norms_type_cannot_hold_are_an_error_that_names_it() -> None:
+    norm: Any = nn.BatchNorm1d(2).half()
+    with pytest.raises(CalibrationError, match=r"batch norm 'body\.norm'"):
+        batchnorm._set_(norm, [torch.full((2,), 1e6, dtype=torch.float64), torch.ones(2)], "body.norm")

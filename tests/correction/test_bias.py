@@ -48,7 +48,7 @@ def test_the_decision_is_the_literal_one(groups: int, has_drift: bool) -> None:
     decisions = []
     for seed in range(16):
         torch.manual_seed(seed)
-        sizes = [1, 2, 3, 4, 5, 3]
+        sizes = [1, 2, 3, 4, 5, 9]
         reference = [torch.randn(size, 4, 6) for size in sizes]
         student = [x + 0.3 * torch.randn(4)[None, :, None] for x in reference]
         weight, drifts = torch.randn(6, 4 // groups, 1), [torch.randn(size, 6, 6) * has_drift for size in sizes]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
+from bgd_plugin.correction import channels
 from bgd_plugin.correction.channels import ChannelMoments, LineFit
 from bgd_plugin.errors import CalibrationError
 
@@ -30,12 +33,32 @@ def test_moments_are_those_of_all_values(places: tuple[int, ...], offset: float)
         torch.testing.assert_close(variance, literal.var(1, correction=0), rtol=1e-3, atol=1e-6)
 
 
-def test_a_constant_channel_has_no_variance() -> None:
-    moments = ChannelMoments("norm")
-    moments.add_(torch.full((3, 2, 5, 5), 0.1))
+def test_constant_channels_have_no_variance() -> None:
+    """Whatever rounding leaves of a difference of sums, it is not below zero."""
+    moments, values = ChannelMoments("norm"), 1e3 * torch.rand(300, generator=torch.Generator().manual_seed(1))
+    for _ in range(3):
+        moments.add_(values[None, :, None].expand(7, 300, 5))
     mean, variance = moments.means()
-    torch.testing.assert_close(mean, torch.full((2,), 0.1, dtype=torch.float64), rtol=1e-6, atol=0)
-    assert bool((variance >= 0).all()) and float(variance.max()) < 1e-9
+    torch.testing.assert_close(mean, values.double(), rtol=1e-6, atol=0)
+    assert bool((variance >= 0).all()) and float((variance / mean.square()).max()) < 1e-9
+
+
+def test_sums_of_other_processes_are_added_anew_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process with the same values changes nothing, however often one asks."""
+
+    def twice_(tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            tensor *= 2
+
+    moments, fit = ChannelMoments("norm"), LineFit()
+    moments.add_(torch.randn(9, 3))
+    fit.add_(torch.randn(3, 9), torch.randn(3, 9))
+    alone = [*moments.means(), *fit.solved()]
+    monkeypatch.setattr(channels, "sum_", twice_)
+    monkeypatch.setattr(channels, "sum_of", lambda number: 2 * float(number))
+    for _ in range(2):
+        for one, other in zip([*moments.means(), *fit.solved()], alone, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

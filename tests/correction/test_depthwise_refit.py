@@ -13,6 +13,8 @@ import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, LayerConfig
 from bgd_plugin.calibration import CollectedInputs
 from bgd_plugin.correction import depthwise_refit
+from bgd_plugin.errors import CalibrationError
+from bgd_plugin.pq.blocks import Geometry
 from tests.networks import images, randomized
 
 _CONFIG: dict[str, Any] = {
@@ -119,3 +121,37 @@ def test_rows_are_sampled_within_a_number_of_elements(
     monkeypatch.setattr(depthwise_refit, "paired_pieces", asked)
     with pytest.raises(_Enough):
         depthwise_refit.refitted(torch.zeros(channels, 1, 3, 3), CollectedInputs("a", [], []), torch.Generator())
+
+
+def test_a_quarter_of_the_rows_shows_the_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """400 rows of ten pieces: three pieces of forty rows; the judges are the last two pieces."""
+    seen: list[int] = []
+
+    def counted(pairs: Any) -> float:
+        seen.append(sum(len(mine) for mine, _ in pairs))
+        return 0.1
+
+    monkeypatch.setattr(depthwise_refit, "output_distance", counted)
+    monkeypatch.setattr(depthwise_refit, "_MAX_ROWS", 400)
+    calls = [[(torch.randn(10, 4, 10), Geometry.of((3,), 1, 1, 1, 4))] for _ in range(10)]
+    depthwise_refit.refitted(torch.randn(4, 1, 3), CollectedInputs("a", calls, calls), torch.Generator().manual_seed(0))
+    assert seen == [120, 80, 80, 120]
+
+
+def _inputs_of(student: Tensor, reference: Tensor) -> CollectedInputs:
+    geometry = Geometry.of((3,), 1, 1, 1, 4)
+    return CollectedInputs("body.0", *([[(x, geometry)] for x in values.split(8)] for values in (student, reference)))
+
+
+def test_means_are_left_to_what_follows() -> None:
+    """Inputs that are off by a constant lose nothing that a refit could gain, but for the zeros of the padding."""
+    x, weight = torch.randn(40, 4, 64), torch.randn(4, 1, 3)
+    gain = depthwise_refit.refitted(weight, _inputs_of(x + 0.5, x), torch.Generator().manual_seed(0)).gain
+    with_means = float((0.5 * weight.sum(2)).square().mean() / functional.conv1d(x, weight, groups=4).var())
+    assert gain.before < 0.1 * with_means
+
+
+def test_inputs_whose_squares_overflow_name_the_layer() -> None:
+    x = torch.full((40, 4, 64), 1e30)
+    with pytest.raises(CalibrationError, match=r"layer 'body\.0'"):
+        depthwise_refit.refitted(torch.randn(4, 1, 3), _inputs_of(x, x), torch.Generator().manual_seed(0))

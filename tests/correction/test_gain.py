@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import bgd_plugin as bgd
-from bgd_plugin.correction.gain import Gain, output_distance
+from bgd_plugin.correction import gain as gain_module
+from bgd_plugin.correction.gain import Gain, judged_pairs, output_distance, some_samples
 from tests.networks import SmallResNet, images, randomized, vectors
 
 GAIN = re.compile(r"median output error ([\d.]+)% → ([\d.]+)% of the variance")
@@ -57,6 +58,18 @@ def test_of_several_gains_the_medians_are_told() -> None:
 def test_outputs_that_do_not_vary_have_no_distance() -> None:
     assert output_distance([(torch.zeros(4, 2), torch.full((4, 2), 3.0))]) == 0.0
     assert output_distance([]) == 0.0
+    rounding = 1e3 + 1e-4 * torch.randn(400, 2)
+    assert output_distance([(torch.zeros(400, 2), rounding)]) == 0.0
+
+
+def test_outputs_are_compared_until_there_are_values_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten values: three pairs of four; of each batch as many samples as hold seven values, and one at least."""
+    pairs = [(torch.randn(2, 2), torch.randn(2, 2)) for _ in range(5)]
+    monkeypatch.setattr(gain_module, "_ALL_VALUES", 10)
+    assert len(list(judged_pairs(pairs))) == 3
+    assert len(list(judged_pairs(pairs[:2]))) == 2
+    monkeypatch.setattr(gain_module, "_VALUES", 7)
+    assert [len(some_samples(torch.zeros(9, *shape))) for shape in ((), (3,), (4, 5))] == [7, 2, 1]
 
 
 @pytest.mark.parametrize(("method", "mode"), [("em", "matched"), ("full", "matched"), ("full", "reestimate")])

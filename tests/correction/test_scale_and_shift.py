@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from bgd_plugin.correction import row_scale_bounds, shift_biases_
 from bgd_plugin.graph import find_layers, trace
@@ -57,3 +59,35 @@ def test_bounds_of_scales_leave_the_variance_above_eps_and_the_statistics_within
     free = limit**0.5 / sigma
     torch.testing.assert_close(largest, torch.minimum(free, limit / norm.running_mean.double().abs()))
     assert bool((largest[2:] < free[2:]).all()) and bool((largest[:2] == free[:2]).all())
+
+
+def test_where_the_mean_leaves_no_room_the_smallest_factor_is_the_largest() -> None:
+    norm: Any = nn.BatchNorm1d(2)
+    norm.running_var.zero_()
+    norm.running_mean.copy_(torch.tensor([0.0, 1e38]))
+    least, largest = row_scale_bounds(norm)
+    assert float(least[0]) == pytest.approx(2**0.5, rel=1e-6) and float(least[1]) == float(largest[1]) < 1
+
+
+class _ByFunctions(nn.Module):
+    """Two calls of one weight, each with a bias of its own that it is given as a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(
+            torch.tanh(functional.linear(x, self.a.weight, self.a.bias)), self.b.weight, self.b.bias
+        )
+
+
+def test_of_functions_only_the_bias_that_is_known_is_shifted() -> None:
+    graph = trace(_ByFunctions().eval())
+    (layer,) = find_layers(graph)[0]
+    assert layer.functional and layer.tied
+    before = [getattr(graph, name).bias.detach().clone() for name in "ab"]
+    shift_biases_(graph, layer, torch.ones(8))
+    torch.testing.assert_close(graph.a.bias.detach(), before[0] + (layer.bias is not None))  # type: ignore[union-attr,operator]
+    assert torch.equal(graph.b.bias, before[1])  # type: ignore[union-attr,arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from bgd_plugin.encoding.eight_bit import to_eight_bits
 from bgd_plugin.encoding.stream import encoded
-from bgd_plugin.fitting import fit_weight
+from bgd_plugin.fitting import entropy_coded, fit_weight
 from bgd_plugin.fitting.entropy_coded import fit_stream
 from tests.planning.test_coded import PLANNED
 
@@ -47,3 +48,22 @@ def test_a_weight_alone_is_fitted_to_its_bytes_too() -> None:
     generator = torch.Generator().manual_seed(0)
     fit = fit_weight(_weight(), torch.eye(1), layer, None, 10, generator)
     assert torch.equal(fit.codes, fit_stream(_weight(), None, layer).codes)
+
+
+@pytest.mark.parametrize(("storage", "level_bytes"), [("int8", 1), ("float16", 2)])
+def test_everything_that_the_plan_says_reaches_the_fit(
+    storage: str, level_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = entropy_coded.fit_entropy, list[Any]()
+
+    def watched(*arguments: Any, **settings: Any) -> Any:
+        seen.append((arguments, settings))
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(entropy_coded, "fit_entropy", watched)
+    weight, gram = _weight().bfloat16(), torch.eye(80, dtype=torch.float64)[None]
+    fit = fit_stream(weight, gram, dataclasses.replace(PLANNED, size_bytes=1600, codebook_storage=storage), damping=0.3)
+    (((rows, given, size), settings),) = seen
+    assert torch.equal(rows, weight.float().flatten(1)) and given is gram and size == 1600
+    assert settings == {"level_bytes": level_bytes, "damping": 0.3}
+    assert fit.codebook.dtype == torch.bfloat16

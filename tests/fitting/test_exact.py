@@ -10,6 +10,9 @@ from torch import nn
 
 import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, LayerConfig
+from bgd_plugin.fitting.exact import exact_fit
+from bgd_plugin.nn import storable
+from bgd_plugin.planning.types import PlannedLayer
 from tests.networks import SmallResNet, images, randomized, vectors
 
 
@@ -72,3 +75,34 @@ def test_a_codebook_is_no_larger_than_its_layer_has_weights() -> None:
         for d in (1, 2)
     }
     assert sizes == {1: [256, 2048], 2: [16, 128]}
+
+
+def _planned(**fields: Any) -> PlannedLayer:
+    common = {"name": "a", "target": "a", "kind": "linear", "family": "linear", "calls": ("a",)}
+    return PlannedLayer(**(common | {"weight_shape": (6, 8), "block_size": 4, "codebook_size": 8} | fields))
+
+
+@pytest.mark.parametrize("storage", ["int8", "float16"])
+@pytest.mark.parametrize("count", [7, 8, 9])
+def test_up_to_as_many_blocks_as_codewords_are_kept_rounded_to_their_storage(count: int, storage: str) -> None:
+    """Eight codewords; the blocks differ in their first weights already."""
+    words = torch.randn(count, 4, generator=torch.Generator().manual_seed(2))
+    weight = words[torch.arange(12) % count].reshape(6, 8)
+    fit = exact_fit(weight, _planned(codebook_storage=storage))
+    assert (fit is None) == (count > 8)
+    if fit is not None:
+        decoded = fit.codebook[fit.codes].reshape(6, 8)
+        torch.testing.assert_close(decoded, weight, rtol=0, atol=0.02)
+        assert torch.equal(fit.codebook, storable(fit.codebook, storage)) and not torch.equal(decoded, weight)  # type: ignore[arg-type]
+        assert fit.codes.shape == (6, 2)
+        assert fit.warnings == (("1 of 8 codewords are not used",) if count == 7 else ())
+
+
+def test_blocks_that_differ_in_later_weights_are_different() -> None:
+    weight = torch.arange(48.0).reshape(6, 8)
+    weight[:, ::4] = 1.0
+    assert exact_fit(weight, _planned()) is None
+
+
+def test_codes_that_are_entropy_coded_walk_through_a_trellis_and_are_never_exact() -> None:
+    assert exact_fit(torch.ones(6, 8), _planned(codes="entropy", block_size=1, size_bytes=99)) is None

@@ -33,6 +33,8 @@ def test_outputs_of_nothing_have_no_error_and_neither_have_those_beyond_all_boun
     assert output_error(torch.zeros(6, 5), decoded, sample) == 0.0
     assert output_error(weight * math.inf, decoded, sample) == 0.0
     assert output_error(weight, weight, sample) == 0.0
+    huge = torch.full((6, 5), 3e38)
+    assert output_error(huge, torch.zeros(6, 5), InputSample(rows=torch.full((2, 40, 5), 10.0))) == 0.0
 
 
 def test_a_shifts_gain_is_its_square_in_units_of_the_outputs_variance() -> None:

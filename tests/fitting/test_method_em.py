@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import bgd_plugin as bgd
-from bgd_plugin.fitting import fit_weight
+from bgd_plugin.fitting import fit_weight, method_em
 from bgd_plugin.nn import storable
 from bgd_plugin.planning.types import PlannedLayer
 from bgd_plugin.pq.blocks import to_blocks
@@ -74,3 +74,11 @@ def test_the_number_of_iterations_is_the_settings() -> None:
         for n in (1, 30)
     )
     assert many.relative_error < 0.99 * one.relative_error
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_codewords_that_are_not_used_are_said_of_either_fit(is_masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(method_em, "unused_codewords", lambda codes, size: (f"{size} of {codes.numel()}",))
+    weight, gram = _case()
+    mask = torch.rand(64, 16) > 0.4 if is_masked else None
+    assert fit_weight(weight, gram, _layer(), mask, 5, _generator()).warnings == ("16 of 256",)

@@ -17,7 +17,12 @@ from torch.nn import functional
 
 import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, LayerConfig
+from bgd_plugin.calibration import CollectedInputs
+from bgd_plugin.fitting import FittedLayer, LayerContext
 from bgd_plugin.fitting import method_full_gram as full_gram
+from bgd_plugin.planning.types import PlannedLayer
+from bgd_plugin.pq.blocks import Geometry
+from bgd_plugin.support.seeds import seeded
 from tests.networks import images, randomized, vectors
 
 _SMALL = LayerConfig(block_size=4, codebook_size=8)
@@ -220,23 +225,27 @@ def test_a_bias_before_a_norm_stays(name: str) -> None:
 class _Block(nn.Module):
     """A quantized skip, and a branch whose last layer can make good what the skip has lost."""
 
-    def __init__(self) -> None:
+    def __init__(self, groups: int = 1) -> None:
         super().__init__()
-        self.skip = nn.Conv2d(3, 8, 1)
-        self.branch = nn.Conv2d(8, 8, 1, bias=False)
-        self.norm = nn.BatchNorm2d(8)
+        width = 8 * groups
+        self.skip = nn.Conv2d(3, width, 1)
+        self.branch = nn.Conv2d(width, width, 1, bias=False, groups=groups)
+        self.norm = nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.sigmoid(self.skip(x))
         return x + self.norm(self.branch(x))
 
 
-@pytest.mark.parametrize(("batchnorm", "step"), [("matched", 0.5), ("matched", 0.0), ("reestimate", 0.5)])
+@pytest.mark.parametrize(
+    ("batchnorm", "step", "groups"),
+    [("matched", 0.5, 1), ("matched", 0.5, 2), ("matched", 0.0, 1), ("reestimate", 0.5, 1)],
+)
 def test_the_last_layer_of_a_block_aims_at_what_the_skip_has_lost(
-    fits: list[dict[str, Any]], batchnorm: Any, step: float
+    fits: list[dict[str, Any]], batchnorm: Any, step: float, groups: int
 ) -> None:
     """Drift · gain / (gain² + 0.01 mean gain²), gain = γ / √(σ² + eps) of the float norm, on top of the outputs."""
-    model, data = randomized(_Block()), images(5, size=6, batch=4)
+    model, data = randomized(_Block(groups)), images(5, size=6, batch=4)
     model.norm.weight.data[3] = 1e-3  # next to no gain
     first = LayerConfig(block_size=1, codebook_size=4)
     result = bgd.quantize(model, data, _config(overrides=(("skip", first),), batchnorm=batchnorm), progress=False).model
@@ -245,7 +254,8 @@ def test_the_last_layer_of_a_block_aims_at_what_the_skip_has_lost(
         _values(result, "skip", data, output=True)
     )
     gain = (model.norm.weight / (model.norm.running_var + model.norm.eps).sqrt()).detach().double()
-    lost = _channels(drift, 1) * gain / (gain.square() + 0.01 * gain.square().mean())
+    inverse = gain / (gain.square() + 0.01 * gain.square().mean())
+    lost = _channels(drift, groups) * inverse.reshape(groups, 1, -1)
     assert float(lost.abs().max()) > 1e-2
     if batchnorm == "matched":
         literal.y = literal.y + lost
@@ -349,6 +359,25 @@ class _Attention(nn.Module):
         return self.q(x) * self.v(x) + self.k(x)[:, :24]
 
 
+def test_inputs_that_layers_share_are_gathered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And with the same rows whichever of the layers comes first, drawn by the seed."""
+    real, seen = full_gram._gathered, list[tuple[str, Tensor]]()
+
+    def watched(context: Any, weight: Any, generator: torch.Generator) -> Any:
+        seen.append((context.inputs.name, generator.get_state()))
+        assert (weight is None) == (context.inputs.shared is not None)
+        return real(context, weight, generator)
+
+    monkeypatch.setattr(full_gram, "_gathered", watched)
+    model = _Attention().eval()
+    for seed in (0, 1, 0):
+        bgd.quantize(model, vectors(5, batch=20), _config(seed=seed), progress=False)
+    assert [name for name, _ in seen] == ["first", "q"] * 3 or [name for name, _ in seen] == ["q"] * 3
+    first, second, third = (state for name, state in seen if name == "q")
+    assert torch.equal(first, third) and not torch.equal(first, second)
+    assert torch.equal(first, seeded(0, "q inputs").get_state())
+
+
 def test_layers_that_share_their_input_are_fitted_as_if_each_had_it_alone(fits: list[dict[str, Any]]) -> None:
     model, data = _Attention().eval(), vectors(5, batch=20)
     result = bgd.quantize(model, data, _config(), progress=False)
@@ -449,3 +478,91 @@ def test_zeros_that_stay_do_not_pull_at_the_codewords(method: Any) -> None:
     config = _config(method=method, preserve_zeros=True, asymmetric_step=0.0)
     report = bgd.quantize(model, vectors(3, features=16), config, progress=False).report
     assert report.layers[0].relative_error < 1e-6
+
+
+def test_inputs_whose_squares_overflow_name_the_layer() -> None:
+    model, data = nn.Sequential(nn.Linear(12, 64)).eval(), [1e25 * x for x in vectors(2)]
+    with pytest.raises(bgd.BGDError, match=r"layer '0': its inputs on the calibration data contain .* or overflow"):
+        bgd.quantize(model, data, _config(), progress=False)
+
+
+@pytest.mark.parametrize("has_norm", [False, True])
+def test_the_bias_of_an_exact_layer_makes_good_what_its_inputs_have_lost(has_norm: bool) -> None:
+    """Unless a norm does. Every batch is the same, so that what helps on one does on all."""
+    after = nn.BatchNorm1d(24) if has_norm else nn.Identity()
+    model = randomized(nn.Sequential(nn.Linear(12, 16), nn.Sigmoid(), nn.Linear(16, 24), after))
+    data = 5 * vectors(1, batch=50)
+    with torch.no_grad():
+        model[2].weight.copy_(model[2].weight.sign())
+    first = LayerConfig(block_size=4, codebook_size=2)
+    config = _config(overrides=(("0", first),), linear=LayerConfig(block_size=4, codebook_size=16))
+    result = bgd.quantize(model, data, config, progress=False).model
+    assert torch.equal(result.get_submodule("2").weight, model[2].weight)
+    with torch.no_grad():
+        found, exact = (torch.cat([net(x) for x in data]).double().mean(0) for net in (result, model))
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
+    assert torch.equal(result.get_submodule("2").bias, model[2].bias) == has_norm  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("has_norm", "has_bias"), [(False, False), (False, True), (True, False), (True, True)])
+def test_a_stream_is_fitted_to_the_literal_target_and_gram(
+    has_norm: bool, has_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all rows, held-out ones among them, since a stream is fitted once and not judged."""
+    seen: list[Any] = []
+    fit = FittedLayer(codebook=torch.randn(8, 1), codes=torch.randint(0, 8, (24, 16)))
+
+    def watched(rows: Tensor, gram: Tensor, layer: PlannedLayer, *, damping: float) -> FittedLayer:
+        seen.append((rows.clone(), gram.clone(), layer, damping))
+        return fit
+
+    monkeypatch.setattr(full_gram, "fit_stream", watched)
+    layer = PlannedLayer(
+        name="a",
+        target="a",
+        kind="linear",
+        family="linear",
+        weight_shape=(24, 16),
+        block_size=1,
+        codebook_size=256,
+        calls=(),
+        codes="entropy",
+        size_bytes=300,
+    )
+    weight, theirs = torch.randn(24, 16), [torch.randn(20, 16) + 1 for _ in range(5)]
+    weight[5] *= 0.05  # a quiet row has a scale of its own
+    mine = [x + 0.3 * torch.randn(20, 16) + 0.2 for x in theirs]
+    inputs = CollectedInputs("a", *([[(x, Geometry.linear())] for x in values] for values in (mine, theirs)))
+    context = LayerContext(
+        layer=layer, weight=weight, inputs=inputs, has_batchnorm=has_norm, has_bias=has_bias, config=BGDConfig()
+    )
+    generator = torch.Generator().manual_seed(0)
+    found = full_gram.FULL.solve(context, full_gram.FULL.collect(context, generator), generator)
+    x = torch.cat(mine).double()[None]
+    literal = _Literal(weight=weight, x=x, y=torch.cat(theirs).double()[None] @ weight.double().T)
+    ((rows, gram, planned, damping),) = seen
+    scaled = has_norm and not has_bias
+    _close(rows, literal.target() * literal.scale()[:, None] if scaled else literal.target())
+    _close(gram, literal.moments(x, has_norm or has_bias))
+    assert planned is layer and damping == pytest.approx(literal.damping)
+    if scaled:
+        assert found.row_scale is not None
+        _close(found.row_scale, literal.scale())
+    else:
+        assert found.row_scale is None
+    if has_bias and not has_norm:
+        decoded = fit.codebook[fit.codes].reshape(24, 16).double()
+        assert found.bias_shift is not None
+        _close(found.bias_shift, literal.y.mean((0, 1)) - decoded @ x.mean((0, 1)))
+    else:
+        assert found.bias_shift is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("size", [8, 256])
+def test_the_codebook_has_the_type_of_the_weight(dtype: torch.dtype, size: int) -> None:
+    """Whether the layer is fitted, or exact."""
+    model = nn.Sequential(nn.Linear(12, 64)).to(dtype).eval()
+    first = LayerConfig(block_size=1 if size > 8 else 4, codebook_size=size)
+    result = bgd.quantize(model, [x.to(dtype) for x in vectors()], _config(first_layer=first), progress=False)
+    assert result.model.get_submodule("0").codebook.dtype == dtype
