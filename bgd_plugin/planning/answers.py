@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from bgd_plugin.calibration import Batch, logits_of
+from bgd_plugin.calibration import Batch
+from bgd_plugin.planning.outputs import Information, Measure, has_logits, logit_pair
 from bgd_plugin.support.processes import total
 from bgd_plugin.training import kl_to_teacher
 
-__all__ = ["Answers", "Measure", "compare_answers", "has_logits", "output_loss"]
+__all__ = ["Answers", "compare_answers", "output_loss"]
 
-Measure = Literal["KL", "squared difference"]
-_CALLED = {"KL": "KL divergence", "squared difference": "relative squared error"}
+_CALLED: dict[Measure, str] = {"KL": "KL divergence", "squared difference": "relative squared error"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,9 @@ class Answers:
 
     Attributes:
         samples: number of samples on which they were compared.
-        measure: "KL divergence" of the logits in nats, averaged over samples (and tokens or pixels); for an output
-            without logits "relative squared error", ‖y − ŷ‖² / ‖y‖² over all floating point outputs.
+        measure: "KL divergence" of the logits (or probabilities) in nats, averaged over samples (and tokens or pixels);
+            for an output without logits, or whose logits do not tell samples apart, "relative squared error",
+            ‖y − ŷ‖² / ‖y‖² over all floating point outputs.
         divergence: in that measure; 0 means the same outputs.
         agreement: share of samples (tokens, pixels) with the same most likely class; None without logits.
         kept_aside: whether these samples were used neither by the fit nor by training.
@@ -62,6 +63,7 @@ class _Sums:
     kept: float = 0.0
     agreeing: float = 0.0
     answers: float = 0.0
+    informed: float = 0.0
 
     def shared(self) -> _Sums:
         """The sums of all processes."""
@@ -70,7 +72,12 @@ class _Sums:
 
 @torch.no_grad()
 def compare_answers(
-    compressed: Callable[[Batch], Any], reference: Callable[[Batch], Any], batches: Sequence[Batch], *, kept_aside: bool
+    compressed: Callable[[Batch], Any],
+    reference: Callable[[Batch], Any],
+    batches: Sequence[Batch],
+    *,
+    kept_aside: bool,
+    measure: Measure | None = None,
 ) -> Answers:
     """Compare two networks' outputs batch by batch, with the outputs of one batch in memory.
 
@@ -78,9 +85,10 @@ def compare_answers(
         compressed, reference: from a batch to each network's output, in evaluation mode.
         batches: at least one.
         kept_aside: whether the fit has not used these samples.
+        measure: by which they are compared; None: as the reference's outputs are (`planning.outputs`).
     """
-    sums = _Sums()
-    is_logits = True
+    sums, information = _Sums(), Information()
+    is_logits = measure != "squared difference"
     for batch in batches:
         exact, found = reference(batch), compressed(batch)
         is_logits = is_logits and has_logits(exact)
@@ -89,22 +97,16 @@ def compare_answers(
         sums.lost += lost
         sums.kept += kept
         if is_logits:
-            _add_logits(sums, batch, logits_of(found), logits_of(exact))
+            _add_logits(sums, information, batch, *logit_pair(found, exact))
+    sums.informed = sums.samples if measure == "KL" or information.is_enough else 0.0
     sums = sums.shared()
-    if is_logits:
-        divergence = sums.divergence / max(1, sums.samples)
-        return Answers(
-            samples=round(sums.samples),
-            measure=_CALLED["KL"],
-            divergence=max(0.0, divergence) if math.isfinite(divergence) else math.inf,
-            agreement=sums.agreeing / max(1.0, sums.answers),
-            kept_aside=kept_aside,
-        )
+    is_kl = is_logits and sums.informed > sums.samples / 2
+    divergence = sums.divergence / max(1, sums.samples) if is_kl else _relative(sums.lost, sums.kept)
     return Answers(
         samples=round(sums.samples),
-        measure=_CALLED["squared difference"],
-        divergence=_relative(sums.lost, sums.kept),
-        agreement=None,
+        measure=_CALLED["KL" if is_kl else "squared difference"],
+        divergence=max(0.0, divergence) if math.isfinite(divergence) else math.inf,
+        agreement=sums.agreeing / max(1.0, sums.answers) if is_logits else None,
         kept_aside=kept_aside,
     )
 
@@ -119,21 +121,14 @@ def output_loss(output: Any, exact: Any, measure: Measure = "KL") -> tuple[float
             outputs, and with "squared difference", ‖output − exact‖² / ‖exact‖².
     """
     if measure == "KL" and has_logits(exact):
-        loss = float(kl_to_teacher(logits_of(output), logits_of(exact)))
+        loss = float(kl_to_teacher(*logit_pair(output, exact)))
         return (max(0.0, loss) if math.isfinite(loss) else math.inf), "KL"
     return _relative(*_squares(output, exact)), "relative squared difference of outputs"
 
 
-def has_logits(output: Any) -> bool:
-    """Whether an output is, or has a field of, logits."""
-    if isinstance(output, Tensor):
-        return output.ndim == 2 and output.shape[1] > 1
-    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    return isinstance(named, Tensor) and named.ndim > 1
-
-
-def _add_logits(sums: _Sums, batch: Batch, found: Tensor, exact: Tensor) -> None:
+def _add_logits(sums: _Sums, information: Information, batch: Batch, found: Tensor, exact: Tensor) -> None:
     tokens = batch.tokens(exact)
+    information.add(exact, tokens)
     sums.divergence += batch.size * float(kl_to_teacher(found, exact, tokens))
     dim = 1 if exact.ndim in (2, 4) else -1
     same = (found.argmax(dim) == exact.argmax(dim)).float()
@@ -151,4 +146,4 @@ def _squares(output: Any, exact: Any) -> tuple[float, float]:
 
 def _relative(lost: float, kept: float) -> float:
     loss = lost / kept if kept > 0 else 0.0
-    return loss if math.isfinite(loss) else math.inf
+    return loss if math.isfinite(loss) and math.isfinite(lost) else math.inf

@@ -14,6 +14,7 @@ from bgd_plugin.planning.bound import fewest_bytes, loss_by_bytes
 from bgd_plugin.planning.candidates import Option, options_of, rated, weight_sensitivity
 from bgd_plugin.planning.knapsack import Choice, choose, require_reachable
 from bgd_plugin.planning.losses import LEVEL, Sensitivity, joint_loss
+from bgd_plugin.planning.outputs import Scale
 from bgd_plugin.planning.sizes import Sketch
 from bgd_plugin.planning.survey import Chosen, Survey
 from bgd_plugin.planning.types import CurvePoint
@@ -46,11 +47,13 @@ class Budget:
         survey: of the network, with the layers as the settings have them.
         sketch: of the same, for the length of files.
         target_bytes: the longest file; None with a bound.
+        scale: of losses.
     """
 
     survey: Survey
     sketch: Sketch
     target_bytes: int | None
+    scale: Scale = Scale(measure="KL")
 
     @classmethod
     def of(cls, survey: Survey, sketch: Sketch | None = None) -> Budget | None:
@@ -71,6 +74,12 @@ class Budget:
     def free_of(cls, survey: Survey, sketch: Sketch) -> Budget:
         """What could be chosen under settings that name no budget."""
         return cls(survey=survey, sketch=sketch, target_bytes=None)
+
+    @property
+    def bound(self) -> float | None:
+        """The bound on the loss."""
+        bound = self.survey.config.bound
+        return None if bound is None else bound * self.scale.tolerance
 
     @property
     def free(self) -> tuple[FoundLayer, ...]:
@@ -143,9 +152,8 @@ class Budget:
         return joint_loss([(one, one.error_of(planned)) for planned, one in pairs])
 
     def _within_bound(self, known: Mapping[str, Sensitivity], realized: float) -> Choice:
-        bound = self.survey.config.bound
-        assert bound is not None
-        level = _AIM * bound / realized
+        assert self.bound is not None
+        level = _AIM * self.bound / realized
         options = self.rated(known, level)
         picked = [layer[i] for layer, i in zip(options, fewest_bytes(options, level), strict=True)]
         if all(option.layer is None for option in picked) and not self._fixed:
@@ -214,9 +222,9 @@ class Budget:
     ) -> tuple[str, ...]:
         more = f"; {self._fixed} more have fixed sizes" if self._fixed else ""
         if self.target_bytes is None:
-            bound = self.survey.config.bound
+            bound, called = self.bound, "divergence" if self.scale.measure == "KL" else "relative squared error"
             note = (
-                f"bound: sizes of {len(self.free)} layers chosen for the smallest file within a divergence of {bound}: "
+                f"bound: sizes of {len(self.free)} layers chosen for the smallest file within a {called} of {bound:.3g}: "
                 f"{choice.file_bytes:,} bytes, expected {choice.loss * realized:.3g}{more}"
             )
             is_finest = all(o.layer is not None for o in choice.options) and choice.loss * realized > (bound or 0)

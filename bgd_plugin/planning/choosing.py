@@ -35,7 +35,7 @@ def choose_sizes(budget: Budget, measurements: Measurements) -> tuple[Survey, fl
     Raises:
         ConfigError: as `Budget.spend`.
     """
-    sensitivities = measurements.sensitivities
+    sensitivities, budget = measurements.sensitivities, dataclasses.replace(budget, scale=measurements.scale)
     config = budget.survey.config
     left = _MADE_GOOD if config.method == "full" and config.asymmetric_step else 1.0
     factor = left

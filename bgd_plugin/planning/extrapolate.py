@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bgd_plugin.calibration import logits_of
+from bgd_plugin.planning.outputs import logit_pair
 
 __all__ = ["losses_by_error", "shifted_logits"]
 
@@ -36,7 +36,7 @@ def shifted_logits(found: Any, exact: Any, most: int) -> tuple[Tensor, Tensor]:
     Returns:
         logits and shifts, both `[samples, classes]`.
     """
-    true, moved = logits_of(exact), logits_of(found)
+    moved, true = logit_pair(found, exact)
     dim = 1 if true.ndim in (2, 4) else -1
     true, moved = (t.movedim(dim, -1).reshape(-1, t.shape[dim]) for t in (true, moved))
     every = max(1, true.numel() // most)

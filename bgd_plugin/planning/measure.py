@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from bgd_plugin.calibration import Batch, first_samples
@@ -16,6 +18,7 @@ from bgd_plugin.graph import isolated_weights, untouched
 from bgd_plugin.planning.answers import compare_answers
 from bgd_plugin.planning.budget import Budget
 from bgd_plugin.planning.losses import Sensitivity
+from bgd_plugin.planning.outputs import Scale
 from bgd_plugin.planning.perturbation import changed, changes_of
 from bgd_plugin.planning.sensitivity import Measured, measure_layers
 from bgd_plugin.planning.survey import Survey
@@ -23,8 +26,10 @@ from bgd_plugin.support.processes import from_first, is_first
 
 __all__ = ["Measurements", "measured"]
 
-_SAMPLES = 128
+_SAMPLES = 64
 """Calibration samples on which all errors together are tried."""
+_KEPT = 1 << 22
+"""Numbers in the float network's answers to them, up to which they are kept from one trial to the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +41,15 @@ class Measurements:
         batches: the calibration data.
         sensitivities: of the layers, by name; a layer that no input reaches has none.
         layers: the same with an error of each layer; only in the process that measured them.
+        scale: of the losses.
     """
 
     budget: Budget
     batches: Sequence[Batch]
     sensitivities: Mapping[str, Sensitivity]
     layers: Mapping[str, Measured]
+    scale: Scale
+    _answers: list[Any] = field(default_factory=list)
 
     def joint(self, survey: Survey) -> float:
         """The divergence from the float network when all layers of a survey have errors of the sizes expected.
@@ -68,8 +76,25 @@ class Measurements:
                 with changed(changes):
                     return batch.call(network)
 
-            answers = compare_answers(with_errors, lambda batch: batch.call(network), few, kept_aside=False)
+            exact = self._exact(network, few)
+            answers = compare_answers(with_errors, exact, few, kept_aside=False, measure=self.scale.measure)
         return answers.divergence
+
+    def _exact(self, network: nn.Module, few: Sequence[Batch]) -> Callable[[Batch], Any]:
+        """The float network's answers to a few batches, asked for in their order; kept where that takes no room."""
+        if len(self._answers) == len(few):
+            kept = iter(self._answers)
+            return lambda batch: next(kept)
+        self._answers.clear()
+
+        def answered(batch: Batch) -> Any:
+            answer = batch.call(network)
+            numbers = sum(t.numel() for t in pytree.tree_leaves(answer) if isinstance(t, Tensor))
+            if numbers * len(few) <= _KEPT:
+                self._answers.append(answer)
+            return answer
+
+        return answered
 
 
 def measured(budget: Budget, batches: Sequence[Batch], *, progress: bool) -> Measurements:
@@ -90,15 +115,16 @@ def measured(budget: Budget, batches: Sequence[Batch], *, progress: bool) -> Mea
             _apart(budget) as network,
         ):
             layers.update(measure_layers(network, batches, budget.free, budget.survey.config, bar.update))
-        return {}, json.dumps({name: one.sensitivity.to_dict() for name, one in layers.items()})
+        content = {name: (dataclasses.asdict(one.scale), one.sensitivity.to_dict()) for name, one in layers.items()}
+        return {}, json.dumps(content)
 
-    text = from_first(work)[1]
-    found: dict[str, Any] = json.loads(text)
+    found: dict[str, Any] = json.loads(from_first(work)[1])
     return Measurements(
         budget=budget,
         batches=batches,
-        sensitivities={name: Sensitivity.from_dict(values) for name, values in found.items()},
+        sensitivities={name: Sensitivity.from_dict(values) for name, (_, values) in found.items()},
         layers=layers,
+        scale=next((Scale(**scale) for scale, _ in found.values()), Scale(measure="KL")),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,12 @@ from bgd_plugin.calibration import Batch, LayerInputs, Rerun, Walk, first_sample
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import FoundLayer, batchnorms_in_parts, following_batchnorm
-from bgd_plugin.planning.answers import Measure, output_loss
+from bgd_plugin.planning.answers import output_loss
 from bgd_plugin.planning.candidates import block_sizes, codebook_sizes, fitted_sizes
 from bgd_plugin.planning.extrapolate import losses_by_error, shifted_logits
 from bgd_plugin.planning.layer_facts import LayerFacts, layer_facts, roughly_quantized
 from bgd_plugin.planning.losses import Sensitivity
+from bgd_plugin.planning.outputs import Measure, Scale
 from bgd_plugin.planning.perturbation import Perturbation, bias_of, has_channel_rows, perturbed
 from bgd_plugin.pq.full_gram import positions_as_groups
 from bgd_plugin.pq.rate import entropy_curve, quick_fit, rate_curve, sampled_positions
@@ -33,7 +34,7 @@ from bgd_plugin.support.seeds import seeded
 
 __all__ = ["Measured", "measure_layers", "measure_sensitivities"]
 
-_SAMPLES = 32  # that run to the network's end once for each layer
+_SAMPLES = 16  # that run to the network's end once for each layer
 _RUNS = 6  # over all batches, at most, that a network that is no graph takes to its end besides
 _SAMPLED_BLOCKS = 1 << 13
 _REFERENCE_CODEBOOK = 256
@@ -55,12 +56,14 @@ class Measured:
         sensitivity: of the layer.
         error: of its rough quantization.
         size, loss: of that error, in the unit of `sensitivity`, and what it alone costs.
+        scale: of the losses.
     """
 
     sensitivity: Sensitivity
     error: Perturbation
     size: float
     loss: float
+    scale: Scale
 
 
 def measure_sensitivities(
@@ -84,8 +87,8 @@ def measure_layers(
 ) -> dict[str, Measured]:
     """What each layer's error does to the output, by the layer's name.
 
-    Where no layer's error moves the logits' divergence (the logits are next to constant, as those of many a network
-    with random weights), the squared difference of the outputs is measured instead.
+    Where the outputs are no logits, or logits whose divergence no layer's error moves (they are next to constant, as
+    those of many a network with random weights), the squared difference of the outputs is measured.
 
     Args:
         network: the float network, in evaluation mode; in a graph, modules return the weights of `layers`
@@ -99,11 +102,15 @@ def measure_layers(
         CalibrationError: what any walk over the calibration data may meet.
     """
     measured = _along_graph if isinstance(network, fx.GraphModule) else _by_runs
-    found = measured(network, batches, layers, config, step, "KL")
-    if found and max(one.loss / max(one.size, _TINY) for one in found.values()) < _LEAST_KL:
+    found = measured(network, batches, layers, config, step, None)
+    if found and _is_kl(found) and max(one.loss / max(one.size, _TINY) for one in found.values()) < _LEAST_KL:
         found = measured(network, batches, layers, config, lambda: None, "squared difference")
     least = _LEAST_SHARE * max((one.sensitivity.per_error() for one in found.values()), default=0.0) or _NOTHING
     return {name: dataclasses.replace(one, sensitivity=one.sensitivity.at_least(least)) for name, one in found.items()}
+
+
+def _is_kl(found: Mapping[str, Measured]) -> bool:
+    return all(one.scale.measure == "KL" for one in found.values())
 
 
 def _along_graph(
@@ -112,11 +119,12 @@ def _along_graph(
     layers: Sequence[FoundLayer],
     config: BGDConfig,
     step: Callable[[], object],
-    measure: Measure,
+    measure: Measure | None,
 ) -> dict[str, Measured]:
     assert isinstance(network, fx.GraphModule)
     few = first_samples(batches, _SAMPLES)
     outputs = [batch.call(network) for batch in few]
+    scale = Scale.of(outputs, measure)
     wide, narrow = Walk(network, batches), Walk(network, few)
     waiting = {_first_node(wide, layer): layer for layer in layers if not layer.hidden}
     found: dict[str, Measured] = {}
@@ -133,7 +141,7 @@ def _along_graph(
             norm=norm,
             has_bias=bias_of(network, layer) is not None,
         )
-        found[layer.name] = _measured(narrow, facts, outputs, generator, measure)
+        found[layer.name] = _measured(narrow, facts, outputs, generator, scale)
         step()
         if len(found) == len(waiting):
             break  # what comes after the last layer need not run
@@ -146,7 +154,7 @@ def _by_runs(
     layers: Sequence[FoundLayer],
     config: BGDConfig,
     step: Callable[[], object],
-    measure: Measure,
+    measure: Measure | None,
 ) -> dict[str, Measured]:
     """The same for a network that is not a graph.
 
@@ -156,6 +164,7 @@ def _by_runs(
     samples = sum(batch.size for batch in batches)
     few = first_samples(batches, max(1, min(_SAMPLES, 2 * _RUNS * samples // max(1, len(layers)))))
     outputs = [batch.call(network) for batch in few]
+    scale = Scale.of(outputs, measure)
     norms = batchnorms_in_parts(network) if config.batchnorm != "keep" else {}
     weights = {layer.name: layer.weight for layer in layers if layer.kind != "embedding"}
     wide, narrow = (
@@ -172,7 +181,7 @@ def _by_runs(
             norm = norms.get(layer.target) if has_channel_rows(layer) and not layer.tied else None
             inputs, has_bias = wide.inputs(name), bias_of(network, layer) is not None
             facts = layer_facts(inputs, layer, config, generator, norm=norm, has_bias=has_bias)
-            found[name] = _measured(narrow, facts, outputs, generator, measure)
+            found[name] = _measured(narrow, facts, outputs, generator, scale)
         step()
     return found
 
@@ -182,7 +191,7 @@ def _measured(
     facts: LayerFacts,
     outputs: Sequence[Any],
     generator: torch.Generator,
-    measure: Measure,
+    scale: Scale,
 ) -> Measured:
     """Error curves for each block size, and the loss that the reference's error brings."""
     shape = tuple(facts.layer.matrix.shape)
@@ -202,11 +211,11 @@ def _measured(
     error = Perturbation.of(facts, roughly_quantized(scaled, facts, fit.codebook) / facts.scale[..., None])
     size = max(fit.error, _TINY)
     with perturbed(walk.student, error):
-        loss, measured, shifts = _loss_alone(walk, outputs, measure)
+        loss, measured, shifts = _loss_alone(walk, outputs, scale.measure)
     reason = f"{measured} {loss:.2g} if only this layer is quantized, at {reference}×{len(fit.codebook)}"
     losses = losses_by_error(shifts, size, loss)
     sensitivity = Sensitivity(curves=tuple(curves), losses=losses, reason=reason, entropy=entropy)
-    return Measured(sensitivity=sensitivity, error=error, size=size, loss=loss)
+    return Measured(sensitivity=sensitivity, error=error, size=size, loss=loss, scale=scale)
 
 
 def _require_finite(name: str, *tensors: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,7 @@ class Task:
             survey, self.factor = choose_sizes(budget, self.measurements)
             return survey
         sensitivities, factor = self.measurements.sensitivities, realized * self.factor
+        budget = dataclasses.replace(budget, scale=self.measurements.scale)
         survey = budget.spend(sensitivities, factor)
         return dataclasses.replace(survey, curve=budget.curve(sensitivities, factor))
 
@@ -127,11 +129,19 @@ class Task:
             check_teacher(job, is_given=self.teacher is not None)
             outcomes = quantize_layers(job)
             train(job, self.calibration, self.forward)
-            sizes, answers = sized(job, front), judged(job)
+            sizes = sized(job, front)
+            answers = judged(job, self.measurements.scale.measure if self.measurements else None)
         return Pass(
             report=reported(job, outcomes, sizes, answers),
             network=functools.partial(self._settled, job.student, survey),
+            limit=self._limit,
         )
+
+    @property
+    def _limit(self) -> float:
+        """The largest divergence that the bound allows."""
+        bound = self.config.bound or math.inf
+        return bound if self.measurements is None else bound * self.measurements.scale.tolerance
 
     def _job(self, survey: Survey, reference: nn.Module, run: Run, bar: Any, log: Log) -> Job:
         student = copy_module(reference, share_tensors=True)

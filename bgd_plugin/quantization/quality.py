@@ -24,19 +24,20 @@ class Pass:
     Attributes:
         report: of the compressed network.
         network: gives it; of several passes, only one is asked, and once.
+        limit: the largest divergence that the bound allows, in the measure of the report's answers.
     """
 
     report: Report
     network: Callable[[], nn.Module]
+    limit: float
 
 
-def within_bound(run: Callable[[float, int], Pass], bound: float) -> Pass:
+def within_bound(run: Callable[[float, int], Pass]) -> Pass:
     """The pass with the smallest compressed network whose measured divergence is within a bound.
 
     Args:
         run: compresses with sizes chosen under a correction of the expected divergences (measured over expected); its
             second argument is the number of the pass, from 0.
-        bound: on the divergence.
 
     Returns:
         of at most three passes, the smallest file within the bound; if none is, the one nearest to it, and its report
@@ -49,11 +50,11 @@ def within_bound(run: Callable[[float, int], Pass], bound: float) -> Pass:
         if result.report.expected_divergence is None:  # nothing was chosen
             return result
         results.append(result)
-        correction = _correction(result.report, bound, is_first=number == 0)
+        correction = _correction(result.report, result.limit, is_first=number == 0)
         if correction is None or any(_same_sizes(result.report, before.report) for before in results[:-1]):
             break
         realized *= correction
-    return _best(results, bound)
+    return _best(results)
 
 
 def _correction(report: Report, bound: float, *, is_first: bool) -> float | None:
@@ -75,7 +76,9 @@ def _same_sizes(one: Report, other: Report) -> bool:
     return sizes[0] == sizes[1]
 
 
-def _best(results: list[Pass], bound: float) -> Pass:
+def _best(results: list[Pass]) -> Pass:
+    bound = results[0].limit
+
     def divergence(result: Pass) -> float:
         answers = result.report.answers
         return 0.0 if answers is None else answers.divergence
@@ -83,11 +86,11 @@ def _best(results: list[Pass], bound: float) -> Pass:
     within = [result for result in results if divergence(result) <= bound]
     if within:
         best = min(within, key=lambda result: result.report.compressed_bytes)
-        note = f"bound: kept, divergence {divergence(best):.3g} of {bound:g}"
+        note = f"bound: kept, divergence {divergence(best):.3g} of {bound:.3g}"
     else:
         best = min(results, key=divergence)
         note = (
-            f"bound: missed, divergence {divergence(best):.3g} where {bound:g} was asked for: give more calibration "
+            f"bound: missed, divergence {divergence(best):.3g} where {bound:.3g} was asked for: give more calibration "
             "samples, or let more layers be chosen (first_layer, depthwise_conv, overrides)"
         )
     note += f", after {len(results)} passes" if len(results) > 1 else ""
