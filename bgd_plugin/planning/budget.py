@@ -14,7 +14,7 @@ from bgd_plugin.planning.bound import fewest_bytes, loss_by_bytes
 from bgd_plugin.planning.candidates import Option, options_of, rated, weight_sensitivity
 from bgd_plugin.planning.knapsack import Choice, choose, require_reachable
 from bgd_plugin.planning.losses import LEVEL, Sensitivity, joint_loss
-from bgd_plugin.planning.outputs import Scale
+from bgd_plugin.planning.outputs import LOGITS, Scale
 from bgd_plugin.planning.sizes import Sketch
 from bgd_plugin.planning.survey import Chosen, Survey
 from bgd_plugin.planning.types import CurvePoint
@@ -53,7 +53,7 @@ class Budget:
     survey: Survey
     sketch: Sketch
     target_bytes: int | None
-    scale: Scale = Scale(measure="KL")
+    scale: Scale = LOGITS
 
     @classmethod
     def of(cls, survey: Survey, sketch: Sketch | None = None) -> Budget | None:
@@ -224,8 +224,8 @@ class Budget:
         if self.target_bytes is None:
             bound, called = self.bound, "divergence" if self.scale.measure == "KL" else "relative squared error"
             note = (
-                f"bound: sizes of {len(self.free)} layers chosen for the smallest file within a {called} of {bound:.3g}: "
-                f"{choice.file_bytes:,} bytes, expected {choice.loss * realized:.3g}{more}"
+                f"bound: sizes of {len(self.free)} layers chosen for the smallest file within a {called} of "
+                f"{bound:.3g}: {choice.file_bytes:,} bytes, expected {choice.loss * realized:.3g}{more}"
             )
             is_finest = all(o.layer is not None for o in choice.options) and choice.loss * realized > (bound or 0)
             return (note, _FINEST) if is_finest else (note,)

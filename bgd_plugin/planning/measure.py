@@ -18,7 +18,7 @@ from bgd_plugin.graph import isolated_weights, untouched
 from bgd_plugin.planning.answers import compare_answers
 from bgd_plugin.planning.budget import Budget
 from bgd_plugin.planning.losses import Sensitivity
-from bgd_plugin.planning.outputs import Scale
+from bgd_plugin.planning.outputs import LOGITS, Scale
 from bgd_plugin.planning.perturbation import changed, changes_of
 from bgd_plugin.planning.sensitivity import Measured, measure_layers
 from bgd_plugin.planning.survey import Survey
@@ -124,7 +124,7 @@ def measured(budget: Budget, batches: Sequence[Batch], *, progress: bool) -> Mea
         batches=batches,
         sensitivities={name: Sensitivity.from_dict(values) for name, (_, values) in found.items()},
         layers=layers,
-        scale=next((Scale(**scale) for scale, _ in found.values()), Scale(measure="KL")),
+        scale=next((Scale(**scale) for scale, _ in found.values()), LOGITS),
     )
 
 

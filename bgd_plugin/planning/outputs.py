@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from bgd_plugin.calibration import logits_of
 
-__all__ = ["Information", "Measure", "Scale", "has_logits", "logit_pair"]
+__all__ = ["LOGITS", "Information", "Measure", "Scale", "has_logits", "logit_pair"]
 
 Measure = Literal["KL", "squared difference"]
 
@@ -54,6 +54,10 @@ class Scale:
         if measure == "KL":
             return cls(measure=measure)
         return cls(measure=measure, tolerance=_OF_VARIANCE * _varying_share(outputs))
+
+
+LOGITS = Scale(measure="KL")
+"""That of logits."""
 
 
 def has_logits(output: Any) -> bool:
