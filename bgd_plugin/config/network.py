@@ -76,9 +76,11 @@ class BGDConfig:
             chosen layer by layer, by the effect of each layer's error on the network's output.
         target_ratio: the same budget as a compression ratio, float bytes / file bytes. Give one of the two.
         max_divergence: a bound on how far the compressed network's answers may be from the float network's: the
-            Kullback-Leibler divergence of the logits in nats, or the relative squared error of an output without
-            logits. Open sizes are chosen for the smallest file within it. The default applies where no budget is given.
-            None: without a budget, open sizes are fixed at blocks of 9 (convolutions) or 4 and 256 codewords.
+            Kullback-Leibler divergence of the logits (or probabilities) in nats. For other outputs, and for "logits"
+            that do not tell samples apart, such as an embedding's, the squared error may be a tenth of this share of
+            the outputs' variance. Open sizes are chosen for the smallest file within it. The default applies where no
+            budget is given. None: without a budget, open sizes are fixed at blocks of 9 (convolutions) or 4 and 256
+            codewords.
         kept_aside: share of the calibration samples that no step of the fit sees: they judge the compressed network's
             answers at the end. At most 64 samples are kept aside, and none of fewer than 16.
         seed: seed of all random choices.

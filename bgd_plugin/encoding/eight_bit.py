@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["from_eight_bits", "round_to_eight_bits", "to_eight_bits"]
+__all__ = ["LEVELS", "from_eight_bits", "round_to_eight_bits", "to_eight_bits"]
 
-_LEVELS = 127
+LEVELS = 127
 _MANTISSA_BITS = 11  # of a scale: its product with a 7-bit integer is exact in float32
 
 
@@ -24,7 +24,7 @@ def round_to_eight_bits(values: Tensor) -> Tensor:
     if values.dtype != torch.float32:
         return values
     scales = _scales(values)
-    rounded = (values / scales).round().clamp(-_LEVELS, _LEVELS) * scales + 0.0  # no negative zeros
+    rounded = (values / scales).round().clamp(-LEVELS, LEVELS) * scales + 0.0  # no negative zeros
     return torch.where(_is_normal(scales) & torch.isfinite(rounded).all(1, keepdim=True), rounded, values)
 
 
@@ -44,7 +44,7 @@ def to_eight_bits(values: Tensor) -> tuple[Tensor, Tensor] | None:
     if values.dtype != torch.float32 or not values.numel() or not bool(torch.isfinite(values).all()):
         return None
     scales = _scales(values)
-    numbers = (values / scales).round().clamp(-_LEVELS, _LEVELS)
+    numbers = (values / scales).round().clamp(-LEVELS, LEVELS)
     is_exact = torch.equal(numbers * scales, values) and bool(_is_normal(scales).all())
     return (numbers.to(torch.int8), scales.squeeze(1)) if is_exact else None
 
@@ -56,7 +56,7 @@ def from_eight_bits(numbers: Tensor, scales: Tensor) -> Tensor:
 
 def _scales(values: Tensor) -> Tensor:
     """The largest absolute value over 127, rounded up to 11 bits of mantissa: `[rows, 1]`; 1 for a row of zeros."""
-    largest = values.abs().amax(1, keepdim=True) / _LEVELS
+    largest = values.abs().amax(1, keepdim=True) / LEVELS
     mantissa, exponent = torch.frexp(largest)
     steps = 2.0**_MANTISSA_BITS
     # The margin compensates for rounding in the division: an exact scale must be recovered, not the next larger one.

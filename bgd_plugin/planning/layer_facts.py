@@ -10,11 +10,12 @@ from torch.nn import functional
 
 from bgd_plugin.calibration import LayerInputs, sampled_inputs
 from bgd_plugin.config import BGDConfig
+from bgd_plugin.encoding.eight_bit import LEVELS
 from bgd_plugin.graph import FoundLayer
 from bgd_plugin.pq.feedback import damped, diagonal_blocks, encode_with_feedback, nearest
 from bgd_plugin.pq.full_gram import positions_as_groups
 
-__all__ = ["LayerFacts", "layer_facts", "roughly_quantized", "spread_ratio"]
+__all__ = ["LayerFacts", "layer_facts", "roughly_quantized", "rounding_error", "spread_ratio"]
 
 _ROWS = 4096  # of a layer's inputs
 _DAMPING = 0.2
@@ -135,6 +136,17 @@ def roughly_quantized(scaled: Tensor, facts: LayerFacts, codebook: Tensor) -> Te
     codes = nearest(blocks, torch.linalg.cholesky(metrics.double()).to(blocks), codebook)
     decoded = functional.embedding(codes, codebook)  # [groups · blocks_per_row, rows_per_group, d]
     return decoded.reshape(groups, -1, rows, codebook.shape[1]).transpose(1, 2).reshape(groups, rows, columns)
+
+
+def rounding_error(scaled: Tensor, facts: LayerFacts) -> float:
+    """The expected error, mean square per weight, that rounding a codebook to 8 bits adds: that of one step.
+
+    Args:
+        scaled: `[groups, rows_per_group, columns]`; the largest weight is about the largest value of a codebook.
+        facts: of the layer.
+    """
+    step = float(scaled.abs().max()) / LEVELS
+    return step**2 / 12 * float(facts.covariance.diagonal(dim1=1, dim2=2).mean())
 
 
 def spread_ratio(facts: LayerFacts, rough: Tensor) -> Tensor:

@@ -33,12 +33,14 @@ class Sensitivity:
             of the error, and next to no error proportional to it.
         reason: what was measured, as text for the report.
         entropy: the layer's error by bits for each weight where codes are entropy coded; None where they may not be.
+        rounding: error that any codebook has, since its values are rounded for the file.
     """
 
     curves: tuple[RateCurve, ...]
     losses: tuple[tuple[float, float], ...]
     reason: str
     entropy: EntropyCurve | None = None
+    rounding: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers."""
@@ -54,11 +56,12 @@ class Sensitivity:
         points = (values.get("entropy") or {}).get("points")
         entropy = EntropyCurve(points=tuple((bits, error) for bits, error in points)) if points else None
         losses = tuple((error, loss) for error, loss in values["losses"])
-        return cls(curves=curves, losses=losses, reason=values["reason"], entropy=entropy)
+        rounding = values.get("rounding", 0.0)
+        return cls(curves=curves, losses=losses, reason=values["reason"], entropy=entropy, rounding=rounding)
 
     def error(self, block_size: int, codebook_size: int) -> float:
         """The expected error, mean square per weight, in blocks of `block_size` with `codebook_size` codewords."""
-        return next(c for c in self.curves if c.block_size == block_size).error(codebook_size)
+        return next(c for c in self.curves if c.block_size == block_size).error(codebook_size) + self.rounding
 
     def error_at(self, loss: float) -> float:
         """The error of this layer, mean square per weight, whose loss by itself is `loss` nats."""

@@ -24,7 +24,7 @@ from bgd_plugin.graph import FoundLayer, batchnorms_in_parts, following_batchnor
 from bgd_plugin.planning.answers import output_loss
 from bgd_plugin.planning.candidates import block_sizes, codebook_sizes, fitted_sizes
 from bgd_plugin.planning.extrapolate import losses_by_error, shifted_logits
-from bgd_plugin.planning.layer_facts import LayerFacts, layer_facts, roughly_quantized
+from bgd_plugin.planning.layer_facts import LayerFacts, layer_facts, roughly_quantized, rounding_error
 from bgd_plugin.planning.losses import Sensitivity
 from bgd_plugin.planning.outputs import Measure, Scale
 from bgd_plugin.planning.perturbation import Perturbation, bias_of, has_channel_rows, perturbed
@@ -141,7 +141,7 @@ def _along_graph(
             norm=norm,
             has_bias=bias_of(network, layer) is not None,
         )
-        found[layer.name] = _measured(narrow, facts, outputs, generator, scale)
+        found[layer.name] = _measured(narrow, facts, outputs, config, generator, scale)
         step()
         if len(found) == len(waiting):
             break  # what comes after the last layer need not run
@@ -181,7 +181,7 @@ def _by_runs(
             norm = norms.get(layer.target) if has_channel_rows(layer) and not layer.tied else None
             inputs, has_bias = wide.inputs(name), bias_of(network, layer) is not None
             facts = layer_facts(inputs, layer, config, generator, norm=norm, has_bias=has_bias)
-            found[name] = _measured(narrow, facts, outputs, generator, scale)
+            found[name] = _measured(narrow, facts, outputs, config, generator, scale)
         step()
     return found
 
@@ -190,6 +190,7 @@ def _measured(
     walk: Walk | Rerun,
     facts: LayerFacts,
     outputs: Sequence[Any],
+    config: BGDConfig,
     generator: torch.Generator,
     scale: Scale,
 ) -> Measured:
@@ -214,7 +215,13 @@ def _measured(
         loss, measured, shifts = _loss_alone(walk, outputs, scale.measure)
     reason = f"{measured} {loss:.2g} if only this layer is quantized, at {reference}×{len(fit.codebook)}"
     losses = losses_by_error(shifts, size, loss)
-    sensitivity = Sensitivity(curves=tuple(curves), losses=losses, reason=reason, entropy=entropy)
+    sensitivity = Sensitivity(
+        curves=tuple(curves),
+        losses=losses,
+        reason=reason,
+        entropy=entropy,
+        rounding=rounding_error(scaled, facts) if config.codebook_storage == "int8" else 0.0,
+    )
     return Measured(sensitivity=sensitivity, error=error, size=size, loss=loss, scale=scale)
 
 

@@ -265,6 +265,7 @@ def test_each_walk_of_finetuning_has_its_number() -> None:
 def test_the_report_says_how_the_network_that_is_saved_answers(fields: dict[str, Any]) -> None:
     """On every eighth sample or so, which the fit has not seen; without them on the first 64."""
     model, data = nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 24)).eval(), vectors(5, batch=20)
+    model[2].weight.data *= 4
     report, net = (lambda r: (r.report, r.model))(
         bgd.quantize(model, data, BGDConfig(**fields, max_divergence=None), progress=False)
     )
