@@ -9,17 +9,25 @@ from bgd_plugin.planning.budget import Budget
 from bgd_plugin.planning.measure import Measurements
 from bgd_plugin.planning.survey import Survey
 
-__all__ = ["choose_sizes"]
+__all__ = ["choose_sizes", "energy_left", "realized_energy"]
 
 _TRIALS = 4
 _MADE_GOOD = 0.25
-"""Share of the divergence that is left where each layer's fit aims at the float outputs, and so makes good what the
-layers before it have lost. Measured on three small networks trained on digits: 0.11 to 0.54."""
+"""Share of the errors' energy that is left where each layer's fit aims at the float outputs, and so makes good what the
+layers before it have lost."""
 _NEAR = 1.1
-"""A trial that differs from what was expected by no more than this factor ends the search."""
+"""A trial that differs from what was expected by no more than this factor ends a search."""
+_FARTHEST = 32.0
+"""Factor, at most, by which one pass corrects the energy."""
 
 
-def choose_sizes(budget: Budget, measurements: Measurements) -> tuple[Survey, float]:
+def energy_left(budget: Budget) -> float:
+    """The share of the errors' energy that is expected to be left before a pass has shown it."""
+    config = budget.survey.config
+    return _MADE_GOOD if config.method == "full" and config.asymmetric_step else 1.0
+
+
+def choose_sizes(budget: Budget, measurements: Measurements, energy: float) -> Survey:
     """The survey with sizes chosen, and the divergence that is expected of them.
 
     What layers' errors cost adds up only roughly. So the errors that a choice is expected to have are tried together,
@@ -28,22 +36,18 @@ def choose_sizes(budget: Budget, measurements: Measurements) -> tuple[Survey, fl
     Args:
         budget: of a network.
         measurements: of the same one.
-
-    Returns:
-        the survey, and by which factor the layers' own losses were corrected.
+        energy: share of the errors' energy that is left after the fit.
 
     Raises:
         ConfigError: as `Budget.spend`.
     """
     sensitivities, budget = measurements.sensitivities, dataclasses.replace(budget, scale=measurements.scale)
-    config = budget.survey.config
-    left = _MADE_GOOD if config.method == "full" and config.asymmetric_step else 1.0
-    factor = left
+    factor = energy
     survey = budget.spend(sensitivities, factor)
     for trial in range(_TRIALS):
         if not survey.expected_divergence:
-            return survey, factor
-        tried = measurements.joint(survey) * left
+            return survey
+        tried = measurements.joint(survey, energy)
         if not 0 < tried < math.inf:
             break
         step = tried / survey.expected_divergence
@@ -52,4 +56,36 @@ def choose_sizes(budget: Budget, measurements: Measurements) -> tuple[Survey, fl
         if budget.target_bytes is not None or 1 / _NEAR < step < _NEAR or trial == _TRIALS - 1:
             break
         survey = budget.spend(sensitivities, factor)
-    return dataclasses.replace(survey, curve=budget.curve(sensitivities, factor)), factor
+    return dataclasses.replace(survey, curve=budget.curve(sensitivities, factor))
+
+
+def realized_energy(measurements: Measurements, survey: Survey, energy: float, divergence: float) -> float:
+    """The share of the errors' energy with which the errors of a choice, tried together, cost what was measured.
+
+    A divergence is not proportional to the energy of errors: of a network that is sure of its answers it falls much
+    faster. So the energy is what a pass corrects, not the divergence.
+
+    Args:
+        measurements: of the network.
+        survey: with the sizes chosen.
+        energy: the share under which they were chosen; its `expected_divergence` is what was expected then.
+        divergence: measured after the fit.
+    """
+    expected = survey.expected_divergence
+    if not expected or not 0 < divergence < math.inf:
+        return energy
+    points = [(math.log(energy), math.log(expected))]
+    wanted, slope = math.log(divergence), 1.0
+    low, high = math.log(energy / _FARTHEST), math.log(energy * _FARTHEST)
+    for _ in range(_TRIALS):
+        place, found = points[-1]
+        if abs(found - wanted) < math.log(_NEAR):
+            break
+        place = min(max(place + (wanted - found) / slope, low), high)
+        tried = measurements.joint(survey, math.exp(place))
+        if not 0 < tried < math.inf or place == points[-1][0]:
+            break
+        points.append((place, math.log(tried)))
+        (x0, y0), (x1, y1) = points[-2:]
+        slope = min(max((y1 - y0) / (x1 - x0), 0.3), 10.0)
+    return math.exp(min(points, key=lambda point: abs(point[1] - wanted))[0])

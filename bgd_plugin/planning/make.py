@@ -8,12 +8,12 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from bgd_plugin.calibration import Forward, checked, collect_batches, take_aside_
+from bgd_plugin.calibration import Batch, Forward, checked, collect_batches, take_aside_
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.files.format import state_bytes
 from bgd_plugin.graph import baked, find_layers, front_end, isolated, set_modes, unwrapped
 from bgd_plugin.planning.budget import Budget
-from bgd_plugin.planning.choosing import choose_sizes
+from bgd_plugin.planning.choosing import choose_sizes, energy_left
 from bgd_plugin.planning.measure import measured
 from bgd_plugin.planning.sizes import Sketch, planned_paper_bytes
 from bgd_plugin.planning.survey import Survey, surveyed
@@ -55,23 +55,23 @@ def plan(
     front = front_end(model, share_tensors=True)
     survey = surveyed(front, config or BGDConfig(), original=model, original_bytes=original_bytes)
     survey.require_some()
-    batches = None
+    batches, aside = None, list[Batch]()
     if calibration is not None:
         device = next(model.parameters()).device
         batches = collect_batches(calibration, model, device=device, forward=forward)
         front = checked(front, batches)
         set_modes(front.network, {"": False})
         survey = surveyed(front, survey.config, original=model, original_bytes=original_bytes)
-        take_aside_(batches, survey.config.kept_aside)
+        aside = take_aside_(batches, survey.config.kept_aside)
     sketch = Sketch(survey)
     budget = Budget.of(survey, sketch)
     curve: tuple[CurvePoint, ...] = ()
     if batches is not None:
         chooser = budget or Budget.free_of(survey, sketch)
-        measurements = measured(chooser, batches, progress=progress)
+        measurements = measured(chooser, batches, aside, progress=progress)
         if budget is None and measurements.sensitivities:
             curve = chooser.curve(measurements.sensitivities)
-        survey = survey if budget is None else choose_sizes(budget, measurements)[0]
+        survey = survey if budget is None else choose_sizes(budget, measurements, energy_left(budget))
     elif budget is not None:
         survey = budget.spend(None)
     return Plan(

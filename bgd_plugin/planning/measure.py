@@ -27,7 +27,8 @@ from bgd_plugin.support.processes import from_first, is_first
 __all__ = ["Measurements", "measured"]
 
 _SAMPLES = 64
-"""Calibration samples on which all errors together are tried."""
+"""Calibration samples on which all errors together are tried where too few are kept aside."""
+_FEW = 16
 _KEPT = 1 << 22
 """Numbers in the float network's answers to them, up to which they are kept from one trial to the next."""
 
@@ -39,6 +40,7 @@ class Measurements:
     Attributes:
         budget: whose free layers were measured.
         batches: the calibration data.
+        aside: samples kept aside, on which all errors together are tried, since the answers are judged by them.
         sensitivities: of the layers, by name; a layer that no input reaches has none.
         layers: the same with an error of each layer; only in the process that measured them.
         scale: of the losses.
@@ -46,26 +48,31 @@ class Measurements:
 
     budget: Budget
     batches: Sequence[Batch]
+    aside: Sequence[Batch]
     sensitivities: Mapping[str, Sensitivity]
     layers: Mapping[str, Measured]
     scale: Scale
     _answers: list[Any] = field(default_factory=list)
 
-    def joint(self, survey: Survey) -> float:
+    def joint(self, survey: Survey, energy: float = 1.0) -> float:
         """The divergence from the float network when all layers of a survey have errors of the sizes expected.
 
         The errors are those of rough quantizations, made larger or smaller; the first process tries them.
+
+        Args:
+            survey: with sizes chosen.
+            energy: share of the errors' energy that is left.
         """
 
         def work() -> tuple[dict[str, Tensor], str]:
-            return {}, json.dumps(self._tried(survey))
+            return {}, json.dumps(self._tried(survey, energy))
 
         return float(json.loads(from_first(work)[1]))
 
-    def _tried(self, survey: Survey) -> float:
-        few = first_samples(self.batches, _SAMPLES)
+    def _tried(self, survey: Survey, energy: float) -> float:
+        few = self.aside if sum(batch.size for batch in self.aside) >= _FEW else first_samples(self.batches, _SAMPLES)
         errors = [
-            (one, (one.sensitivity.error_of(planned) / one.size) ** 0.5)
+            (one, (energy * one.sensitivity.error_of(planned) / one.size) ** 0.5)
             for planned in survey.layers
             if (one := self.layers.get(planned.name)) is not None
         ]
@@ -97,12 +104,13 @@ class Measurements:
         return answered
 
 
-def measured(budget: Budget, batches: Sequence[Batch], *, progress: bool) -> Measurements:
+def measured(budget: Budget, batches: Sequence[Batch], aside: Sequence[Batch] = (), *, progress: bool) -> Measurements:
     """Measure the layers whose sizes are to be chosen; the first process does, on its data.
 
     Args:
         budget: holds the survey, and the layers whose sizes are to be chosen.
         batches: calibration batches.
+        aside: samples kept aside.
         progress: show a progress bar.
     """
     layers: dict[str, Measured] = {}
@@ -122,6 +130,7 @@ def measured(budget: Budget, batches: Sequence[Batch], *, progress: bool) -> Mea
     return Measurements(
         budget=budget,
         batches=batches,
+        aside=aside,
         sensitivities={name: Sensitivity.from_dict(values) for name, (_, values) in found.items()},
         layers=layers,
         scale=next((Scale(**scale) for scale, _ in found.values()), LOGITS),

@@ -61,7 +61,11 @@ LOGITS = Scale(measure="KL")
 
 
 def has_logits(output: Any) -> bool:
-    """Whether an output is, or has a field of, the form of logits."""
+    """Whether an output is, or has a field of, the form of logits.
+
+    Args:
+        output: of a network for one batch.
+    """
     if isinstance(output, Tensor):
         return output.ndim == 2 and output.shape[1] > 1
     named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
@@ -69,7 +73,15 @@ def has_logits(output: Any) -> bool:
 
 
 def logit_pair(found: Any, exact: Any) -> tuple[Tensor, Tensor]:
-    """The logits of two outputs; where those of `exact` are probabilities, the logarithms of both."""
+    """The logits of two outputs; where those of `exact` are probabilities, the logarithms of both.
+
+    Args:
+        found: of the compressed network.
+        exact: of the float network.
+
+    Returns:
+        both `[batch, classes]`, `[batch, tokens, classes]` or `[batch, classes, height, width]`.
+    """
     mine, theirs = logits_of(found), logits_of(exact)
     if not _are_probabilities(theirs):
         return mine, theirs

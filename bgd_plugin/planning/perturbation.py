@@ -94,7 +94,13 @@ def perturbed(network: nn.Module, one: Perturbation, scale: float = 1.0) -> Iter
 
 
 def changes_of(network: nn.Module, one: Perturbation, scale: float) -> list[Change]:
-    """What `perturbed` changes; it can be done and undone many times."""
+    """What `perturbed` changes; it can be done and undone many times.
+
+    Args:
+        network: the float one.
+        one: the error in a layer.
+        scale: factor on the error.
+    """
     holder, name = _holder(network, one.layer)
     bias = bias_of(network, one.layer)
     norm: Any = module_at(network, one.norm) if one.norm else None
@@ -111,7 +117,11 @@ def changes_of(network: nn.Module, one: Perturbation, scale: float) -> list[Chan
 
 @contextmanager
 def changed(changes: Sequence[Change]) -> Iterator[None]:
-    """A context in which modules have other values."""
+    """A context in which modules have other values.
+
+    Args:
+        changes: of `changes_of`, of any number of layers.
+    """
     before = [(module, name, getattr(module, name)) for module, name, _ in changes]
     try:
         for module, name, value in changes:

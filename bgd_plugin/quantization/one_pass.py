@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from bgd_plugin.calibration import Batch, Batches, Forward, take_aside_
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.graph import batchnorms_in_parts, copy_module, isolated_weights, untouched
 from bgd_plugin.planning.budget import Budget
-from bgd_plugin.planning.choosing import choose_sizes
+from bgd_plugin.planning.choosing import choose_sizes, energy_left, realized_energy
 from bgd_plugin.planning.measure import Measurements, measured
 from bgd_plugin.planning.survey import Survey
 from bgd_plugin.quantization.finish import restore_
@@ -51,7 +50,7 @@ class Task:
         learnt: whether a layer's weight requires gradients, by target.
         aside: samples that judge the answers.
         measurements: of the layers whose sizes are chosen; None where none are.
-        factor: by which the first pass corrected what they promise.
+        energy: share of the layers' errors that is expected to be left.
         fits: of the last pass, by layer name; the next one fits layers of other sizes only.
         log: the seconds of what is done once for all passes.
     """
@@ -68,16 +67,16 @@ class Task:
     learnt: Mapping[str, bool]
     aside: Sequence[Batch] = ()
     measurements: Measurements | None = None
-    factor: float = 1.0
+    energy: float = 1.0
     fits: Fits = field(default_factory=dict)
     log: Log = field(default_factory=Log)
 
-    def run(self, realized: float, number: int) -> Pass:
+    def run(self, number: int, before: Pass | None) -> Pass:
         """Compress the network.
 
         Args:
-            realized: measured divergence over expected divergence, as far as earlier passes have shown it.
             number: of the pass, from 0.
+            before: the pass before this one.
         """
         run = self._progress(number)
         if number == 0:
@@ -87,22 +86,21 @@ class Task:
         survey = self.ready.survey
         if self.ready.budget is not None:
             with log.timed("budget"):
-                survey = self._chosen(self.ready.budget, realized, number)
+                survey = self._chosen(self.ready.budget, before)
         log.note(*survey.notes)
         result = self._fitted(survey, run, log)
         self.fits = run.fits
         return result
 
-    def _chosen(self, budget: Budget, realized: float, number: int) -> Survey:
-        """The sizes; the first pass tries all errors together, on the float network."""
+    def _chosen(self, budget: Budget, before: Pass | None) -> Survey:
+        """The sizes, under what the pass before has shown of the errors that are left."""
         assert self.measurements is not None
-        if number == 0:
-            survey, self.factor = choose_sizes(budget, self.measurements)
-            return survey
-        sensitivities, factor = self.measurements.sensitivities, realized * self.factor
-        budget = dataclasses.replace(budget, scale=self.measurements.scale)
-        survey = budget.spend(sensitivities, factor)
-        return dataclasses.replace(survey, curve=budget.curve(sensitivities, factor))
+        answers = None if before is None else before.report.answers
+        if before is None or answers is None:
+            self.energy = energy_left(budget)
+        else:
+            self.energy = realized_energy(self.measurements, before.survey, self.energy, answers.divergence)
+        return choose_sizes(budget, self.measurements, self.energy)
 
     def _progress(self, number: int) -> Run:
         folder = self.checkpoint if is_first() else None
@@ -115,7 +113,7 @@ class Task:
         self.aside = take_aside_(self.batches, self.config.kept_aside)
         if self.ready.budget is not None:
             with self.log.timed("budget"):
-                self.measurements = measured(self.ready.budget, self.batches, progress=self.progress)
+                self.measurements = measured(self.ready.budget, self.batches, self.aside, progress=self.progress)
 
     def _fitted(self, survey: Survey, run: Run, log: Log) -> Pass:
         front = self.ready.front
@@ -134,6 +132,7 @@ class Task:
         return Pass(
             report=reported(job, outcomes, sizes, answers),
             network=functools.partial(self._settled, job.student, survey),
+            survey=survey,
             limit=self._limit,
         )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from bgd_plugin.planning.survey import Survey
 from bgd_plugin.report.report import Report
 
 __all__ = ["Pass", "within_bound"]
@@ -23,50 +24,47 @@ class Pass:
 
     Attributes:
         report: of the compressed network.
+        survey: with the sizes of its layers.
         network: gives it; of several passes, only one is asked, and once.
         limit: the largest divergence that the bound allows, in the measure of the report's answers.
     """
 
     report: Report
+    survey: Survey
     network: Callable[[], nn.Module]
     limit: float
 
 
-def within_bound(run: Callable[[float, int], Pass]) -> Pass:
+def within_bound(run: Callable[[int, Pass | None], Pass]) -> Pass:
     """The pass with the smallest compressed network whose measured divergence is within a bound.
 
     Args:
-        run: compresses with sizes chosen under a correction of the expected divergences (measured over expected); its
-            second argument is the number of the pass, from 0.
+        run: compresses; its arguments are the number of the pass, from 0, and the pass before it, whose measured
+            divergence corrects what is expected.
 
     Returns:
         of at most three passes, the smallest file within the bound; if none is, the one nearest to it, and its report
         says that the bound was missed. Where no sizes were chosen, the first pass's, as it is.
     """
     results: list[Pass] = []
-    realized = 1.0
     for number in range(_PASSES):
-        result = run(realized, number)
+        result = run(number, results[-1] if results else None)
         if result.report.expected_divergence is None:  # nothing was chosen
             return result
         results.append(result)
-        correction = _correction(result.report, result.limit, is_first=number == 0)
-        if correction is None or any(_same_sizes(result.report, before.report) for before in results[:-1]):
+        is_enough = _is_good_enough(result.report, result.limit, is_first=number == 0)
+        if is_enough or any(_same_sizes(result.report, before.report) for before in results[:-1]):
             break
-        realized *= correction
     return _best(results)
 
 
-def _correction(report: Report, bound: float, *, is_first: bool) -> float | None:
-    """By how much the next pass corrects its expectations; None where this pass is good enough."""
+def _is_good_enough(report: Report, limit: float, *, is_first: bool) -> bool:
+    """Whether no further pass is worth its time."""
     answers, expected = report.answers, report.expected_divergence
     if answers is None or not expected or not answers.divergence:
-        return None
-    is_within = answers.divergence <= bound
-    is_wasteful = answers.divergence * _SLACK < bound and is_first
-    if is_within and not is_wasteful:
-        return None
-    return answers.divergence / expected
+        return True
+    is_wasteful = answers.divergence * _SLACK < limit and is_first
+    return answers.divergence <= limit and not is_wasteful
 
 
 def _same_sizes(one: Report, other: Report) -> bool:

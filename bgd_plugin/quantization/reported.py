@@ -31,7 +31,13 @@ _LEAST_HALF = torch.finfo(torch.half).smallest_normal
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Bytes of a compressed network: of its file, by the paper's accounting, and of its tensors in memory."""
+    """How large a compressed network is.
+
+    Attributes:
+        compressed_bytes: length of its file.
+        paper_bytes: by the paper's accounting.
+        memory_bytes: of its parameters and buffers.
+    """
 
     compressed_bytes: int
     paper_bytes: int

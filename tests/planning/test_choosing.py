@@ -12,7 +12,7 @@ import bgd_plugin as bgd
 from bgd_plugin.calibration import collect_batches
 from bgd_plugin.graph import front_end, set_modes
 from bgd_plugin.planning.budget import Budget
-from bgd_plugin.planning.choosing import choose_sizes
+from bgd_plugin.planning.choosing import choose_sizes, energy_left, realized_energy
 from bgd_plugin.planning.measure import Measurements, measured
 from bgd_plugin.planning.survey import surveyed
 from tests.networks import SmallResNet, images, randomized
@@ -37,8 +37,8 @@ def test_trying_errors_leaves_the_network_as_it_is() -> None:
     model, data = _confident()
     before = copy.deepcopy(model.state_dict())
     budget, measurements = _measurements(model, data, bgd.BGDConfig(max_divergence=0.05))
-    survey, factor = choose_sizes(budget, measurements)
-    assert factor > 0 and survey.expected_divergence is not None
+    survey = choose_sizes(budget, measurements, 0.25)
+    assert survey.expected_divergence is not None
     assert measurements.joint(survey) == measurements.joint(survey) > 0
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -55,12 +55,40 @@ def test_larger_errors_diverge_more_and_none_not_at_all() -> None:
 
 @pytest.mark.parametrize("method", ["full", "em"])
 def test_the_expectation_is_what_the_trial_found(method: str) -> None:
-    """A quarter of it, where the fit of a layer makes good what was lost before."""
+    """With a quarter of the energy, where the fit of a layer makes good what was lost before."""
     model, data = _confident()
     config = bgd.BGDConfig(max_divergence=0.05, method=method)  # type: ignore[arg-type]
     budget, measurements = _measurements(model, data, config)
-    survey, _ = choose_sizes(budget, measurements)
-    tried = measurements.joint(survey)
-    assert survey.expected_divergence == pytest.approx(tried * (0.25 if method == "full" else 1.0))
+    energy = energy_left(budget)
+    assert energy == (0.25 if method == "full" else 1.0)
+    survey = choose_sizes(budget, measurements, energy)
+    assert survey.expected_divergence == measurements.joint(survey, energy)
     assert survey.expected_divergence <= 0.05 * 1.2
     assert survey.curve
+
+
+def test_energy_scales_the_errors() -> None:
+    model, data = _confident()
+    budget, measurements = _measurements(model, data, bgd.BGDConfig(max_divergence=0.05))
+    survey = budget.spend(measurements.sensitivities, 1.0)
+    small = [measurements.joint(survey, energy) for energy in (1e-4, 2e-4)]
+    assert small[1] == pytest.approx(2 * small[0], rel=0.05)  # so small that nothing but the energy counts
+
+
+@pytest.mark.parametrize("true", [0.02, 0.25, 1.5])
+def test_the_energy_is_found_from_what_was_measured(true: float) -> None:
+    model, data = _confident()
+    budget, measurements = _measurements(model, data, bgd.BGDConfig(max_divergence=0.05))
+    survey = choose_sizes(budget, measurements, 0.25)
+    measured = measurements.joint(survey, true)
+    found = realized_energy(measurements, survey, 0.25, measured)
+    assert measurements.joint(survey, found) == pytest.approx(measured, rel=0.1)
+    assert found == pytest.approx(true, rel=0.3)
+
+
+@pytest.mark.parametrize("measured", [0.0, float("inf"), float("nan")])
+def test_nothing_is_learnt_from_a_divergence_that_is_none(measured: float) -> None:
+    model, data = _confident()
+    budget, measurements = _measurements(model, data, bgd.BGDConfig(max_divergence=0.05))
+    survey = choose_sizes(budget, measurements, 0.25)
+    assert realized_energy(measurements, survey, 0.25, measured) == 0.25

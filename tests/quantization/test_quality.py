@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,56 +19,20 @@ from bgd_plugin.quantization.quality import Pass, within_bound
 from bgd_plugin.report.layer import LayerReport
 from bgd_plugin.report.report import Report
 
+Run = Callable[[int, Pass | None], Pass]
 
-def _runs(divergence: Callable[[float], float]) -> tuple[Callable[[float, int], Pass], list[float]]:
-    """Runs whose file has as many bytes as the expected loss allows, and whose true divergence is a function of it."""
-    seen: list[float] = []
 
-    def run(realized: float, number: int) -> Pass:
+def _runs(*divergences: float | None) -> tuple[Run, list[Pass | None]]:
+    """Passes with these measured divergences, each with other sizes and a smaller file, and the passes before them."""
+    seen: list[Pass | None] = []
+
+    def run(number: int, before: Pass | None) -> Pass:
         assert number == len(seen)
-        seen.append(realized)
-        loss = 0.1 / realized  # what the chooser spends on a bound of 0.1
-        answers = Answers(
-            samples=8, measure="KL divergence", divergence=divergence(loss), agreement=1.0, kept_aside=True
-        )
-        report = Report(
-            layers=(),
-            skipped=(),
-            original_bytes=10**6,
-            compressed_bytes=int(1000 / loss),
-            paper_bytes=1,
-            answers=answers,
-            expected_divergence=loss * realized,
-        )
-        return Pass(report=report, network=nn.Identity, limit=0.1)
-
-    return run, seen
-
-
-@pytest.mark.parametrize("factor", [0.7, 0.99])
-def test_a_good_expectation_takes_one_pass(factor: float) -> None:
-    run, seen = _runs(lambda loss: factor * loss)
-    result = within_bound(run)
-    assert seen == [1.0]
-    assert "kept" in result.report.notes[-1]
-
-
-def test_the_passes_end_where_sizes_do_not_change() -> None:
-    run, seen = _runs(lambda loss: 5.0)
-    result = within_bound(run)
-    assert len(seen) == 2  # reports without layers have the same sizes
-    assert "missed" in result.report.notes[-1]
-
-
-def _passes(*divergences: float | None) -> tuple[Callable[[float, int], Pass], list[float]]:
-    """Runs with these measured divergences, each with other sizes, in files of 1000 bytes over the expected loss."""
-    run, seen = _runs(lambda loss: loss)
-
-    def one(realized: float, number: int) -> Pass:
-        result = run(realized, number)
-        report, measured = result.report, divergences[number]
-        assert report.answers is not None
-        answers = None if measured is None else dataclasses.replace(report.answers, divergence=measured)
+        seen.append(before)
+        measured = divergences[number]
+        answers = None
+        if measured is not None:
+            answers = Answers(samples=8, measure="KL divergence", divergence=measured, agreement=1.0, kept_aside=True)
         planned = PlannedLayer(
             **dict.fromkeys(("name", "target", "kind", "family"), "a"),
             weight_shape=(8, 8),
@@ -76,19 +40,41 @@ def _passes(*divergences: float | None) -> tuple[Callable[[float, int], Pass], l
             codebook_size=2 + number,
             calls=("a",),
         )
-        layers, notes = (LayerReport.of(planned, relative_error=0.1),), (f"pass {number}",)
-        return dataclasses.replace(
-            result, report=dataclasses.replace(report, answers=answers, layers=layers, notes=notes)
+        report = Report(
+            layers=(LayerReport.of(planned, relative_error=0.1),),
+            skipped=(),
+            original_bytes=10**6,
+            compressed_bytes=1000 if measured is None else int(1000 / max(1e-3, measured)),
+            paper_bytes=1,
+            answers=answers,
+            expected_divergence=0.08,
+            notes=(f"pass {number}",),
         )
+        return Pass(report=report, survey=Mock(), network=nn.Identity, limit=0.1)
 
-    return one, seen
+    return run, seen
 
 
-def test_each_pass_corrects_what_the_one_before_it_expected() -> None:
-    """By measured over expected; corrections multiply."""
-    run, seen = _passes(0.3, 0.12, 0.09)
+@pytest.mark.parametrize("factor", [0.7, 0.99])
+def test_a_good_expectation_takes_one_pass(factor: float) -> None:
+    run, seen = _runs(0.1 * factor)
     result = within_bound(run)
-    assert seen == pytest.approx([1.0, 3.0, 3.0 * (0.12 / 0.1)])
+    assert seen == [None]
+    assert "kept" in result.report.notes[-1]
+
+
+def test_the_passes_end_where_sizes_do_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "_same_sizes", lambda one, other: True)
+    run, seen = _runs(5.0, 5.0)
+    result = within_bound(run)
+    assert len(seen) == 2
+    assert "missed" in result.report.notes[-1]
+
+
+def test_each_pass_knows_the_one_before_it() -> None:
+    run, seen = _runs(0.3, 0.12, 0.09)
+    result = within_bound(run)
+    assert [one and one.report.notes for one in seen] == [None, ("pass 0",), ("pass 1",)]
     assert result.report.notes[0] == "pass 2" and "kept" in result.report.notes[-1]
     assert "after 3 passes" in result.report.notes[-1]
 
@@ -106,7 +92,7 @@ def test_each_pass_corrects_what_the_one_before_it_expected() -> None:
     ],
 )
 def test_the_best_of_three_passes_at_most(divergences: tuple[float | None, ...], passes: int, best: int) -> None:
-    run, seen = _passes(*divergences)
+    run, seen = _runs(*divergences)
     result = within_bound(run)
     assert len(seen) == passes
     assert result.report.notes[0] == f"pass {best}"
@@ -119,7 +105,7 @@ def test_an_iterator_is_walked_once_for_all_passes_and_each_has_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There is always a second pass, with half of the divergence."""
-    monkeypatch.setattr(quality, "_correction", lambda report, bound, is_first: 2.0 if is_first else None)
+    monkeypatch.setattr(quality, "_is_good_enough", lambda report, limit, is_first: not is_first)
     model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)).eval()
     data = [3 * torch.randn(16, 12) for _ in range(4)]
     config = bgd.BGDConfig(max_divergence=1e-2, rounds=1)
