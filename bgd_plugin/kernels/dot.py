@@ -14,6 +14,8 @@ __all__ = ["dot_program"]
 _ROWS = 4
 """Rows computed at once."""
 _CACHE_LINE = 64
+_AHEAD = 8192
+"""Bytes of codes between what is read and what is asked for; processors do not predict several rows at once."""
 
 
 @cache
@@ -40,7 +42,6 @@ def dot_program(block_size: int, code_bits: int, has_mask: bool) -> Any:
     whole = ir.IntType(64)
     many = builder.add(a["first"], builder.and_(builder.sub(a["last"], a["first"]), whole(-_ROWS)))
     with Loop(builder, a["first"], many, _ROWS) as rows:
-        _fetch_rows(kind, builder.add(rows.index, whole(_ROWS)))
         _sum_rows(kind, [builder.add(rows.index, whole(i)) for i in range(_ROWS)])
     with Loop(builder, many, a["last"]) as rest:
         _sum_rows(kind, [rest.index])
@@ -59,16 +60,17 @@ class _Kind:
     has_mask: bool
 
 
-def _fetch_rows(kind: _Kind, first: Any) -> None:
-    """Prefetch the codes of the next rows, which processors do not predict; past the last row it has no effect."""
+def _fetch(kind: _Kind, bases: list[Any], start: Any) -> None:
+    """Prefetch the codes that are read some kilobytes later, a line for each row."""
     from llvmlite import ir
 
     builder, a, whole = kind.builder, kind.a, ir.IntType(64)
-    byte_count = builder.mul(a["blocks"], whole(kind.code_bits // 8))
-    start = builder.mul(first, byte_count)
-    stop = builder.add(start, builder.mul(byte_count, whole(_ROWS)))
-    with Loop(builder, start, stop, _CACHE_LINE) as lines:
-        fetch(builder, builder.gep(a["codes"], [lines.index], source_etype=ir.IntType(8)))
+    size = whole(kind.code_bits // 8)
+    own = builder.mul(builder.mul(a["blocks"], size), whole(len(bases)))
+    ahead = builder.select(builder.icmp_signed(">", own, whole(_AHEAD)), own, whole(_AHEAD))
+    for base in bases:
+        place = builder.add(builder.mul(builder.add(base, start), size), ahead)
+        fetch(builder, builder.gep(a["codes"], [place], source_etype=ir.IntType(8)))
 
 
 def _sum_rows(kind: _Kind, rows: list[Any]) -> None:
@@ -81,7 +83,14 @@ def _sum_rows(kind: _Kind, rows: list[Any]) -> None:
     bases = [builder.mul(row, a["blocks"]) for row in rows]
     many = builder.and_(a["blocks"], whole(-together))
     zeros = [zero(lanes) for _ in rows for _, lanes in cuts] * together
-    with Loop(builder, whole(0), many, together, zeros) as blocks:
+    line = max(together, _CACHE_LINE * 8 // kind.code_bits)
+    lines = builder.and_(a["blocks"], whole(-line))
+    with Loop(builder, whole(0), lines, line, zeros) as far:
+        _fetch(kind, bases, far.index)
+        with Loop(builder, far.index, builder.add(far.index, whole(line)), together, far.values) as near:
+            near.carry(_products(kind, bases, near.index, together, near.values))
+        far.carry(near.values)
+    with Loop(builder, lines, many, together, far.values) as blocks:
         blocks.carry(_products(kind, bases, blocks.index, together, blocks.values))
     with Loop(builder, many, a["blocks"], 1, blocks.values) as rest:
         rest.carry(_products(kind, bases, rest.index, 1, rest.values))

@@ -51,18 +51,18 @@ def _by_dots(inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | Non
     """One input after the other; each reads all codes."""
     single, table = inputs.float(), codebook.float()
     (rows, blocks), (count, columns) = codes.shape, single.shape
-    output = single.new_empty(count, rows)
+    output = single.new_empty((count, rows))
     program = dot_program(codebook.shape[1], codes.element_size() * 8, mask is not None)
     kept = None if mask is None else mask.contiguous()
     fixed = (table.data_ptr(), codes.data_ptr(), 0 if kept is None else kept.data_ptr())
-    places = [(single.data_ptr() + i * columns * 4, output.data_ptr() + i * rows * 4) for i in range(count)]
+    source, target = single.data_ptr(), output.data_ptr()
 
     def work(first: int, last: int) -> None:
-        for source, target in places:
-            program(source, *fixed, target, first, last, blocks)
+        for i in range(count):
+            program(source + i * columns * 4, *fixed, target + i * rows * 4, first, last, blocks)
 
     share_rows(rows, blocks, work)
-    return output.to(inputs.dtype)
+    return output if inputs.dtype == torch.float32 else output.to(inputs.dtype)
 
 
 def _by_tables(inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None) -> Tensor:

@@ -10,22 +10,34 @@ from torch import Tensor
 
 from bgd_plugin.kernels.decoding import decode_rows_into
 
-__all__ = ["TILE", "convolve_by_tiles", "decoded_tiles", "rows_of_a_tile"]
+__all__ = ["TILE", "conv_tile", "convolve_by_tiles", "decoded_tiles", "rows_of_a_tile"]
 
 TILE = 1 << 20
 """Number of weights decoded at once."""
 _ROWS = 64
 """A tile's rows are a multiple of this, for which torch's operators are fastest."""
 
+_FEW_POSITIONS = 256
+
 _scratch = threading.local()
 
 
-def rows_of_a_tile(rows: int, columns: int) -> int:
-    """How many rows of a weight `[rows, columns]` are decoded at once."""
-    return rows if rows * columns <= TILE else max(1, TILE // columns // _ROWS * _ROWS or TILE // columns)
+def conv_tile(positions: int) -> int:
+    """Number of a convolution's weights decoded at once, by the number of positions in its input, of all samples.
+
+    Torch reads a weight more than once, from a cache if it is small; it also reads the input once for each tile.
+    """
+    return TILE // 2 if positions <= _FEW_POSITIONS else TILE
 
 
-def decoded_tiles(codebook: Tensor, codes: Tensor, mask: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+def rows_of_a_tile(rows: int, columns: int, tile: int = TILE) -> int:
+    """How many rows of a weight `[rows, columns]` are decoded at once: about `tile` weights."""
+    return rows if rows * columns <= tile else max(1, tile // columns // _ROWS * _ROWS or tile // columns)
+
+
+def decoded_tiles(
+    codebook: Tensor, codes: Tensor, mask: Tensor | None, tile: int = TILE
+) -> Iterator[tuple[int, Tensor]]:
     """The weight's rows, some at a time: (index of the first, tile `[count, columns]`).
 
     A tile is overwritten by the next one, and by the next layer of this thread.
@@ -34,16 +46,17 @@ def decoded_tiles(codebook: Tensor, codes: Tensor, mask: Tensor | None) -> Itera
         codebook: `[codebook_size, block_size]`, contiguous.
         codes: `[rows, blocks_per_row]`, contiguous.
         mask: bool of the weight's shape, false where it is zero; None: nowhere.
+        tile: number of weights decoded at once.
     """
     rows, columns = codes.shape[0], codes.shape[1] * codebook.shape[1]
-    step = rows_of_a_tile(rows, columns)
+    step = rows_of_a_tile(rows, columns, tile)
     buffer = _memory(step * columns, codebook.dtype).view(step, columns)
     for first in range(0, rows, step):
-        tile = buffer[: min(step, rows - first)]
-        decode_rows_into(tile, codebook, codes, first)
+        part = buffer[: min(step, rows - first)]
+        decode_rows_into(part, codebook, codes, first)
         if mask is not None:
-            tile.mul_(mask[first : first + step].reshape(tile.shape))
-        yield first, tile
+            part.mul_(mask[first : first + step].reshape(part.shape))
+        yield first, part
 
 
 def convolve_by_tiles(

@@ -142,6 +142,14 @@ class PQModule(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
+    def held(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codebook, codes and mask, of the shapes in this class; read where torch keeps them, which is faster."""
+        parameters, buffers = self._parameters, self._buffers
+        codebook, codes = parameters.get("codebook"), buffers.get("codes")
+        if codebook is None or codes is None or "mask" not in buffers:  # a hook or a parametrization computes them
+            return self.codebook, self.codes, self.mask
+        return codebook, codes, buffers["mask"]
+
     @property
     def codebook_size(self) -> int:
         """Number of codewords in the codebook."""
@@ -160,9 +168,10 @@ class PQModule(nn.Module):
     @property
     def matrix(self) -> Tensor:
         """The decoded weight as it is cut into blocks, of shape `matrix_shape`, rows first."""
-        if usable(self.codebook, self.codebook, self.codes):
-            return masked(run_decode(self.codebook, self.codes).reshape(self.matrix_shape), self.mask)
-        return masked(decode(self.codebook, self.codes, self.matrix_shape), self.mask)
+        codebook, codes, mask = self.held()
+        if usable(codebook, codebook, codes):
+            return masked(run_decode(codebook, codes).view(self.matrix_shape), mask)
+        return masked(decode(codebook, codes, self.matrix_shape), mask)
 
     @property
     def weight(self) -> Tensor:

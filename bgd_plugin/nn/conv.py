@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bgd_plugin.kernels.linear import FEW_INPUTS, lookup_linear
 from bgd_plugin.kernels.operators import pq_linear
 from bgd_plugin.kernels.switch import computable, usable
-from bgd_plugin.kernels.tiles import convolve_by_tiles, decoded_tiles, rows_of_a_tile
+from bgd_plugin.kernels.tiles import conv_tile, convolve_by_tiles, decoded_tiles, rows_of_a_tile
 from bgd_plugin.nn.base import PQModule
 
 __all__ = ["PQConv", "PQConv1d", "PQConv2d", "PQConv3d"]
@@ -41,9 +41,10 @@ class PQConv(PQModule):
     def forward(self, input: Tensor) -> Tensor:
         """Map input `[batch, in_channels, *spatial]` to `[batch, out_channels, *spatial]`, as the float convolution."""
         if not torch.compiler.is_compiling():
-            if usable(input, self.codebook, self.codes, self.bias):
-                return self._forward_by_kernels(input)
-            if not self.training and computable(input, self.codebook, self.codes):  # inference without torch.no_grad()
+            codebook, codes, mask = self.held()
+            if usable(input, codebook, codes, self.bias):
+                return self._forward_by_kernels(input, codebook, codes, mask)
+            if not self.training and computable(input, codebook, codes):  # inference without torch.no_grad()
                 return self._forward_with_gradients(input)
         return self._convolved(input, self.weight, self.bias)
 
@@ -53,13 +54,13 @@ class PQConv(PQModule):
         output: Tensor = convolve(self, input, weight, bias)
         return output
 
-    def _forward_by_kernels(self, input: Tensor) -> Tensor:
+    def _forward_by_kernels(self, input: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None) -> Tensor:
         """Inference on a CPU: a 1×1 convolution at few positions is a linear layer; others decode tiles."""
         if self.groups > 1:
             return self._convolved(input, self.weight, self.bias)
         if self._is_lookup(input):
             return self._at_each_position(lookup_linear, input)
-        tiles = decoded_tiles(self.codebook, self.codes, self.mask)
+        tiles = decoded_tiles(codebook, codes, mask, conv_tile(input.numel() // self.in_channels))
         return convolve_by_tiles(tiles, self.bias, self.weight_shape, partial(self._convolved, input))
 
     def _forward_with_gradients(self, input: Tensor) -> Tensor:
@@ -69,15 +70,16 @@ class PQConv(PQModule):
         if self._is_lookup(input):
             return self._at_each_position(pq_linear, input)
         rows = self.weight.flatten(1)
-        step = rows_of_a_tile(*rows.shape)
+        step = rows_of_a_tile(len(rows), rows.shape[1], conv_tile(input.numel() // self.in_channels))
         tiles = ((first, rows[first : first + step]) for first in range(0, len(rows), step))
         return convolve_by_tiles(tiles, self.bias, self.weight_shape, partial(self._convolved, input))
 
     def _is_lookup(self, input: Tensor) -> bool:
         """Whether it is a linear layer, a 1×1 convolution, at few positions."""
+        if input.numel() > FEW_INPUTS * self.in_channels:
+            return False
         ones = all(size == 1 for size in (*self.kernel_size, *self.stride))
-        is_pointwise = ones and not any(self._reversed_padding_repeated_twice)
-        return is_pointwise and input.numel() <= FEW_INPUTS * self.in_channels
+        return ones and not any(self._reversed_padding_repeated_twice)
 
     def _at_each_position(self, linear: Callable[..., Tensor], input: Tensor) -> Tensor:
         """The output of a function for linear layers, at each position of `[batch, in_channels, *spatial]`."""

@@ -23,10 +23,12 @@ class PQLinear(PQModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map input `[..., in_features]` to `[..., out_features]`."""
-        if usable(input, self.codebook, self.codes, self.bias):
-            return run_linear(input, self.codebook, self.codes, self.mask, self.bias)
-        if not self.training and computable(input, self.codebook, self.codes):  # inference without torch.no_grad()
-            output: Tensor = pq_linear(input, self.codebook, self.codes, self.mask, self.bias)
+        codebook, codes, mask = self.held()
+        bias = self.bias if (own := self._parameters.get("bias")) is None else own
+        if usable(input, codebook, codes, bias):
+            return run_linear(input, codebook, codes, mask, bias)
+        if not self.training and computable(input, codebook, codes):  # inference without torch.no_grad()
+            output: Tensor = pq_linear(input, codebook, codes, mask, bias)
             return output
         return F.linear(input, self.weight, self.bias)
 

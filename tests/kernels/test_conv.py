@@ -81,6 +81,21 @@ def test_the_same_bits_without_no_grad(has_mask: bool, monkeypatch: pytest.Monke
     assert_same_with_gradients(with_codes(nn.Conv2d(12, 23, 3, padding=1), 9, has_mask=has_mask), x)
 
 
+@pytest.mark.parametrize("has_mask", [False, True])
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "output_padding": 1}, {"groups": 2, "bias": False}])
+def test_transposed_convolutions_give_the_same_bits_without_no_grad(
+    has_mask: bool, dimensions: int, options: dict[str, Any]
+) -> None:
+    kind: Any = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dimensions - 1]
+    module = kind(8, 6, 3, **options)
+    columns = 8 // module.groups
+    shape = (module.weight.numel() // columns, columns // 2)
+    mask = torch.rand(shape[0], columns) > 0.5 if has_mask else None
+    layer = quantized(module, torch.randn(16, 2), torch.randint(0, 16, shape), mask)
+    assert_same_with_gradients(layer, torch.randn(2, 8, *([5] * dimensions)))
+
+
 @pytest.mark.parametrize("dtype", list(ROUNDING))
 @pytest.mark.parametrize("positions", [1, 2, 7, 9])
 def test_pointwise_at_few_positions(dtype: Any, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
