@@ -83,3 +83,29 @@ def test_one_output_without_logits_makes_the_measure_another() -> None:
     answers = _compare(lambda n: 0.9 * exact(n), exact, [2, 2])
     assert answers.measure == "relative squared error" and answers.agreement is None
     assert answers.divergence == pytest.approx(0.01, rel=1e-4)
+
+
+def test_only_rows_of_several_classes_are_logits() -> None:
+    assert answers_module.has_logits(torch.zeros(4, 2)) and answers_module.has_logits({"logits": torch.zeros(4, 3, 2)})
+    for other in (
+        torch.zeros(4, 1),
+        torch.zeros(4),
+        torch.zeros(4, 5, 6),
+        torch.zeros(4, 5, 6, 6),
+        [torch.zeros(4, 2)],
+    ):
+        assert not answers_module.has_logits(other)
+    assert not answers_module.has_logits(SimpleNamespace(logits=torch.zeros(4)))
+    assert not answers_module.has_logits({"logits": None})
+
+
+def test_logits_are_compared_by_squares_where_that_is_asked_for() -> None:
+    one, other = torch.randn(4, 5), torch.randn(4, 5)
+    loss, measure = answers_module.output_loss(one, other, "squared difference")
+    assert loss == pytest.approx(float((one - other).square().sum() / other.square().sum()))
+    assert measure == "relative squared difference of outputs"
+    divergence, measure = answers_module.output_loss(one, other)
+    p, q = other.log_softmax(1), one.log_softmax(1)
+    assert measure == "KL" and divergence == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()))
+    swapped = answers_module.output_loss(other, one)[0]
+    assert swapped != pytest.approx(divergence, rel=1e-3)

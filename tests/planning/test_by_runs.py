@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import bgd_plugin as bgd
+from bgd_plugin.calibration import collect_batches
+from bgd_plugin.graph import find_layers, front_end
+from bgd_plugin.planning import sensitivity
 from tests.calibration.test_rerun import WIDTH, Block, Products, Routed, data, untraceable
 from tests.networks import randomized
 
@@ -84,3 +88,43 @@ def test_measuring_takes_a_few_runs_however_many_layers_there_are() -> None:
             bgd.plan(network, bgd.BGDConfig(target_ratio=2 if depth == 3 else 4), batches)
         forwards.append(counted.multiplications / once.multiplications)
     assert forwards[1] < 1.5 * forwards[0]
+
+
+class _Enough(Exception):
+    """What was wanted has been seen."""
+
+
+class _Many(nn.Module):
+    """Layers in a row, and a branch that no trace follows."""
+
+    def __init__(self, count: int, *, is_traceable: bool) -> None:
+        super().__init__()
+        self.layers, self.is_traceable = nn.Sequential(*(nn.Linear(8, 8) for _ in range(count))), is_traceable
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_traceable:
+            untraceable(x)
+        return self.layers(x)
+
+
+@pytest.mark.parametrize(
+    ("count", "samples", "is_traceable", "expected"),
+    [(30, 100, True, 32), (30, 100, False, 32), (60, 20, False, 4), (60, 4, False, 1), (1, 2, False, 24)],
+)
+def test_the_fewer_samples_the_more_layers_are_run_to_the_end(
+    count: int, samples: int, is_traceable: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a graph 32; without one as many as come to six runs over all samples, each counted twice."""
+
+    def asked(batches: Any, number: int) -> Any:
+        assert number == expected
+        raise _Enough
+
+    monkeypatch.setattr(sensitivity, "first_samples", asked)
+    model = _Many(count, is_traceable=is_traceable).eval()
+    network = front_end(model).network
+    layers = find_layers(network)[0]
+    assert len(layers) == count and isinstance(network, fx.GraphModule) == is_traceable
+    batches = collect_batches([torch.randn(samples, 8)], model, device=torch.device("cpu"), forward=None)
+    with pytest.raises(_Enough):
+        sensitivity.measure_layers(network, batches, layers, bgd.BGDConfig(), lambda: None)

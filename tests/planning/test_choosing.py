@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +18,9 @@ from bgd_plugin.graph import front_end, set_modes
 from bgd_plugin.planning.budget import Budget
 from bgd_plugin.planning.choosing import choose_sizes, energy_left, realized_energy
 from bgd_plugin.planning.measure import Measurements, measured
-from bgd_plugin.planning.survey import surveyed
-from tests.networks import SmallResNet, images, randomized
+from bgd_plugin.planning.survey import Survey, surveyed
+from bgd_plugin.planning.types import CurvePoint
+from tests.networks import PlainNet, SmallResNet, images, randomized
 
 
 def _measurements(model: nn.Module, data: list[torch.Tensor], config: bgd.BGDConfig) -> tuple[Budget, Measurements]:
@@ -92,3 +97,86 @@ def test_nothing_is_learnt_from_a_divergence_that_is_none(measured: float) -> No
     budget, measurements = _measurements(model, data, bgd.BGDConfig(max_divergence=0.05))
     survey = choose_sizes(budget, measurements, 0.25)
     assert realized_energy(measurements, survey, 0.25, measured) == 0.25
+
+
+# --- the search, with losses and trials that are made up
+
+
+@dataclasses.dataclass
+class _MadeUp:
+    """A budget whose choices lose what is given, in turn."""
+
+    survey: Survey
+    losses: list[float]
+    target_bytes: int | None = None
+    scale: float = 1.0
+    factors: list[float] = dataclasses.field(default_factory=list)
+    drawn: list[float] = dataclasses.field(default_factory=list)
+
+    def spend(self, _: Any, factor: float) -> Survey:
+        self.factors.append(factor)
+        return dataclasses.replace(
+            self.survey, expected_divergence=self.losses[len(self.factors) - 1] * factor * self.scale
+        )
+
+    def curve(self, _: Any, factor: float) -> tuple[CurvePoint, ...]:
+        self.drawn.append(factor)
+        return (CurvePoint(file_bytes=1, expected_divergence=factor),)
+
+
+def _search(losses: list[float], tried: list[float], **fields: Any) -> tuple[Survey, Any]:
+    """The survey at the end, and the budget, which knows the factors under which sizes were chosen."""
+    model = PlainNet().eval()
+    budget: Any = _MadeUp(surveyed(front_end(model), bgd.BGDConfig(), original=model), losses, **fields)
+
+    def joint(_: Survey, energy: float) -> float:
+        assert energy == 0.5
+        return tried[len(budget.factors) - 1]
+
+    measurements: Any = SimpleNamespace(sensitivities={}, joint=joint, scale=1.0)
+    return choose_sizes(budget, measurements, 0.5), budget
+
+
+def test_sizes_are_chosen_again_under_what_a_trial_has_shown_until_one_is_near() -> None:
+    """Expected 0.01, found 0.02; then expected 0.01, found 0.0105, which is near enough."""
+    survey, budget = _search([0.02, 0.01], [0.02, 0.0105])
+    assert budget.factors == pytest.approx([0.5, 1.0]) and budget.drawn == pytest.approx([1.05])
+    assert survey.expected_divergence == pytest.approx(0.0105)
+    assert survey.curve[0].expected_divergence == budget.drawn[0]
+
+
+def test_the_search_ends_after_four_trials() -> None:
+    survey, budget = _search([0.02] * 5, [0.02, 0.04, 0.08, 0.16, 0.32])
+    assert budget.factors == pytest.approx([0.5, 1.0, 2.0, 4.0]) and budget.drawn == pytest.approx([8.0])
+    assert survey.expected_divergence == pytest.approx(0.16)
+
+
+@pytest.mark.parametrize(("ratio", "count"), [(1.09, 1), (1.11, 2), (0.92, 1), (0.9, 2)])
+def test_a_tenth_more_or_less_is_near(ratio: float, count: int) -> None:
+    _, budget = _search([0.02, 0.02], [0.01 * ratio, 0.01 * ratio])
+    assert len(budget.factors) == count
+
+
+def test_a_budget_in_bytes_is_spent_once() -> None:
+    survey, budget = _search([0.02], [0.02], target_bytes=1000)
+    assert budget.factors == [0.5] and budget.drawn == pytest.approx([1.0])
+    assert survey.expected_divergence == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("tried", [0.0, math.inf, math.nan])
+def test_a_trial_without_a_number_changes_nothing(tried: float) -> None:
+    survey, budget = _search([0.02], [tried])
+    assert budget.factors == budget.drawn == [0.5]
+    assert survey.expected_divergence == pytest.approx(0.01)
+
+
+def test_where_nothing_is_lost_nothing_is_tried() -> None:
+    survey, budget = _search([0.0], [1.0])
+    assert budget.factors == [0.5] and not budget.drawn and survey.curve == ()
+
+
+@pytest.mark.parametrize(("fields", "expected"), [({}, 0.25), ({"method": "em"}, 1.0), ({"asymmetric_step": 0.0}, 1.0)])
+def test_a_fit_that_aims_at_the_float_outputs_makes_most_errors_good(fields: dict[str, Any], expected: float) -> None:
+    model = PlainNet().eval()
+    budget: Any = SimpleNamespace(survey=surveyed(front_end(model), bgd.BGDConfig(**fields), original=model))
+    assert energy_left(budget) == expected
