@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import bgd_plugin as bgd
@@ -20,79 +18,11 @@ from bgd_plugin.errors import ConfigError
 from bgd_plugin.files.format import file_bytes, stored
 from bgd_plugin.graph import copy_module, trace
 from bgd_plugin.planning.budget import Budget
-from bgd_plugin.planning.candidates import Option, Sensitivity, block_sizes, codebook_sizes
-from bgd_plugin.planning.knapsack import allocate, choose
+from bgd_plugin.planning.candidates import Sensitivity, block_sizes
 from bgd_plugin.planning.sensitivity import measure_sensitivities
 from bgd_plugin.planning.survey import surveyed
 from bgd_plugin.pq.rate import RateCurve
 from tests.networks import em, images, randomized, vectors
-
-
-def _options(pairs: list[tuple[int, float]]) -> list[Option]:
-    return [Option(layer=None, size_bytes=size, loss=loss) for size, loss in sorted(pairs)]
-
-
-# --- the knapsack
-
-_LAYER = st.lists(st.tuples(st.integers(1, 60), st.floats(0, 10)), min_size=1, max_size=4)
-
-
-@settings(max_examples=60)
-@given(layers=st.lists(_LAYER, min_size=1, max_size=5), extra=st.integers(0, 200))
-def test_the_knapsack_finds_the_least_loss_there_is(layers: list[list[tuple[int, float]]], extra: int) -> None:
-    options = [_options(layer) for layer in layers]
-    shared = sum(layer[0].size_bytes for layer in options) + extra
-    combinations = itertools.product(*options)
-    best = min(sum(o.loss for o in c) for c in combinations if sum(o.size_bytes for o in c) <= shared)
-    picked = [layer[i] for layer, i in zip(options, allocate(options, shared), strict=True)]
-    assert sum(o.size_bytes for o in picked) <= shared
-    assert sum(o.loss for o in picked) == pytest.approx(best)
-
-
-def test_the_knapsack_never_exceeds_more_bytes_than_it_counts_in_steps() -> None:
-    options = [_options([(1000 * i + 7 * layer, 1 / i) for i in range(1, 40)]) for layer in range(60)]
-    shared = 1_000_000
-    picked = [layer[i] for layer, i in zip(options, allocate(options, shared), strict=True)]
-    assert 0.99 * shared < sum(o.size_bytes for o in picked) <= shared
-
-
-def test_what_a_file_holds_beside_the_layers_is_found_out_and_kept_within() -> None:
-    options = [_options([(100 * i, 1 / i) for i in range(1, 30)]) for _ in range(10)]
-
-    def size(picked: Any) -> int:
-        return 3210 + sum(o.size_bytes + len(str(o.size_bytes)) for o in picked)
-
-    choice = choose(options, 12_000, size)
-    assert choice.file_bytes == size(choice.options)
-    assert 12_000 * 0.98 <= choice.file_bytes <= 12_000
-
-
-# --- candidates
-
-
-@pytest.mark.parametrize(
-    ("shape", "expected"),
-    [
-        ((64, 64, 1, 1), (1, 2, 4, 8, 16)),
-        ((64, 30), (1, 2)),
-        ((64, 64, 3, 3), (1, 2, 3, 9, 18, 36)),
-        ((64, 3, 3, 3), (1, 3, 9)),
-        ((64, 35), (1, 5, 7, 35)),
-        ((64, 67), (1,)),
-    ],
-)
-def test_block_sizes_divide_a_row(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    assert block_sizes(shape) == expected
-
-
-def test_codebook_sizes_stay_below_a_quarter_of_the_blocks() -> None:
-    assert codebook_sizes((64, 64), 4) == (16, 32, 64, 128)
-    assert codebook_sizes((8, 16), 4) == (4,)
-    assert codebook_sizes((2, 8), 4) == ()
-    assert codebook_sizes((64, 64), 1)[-1] == 256
-
-
-# --- whole networks
 
 
 class _Mobile(nn.Module):
@@ -347,9 +277,6 @@ def test_a_layer_in_float_costs_what_it_is_stored_in(storage: Any, size: int) ->
     assert budget is not None
     (options,) = budget._options
     assert [o.size_bytes for o in options if o.layer is None] == [size * 32 * 48]
-
-
-# --- what an earlier pass has shown
 
 
 def _made_up(**fields: Any) -> tuple[Budget, dict[str, Sensitivity]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 import pytest
@@ -11,9 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bgd_plugin.errors import ConfigError
 from bgd_plugin.planning.candidates import (
-    Option,
     block_sizes,
     codebook_sizes,
     fitted_sizes,
@@ -21,7 +18,6 @@ from bgd_plugin.planning.candidates import (
     rated,
     weight_sensitivity,
 )
-from bgd_plugin.planning.knapsack import choose
 from bgd_plugin.planning.losses import LEVEL, Sensitivity, joint_loss
 from bgd_plugin.planning.types import PlannedLayer
 from bgd_plugin.pq.blocks import to_blocks
@@ -145,34 +141,23 @@ def test_on_the_meta_device_the_law_alone_rates_sizes() -> None:
     assert found.loss(2, 16) == pytest.approx(1 / 16)
 
 
-def _options(*pairs: tuple[int, float]) -> list[Option]:
-    return [Option(layer=None, size_bytes=size, loss=loss) for size, loss in pairs]
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((64, 64, 1, 1), (1, 2, 4, 8, 16)),
+        ((64, 30), (1, 2)),
+        ((64, 64, 3, 3), (1, 2, 3, 9, 18, 36)),
+        ((64, 3, 3, 3), (1, 3, 9)),
+        ((64, 35), (1, 5, 7, 35)),
+        ((64, 67), (1,)),
+    ],
+)
+def test_block_sizes_divide_a_row(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    assert block_sizes(shape) == expected
 
 
-def test_what_cannot_be_reached_says_what_the_budget_cannot_choose() -> None:
-    layers = [_options((100, 1.0), (200, 0.5)), _options((50, 1.0))]
-    with pytest.raises(ConfigError) as error:
-        choose(layers, 640, lambda picked: 500 + sum(o.size_bytes for o in picked))
-    found = [int(number.replace(",", "")) for number in re.findall(r"([\d,]+)(?= bytes|\sare)", str(error.value))]
-    assert found == [640, 650, 500]
-
-
-def test_bytes_beside_the_layers_that_depend_on_the_choice_are_measured_again() -> None:
-    """A header that grows with the choice, by more than the first guess allows for."""
-    layers = [_options(*((100 * i, 1 / i) for i in range(1, 40))) for _ in range(6)]
-
-    def size(picked: Any) -> int:
-        total = sum(o.size_bytes for o in picked)
-        return 1000 + total + total // 3
-
-    choice = choose(layers, 12_000, size)
-    assert 12_000 - 134 * 4 <= choice.file_bytes <= 12_000
-    assert choice.file_bytes == size(choice.options)
-    assert choice.loss == pytest.approx(sum(o.loss for o in choice.options))
-
-
-def test_where_only_the_smallest_options_fit_they_are_taken() -> None:
-    layers = [_options((100, 1.0), (200, 0.5)) for _ in range(3)]
-    choice = choose(layers, 320, lambda picked: 20 + sum(o.size_bytes for o in picked))
-    assert [o.size_bytes for o in choice.options] == [100, 100, 100]
-    assert (choice.file_bytes, choice.loss) == (320, 3.0)
+def test_codebook_sizes_stay_below_a_quarter_of_the_blocks() -> None:
+    assert codebook_sizes((64, 64), 4) == (16, 32, 64, 128)
+    assert codebook_sizes((8, 16), 4) == (4,)
+    assert codebook_sizes((2, 8), 4) == ()
+    assert codebook_sizes((64, 64), 1)[-1] == 256
