@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from bgd_plugin.calibration import Batch, LayerInputs, Rerun, Walk, first_samples
+from bgd_plugin.calibration import Batch, Batches, LayerInputs, Rerun, Walk, first_samples
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import FoundLayer, batchnorms_in_parts, following_batchnorm
@@ -122,7 +122,7 @@ def _along_graph(
     measure: Measure | None,
 ) -> dict[str, Measured]:
     assert isinstance(network, fx.GraphModule)
-    few = first_samples(batches, _SAMPLES)
+    few = _some_of(batches, _SAMPLES)
     outputs = [batch.call(network) for batch in few]
     scale = Scale.of(outputs, measure)
     wide, narrow = Walk(network, batches), Walk(network, few)
@@ -162,7 +162,7 @@ def _by_runs(
     of these runs come to a few runs over all batches.
     """
     samples = sum(batch.size for batch in batches)
-    few = first_samples(batches, max(1, min(_SAMPLES, 2 * _RUNS * samples // max(1, len(layers)))))
+    few = _some_of(batches, max(1, min(_SAMPLES, 2 * _RUNS * samples // max(1, len(layers)))))
     outputs = [batch.call(network) for batch in few]
     scale = Scale.of(outputs, measure)
     norms = batchnorms_in_parts(network) if config.batchnorm != "keep" else {}
@@ -184,6 +184,12 @@ def _by_runs(
             found[name] = _measured(narrow, facts, outputs, config, generator, scale)
         step()
     return found
+
+
+def _some_of(batches: Sequence[Batch], count: int) -> Batches:
+    """The first samples, with values of their own: they take an eighth of what all batches may take in memory."""
+    bound = Batches.of(batches).store.bound_bytes
+    return Batches.of(first_samples(batches, count), None if bound is None else max(1, bound // 8))
 
 
 def _measured(
