@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from bgd_plugin.calibration.batches import Batch, given_number
-from bgd_plugin.calibration.walk import run_node
+from bgd_plugin.calibration.store import give_back_memory
+from bgd_plugin.calibration.walk import last_uses, run_node
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import FROM_DATA, set_modes, untouched
 
@@ -57,6 +58,7 @@ def difference(graph: fx.GraphModule, network: nn.Module, batches: Sequence[Batc
     with untouched(graph) as (graph,):
         set_modes(graph, {"": False})
         answers = [_answer_of_graph(graph, batches[index]) for index in chosen]
+    give_back_memory()
     with untouched(network) as (network,):  # they may share modules: each begins with the state that they came with
         set_modes(network, {"": False})
         return _first_of(network, batches, dict(zip(chosen, answers, strict=True)))
@@ -205,12 +207,15 @@ def _along_nodes(graph: fx.GraphModule, batch: Batch) -> tuple[Any, CalibrationE
     try:
         given = {node.name: value for node, value in batch.placeholders(graph.graph).items()}
         values = dict(given)
+        dead = last_uses(list(graph.graph.nodes))
         for node in graph.graph.nodes:
             if node.op == "output":
                 output = pytree.tree_map_only(fx.Node, lambda n: values[n.name], node.args[0])
                 output = graph.graph.process_outputs(output)  # exported graphs give leaves in a row
                 return pytree.tree_map_only(Tensor, Tensor.clone, output), None
             run_node(graph, node, values, protected=(given,))
+            for name in dead.get(node.name, ()):
+                values.pop(name, None)
     except CalibrationError as error:
         return None, error
     raise AssertionError("the graph has no output")

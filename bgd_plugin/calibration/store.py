@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from bgd_plugin.calibration.spill import Extent, SpillFile
 
-__all__ = ["DEFAULT_BOUND_BYTES", "BatchStore", "Shelf", "memory_of"]
+__all__ = ["DEFAULT_BOUND_BYTES", "BatchStore", "Shelf", "give_back_memory", "memory_of"]
 
 DEFAULT_BOUND_BYTES = 1 << 30
 """Default limit of the values held in memory: 1 GiB."""
@@ -151,7 +151,7 @@ class BatchStore:
             self._resident_bytes += item.bytes
         else:
             self._spill(item)
-            _give_back_memory()
+            give_back_memory()
 
     def _fits(self, item: _Item) -> bool:
         return self.bound_bytes is None or 2 * (self._resident_bytes + item.bytes) <= self.bound_bytes
@@ -229,7 +229,7 @@ def memory_of(tensor: Tensor) -> torch.UntypedStorage:
     return tensor.untyped_storage()
 
 
-def _give_back_memory() -> None:
+def give_back_memory() -> None:
     """Return freed memory to the system, which the C library (glibc) would otherwise keep in fragments."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

@@ -25,7 +25,7 @@ from bgd_plugin.calibration.store import Shelf, memory_of
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import module_at, spoken
 
-__all__ = ["Values", "Walk", "run_node"]
+__all__ = ["Values", "Walk", "last_uses", "run_node"]
 
 Values = dict[str, Any]
 
@@ -65,7 +65,7 @@ class Walk:
             content |= {f"{own}student": values, f"{own}reference": dict(values), f"{own}given": dict(values)}
         self._differs: set[str] = set()
         self._changed: set[str] = set()
-        self._last_use = _last_uses(self.order)
+        self._last_use = last_uses(self.order)
 
     @property
     def batch_count(self) -> int:
@@ -278,8 +278,8 @@ def _writes_in_place(node: fx.Node, module: nn.Module | None) -> bool:
     return node.target in _IN_PLACE_OPERATORS or in_place_argument or (name.endswith("_") and not name.endswith("__"))
 
 
-def _last_uses(order: list[fx.Node]) -> dict[str, list[str]]:
-    """For each node, the names of the values that no later node needs."""
+def last_uses(order: list[fx.Node]) -> dict[str, list[str]]:
+    """For each node, by name, the names of the values that no later node of a graph, in `order`, needs."""
     last: dict[str, str] = {}
     for node in order:
         last[node.name] = node.name

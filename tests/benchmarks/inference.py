@@ -93,7 +93,7 @@ def network_arms(model: nn.Module, inputs: Any, others: bool) -> dict[str, Arm]:
     config = bgd.BGDConfig(
         conv=bgd.LayerConfig(block_size=9), linear=bgd.LayerConfig(block_size=4), max_divergence=None
     )
-    small = bgd.quantize_weights(model, config).model.eval()
+    small = _loaded(bgd.quantize_weights(model, config).model, model)
     arms: dict[str, Arm] = {
         "float": _call(model, inputs),
         "kernels": _call(small, inputs),
@@ -105,6 +105,13 @@ def network_arms(model: nn.Module, inputs: Any, others: bool) -> dict[str, Arm]:
         if isinstance(inputs, Tensor):
             arms["exported, onnxruntime"] = _onnxruntime(small, inputs)
     return arms
+
+
+def _loaded(small: nn.Module, model: nn.Module) -> nn.Module:
+    """The compressed network as its users have it: read from its file."""
+    with tempfile.TemporaryDirectory() as folder:
+        bgd.save(small, Path(folder) / "net.safetensors")
+        return bgd.load(Path(folder) / "net.safetensors", like=model.eval())
 
 
 def _call(model: Any, inputs: Any) -> Arm:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bgd_plugin.calibration import Batch
-from bgd_plugin.calibration.agreement import given_arguments
+from bgd_plugin.calibration.agreement import difference, given_arguments
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import FROM_DATA
 
@@ -63,3 +64,19 @@ def test_what_hooks_may_change_cannot_be_said() -> None:
 def test_a_batch_that_does_not_fit_is_named_by_its_number(batch: Batch) -> None:
     with pytest.raises(CalibrationError, match=r"batch 1 .*_Network.forward takes x, scale, mask"):
         _given(Batch((X,)), batch)
+
+
+def test_a_graph_that_is_compared_holds_no_value_longer_than_a_node_reads_it() -> None:
+    network = nn.Sequential(*(nn.Linear(3, 3) for _ in range(12))).eval()
+    graph = fx.symbolic_trace(network)
+    seen: list[weakref.ref[Tensor]] = []
+    held: list[int] = []
+
+    def look(module: nn.Module, args: Any, output: Tensor) -> None:
+        seen.append(weakref.ref(output))
+        held.append(sum(one() is not None for one in seen))
+
+    for layer in graph.children():
+        layer.register_forward_hook(look)
+    assert difference(graph, network, [Batch((X,))]) == ""
+    assert max(held[:12]) <= 3  # the graph runs first, then the network, whose layers these are, too
