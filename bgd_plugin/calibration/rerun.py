@@ -117,14 +117,15 @@ class Rerun:
         student, reference = (self._calls(side, name) for side in ("student", "reference"))
         return CollectedInputs(name, student, reference if paired else student, self._shared)
 
-    def drift(self, name: str) -> Callable[[int], Tensor] | None:
-        """The drift of the skip connection behind a layer: the float network's values minus the compressed one's.
+    def skip(self, name: str) -> tuple[Callable[[int], Tensor], Callable[[int], Tensor]] | None:
+        """The skip connection behind a layer: its drift, and its values in the float network.
 
         Args:
             name: of the layer whose inputs were asked for last.
 
         Returns:
-            for each batch, by index, the drift in the shape of the layer's output; None where there is no such skip.
+            for each batch, by index, the float network's values minus the compressed one's, and the float network's,
+            both in the shape of the layer's output; None where there is no such skip.
         """
         sides = [_Calls(self.batches.store, f"{self._own}{self._side(s)} skip", "") for s in ("student", "reference")]
         if self._group != [name]:
@@ -132,7 +133,7 @@ class Rerun:
         for mine, theirs in zip(*sides, strict=True):
             if mine is None or theirs is None or mine.shape != theirs.shape:
                 return None
-        return lambda batch: sides[1][batch] - sides[0][batch]
+        return lambda batch: sides[1][batch] - sides[0][batch], lambda batch: sides[1][batch]
 
     def norm_inputs(self, path: str) -> tuple[list[Tensor], list[Tensor]]:
         """The inputs `[N, C, ...]` of the batch norm at `path` in the compressed and in the float network, by batch."""

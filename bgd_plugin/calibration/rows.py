@@ -29,6 +29,7 @@ class PairedRows:
     Attributes:
         student, reference: unfolded inputs, both `[groups, positions, columns]`.
         drift: additional target for the layer's outputs there, `[positions, rows]`; None: none.
+        stream: what the float network adds the layer's outputs to there, `[positions, rows]`; None: not known.
         index: number of this piece among all `pieces`, including those of other processes.
     """
 
@@ -37,11 +38,16 @@ class PairedRows:
     index: int
     pieces: int
     drift: Tensor | None = None
+    stream: Tensor | None = None
 
 
 @torch.no_grad()
 def paired_pieces(
-    inputs: LayerInputs, rows: int, generator: torch.Generator, drift: Callable[[int], Tensor] | None = None
+    inputs: LayerInputs,
+    rows: int,
+    generator: torch.Generator,
+    drift: Callable[[int], Tensor] | None = None,
+    stream: Callable[[int], Tensor] | None = None,
 ) -> Iterator[PairedRows]:
     """About `rows` rows of unfolded inputs in `len(inputs)` pieces, at the same positions in student and float network.
 
@@ -51,6 +57,7 @@ def paired_pieces(
     Args:
         drift: for each batch a tensor of the shape of the layer's output, sampled at the same positions; only for
             layers with one call.
+        stream: the same of what the float network adds the outputs to.
 
     Raises:
         CalibrationError: the layer's inputs are not finite.
@@ -69,8 +76,12 @@ def paired_pieces(
         index = number * processes() + rank()
         student = drawn(mine, geometry, index)
         reference = student if theirs is mine else drawn(theirs, geometry, index)
-        lost = None if drift is None else drawn(drift(number), geometry.pointwise(), index)[0]
-        yield PairedRows(student=student, reference=reference, index=index, pieces=pieces, drift=lost)
+        behind = (
+            None if values is None else drawn(values(number), geometry.pointwise(), index)[0]
+            for values in (drift, stream)
+        )
+        lost, carried = behind
+        yield PairedRows(student=student, reference=reference, index=index, pieces=pieces, drift=lost, stream=carried)
 
 
 @torch.no_grad()

@@ -25,10 +25,13 @@ class Skip:
     Attributes:
         drift: per batch, the float network's skip values minus the student's, `[batch, rows, ...]`.
         gain: `[rows]`, of the batch norm in between: γ / √(σ² + eps).
+        stream: per batch, the float network's skip values, where positions count by the size of the sum that they end
+            in (`relative_weights`); None where they count alike.
     """
 
     drift: Callable[[int], Tensor]
     gain: Tensor
+    stream: Callable[[int], Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

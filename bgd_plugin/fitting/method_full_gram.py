@@ -26,6 +26,7 @@ _MIN_ROWS = 32768
 _ROWS_PER_COLUMN = 8
 _DAMPING = 0.2  # in units of the Gram's mean diagonal; twice as much where there are as many columns as rows
 _LEAST_GAIN = 0.01  # of the mean square
+_LEAST_LEVEL = 1e-6  # of the mean square, where most positions are empty
 _HELDOUT = 5  # every fifth row is held out
 
 
@@ -36,7 +37,7 @@ class _Statistics:
     fitted: Moments
     heldout: Moments
     share: float
-    rows: int
+    rows: float
 
 
 def _collect(context: LayerContext, generator: torch.Generator) -> _Statistics | PooledGram:
@@ -56,24 +57,51 @@ def _gathered(context: LayerContext, weight: Tensor | None, generator: torch.Gen
     """Moments of the inputs and of the float network's outputs; without a weight, of the float network's inputs."""
     fitted, heldout = MomentSums(), MomentSums()
     columns = context.weight[0].numel()
-    drift = None if context.skip is None else context.skip.drift
-    pieces = paired_pieces(context.inputs, max(_MIN_ROWS, _ROWS_PER_COLUMN * columns), generator, drift)
+    drift, stream = (None, None) if context.skip is None else (context.skip.drift, context.skip.stream)
+    pieces = paired_pieces(context.inputs, max(_MIN_ROWS, _ROWS_PER_COLUMN * columns), generator, drift, stream)
     for piece in pieces:
         groups = len(piece.reference)
         outputs = piece.reference if weight is None else piece.reference @ weight.reshape(groups, -1, columns).mT
+        weights = None if piece.stream is None else relative_weights(piece.stream + _rows_last(outputs))
         if context.skip is not None:
             assert piece.drift is not None
             wanted = piece.drift * _inverse(context.skip.gain.float())
             outputs = outputs + wanted.reshape(len(wanted), len(outputs), -1).transpose(0, 1)
         cut = _rows_to_fit(piece.student.shape[1], piece.index, piece.pieces)
-        fitted.add_(piece.student[:, :cut], outputs[:, :cut])
-        heldout.add_(piece.student[:, cut:], outputs[:, cut:])
+        first, last = (None, None) if weights is None else (weights[:cut], weights[cut:])
+        fitted.add_(piece.student[:, :cut], outputs[:, :cut], first)
+        heldout.add_(piece.student[:, cut:], outputs[:, cut:], last)
     for sums in (fitted, heldout):
         sums.share_()
         for moment in sums.sums:
             require_finite(moment, context.inputs.name)
     rows = fitted.count + heldout.count
     return _Statistics(fitted=fitted.means_(), heldout=heldout.means_(), share=fitted.count / rows, rows=rows)
+
+
+def relative_weights(stream: Tensor) -> Tensor:
+    """How much each position counts where a norm reads the sum that a layer's output ends in.
+
+    The norm divides each position by its size, so errors count relative to that. A few positions of language models,
+    the first of each text above all, are hundreds of times larger than the others; fitted for those alone, a layer
+    ruins the others. The weight is 1 / (e + median e), with e a position's mean square: positions of ordinary size
+    count alike, and the error of larger ones counts relative to their size.
+
+    Args:
+        stream: the float network's sum, `[positions, features]`.
+
+    Returns:
+        `[positions]`, with a mean of 1.
+    """
+    energy = stream.double().square().mean(1)
+    level = torch.maximum(energy.median(), _LEAST_LEVEL * energy.mean()).clamp(min=1e-150)
+    weights = (energy + level).reciprocal()
+    return (weights / weights.mean()).to(stream.dtype)
+
+
+def _rows_last(outputs: Tensor) -> Tensor:
+    """Outputs `[groups, positions, rows_per_group]` as `[positions, rows]`."""
+    return outputs.transpose(0, 1).flatten(1)
 
 
 def _through(statistics: _Statistics, weight: Tensor) -> _Statistics:
@@ -163,7 +191,8 @@ class _Aim:
 
 def _aim(context: LayerContext, statistics: _Statistics, damping: float) -> _Aim:
     everything = Moments.pooled(statistics.fitted, statistics.heldout, statistics.share)
-    gram, cross = everything.centred_()
+    takes_mean = context.has_batchnorm or context.has_bias
+    gram, cross = everything.centred_() if takes_mean else (everything.gram, everything.cross)
     rows, step, scale = context.rows, context.config.asymmetric_step, None
     if step:
         rows = ridge_target(rows, gram, cross, step=step, damping=damping)

@@ -100,24 +100,35 @@ class Moments:
 class MomentSums:
     """Moments accumulated piece by piece; the pieces are not kept.
 
-    The products of a piece are summed in float32, relative to the piece's first position: where inputs hardly vary
-    around a large mean, products of the inputs themselves would lose all their digits.
+    The products of a piece are summed in float32, relative to one typical position: where inputs hardly vary around a
+    large mean, products of the inputs themselves would lose all their digits.
 
     Attributes:
-        count: positions so far.
+        count: positions so far, or the sum of their weights.
         sums: the sums over positions of the fields of `Moments`, in that order; empty before the first piece.
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count: float = 0
         self.sums: list[Tensor] = []
 
-    def add_(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Add inputs `[groups, positions, columns]` and outputs `[groups, positions, rows_per_group]`."""
-        count = inputs.shape[1]
-        first, first_output = (values[:, :1].sum(1, keepdim=True) for values in (inputs, outputs))  # or zeros
+    def add_(self, inputs: Tensor, outputs: Tensor, weights: Tensor | None = None) -> None:
+        """Add the moments of some positions.
+
+        Args:
+            inputs: `[groups, positions, columns]`.
+            outputs: `[groups, positions, rows_per_group]`.
+            weights: `[positions]`, how often each position counts; None: once.
+        """
+        count = inputs.shape[1] if weights is None else float(weights.double().sum())
+        first, first_output = (_typical(values, weights) for values in (inputs, outputs))
         inputs, outputs = inputs - first, outputs - first_output
-        parts = (_gram(inputs), inputs.double().sum(1), inputs.mT @ outputs, outputs.double().sum(1))
+        if weights is None:
+            parts = (_gram(inputs), inputs.double().sum(1), inputs.mT @ outputs, outputs.double().sum(1))
+        else:
+            root, each = weights.sqrt().unsqueeze(1), weights.double().unsqueeze(1)
+            cross = (inputs * root).mT @ (outputs * root)
+            parts = (_gram(inputs * root), (inputs.double() * each).sum(1), cross, (outputs.double() * each).sum(1))
         self.count += count
         self.sums = self.sums or [torch.zeros_like(part, dtype=torch.float64) for part in parts]
         for so_far, part in zip(self.sums, parts, strict=True):
@@ -134,7 +145,7 @@ class MomentSums:
     def share_(self) -> None:
         """Sum over all processes; every process gets the result."""
         sum_(self.sums)
-        self.count = int(total(self.count))
+        self.count = total(self.count)
 
     def joined(self, other: MomentSums) -> MomentSums:
         """The sums over the positions of both."""
@@ -145,8 +156,19 @@ class MomentSums:
 
     def means_(self) -> Moments:
         """The moments, computed in place: the sums are overwritten."""
-        gram, mean, cross, output_mean = (sums.div_(max(1, self.count)) for sums in self.sums)
+        gram, mean, cross, output_mean = (sums.div_(self.count or 1) for sums in self.sums)
         return Moments(gram=gram, mean=mean, cross=cross, output_mean=output_mean)
+
+
+def _typical(values: Tensor, weights: Tensor | None) -> Tensor:
+    """The first position, or the weighted mean, because a position of little weight may be far from all others.
+
+    Returns:
+        `[groups, 1, columns]`; zeros if there are no positions.
+    """
+    if weights is None or not len(weights):
+        return values[:, :1].sum(1, keepdim=True)
+    return torch.einsum("p,gpc->gc", weights / weights.sum(), values).unsqueeze(1)
 
 
 def _gram(inputs: Tensor) -> Tensor:

@@ -201,10 +201,15 @@ def _skip_for_fit(job: Job, walk: Walk | Rerun, found: FoundLayer, skip: Drifted
 def _skip_behind(job: Job, walk: Rerun, found: FoundLayer) -> Skip | None:
     """The skip connection that a layer's output is added to, in a network without a graph."""
     is_plain = found.members == 1 and not found.tied and found.kind in ("linear", "conv1d", "conv2d", "conv3d")
-    drift = walk.drift(found.name) if is_plain and job.config.method == "full" else None
-    if drift is None:
+    skip = walk.skip(found.name) if is_plain and job.config.method == "full" else None
+    if skip is None:
         return None
-    return Skip(drift=lambda batch: _positions_first(drift(batch), found), gain=torch.ones(found.rows))
+    drift, stream = skip
+    return Skip(
+        drift=lambda batch: _positions_first(drift(batch), found),
+        gain=torch.ones(found.rows),
+        stream=(lambda batch: _positions_first(stream(batch), found)) if found.kind == "linear" else None,
+    )
 
 
 def _positions_first(values: Tensor, found: FoundLayer) -> Tensor:

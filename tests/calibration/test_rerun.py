@@ -328,8 +328,8 @@ def test_the_drift_of_a_skip_connection() -> None:
     found = {}
     for name in rerun.order:
         rerun.inputs(name)
-        found[name] = rerun.drift(name)
-    assert [name for name, drift in found.items() if drift is not None] == [
+        found[name] = rerun.skip(name)
+    assert [name for name, skip in found.items() if skip is not None] == [
         f"blocks.{block}.{layer}" for block in (0, 1) for layer in ("o", "down")
     ]
     rerun = Rerun(
@@ -337,13 +337,15 @@ def test_the_drift_of_a_skip_connection() -> None:
     )
     for name in rerun.order[: rerun.order.index("blocks.0.down") + 1]:
         rerun.inputs(name)
-        drift = rerun.drift(name)
+        skip = rerun.skip(name)
         if name == "blocks.0.o":  # nothing has changed before it
-            assert drift is not None and float(drift(0).abs().max()) == 0
+            assert skip is not None and float(skip[0](0).abs().max()) == 0
         if name == "blocks.0.down":
-            assert drift is not None
+            assert skip is not None
+            drift, stream = skip
             for batch in (0, 1):
                 torch.testing.assert_close(drift(batch), streams["reference"][batch] - streams["student"][batch])
+                torch.testing.assert_close(stream(batch), streams["reference"][batch])
 
 
 @pytest.mark.parametrize("in_place", [False, True])

@@ -56,10 +56,12 @@ def test_a_drift_is_drawn_at_the_same_positions() -> None:
     values = _numbered(2)
     inputs, generator = _inputs(values, values), torch.Generator().manual_seed(0)
     drift = [torch.arange(50.0)[:, None] * torch.tensor([1.0, -1.0]) + 100 * n for n in range(2)]
-    for number, piece in enumerate(paired_pieces(inputs, 20, generator, lambda batch: drift[batch])):
-        assert piece.drift is not None
+    pieces = paired_pieces(inputs, 20, generator, lambda batch: drift[batch], lambda batch: 3 * drift[batch])
+    for number, piece in enumerate(pieces):
+        assert piece.drift is not None and piece.stream is not None
         rows = piece.student[0, :, :1]
         torch.testing.assert_close(piece.drift, rows * torch.tensor([1.0, -1.0]) + 100 * number)
+        torch.testing.assert_close(piece.stream, 3 * piece.drift)
 
 
 def test_a_sample_is_spread_over_all_pieces() -> None:

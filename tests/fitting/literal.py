@@ -91,11 +91,11 @@ class Literal:
         """0.2, and as much again in proportion to the columns for each row; at most 1."""
         return min(1.0, 0.2 * (1 + self.x.shape[2] / self.x.shape[1]))
 
-    def target(self) -> Tensor:
-        """W + step · (H + damping · mean diag H · I)⁻¹ Xcᵀ (Yc − Xc Wᵀ)."""
-        x, y = (values - values.mean(1, keepdim=True) for values in (self.x, self.y))
+    def target(self, centred: bool = True) -> Tensor:
+        """W + step · (H + damping · mean diag H · I)⁻¹ Xᵀ (Y − X Wᵀ), centred where something takes the mean."""
+        x, y = (values - centred * values.mean(1, keepdim=True) for values in (self.x, self.y))
         w = self.weight.double().reshape(len(x), -1, x.shape[2])
-        h = self.moments(self.x, True)
+        h = self.moments(self.x, centred)
         ridge = self.damping * torch.stack([h_g.diag().mean() * torch.eye(len(h_g), dtype=h.dtype) for h_g in h])
         missing = x.mT @ (y - x @ w.mT) / x.shape[1]
         return (w + self.step * torch.linalg.solve(h + ridge, missing).mT).flatten(0, 1)

@@ -35,7 +35,8 @@ def test_the_fit_gets_the_literal_target_and_grams(fits: list[dict[str, Any]], n
     literal, fit = literal_of(result, model, "2", data, step), fits[1]
     assert float((literal.x - rows_of(values_at(model, "2", data), model[2])).abs().max()) > 1e-3  # type: ignore[index]
     scaled = ("norm" in name and "bias" not in name) or name == "groups"
-    close_to(fit["weight"], literal.target() * literal.scale()[:, None] if scaled else literal.target())
+    target = literal.target(name != "no bias")
+    close_to(fit["weight"], target * literal.scale()[:, None] if scaled else target)
     for found, expected in zip((fit["gram"], fit["heldout_gram"]), literal.grams(name != "no bias"), strict=True):
         close_to(found, expected)
     assert fit["damping"] == pytest.approx(literal.damping)
