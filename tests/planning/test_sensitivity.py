@@ -299,7 +299,9 @@ def test_of_very_many_logits_some_are_looked_at(monkeypatch: pytest.MonkeyPatch)
         return real(found, exact, most)
 
     monkeypatch.setattr(sensitivity, "shifted_logits", watched)
-    _measured(randomized(_Wide()), images(3, batch=2, channels=32), BGDConfig(max_divergence=None), ["head"])
+    model = randomized(_Wide())
+    model.head.weight.data *= 4
+    _measured(model, images(3, batch=2, channels=32), BGDConfig(max_divergence=None), ["head"])
     assert seen == [2_000_000 // 3] * 3
 
 
