@@ -109,12 +109,12 @@ class _Many(nn.Module):
 
 @pytest.mark.parametrize(
     ("count", "samples", "is_traceable", "expected"),
-    [(30, 100, True, 32), (30, 100, False, 32), (60, 20, False, 4), (60, 4, False, 1), (1, 2, False, 24)],
+    [(30, 100, True, 16), (30, 100, False, 16), (60, 20, False, 4), (60, 4, False, 1), (2, 2, False, 12)],
 )
 def test_the_fewer_samples_the_more_layers_are_run_to_the_end(
     count: int, samples: int, is_traceable: bool, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a graph 32; without one as many as come to six runs over all samples, each counted twice."""
+    """In a graph 16; without one as many as come to six runs over all samples, each counted twice."""
 
     def asked(batches: Any, number: int) -> Any:
         assert number == expected
