@@ -19,6 +19,7 @@ from bgd_plugin.files.format import file_bytes, stored
 from bgd_plugin.graph import copy_module, trace
 from bgd_plugin.planning.budget import Budget
 from bgd_plugin.planning.candidates import Sensitivity, block_sizes
+from bgd_plugin.planning.losses import LEVEL, joint_loss
 from bgd_plugin.planning.sensitivity import measure_sensitivities
 from bgd_plugin.planning.survey import surveyed
 from bgd_plugin.pq.rate import RateCurve
@@ -327,3 +328,72 @@ def test_a_layer_that_could_not_be_measured_counts_as_the_middle_one() -> None:
     assert known["2"] == sensitivities["2"] and known["4"].per_error() == pytest.approx(0.3)
     other = _made_up(max_divergence=0.05, seed=1)[0]._known(sensitivities)
     assert other["4"].curves != known["4"].curves and "own error" in known["4"].reason
+
+
+def test_a_bound_is_aimed_at_with_a_fifth_to_spare() -> None:
+    """What comes out differs a little from what is expected; the finest choice below that is taken."""
+    shares = []
+    for bound in (0.01, 0.02, 0.03, 0.05, 0.08):
+        budget, sensitivities = _made_up(max_divergence=bound)
+        found = budget.spend(sensitivities).expected_divergence
+        assert found is not None
+        shares.append(found / bound)
+    assert 0.7 < max(shares) <= 0.8 * 1.001
+
+
+def test_a_bound_whose_losses_an_earlier_pass_has_corrected_is_reported_in_the_corrected_ones() -> None:
+    budget, sensitivities = _made_up(max_divergence=0.05)
+    survey = budget.spend(sensitivities, 2.0)
+    errors = [
+        (sensitivities[layer.name], sensitivities[layer.name].error(layer.block_size, layer.codebook_size))
+        for layer in survey.layers
+    ]
+    assert survey.expected_divergence == pytest.approx(2.0 * joint_loss(errors), rel=0.01)
+    assert f"expected {survey.expected_divergence:.3g}" in survey.notes[-1]
+
+
+def _fixed(**fields: Any) -> Budget | None:
+    """The budget of a network all of whose sizes are set."""
+    model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    overrides = (("2", LayerConfig(block_size=4, codebook_size=16)),)
+    return Budget.of(surveyed(trace(model), BGDConfig(overrides=overrides, **fields), original=model))
+
+
+def test_where_all_sizes_are_set_only_a_target_is_a_budget() -> None:
+    """A bound has nothing to choose; a file that is too long is an error all the same."""
+    assert _fixed(max_divergence=0.01) is None
+    assert _fixed(target_bytes=100_000) is not None
+    with pytest.raises(ConfigError, match="the least possible size is"):
+        _fixed(target_bytes=100)
+
+
+@pytest.mark.parametrize("is_fixed", [False, True])
+def test_a_bound_that_float_meets_leaves_no_layer_float_unless_others_are_quantized(is_fixed: bool) -> None:
+    """So small a bound that every free layer would be float: nothing would be quantized, where no other layer is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    overrides = (("4", LayerConfig(block_size=4, codebook_size=16)),) if is_fixed else ()
+    config = BGDConfig(max_divergence=1e-9, overrides=overrides)
+    budget = Budget.of(surveyed(trace(model), config, original=model))
+    assert budget is not None
+    curves = tuple(RateCurve(block_size=d, points=((16, 1.0), (256, 0.5))) for d in block_sizes((64, 64)))
+    known = {f.name: Sensitivity(curves=curves, losses=((1.0, 1.0),), reason="made up") for f in budget.free}
+    survey = budget.spend(known)
+    assert [layer.name for layer in survey.layers] == (["4"] if is_fixed else ["2", "4"])
+    assert any("finest sizes" in note for note in survey.notes) == (not is_fixed)
+
+
+def test_shares_are_told_at_the_loss_that_the_file_comes_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer whose loss grows faster than its error weighs more the more is lost: the choice is made once more."""
+    budget, sensitivities = _made_up(target_bytes=9000, max_divergence=None)
+    levels: list[float] = []
+    rated = Budget.rated
+
+    def watched(self: Budget, known: Any, level: float = LEVEL) -> Any:
+        levels.append(level)
+        return rated(self, known, level)
+
+    monkeypatch.setattr(Budget, "rated", watched)
+    survey = budget.spend(sensitivities)
+    assert levels[0] == LEVEL and len(levels) == 2
+    assert levels[1] == pytest.approx(survey.expected_divergence, rel=0.5) and levels[1] != LEVEL
