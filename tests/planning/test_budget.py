@@ -326,6 +326,8 @@ def test_a_layer_that_could_not_be_measured_counts_as_the_middle_one() -> None:
     del sensitivities["4"]
     known = budget._known(sensitivities)
     assert known["2"] == sensitivities["2"] and known["4"].per_error() == pytest.approx(0.3)
+    more = {n: replace(known["2"], losses=((1.0, loss),)) for n, loss in (("one", 0.1), ("two", 5.0))}
+    assert budget._known({**sensitivities, **more})["4"].per_error() == pytest.approx(0.3)
     other = _made_up(max_divergence=0.05, seed=1)[0]._known(sensitivities)
     assert other["4"].curves != known["4"].curves and "own error" in known["4"].reason
 
