@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bgd_plugin.correction import row_scale_bounds, shift_biases_
+from bgd_plugin.correction import absorb_row_scale_, row_scale_bounds, shift_biases_
 from bgd_plugin.graph import find_layers, trace
 
 
@@ -91,3 +91,14 @@ def test_of_functions_only_the_bias_that_is_known_is_shifted() -> None:
     shift_biases_(graph, layer, torch.ones(8))
     torch.testing.assert_close(graph.a.bias.detach(), before[0] + (layer.bias is not None))  # type: ignore[union-attr,operator]
     assert torch.equal(graph.b.bias, before[1])  # type: ignore[union-attr,arg-type]
+
+
+def test_a_norm_that_takes_up_a_scale_gives_the_same_outputs() -> None:
+    """Also where eps is most of the variance."""
+    norm: Any = nn.BatchNorm1d(3, eps=1e-2).eval()
+    norm.running_var.copy_(torch.tensor([1e-3, 0.5, 2.0]))
+    norm.running_mean.copy_(torch.tensor([0.1, -1.0, 2.0]))
+    x, scale = torch.randn(20, 3), torch.tensor([2.0, 3.0, 0.5])
+    expected = norm(x)
+    absorb_row_scale_(norm, scale)
+    torch.testing.assert_close(norm(x * scale), expected, rtol=1e-4, atol=1e-5)
