@@ -357,13 +357,3 @@ class _Valued(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self.inner(x if float(x.abs().max()) > 0 else x + 1)
         return result
-
-
-def test_small_divergences_are_measured_as_such() -> None:
-    """Squares are for those that rounding has left nothing of."""
-    model = randomized(_Wide())
-    model.head.weight.data *= 0.02
-    model.head.bias.data *= 0.02
-    found = _measured(model, images(2, channels=32), BGDConfig(max_divergence=None), ["head"])["head"]
-    measure, loss = re.findall(r"^(\S+) (\S+) if only", found.reason)[0]
-    assert measure == "KL" and float(loss) < 1e-6
