@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import transformers
 
 import bgd_plugin as bgd
 from bgd_plugin.integration import NarrowModule
+from tests.adapters.transformers.files import content
 
 adapter: Any = bgd.load_adapter("transformers")
 TOKENS = torch.tensor([[1, 2, 3, 4000]])
@@ -46,13 +46,6 @@ def _logits(model: Any) -> torch.Tensor:
         return found
 
 
-def _content(path: Path) -> tuple[Any, bytes]:
-    """Header and bytes of a file; safetensors writes the header's metadata in any order."""
-    content = path.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    return json.loads(content[8 : 8 + length]), content[8 + length :]
-
-
 def test_embedding_and_head_share_one_narrow_weight(quantized: tuple[Any, Path]) -> None:
     small, folder = quantized
     model = _read(folder)
@@ -70,7 +63,7 @@ def test_a_folder_that_was_read_is_saved_with_the_same_bytes(quantized: tuple[An
     model = _read(quantized[1])
     model.tie_weights()
     model.save_pretrained(tmp_path)
-    files = [_content(folder / "model.safetensors") for folder in (quantized[1], tmp_path)]
+    files = [content(folder / "model.safetensors") for folder in (quantized[1], tmp_path)]
     assert files[0] == files[1]
     assert torch.equal(_logits(_read(tmp_path)), _logits(model))
 
