@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bgd_plugin.config.checks import check
 
-__all__ = ["BLOCK_SIZES", "CODEBOOK_SIZE", "FAMILIES", "MAX_CODEBOOK_SIZE", "LayerConfig"]
+__all__ = ["BLOCK_SIZES", "CODEBOOK_SIZE", "FAMILIES", "MAX_CODEBOOK_SIZE", "QUANTIZED", "LayerConfig", "of_its_kind"]
 
 # Kinds of layer with their own setting; `first_layer`, `depthwise_conv` and `embedding` stay float by default.
 FAMILIES = ("conv", "pointwise_conv", "depthwise_conv", "linear", "embedding", "first_layer")
+QUANTIZED = ("conv", "pointwise_conv", "linear")
+"""The kinds that are quantized by default."""
 MAX_CODEBOOK_SIZE = 65536
 BLOCK_SIZES = {"conv": 9, "pointwise_conv": 4, "depthwise_conv": 9, "linear": 4, "embedding": 4}
 """The block size of each kind of layer where nothing chooses one."""
@@ -23,8 +25,8 @@ class LayerConfig:
 
     Args:
         block_size: weights per block (d); must divide the number of weights in a row. None: chosen by the bound on the
-            divergence or by the budget; without either, that of the layer's kind, lowered to the next size that divides
-            the row.
+            divergence or by the budget; without either, or beside the codebook size of a kind of layer, that of the
+            kind, lowered to the next size that divides the row.
         codebook_size: codewords in the layer's codebook (k), a power of two from 2 to 65536. None: 256 beside a block
             size that is set, otherwise chosen like the block size. Layers with few blocks get the largest power of two
             strictly below a quarter of their number of blocks; with a block size of 1 that you set, up to one
@@ -54,3 +56,15 @@ class LayerConfig:
     def is_open(self) -> bool:
         """Whether a bound or a budget chooses the block size, and the codebook size if that is not set either."""
         return self.block_size is None
+
+
+def of_its_kind(setting: LayerConfig | None, family: str) -> LayerConfig | None:
+    """A kind of layer's setting; one that names a codebook size alone takes the block size of the kind.
+
+    Args:
+        setting: of the kind; None: it stays float.
+        family: one of `FAMILIES`. Kinds that are float by default are left as they are.
+    """
+    if setting is None or not setting.is_open or setting.codebook_size is None or family not in QUANTIZED:
+        return setting
+    return replace(setting, block_size=BLOCK_SIZES[family])

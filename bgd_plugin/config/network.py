@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bgd_plugin.config.checks import check, check_budget, check_choice, check_codes, check_share, counts
-from bgd_plugin.config.layer import BLOCK_SIZES, CODEBOOK_SIZE, FAMILIES, LayerConfig
+from bgd_plugin.config.layer import BLOCK_SIZES, CODEBOOK_SIZE, FAMILIES, QUANTIZED, LayerConfig, of_its_kind
 from bgd_plugin.config.paper import opened, paper_settings
 from bgd_plugin.config.parsing import Override, checked_overrides, nested, nested_overrides, upgraded
 from bgd_plugin.config.training import DistillationConfig, FinetuningConfig, ReconstructionConfig
@@ -140,7 +140,7 @@ class BGDConfig:
                 value is None or isinstance(value, LayerConfig),
                 f"{family}={value!r}: give a LayerConfig, or None to keep these layers float",
             )
-            object.__setattr__(self, family, value)
+            object.__setattr__(self, family, of_its_kind(value, family))
         for name, kind in _STAGES.items():
             object.__setattr__(self, name, nested(kind, getattr(self, name), name))
         object.__setattr__(self, "overrides", checked_overrides(nested_overrides(self.overrides)))
@@ -232,7 +232,7 @@ class BGDConfig:
             True if it is the default, which gives way to the next smaller one that divides a layer's row.
         """
         value: LayerConfig | None = getattr(self, family)
-        return value is not None and family in _ADAPTING and value.block_size in (None, BLOCK_SIZES[family])
+        return value is not None and family in QUANTIZED and value.block_size in (None, BLOCK_SIZES[family])
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values.
@@ -298,4 +298,3 @@ _STAGES: dict[str, type[Any]] = {
     "reconstruction": ReconstructionConfig,
     "finetuning": FinetuningConfig,
 }
-_ADAPTING = ("conv", "pointwise_conv", "linear")

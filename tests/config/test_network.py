@@ -40,6 +40,11 @@ def test_it_is_the_same_after_a_dict(config: BGDConfig) -> None:
 @given(CONFIGS)
 def test_it_is_the_same_after_json(config: BGDConfig) -> None:
     assert BGDConfig.from_json(config.to_json()) == config
+    sizes = {"conv": 9, "pointwise_conv": 4, "linear": 4}
+    in_part = BGDConfig.from_dict({kind: {"codebook_size": 16} for kind in sizes})
+    assert {kind: getattr(in_part, kind).block_size for kind in sizes} == sizes
+    alone = BGDConfig(first_layer=LayerConfig(codebook_size=16), overrides=(("fc", LayerConfig(codebook_size=16)),))
+    assert alone.first_layer == alone.overrides[0][1] == LayerConfig(codebook_size=16)
 
 
 def test_the_dict_has_a_version_and_nothing_that_json_lacks() -> None:
@@ -141,9 +146,9 @@ def test_another_regime_is_an_error() -> None:
         BGDConfig.paper("tiny")  # type: ignore[arg-type]
 
 
-def test_what_a_layers_setting_leaves_out_is_chosen_but_for_the_codebook_of_a_block() -> None:
+def test_a_setting_in_part_takes_the_rest_of_its_kind() -> None:
     config = BGDConfig.from_dict({"linear": {"codebook_size": 16}, "conv": {"block_size": 3}, "pointwise_conv": {}})
-    assert (config.linear, config.linear.is_open) == (LayerConfig(codebook_size=16), True)
+    assert config.linear == LayerConfig(block_size=4, codebook_size=16)
     assert config.conv == LayerConfig(block_size=3, codebook_size=256)
     assert config.pointwise_conv == BGDConfig().pointwise_conv
     assert BGDConfig(linear=LayerConfig(codebook_size=16)).linear == config.linear
