@@ -170,17 +170,17 @@ def _freeze_norms(paths: list[Any], network: nn.Module, problems: list[str]) -> 
     frozen: dict[int, FrozenNorm] = {}
     for path in paths:
         norm: Any = modules.get(path) if isinstance(path, str) else None
+        if isinstance(norm, FrozenNorm):  # `like` is a compressed network made dense
+            continue
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or not is_batchnorm(norm):
             problems.append(f"a frozen norm {path!r} is in the file; the network has no such batch norm")
             continue
-        dtype = norm._buffers["running_mean"].dtype  # type: ignore[union-attr]
-        empty = torch.empty(norm.num_features, dtype=dtype, device="meta")
+        empty = torch.empty(norm.num_features, dtype=norm.running_mean.dtype, device="meta")  # type: ignore[union-attr]
         owner, _, name = path.rpartition(".")
         if id(norm) not in frozen:
             frozen[id(norm)] = FrozenNorm(empty, empty).train(norm.training)
             take_hooks_(frozen[id(norm)], norm)
-        layer = frozen[id(norm)]
-        module_at(network, owner)._modules[name] = layer
+        module_at(network, owner)._modules[name] = frozen[id(norm)]
 
 
 def _checked_state(

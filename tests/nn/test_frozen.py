@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +62,19 @@ def test_a_frozen_norm_without_its_batch_norm_is_named(tmp_path: Path) -> None:
     other.bn2 = nn.Identity()
     with pytest.raises(CheckpointError, match="a frozen norm 'bn2' is in the file; the network has no such"):
         bgd.load(tmp_path / "net", like=other)
+
+
+def test_a_file_with_frozen_norms_fits_the_network_made_dense(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1)).eval()
+    data = [torch.randn(4, 3, 8, 8) for _ in range(2)]
+    network = bgd.quantize(model, data, bgd.BGDConfig(freeze_norms=True, max_divergence=None), progress=False).model
+    assert isinstance(network[1], FrozenNorm)
+    bgd.save(network, tmp_path / "net.safetensors")
+    dense = bgd.materialize(copy.deepcopy(network))
+    held = dense[1].weight.detach().clone()
+    with torch.no_grad():
+        dense[1].weight.mul_(2)  # what `like` holds is not used, and not changed
+    loaded = bgd.load(tmp_path / "net.safetensors", like=dense)
+    assert torch.equal(loaded(data[0]), network(data[0]))
+    assert torch.equal(dense[1].weight, 2 * held)
