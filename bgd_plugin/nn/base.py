@@ -45,7 +45,7 @@ class PQModule(nn.Module):
     Attributes:
         codebook: parameter `[codebook_size, block_size]`.
         codes: integer buffer `[rows, blocks_per_row]`, in the smallest type that holds them.
-        mask: bool buffer `[*weight_shape]`, false where the weight is zero regardless of the codeword; None: nowhere.
+        mask: bool buffer `[*matrix_shape]`, false where the weight is zero regardless of the codeword; None: nowhere.
     """
 
     codebook: nn.Parameter

@@ -42,7 +42,8 @@ def quantized(module: nn.Module, codebook: Tensor, codes: Tensor, mask: Tensor |
         module: a Conv1d/2d/3d, ConvTranspose1d/2d/3d, Linear, Embedding or FloatWeight.
         codebook: `[codebook_size, block_size]`.
         codes: `[rows, blocks_per_row]`.
-        mask: bool of the weight's shape, false where the decoded weight is zero; None: nowhere.
+        mask: bool of the shape of the layer's matrix (for all but transposed convolutions, the weight's), false where
+            the decoded weight is zero; None: nowhere.
     """
     form = next((pq for kind, pq in _FORMS.items() if isinstance(module, kind)), None)
     if form is None:

@@ -34,9 +34,11 @@ def _layer(choose: random.Random, layer: Any, block_size: int) -> Any:
     """A layer with random codes; how many, of what storage, and which of its weights are zero is chosen."""
     size = choose.choice(_SIZES)
     is_transposed = isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d))
-    rows = layer.weight.shape[1] * layer.groups if is_transposed else layer.weight.shape[0]
-    codes = torch.randint(size, (rows, layer.weight.numel() // rows // block_size))
-    mask = None if isinstance(layer, nn.Embedding) else _mask(choose.choice(_MASKS), layer.weight.shape)
+    shape = layer.weight.shape
+    if is_transposed:  # as the layer's matrix is laid out
+        shape = torch.Size((shape[1:].numel() * layer.groups, shape[0] // layer.groups))
+    codes = torch.randint(size, (shape[0], layer.weight.numel() // shape[0] // block_size))
+    mask = None if isinstance(layer, nn.Embedding) else _mask(choose.choice(_MASKS), shape)
     result = quantized(layer, torch.randn(size, block_size) * 0.2, codes, mask)
     storage = choose.choice(_STORAGES)
     if storage != "float32":
