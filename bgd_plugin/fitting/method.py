@@ -61,6 +61,11 @@ class LayerContext:
     scale_bounds: tuple[Tensor, Tensor] | None = None
 
     @property
+    def takes_mean(self) -> bool:
+        """Whether a bias or a batch norm can make good the mean of the outputs, so that the fit is centred."""
+        return self.has_batchnorm or self.has_bias
+
+    @property
     def rows(self) -> Tensor:
         """The weight as float32 `[C_out, columns]`."""
         return self.weight.detach().float().flatten(1)

@@ -131,12 +131,11 @@ def _solve(context: LayerContext, statistics: _Statistics | PooledGram, generato
     if exact is not None:
         return _with_shift(context, statistics, exact)
     weight = context.rows
-    takes_mean = context.has_batchnorm or context.has_bias
     damping = min(1.0, _DAMPING * (1 + weight.shape[1] / statistics.rows))
     aim = _aim(context, statistics, damping)
     if context.layer.codes == "entropy":
         everything = Moments.pooled(statistics.fitted, statistics.heldout, statistics.share)
-        fit = fit_stream(aim.rows, _gram_(everything, centred=takes_mean), context.layer, damping=damping)
+        fit = fit_stream(aim.rows, _gram_(everything, centred=context.takes_mean), context.layer, damping=damping)
     else:
         fit = _fitted_blocks(context, statistics, aim, damping, generator)
     codebook = fit.codebook
@@ -152,8 +151,7 @@ def _fitted_blocks(
     context: LayerContext, statistics: _Statistics, aim: _Aim, damping: float, generator: torch.Generator
 ) -> FittedLayer:
     """Codes of blocks, and a codebook in single precision."""
-    takes_mean = context.has_batchnorm or context.has_bias
-    gram, heldout = (_gram_(m, centred=takes_mean) for m in (statistics.fitted, statistics.heldout))
+    gram, heldout = (_gram_(m, centred=context.takes_mean) for m in (statistics.fitted, statistics.heldout))
     fit = fit_full(
         aim.rows,
         gram,
@@ -191,8 +189,7 @@ class _Aim:
 
 def _aim(context: LayerContext, statistics: _Statistics, damping: float) -> _Aim:
     everything = Moments.pooled(statistics.fitted, statistics.heldout, statistics.share)
-    takes_mean = context.has_batchnorm or context.has_bias
-    gram, cross = everything.centred_() if takes_mean else (everything.gram, everything.cross)
+    gram, cross = everything.centred_() if context.takes_mean else (everything.gram, everything.cross)
     rows, step, scale = context.rows, context.config.asymmetric_step, None
     if step:
         rows = ridge_target(rows, gram, cross, step=step, damping=damping)
