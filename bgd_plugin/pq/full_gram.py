@@ -18,7 +18,14 @@ from bgd_plugin.pq.powers import near_one, power_of_two
 __all__ = ["FullFit", "fit_full", "fit_positions", "positions_as_groups"]
 
 _START_ITERATIONS = 20
-"""Iterations of k-means, and again under the positions' own metrics."""
+"""Iterations of k-means under the pooled metric, on a sample."""
+_START_BLOCKS = 128
+"""Blocks in that sample for each codeword."""
+_POSITION_ITERATIONS = 5
+"""Iterations that follow on all blocks, under the positions' own metrics."""
+_SOLVE_ITERATIONS = 4
+_SOLVE_TOLERANCE = 1e-2
+"""Conjugate gradients of a round's codebook: the codes move afterwards, and a more exact solution gains nothing."""
 _STILL = 1e-4
 """The fit stops after a round that lowers the objective by less than this fraction."""
 
@@ -82,7 +89,16 @@ def fit_full(
     trail = _Trail(flat, hessian, heldout, mask)
     trail.add(codebook, codes)
     for _ in range(rounds):
-        codebook, loss = solve_codebook(flat, codes, hessian, codebook, mask=mask, before=trail.history[-1])
+        codebook, loss = solve_codebook(
+            flat,
+            codes,
+            hessian,
+            codebook,
+            iterations=_SOLVE_ITERATIONS,
+            tolerance=_SOLVE_TOLERANCE,
+            mask=mask,
+            before=trail.history[-1],
+        )
         trail.add(codebook, codes, loss)
         codes, changed = refine_codes(flat, codebook, codes, hessian, mask)
         trail.add(codebook, codes)
@@ -166,8 +182,18 @@ def _start(
     if mask is not None:
         kept, _ = positions_as_groups(mask.reshape(rows.shape), diagonal_blocks(grams, block_size))
         return fit_masked(positions, metrics, kept, codebook_size, 2 * _START_ITERATIONS, generator=generator)[0]
-    start = fit_em(positions, metrics.mean(0), codebook_size, _START_ITERATIONS, generator=generator).codebook
-    return fit_positions(positions, metrics, start, _START_ITERATIONS)[0]
+    sample = _sample(positions, _START_BLOCKS * codebook_size, generator)
+    start = fit_em(sample, metrics.mean(0), codebook_size, _START_ITERATIONS, generator=generator).codebook
+    return fit_positions(positions, metrics, start, _POSITION_ITERATIONS)[0]
+
+
+def _sample(positions: Tensor, blocks: int, generator: torch.Generator) -> Tensor:
+    """Some rows of all positions, `[positions, rows, d]`: at least `blocks` blocks, or all that there are."""
+    rows = -(-blocks // len(positions))
+    if rows >= positions.shape[1]:
+        return positions
+    chosen = torch.randperm(positions.shape[1], generator=generator, device=generator.device)[:rows]
+    return positions[:, chosen.to(positions.device)]
 
 
 def positions_as_groups(rows: Tensor, metrics: Tensor) -> tuple[Tensor, Tensor]:

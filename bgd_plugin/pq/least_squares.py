@@ -25,7 +25,7 @@ def output_objective(
     gram: Tensor,
     mask: Tensor | None = None,
 ) -> float:
-    """tr((W − Ŵ) H (W − Ŵ)ᵀ) in float64.
+    """tr((W − Ŵ) H (W − Ŵ)ᵀ), summed in float64 from products in the weight's dtype.
 
     Args:
         weight: `[rows, columns]`.
@@ -35,10 +35,10 @@ def output_objective(
         mask: bool `[rows, columns]`, false where Ŵ is zero; none if not given.
     """
     rows, grams = grouped(weight, gram)
-    difference = (rows - masked(codebook[codes].to(rows).reshape(rows.shape), mask)).double()
-    grams = grams.double()
-    losses = torch.cat([((part @ grams) * part).sum(2) for part in torch.split(difference, _ROWS, dim=1)], dim=1)
-    return float(losses.flatten().sum())
+    difference = rows - masked(codebook[codes].to(rows).reshape(rows.shape), mask)
+    grams = grams.to(rows)
+    losses = [((part @ grams) * part).sum(2, dtype=torch.float64) for part in torch.split(difference, _ROWS, dim=1)]
+    return float(torch.cat(losses, dim=1).sum())
 
 
 @torch.no_grad()
