@@ -11,6 +11,7 @@ from torch import Tensor
 from bgd_plugin.pq.feedback import diagonal_blocks, grouped, nearest
 from bgd_plugin.pq.masked import masked
 from bgd_plugin.pq.panels import Panels
+from bgd_plugin.pq.powers import near_one
 
 __all__ = ["output_objective", "refine_codes", "solve_codebook"]
 
@@ -35,10 +36,11 @@ def output_objective(
         mask: bool `[rows, columns]`, false where Ŵ is zero; none if not given.
     """
     rows, grams = grouped(weight, gram)
-    difference = rows - masked(codebook[codes].to(rows).reshape(rows.shape), mask)
+    difference, unit = near_one(rows - masked(codebook[codes].to(rows).reshape(rows.shape), mask))
+    grams, power = near_one(grams)
     grams = grams.to(rows)
     losses = [((part @ grams) * part).sum(2, dtype=torch.float64) for part in torch.split(difference, _ROWS, dim=1)]
-    return float(torch.cat(losses, dim=1).sum())
+    return float(torch.cat(losses, dim=1).sum()) * power * unit * unit
 
 
 @torch.no_grad()
