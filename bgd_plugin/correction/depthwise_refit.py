@@ -9,7 +9,8 @@ from torch import Tensor
 
 from bgd_plugin.calibration import LayerInputs, paired_pieces, require_finite
 from bgd_plugin.correction.gain import Gain, kept_aside, output_distance
-from bgd_plugin.pq.target import MomentSums, ridge_target
+from bgd_plugin.pq.gram import MomentSums
+from bgd_plugin.pq.target import asymmetric_target
 
 __all__ = ["Refit", "refitted"]
 
@@ -84,7 +85,7 @@ def _solved(weight: Tensor, sums: MomentSums, name: str) -> tuple[Tensor, Tensor
     for moment in sums.sums:
         require_finite(moment, name)
     gram, cross = sums.means_().centred()
-    target = ridge_target(weight.flatten(1), gram, cross, step=1.0, damping=_DAMPING)
+    target = asymmetric_target(weight.flatten(1), gram, cross, step=1.0, damping=_DAMPING)
     return target.reshape(weight.shape), gram
 
 

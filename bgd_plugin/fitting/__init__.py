@@ -1,9 +1,10 @@
 """Fit one layer: from its weight and inputs to a codebook and codes. One module per method."""
 
-from bgd_plugin.fitting.method import FittedLayer, LayerContext, Method, Skip, output_error, shift_gain
+from bgd_plugin.fitting.method import FittedLayer, LayerContext, Method, output_error, shift_gain
 from bgd_plugin.fitting.method_em import EM, fit_weight
 from bgd_plugin.fitting.method_full_gram import FULL
 from bgd_plugin.fitting.share import fitted_once
+from bgd_plugin.fitting.skip_drift import Skip
 
 __all__ = [
     "METHODS",

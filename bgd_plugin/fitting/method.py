@@ -12,26 +12,11 @@ from torch import Tensor
 
 from bgd_plugin.calibration import InputSample, LayerInputs
 from bgd_plugin.config import BGDConfig
+from bgd_plugin.fitting.skip_drift import Skip
 from bgd_plugin.planning.types import PlannedLayer
 from bgd_plugin.support.processes import total
 
-__all__ = ["FittedLayer", "LayerContext", "Method", "Skip", "output_error", "shift_gain", "unused_codewords"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Skip:
-    """The skip connection added to a layer's normalized output.
-
-    Attributes:
-        drift: per batch, the float network's skip values minus the student's, `[batch, rows, ...]`.
-        gain: `[rows]`, of the batch norm in between: γ / √(σ² + eps).
-        stream: per batch, the float network's skip values, where positions count by the size of the sum that they end
-            in (`relative_weights`); None where they count alike.
-    """
-
-    drift: Callable[[int], Tensor]
-    gain: Tensor
-    stream: Callable[[int], Tensor] | None = None
+__all__ = ["FittedLayer", "LayerContext", "Method", "output_error", "shift_gain", "unused_codewords"]
 
 
 @dataclass(frozen=True, kw_only=True)

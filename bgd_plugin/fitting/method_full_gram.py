@@ -13,10 +13,13 @@ from bgd_plugin.fitting import method_em
 from bgd_plugin.fitting.entropy_coded import fit_stream
 from bgd_plugin.fitting.exact import exact_fit
 from bgd_plugin.fitting.method import FittedLayer, LayerContext, Method
+from bgd_plugin.fitting.scale_and_shift import equal_rows, matching_bias
+from bgd_plugin.fitting.skip_drift import relative_weights, sum_behind, with_drift
 from bgd_plugin.nn import storable
 from bgd_plugin.pq.full_gram import fit_full
+from bgd_plugin.pq.gram import Moments, MomentSums
 from bgd_plugin.pq.masked import masked
-from bgd_plugin.pq.target import Moments, MomentSums, matching_bias, ridge_target
+from bgd_plugin.pq.target import asymmetric_target
 from bgd_plugin.support.seeds import seeded
 
 __all__ = ["FULL"]
@@ -25,8 +28,6 @@ _MAX_COLUMNS = 8192
 _MIN_ROWS = 32768
 _ROWS_PER_COLUMN = 8
 _DAMPING = 0.2  # in units of the Gram's mean diagonal; twice as much where there are as many columns as rows
-_LEAST_GAIN = 0.01  # of the mean square
-_LEAST_LEVEL = 1e-6  # of the mean square, where most positions are empty
 _HELDOUT = 5  # every fifth row is held out
 
 
@@ -62,11 +63,10 @@ def _gathered(context: LayerContext, weight: Tensor | None, generator: torch.Gen
     for piece in pieces:
         groups = len(piece.reference)
         outputs = piece.reference if weight is None else piece.reference @ weight.reshape(groups, -1, columns).mT
-        weights = None if piece.stream is None else relative_weights(piece.stream + _rows_last(outputs))
+        weights = None if piece.stream is None else relative_weights(sum_behind(outputs, piece.stream))
         if context.skip is not None:
             assert piece.drift is not None
-            wanted = piece.drift * _inverse(context.skip.gain.float())
-            outputs = outputs + wanted.reshape(len(wanted), len(outputs), -1).transpose(0, 1)
+            outputs = with_drift(outputs, piece.drift, context.skip.gain)
         cut = _rows_to_fit(piece.student.shape[1], piece.index, piece.pieces)
         first, last = (None, None) if weights is None else (weights[:cut], weights[cut:])
         fitted.add_(piece.student[:, :cut], outputs[:, :cut], first)
@@ -79,31 +79,6 @@ def _gathered(context: LayerContext, weight: Tensor | None, generator: torch.Gen
     return _Statistics(fitted=fitted.means_(), heldout=heldout.means_(), share=fitted.count / rows, rows=rows)
 
 
-def relative_weights(stream: Tensor) -> Tensor:
-    """How much each position counts where a norm reads the sum that a layer's output ends in.
-
-    The norm divides each position by its size, so errors count relative to that. A few positions of language models,
-    the first of each text above all, are hundreds of times larger than the others; fitted for those alone, a layer
-    ruins the others. The weight is 1 / (e + median e), with e a position's mean square: positions of ordinary size
-    count alike, and the error of larger ones counts relative to their size.
-
-    Args:
-        stream: the float network's sum, `[positions, features]`.
-
-    Returns:
-        `[positions]`, with a mean of 1.
-    """
-    energy = stream.double().square().mean(1)
-    level = torch.maximum(energy.median(), _LEAST_LEVEL * energy.mean()).clamp(min=1e-150)
-    weights = (energy + level).reciprocal()
-    return (weights / weights.mean()).to(stream.dtype)
-
-
-def _rows_last(outputs: Tensor) -> Tensor:
-    """Outputs `[groups, positions, rows_per_group]` as `[positions, rows]`."""
-    return outputs.transpose(0, 1).flatten(1)
-
-
 def _through(statistics: _Statistics, weight: Tensor) -> _Statistics:
     """The statistics of a layer, from those of the float network's inputs in place of its outputs."""
     fitted, heldout = (moments.through(weight) for moments in (statistics.fitted, statistics.heldout))
@@ -114,12 +89,6 @@ def _rows_to_fit(rows: int, index: int, pieces: int) -> int:
     """How many rows of a piece are fitted: all of the first pieces', none of the last ones'."""
     share = (_HELDOUT - 1) * pieces - _HELDOUT * index  # in parts of 1 / _HELDOUT
     return max(0, min(rows, -(-share * rows // _HELDOUT)))
-
-
-def _inverse(gain: Tensor) -> Tensor:
-    """The inverse gain of each channel, damped: it goes to 0 for channels with almost no gain."""
-    floor = _LEAST_GAIN * gain.square().mean()
-    return gain / (gain.square() + floor).clamp(min=torch.finfo(gain.dtype).tiny)
 
 
 def _solve(context: LayerContext, statistics: _Statistics | PooledGram, generator: torch.Generator) -> FittedLayer:
@@ -192,9 +161,9 @@ def _aim(context: LayerContext, statistics: _Statistics, damping: float) -> _Aim
     gram, cross = everything.centred_() if context.takes_mean else (everything.gram, everything.cross)
     rows, step, scale = context.rows, context.config.asymmetric_step, None
     if step:
-        rows = ridge_target(rows, gram, cross, step=step, damping=damping)
+        rows = asymmetric_target(rows, gram, cross, step=step, damping=damping)
     if context.has_batchnorm and not context.has_bias:
-        scale = _row_scale(rows, gram, context)
+        scale = equal_rows(rows, gram, context)
         rows = rows * scale[:, None]
     return _Aim(rows=rows, row_scale=scale, mean=everything.mean, output_mean=everything.output_mean)
 
@@ -202,22 +171,6 @@ def _aim(context: LayerContext, statistics: _Statistics, damping: float) -> _Aim
 def _gram_(moments: Moments, *, centred: bool) -> Tensor:
     """The Gram, computed in the memory of the moments."""
     return moments.centred_()[0] if centred else moments.gram
-
-
-def _row_scale(target: Tensor, covariance: Tensor, context: LayerContext) -> Tensor:
-    """The inverse standard deviation of each row's output, `[rows]`, so that every row's error counts the same.
-
-    Limited to what the batch norm can undo and the weight's dtype can hold.
-    """
-    rows = target.double().reshape(covariance.shape[0], -1, covariance.shape[1])
-    deviation = ((rows @ covariance) * rows).sum(2).clamp(min=0).sqrt().flatten()
-    alive = deviation > 1e-3 * deviation.mean()
-    scale = torch.where(alive, deviation, deviation.mean().clamp(min=1e-150)).reciprocal()
-    if context.scale_bounds is not None:
-        least, largest = context.scale_bounds
-        scale = torch.minimum(torch.maximum(scale, least.to(scale)), largest.to(scale))
-    room = torch.finfo(context.weight.dtype).max / 4 / target.double().abs().amax(1).clamp(min=1e-150)
-    return torch.minimum(scale, room).clamp(max=1e30).float()
 
 
 FULL = Method(collect=_collect, solve=_solve)

@@ -27,7 +27,7 @@ from torchvision.models import resnet18, resnet50
 import bgd_plugin as bgd
 import bgd_plugin.fitting.method_full_gram
 from bgd_plugin.nn import PQModule
-from bgd_plugin.pq.target import MomentSums
+from bgd_plugin.pq.gram import MomentSums
 from bgd_plugin.support.processes import process_group
 from bgd_plugin.support.tables import mib, table
 from tests.benchmarks.fashion_data import input_batches, load_fashion_mnist

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bgd_plugin.calibration import Batch, LayerInputs, Walk, pooled_gram, sampled_inputs
-from bgd_plugin.calibration import gram as gram_module
+from bgd_plugin.calibration import gram_pooled as gram_module
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import find_layers, trace
 from tests.networks import TwiceNet, images, vectors

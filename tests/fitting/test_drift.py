@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import bgd_plugin as bgd
 from bgd_plugin.calibration import Rerun
 from bgd_plugin.fitting import method_full_gram
-from bgd_plugin.pq.target import ridge_target
+from bgd_plugin.pq.target import asymmetric_target
 
 WIDTH = 16
 
@@ -97,25 +97,6 @@ def test_one_huge_position_does_not_ruin_the_others(monkeypatch: pytest.MonkeyPa
     assert errors["as it is"] < errors["without drift"] < 0.02 < 1 < errors["all alike"]
 
 
-def test_positions_count_by_the_size_of_their_sum() -> None:
-    stream = torch.randn(11, 4)
-    stream[3] *= 1000
-    energy = stream.double().square().mean(1)
-    expected = torch.stack([1 / (e + sorted(energy)[5]) for e in energy])
-    expected = expected / expected.sum() * 11
-    torch.testing.assert_close(method_full_gram.relative_weights(stream), expected.float())
-    torch.testing.assert_close(method_full_gram.relative_weights(torch.ones(5, 3)), torch.ones(5))
-
-
-@pytest.mark.parametrize("filled", [0, 1, 3])
-def test_empty_positions_have_finite_weights(filled: int) -> None:
-    stream = torch.zeros(10, 4)
-    stream[:filled] = 1e15
-    weights = method_full_gram.relative_weights(stream)
-    assert torch.isfinite(weights).all()
-    assert float(weights.mean()) == pytest.approx(1)
-
-
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_target_has_a_constant_only_where_a_bias_can_take_it(
     monkeypatch: pytest.MonkeyPatch, *, bias: bool
@@ -124,9 +105,9 @@ def test_the_target_has_a_constant_only_where_a_bias_can_take_it(
 
     def watching(weight: Tensor, gram: Tensor, cross: Tensor, **options: float) -> Tensor:
         targets.append((gram.clone(), cross.clone()))
-        return ridge_target(weight, gram, cross, **options)
+        return asymmetric_target(weight, gram, cross, **options)
 
-    monkeypatch.setattr(method_full_gram, "ridge_target", watching)
+    monkeypatch.setattr(method_full_gram, "asymmetric_target", watching)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16, bias=bias), nn.ReLU()).eval()
     setting = bgd.LayerConfig(block_size=2, codebook_size=16)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import bgd_plugin as bgd
 from bgd_plugin.correction import absorb_row_scale_
-from bgd_plugin.fitting import LayerContext, method_full_gram
+from bgd_plugin.fitting import method_full_gram
 from tests.networks import FunctionalNet, PlainNet, SmallResNet, TwiceNet, images, randomized, vectors
 
 _SETTING = bgd.LayerConfig(block_size=4, codebook_size=16)
@@ -200,60 +200,6 @@ def test_notes_survive_resuming(tmp_path: Path) -> None:
 # --- parts of the fit, literally
 
 
-def _context(weight: Tensor, **fields: Any) -> LayerContext:
-    planned: Any = None
-    inputs: Any = None
-    common = {
-        "layer": planned,
-        "inputs": inputs,
-        "has_batchnorm": True,
-        "has_bias": False,
-        "config": bgd.BGDConfig(max_divergence=None),
-    }
-    return LayerContext(weight=weight, **(common | fields))
-
-
-def _covariances(groups: int, columns: int) -> Tensor:
-    x = torch.randn(groups, 3 * columns, columns, dtype=torch.float64)
-    return x.mT @ x / (3 * columns)
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-def test_a_rows_scale_is_one_over_the_deviation_of_its_outputs(groups: int) -> None:
-    rows, covariance = torch.randn(6, 5), _covariances(groups, 5)
-    rows[1] *= 1e-9  # next to nothing, as a dead channel
-    per_row = covariance.repeat_interleave(6 // groups, 0)
-    deviation = torch.einsum("ri,rij,rj->r", rows.double(), per_row, rows.double()).sqrt()
-    deviation[1] = deviation.mean()
-    found = method_full_gram._row_scale(rows, covariance, _context(rows))
-    torch.testing.assert_close(found.double(), 1 / deviation, rtol=1e-5, atol=0)
-
-
-def test_a_rows_scale_stays_where_the_norm_can_take_it_out_again() -> None:
-    rows, covariance = torch.randn(4, 5), _covariances(1, 5)
-    free = method_full_gram._row_scale(rows, covariance, _context(rows))
-    least, largest = 2 * free, 3 * free
-    least[0], largest[1] = 0.5 * free[0], 0.25 * free[1]
-    least[1] = 0.1 * free[1]
-    found = method_full_gram._row_scale(
-        rows, covariance, _context(rows, scale_bounds=(least.double(), largest.double()))
-    )
-    torch.testing.assert_close(found, torch.stack([free[0], 0.25 * free[1], 2 * free[2], 2 * free[3]]))
-
-
-def test_scaled_rows_stay_within_the_weights_type() -> None:
-    """Inputs that hardly vary ask for scales that half precision does not hold; nothing asks for more than 1e30."""
-    rows, covariance = 100 * torch.randn(4, 5), 1e-12 * _covariances(1, 5)
-    free = method_full_gram._row_scale(rows, covariance, _context(rows))
-    assert float((rows.abs().amax(1) * free).max()) > 65504 / 4
-    found = method_full_gram._row_scale(rows, covariance, _context(rows.half()))
-    torch.testing.assert_close(found.double() * rows.double().abs().amax(1), torch.full((4,), 65504.0 / 4).double())
-    tiny = method_full_gram._row_scale(1e-38 * rows, covariance, _context(rows))
-    assert bool((tiny == 1e30).all())
-    nothing = method_full_gram._row_scale(torch.zeros(4, 5), covariance, _context(rows))
-    assert bool(torch.isfinite(nothing).all()) and bool((nothing > 0).all())
-
-
 def test_what_the_fit_found_out_is_in_the_layers_row(monkeypatch: pytest.MonkeyPatch) -> None:
     real = method_full_gram.fit_full
 
@@ -273,13 +219,6 @@ def test_a_layer_too_wide_for_its_gram_says_what_its_fit_found_out(monkeypatch: 
     (layer,) = bgd.quantize(model, data, _config("full", first_layer=_SETTING), progress=False).report.layers
     assert "12 columns: too wide for a full Gram" in layer.note
     assert "13 of 16 codewords are not used" in layer.note
-
-
-def test_channels_without_gain_are_not_asked_for_anything() -> None:
-    gain = torch.tensor([2.0, -1.0, 0.0, 1e-4])
-    floor = 0.01 * gain.square().mean()
-    torch.testing.assert_close(method_full_gram._inverse(gain), gain / (gain.square() + floor))
-    assert torch.equal(method_full_gram._inverse(torch.zeros(3)), torch.zeros(3))
 
 
 @pytest.mark.parametrize("batch", [0, 4])

@@ -1,6 +1,6 @@
 """The Gram of a layer's inputs, pooled over all block positions.
 
-The Gram of whole rows, with the float network's outputs, is summed up from `rows` by `bgd_plugin.pq.target.MomentSums`.
+The Gram of whole rows, with the float network's outputs, is summed up from `rows` by `bgd_plugin.pq.gram.MomentSums`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,60 @@
+"""Moments add up over parts, weights and layers that share inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bgd_plugin.pq.gram import Moments, MomentSums
+from tests.pq.test_target import drifted_layer
+
+
+def test_moments_of_parts_add_up() -> None:
+    inputs, _, outputs = drifted_layer(2)
+    whole = Moments.of(inputs, outputs)
+    places = [slice(start, start + 100) for start in range(0, 400, 100)]
+    parts = [Moments.of(inputs[:, place], outputs[:, place]) for place in places]
+    for name in ("gram", "mean", "cross", "output_mean"):
+        torch.testing.assert_close(torch.stack([getattr(part, name) for part in parts]).mean(0), getattr(whole, name))
+
+
+def test_moments_of_inputs_give_those_of_any_layer_that_reads_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, others = (torch.randn(2, 50, 6, generator=generator) + 1 for _ in range(2))
+    weight = torch.randn(8, 6, generator=generator)
+    outputs = others @ weight.reshape(2, 4, 6).mT
+    shared = Moments.of(inputs, others)
+    through, direct = shared.through(weight), Moments.of(inputs, outputs)
+    for name in ("gram", "mean", "cross", "output_mean"):
+        torch.testing.assert_close(getattr(through, name), getattr(direct, name), rtol=1e-5, atol=1e-6)
+    through.centred_()
+    torch.testing.assert_close(shared.gram, direct.gram)  # one layer's fit uses its own copy up
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_weighted_moments_are_those_of_repeated_positions(groups: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    inputs = 3 + torch.randn(groups, 30, 6, generator=generator)
+    outputs = torch.randn(groups, 30, 4, generator=generator) - 5
+    times = torch.randint(0, 4, (30,), generator=generator)
+    sums = MomentSums()
+    sums.add_(inputs[:, :11], outputs[:, :11], times[:11].float())
+    sums.add_(inputs[:, 11:], outputs[:, 11:], times[11:].float())
+    sums.add_(inputs[:, :0], outputs[:, :0], times[:0].float())
+    found = sums.means_()
+    repeated = Moments.of(inputs.repeat_interleave(times, 1), outputs.repeat_interleave(times, 1))
+    for name in ("gram", "mean", "cross", "output_mean"):
+        torch.testing.assert_close(getattr(found, name), getattr(repeated, name), rtol=1e-5, atol=1e-5)
+
+
+def test_a_huge_position_of_little_weight_leaves_the_digits_of_the_others() -> None:
+    generator = torch.Generator().manual_seed(6)
+    inputs, outputs = (torch.randn(1, 4000, n, generator=generator) for n in (6, 4))
+    inputs[:, 0] *= 1e5
+    weights = torch.ones(4000)
+    weights[0] = 1e-10
+    sums = MomentSums()
+    sums.add_(inputs, outputs, weights)
+    gram = sums.means_().gram
+    literal = (inputs[0].double() * weights.double()[:, None]).T @ inputs[0].double() / weights.double().sum()
+    torch.testing.assert_close(gram[0], literal, rtol=1e-4, atol=1e-4)
