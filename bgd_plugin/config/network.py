@@ -99,7 +99,7 @@ class BGDConfig:
     codes: Literal["blocks", "entropy"] = "blocks"
     overrides: tuple[Override, ...] = ()
     em_iterations: int = 100
-    rounds: int = 3
+    rounds: int = 2
     asymmetric_step: float = 0.5
     rotation: bool | Literal["auto"] = False
     refit_depthwise: bool = True
