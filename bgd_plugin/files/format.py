@@ -28,6 +28,7 @@ from bgd_plugin.files.compact import compacted
 from bgd_plugin.files.container import CONTENT, content_length, joined
 from bgd_plugin.files.rotated import rotated_in
 from bgd_plugin.files.rounding import eight_bit_rows
+from bgd_plugin.files.same_tensor import identity
 from bgd_plugin.files.stored import Stored
 from bgd_plugin.nn import FrozenNorm, PQModule
 
@@ -38,13 +39,11 @@ __all__ = [
     "Stored",
     "file_bytes",
     "file_size",
-    "identity",
     "layer_header",
     "narrowest",
     "packed_size",
     "restored",
     "scales",
-    "state_bytes",
     "stored",
     "stored_state",
 ]
@@ -254,28 +253,21 @@ def packed_size(content: Stored) -> int:
 
 
 def _safetensors(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
-    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    held = {name: _on_its_own(tensor.detach().cpu().contiguous()) for name, tensor in tensors.items()}
     metadata = {METADATA_KEY: json.dumps(header, separators=(",", ":"))}
     result: bytes = safetensors.torch.save(held, metadata)
     return result
 
 
-def state_bytes(state: Mapping[str, Any]) -> int:
-    """Bytes of all parameters and buffers of a state dict, shared ones counted once."""
-    distinct = {identity(name, t): t for name, t in state.items() if isinstance(t, Tensor)}
-    return sum(t.numel() * t.element_size() for t in distinct.values())
+def _on_its_own(tensor: Tensor) -> Tensor:
+    """The tensor with no more memory than it needs: views of one memory are stored as separate tensors."""
+    needed = tensor.numel() * tensor.element_size()
+    return tensor if tensor.untyped_storage().nbytes() == needed else tensor.clone()
 
 
 def layer_header(layer: PQModule) -> list[Any]:
     """What the header says of a layer: its class, block size, codebook size, and the shape of its weight."""
     return [type(layer).__name__, layer.block_size, layer.codebook_size, list(layer.weight_shape)]
-
-
-def identity(name: str, value: Tensor) -> tuple[Any, ...]:
-    """A key of a tensor of any shape, equal for two names (`name`) of the same tensor (`value`)."""
-    if value.numel() == 0 or value.is_meta:
-        return (id(value.untyped_storage()._cdata), name) if value.numel() == 0 else (value.untyped_storage()._cdata,)
-    return (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
 
 
 def _packed(layer: PQModule) -> Tensor:

@@ -17,6 +17,7 @@ from bgd_plugin.files.attributes import give_attributes_
 from bgd_plugin.files.format import Stored, restored
 from bgd_plugin.files.rotated import make_rotated_
 from bgd_plugin.files.save import read_file
+from bgd_plugin.files.ties import tie_, ties
 from bgd_plugin.graph import (
     FoundLayer,
     baked,
@@ -74,14 +75,13 @@ def load(path: str | os.PathLike[str], *, like: nn.Module | ExportedProgram) -> 
         _install_empty_(network, found[target], block_size, codebook_size, masked=target in header.get("masks", {}))
     _freeze_norms(header.get("frozen", []), network, problems)
     _raise_if(problems, path)
-    state = _checked_state(header, _with_unused(network, header, tensors), network, problems)
+    tensors = _with_unused(network, header, tensors)
+    state = _checked_state(header, tensors, network, problems)
     give_attributes_(network, header, tensors, problems)
     _raise_if(problems, path)
-    ties = _ties(network)
-    versioned: Any = OrderedDict(state)
-    versioned._metadata = getattr(network.state_dict(), "_metadata", None)  # modules may ask for their version
-    network.load_state_dict(versioned, strict=True, assign=True)
-    _tie_(network, ties)
+    groups = ties(network, header, tensors)
+    _load_(network, state, path)
+    tie_(network, groups)
     _require_no_meta(network)
     make_picklable_(network)
     return narrow_(network)
@@ -224,21 +224,13 @@ def _is_of_a_graph(name: str, network: nn.Module) -> bool:
     return not isinstance(network, fx.GraphModule) and (is_attribute or name.startswith("_tensor_constant"))
 
 
-def _ties(network: nn.Module) -> list[list[str]]:
-    """Groups of names that refer to the same parameter."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in network.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return [group for group in names.values() if len(group) > 1]
-
-
-def _tie_(network: nn.Module, ties: list[list[str]]) -> None:
-    """Tie parameters again: loading gives each name its own parameter."""
-    for names in ties:
-        owners = [(module_at(network, name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
-        owner, attribute = owners[0]
-        for other, name in owners[1:]:
-            other._parameters[name] = owner._parameters[attribute]
+def _load_(network: nn.Module, state: dict[str, Tensor], path: Any) -> None:
+    versioned: Any = OrderedDict(state)
+    versioned._metadata = getattr(network.state_dict(), "_metadata", None)  # modules may ask for their version
+    try:
+        network.load_state_dict(versioned, strict=True, assign=True)
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:  # the network's own hooks run
+        raise CheckpointError(f"{path}: the network given as `like` does not take its state: {error}") from error
 
 
 def _unpacked(name: str, packed: Tensor, module: PQModule, problems: list[str]) -> Tensor | None:

@@ -50,7 +50,9 @@ def copy_module(model: nn.Module, *, share_tensors: bool = False) -> Any:
     except Exception as error:  # copying runs the code of whatever the network holds
         raise ConfigError(_why_not(model, error)) from error
     for theirs in model.modules():
-        mine = memo[id(theirs)]
+        mine = memo.get(id(theirs))
+        if mine is None:  # inside a scripted module, whose copy torch makes
+            continue
         if isinstance(theirs, fx.GraphModule):
             _give_attributes_(mine, theirs, memo)
         rebind_(mine, memo)

@@ -24,6 +24,7 @@ from bgd_plugin.graph.computed import module_at
 from bgd_plugin.graph.inside import bias_of, find_inside, unfit
 from bgd_plugin.graph.kinds import FUNCTIONS, MODULES, family_of, kind_of, layout_of
 from bgd_plugin.graph.layer import FoundLayer, LeftLayer
+from bgd_plugin.graph.own_bias import with_own_bias
 from bgd_plugin.pq.blocks import AS_IT_IS
 
 __all__ = ["find_layers"]
@@ -39,8 +40,10 @@ def find_layers(network: nn.Module) -> tuple[list[FoundLayer], list[LeftLayer]]:
     """
     if not isinstance(network, fx.GraphModule):
         found, left = find_inside(network)
-        return _tied(found), left
-    return _find_in_graph(network)
+        found = _tied(found)
+    else:
+        found, left = _find_in_graph(network)
+    return with_own_bias(network, found), left
 
 
 def _find_in_graph(graph_module: fx.GraphModule) -> tuple[list[FoundLayer], list[LeftLayer]]:

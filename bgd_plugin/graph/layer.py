@@ -27,7 +27,7 @@ class FoundLayer:
         functional: whether code reads the weight as a tensor instead of calling the module that holds it.
         groups: of a convolution.
         hidden: whether its inputs are visible only while the nodes of `calls`, or the network, run.
-        bias: path of the parameter that the layer adds, if it adds one.
+        bias: path of the parameter that the layer, and nothing else, adds; None if there is none.
         tied: targets of other layers that compute with the same weight.
         layout: from the weight to its matrix, if code reads the weight as a tensor.
         members: number of matrices in the weight, each with its own inputs.

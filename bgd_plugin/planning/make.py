@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 
 from bgd_plugin.calibration import Batch, Forward, checked, collect_batches, take_aside_
 from bgd_plugin.config import BGDConfig
-from bgd_plugin.files.format import state_bytes
+from bgd_plugin.files.same_tensor import state_bytes
 from bgd_plugin.graph import baked, find_layers, front_end, isolated, set_modes, unwrapped
 from bgd_plugin.planning.budget import Budget
 from bgd_plugin.planning.choosing import choose_sizes, energy_left

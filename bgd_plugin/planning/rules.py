@@ -35,6 +35,8 @@ def decided(layer: FoundLayer, config: BGDConfig, *, is_first: bool) -> PlannedL
     if setting is None:
         return SkippedLayer(name=layer.name, reason=reason)
     rows, columns = layer.rows, layer.columns
+    if not rows * columns:
+        return SkippedLayer(name=layer.name, reason="it has no weights")
     wanted, most = config.sizes(setting, layer.family)
     notes = []
     block_size = _dividing(layer, wanted, adapts=adapts or setting.block_size is None)

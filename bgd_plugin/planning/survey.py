@@ -14,7 +14,7 @@ from torch import nn
 
 from bgd_plugin.config import BGDConfig, LayerConfig
 from bgd_plugin.errors import ConfigError
-from bgd_plugin.files.format import state_bytes
+from bgd_plugin.files.same_tensor import state_bytes
 from bgd_plugin.graph import FoundLayer, Front, LeftLayer, find_layers
 from bgd_plugin.nn import PQModule
 from bgd_plugin.planning.rules import decided, first_layer, setting_of, with_notes

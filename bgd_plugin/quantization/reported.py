@@ -10,7 +10,7 @@ from torch import nn
 
 from bgd_plugin.calibration import BatchStore
 from bgd_plugin.files.content import measured_size
-from bgd_plugin.files.format import state_bytes
+from bgd_plugin.files.same_tensor import state_bytes
 from bgd_plugin.graph import Front, untouched
 from bgd_plugin.planning.answers import Answers
 from bgd_plugin.planning.sizes import paper_bytes

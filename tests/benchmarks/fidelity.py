@@ -71,9 +71,8 @@ class Reader:
 
     def close(self) -> None:
         """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        with self._process:  # closes its pipes, and waits for its end
+            pass
 
 
 def serve(*, timm: bool) -> None:

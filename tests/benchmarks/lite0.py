@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import bgd_plugin as bgd
-from bgd_plugin.files.format import state_bytes
+from bgd_plugin.files.same_tensor import state_bytes
 from bgd_plugin.support.tables import mib, table
 from tests.benchmarks.peers.subjects import Subject, lite0
 

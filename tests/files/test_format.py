@@ -14,7 +14,8 @@ from torch import nn
 
 import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, LayerConfig
-from bgd_plugin.files.format import file_bytes, file_size, state_bytes, stored
+from bgd_plugin.files.format import file_bytes, file_size, stored
+from bgd_plugin.files.same_tensor import state_bytes
 from tests.networks import FunctionalNet, PlainNet, SmallResNet, TwiceNet, em, images, randomized, vectors
 
 NETWORKS = {

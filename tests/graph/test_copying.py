@@ -125,3 +125,10 @@ def test_a_graph_keeps_its_attributes_and_hooks() -> None:
     assert copied.names == ("cat", "dog")
     assert len(copied._forward_hooks) == 1
     assert "table" not in copied.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_scripted_part_with_parts_of_its_own_is_copied() -> None:
+    part = torch.jit.script(nn.Sequential(nn.Linear(12, 12), nn.Tanh()))
+    model, (x,) = nn.Sequential(part, nn.Linear(12, 8)), vectors(1)
+    assert torch.equal(copy_module(model)(x), model(x))

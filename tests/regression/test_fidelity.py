@@ -33,9 +33,11 @@ NETWORKS = [
 
 @pytest.fixture(scope="module")
 def reader() -> Iterator[Reader]:
-    process = Reader(timm=False)
-    yield process
-    process.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BGD_KERNELS", "off")  # as the tests themselves
+        process = Reader(timm=False)
+        yield process
+        process.close()
 
 
 @pytest.mark.parametrize("name", NETWORKS)

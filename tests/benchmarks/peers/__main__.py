@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from bgd_plugin.errors import BGDError
-from bgd_plugin.files.format import state_bytes
+from bgd_plugin.files.same_tensor import state_bytes
 from bgd_plugin.support.tables import mib
 from tests.benchmarks.peers.arms import ARMS, Arm
 from tests.benchmarks.peers.page import FOLDER, merge, plot, plot_one, read, write_page
