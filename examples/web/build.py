@@ -51,7 +51,7 @@ def build(output: Path) -> dict[str, Any]:
 def _networks(output: Path) -> dict[str, Any]:
     files, model = demo.photos(), demo.network()
     print("compressing EfficientNet-Lite0: a few minutes, once", flush=True)
-    small = bgd.quantize(model, demo.calibration(files), CONFIG).model
+    small = bgd.quantize(model, demo.calibration(files, 6), CONFIG).model
     inputs = torch.stack([demo.PREPROCESSING(opened(file)) for file in files])
     done = bgd.export(small, output / "network.onnx", inputs[:1], dynamic=True)
     print(done)

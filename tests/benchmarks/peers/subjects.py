@@ -84,7 +84,7 @@ def lite0(options: Any) -> Subject:
     """
     if options.photos is None:
         files = [(path, int(path.stem.split("_")[-1])) for path in photos()]
-        batches = calibration([path for path, _ in files])
+        batches = calibration([path for path, _ in files], 6)
         said = f"{sum(map(len, batches))} crops of {len(files)} photos calibrate, the same photos judge"
     else:
         files = labelled(options.photos)
