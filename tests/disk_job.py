@@ -1,7 +1,7 @@
 """What happens on a disk that is full, or read-only: a small one, mounted where only this process sees it.
 
-`unshare --map-root-user --mount python -m tests.disk_job FOLDER` runs the functions below one after another, and prints
-the traceback of each, empty if it passed, as JSON.
+`unshare --map-root-user --mount python -m tests.disk_job FOLDER STEP` runs the functions below one after another, and
+prints the traceback of each, empty if it passed, as JSON.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Disk:
-    """A file system of some pages, in memory."""
+    """A file system of some pages, in memory; a run is tried with `step` pages more each time."""
 
-    def __init__(self, folder: Path, pages: int = 64) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, step: int, pages: int = 64) -> None:
+        self.folder, self.step = folder, step
         self._filler = folder / "filler"
         self._mount("-t", "tmpfs", "-o", f"size={pages * _PAGE}", "tmpfs")
 
@@ -98,7 +98,7 @@ def checkpoint(disk: Disk) -> None:
         whole = Path(name) / "run"
         expected, wanted = _bytes(_run(whole)), _contents(whole)
     fails = 0
-    for pages in range(1, disk.free_pages() - 1):
+    for pages in range(1, disk.free_pages() - 1, disk.step):
         run = disk.folder / f"run-{pages}"
         disk.leave(pages)
         try:
@@ -173,14 +173,14 @@ def spilled_values(disk: Disk) -> None:
 SCENARIOS = {job.__name__: job for job in (checkpoint, saved_file, read_only, spilled_values)}
 
 
-def main(folder: str) -> None:
+def main(folder: str, step: str) -> None:
     """Run all of them, each on a disk of its own."""
     bgd_plugin.support.steps.SAVE_SECONDS, bgd_plugin.support.steps._SHARE = 0.0, float("inf")
     failures = {}
     for name, scenario in SCENARIOS.items():
         tempfile.tempdir = None
         try:
-            scenario(Disk(Path(folder)))
+            scenario(Disk(Path(folder), int(step)))
             failures[name] = ""
         except Exception:
             failures[name] = traceback.format_exc()

@@ -1,6 +1,6 @@
 """What each process of a test's job runs: quantize with its part of the batches, and write what came out.
 
-`python -m tests.distributed_job`, started by torchrun, or `started` with the same variables in the environment.
+`python -m tests.distributed_job`, started by torchrun, or `main` with the same variables in the environment.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch._dynamo  # Training imports it, which takes longer than a job: once, before the forks.
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -105,12 +106,6 @@ def _refused(output: Path, rank: int) -> None:
         bgd.quantize(network("full", seed=rank), batches("full"), CONFIGS["full"], progress=False)
     except bgd.errors.ConfigError as error:
         (output / f"refused-{rank}").write_text(str(error))
-
-
-def started(environment: dict[str, str], arguments: list[str]) -> None:
-    """One process, forked from one that has imported this module already."""
-    os.environ.update(environment)
-    main(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:

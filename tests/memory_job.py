@@ -1,11 +1,16 @@
-"""How far a process grows while it quantizes: `python -m tests.memory_job KIND` prints mebibytes. Linux only."""
+"""How far a process grows while it quantizes: `python -m tests.memory_job KIND...` prints mebibytes. Linux only.
+
+Each kind runs in a process of its own, forked from one that has imported everything.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
 import torch
+import torch._dynamo  # Training imports it: once, before the forks.
 from torch import Tensor, nn
 
 import bgd_plugin as bgd
@@ -54,21 +59,38 @@ def _network(kind: str, width: int) -> nn.Module:
     return nn.Sequential(*(nn.Linear(width, width) for _ in range(LAYERS)))
 
 
-def main(kind: str) -> None:
-    """Print the peak above what the process held before, the network included."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+def peak(kind: str) -> float:
+    """The peak above what the process held before, the network included."""
     largest = {"full": COLUMNS, "transformer": WIDTH_OF_BLOCK}.get(kind, WIDTH)
+    found = 0.0
     for width in (32, largest):  # the first one loads what is loaded once
+        torch.manual_seed(0)
         model = _network(kind, width).eval()
         shape = {"full": (64, 8), "transformer": (TOKENS // 64, 64, width)}.get(kind, (64, width))
         data = [torch.randn(shape) for _ in range(BATCHES)]
         forget_peak()
         before = resident_mib("VmRSS")
         _quantize(kind, model, data)
-        peak = resident_mib("VmHWM") - before
-    sys.stdout.write(f"{peak}\n")
+        found = resident_mib("VmHWM") - before
+    return found
+
+
+def main(kinds: list[str]) -> None:
+    """Print the kinds with their peaks, one a line."""
+    torch.set_num_threads(1)
+    for kind in kinds:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                sys.stdout.write(f"{kind}: {peak(kind)}\n")
+                sys.stdout.flush()
+                status = 0
+            finally:
+                os._exit(status)
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            raise SystemExit(f"{kind} failed")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

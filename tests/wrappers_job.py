@@ -1,13 +1,12 @@
 """What each of two processes of a test's job runs: quantized networks in torch's own wrappers, over gloo.
 
-`python -m tests.wrappers_job FOLDER`, with the variables that torchrun sets.
+`tests.forked` starts `main`, with the variables in the environment that torchrun sets.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-import sys
 from pathlib import Path
 
 import torch
@@ -89,9 +88,9 @@ def sharded(rank: int, folder: Path) -> dict[str, Tensor]:
     return wanted
 
 
-def main() -> None:
-    """One process."""
-    folder = Path(sys.argv[1])
+def main(name: str) -> None:
+    """One process, which leaves its states in the folder."""
+    folder = Path(name)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -100,7 +99,3 @@ def main() -> None:
         torch.save(sharded(rank, folder / "checkpoint"), folder / f"sharded-{rank}.pt")
     finally:
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

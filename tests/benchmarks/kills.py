@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch._dynamo  # noqa: F401  # Training imports it, which takes longer than an attempt: once, before the forks.
+
 import bgd_plugin as bgd
 import bgd_plugin.support.steps
 from tests.networks import SmallResNet, images, randomized

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +11,19 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
+from tests import wrappers_job
+from tests.forked import exit_codes, forked
 from tests.wrappers_job import batch, network, step
 
-ROOT = Path(__file__).resolve().parents[2]
+# One worker of pytest-xdist runs them: the job runs once, forked from the process of the other jobs.
+pytestmark = pytest.mark.xdist_group("processes")
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that two processes over gloo have filled."""
     folder = tmp_path_factory.mktemp("job")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    shared["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'adapters'}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.wrappers_job", str(folder)],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), outputs
+    assert exit_codes(forked(wrappers_job.main, str(folder))) == [0, 0]
     return folder
 
 

@@ -18,6 +18,9 @@ from bgd_plugin.files.save import read_file
 from bgd_plugin.nn import FrozenNorm, PQModule
 from tests.networks import images, randomized, same_outputs
 
+# One worker of pytest-xdist runs them, so that the network is quantized once.
+pytestmark = pytest.mark.xdist_group("entropy")
+
 DATA = images(8, size=8)
 BUDGET = BGDConfig(codes="entropy", target_ratio=7.0, freeze_norms=True, rounds=1)
 
@@ -28,9 +31,9 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.expand, self.norm1 = nn.Conv2d(8, 32, 1, bias=False), nn.BatchNorm2d(32)
-        self.depthwise, self.norm2 = nn.Conv2d(32, 32, 3, 2, 1, groups=32, bias=False), nn.BatchNorm2d(32)
-        self.spatial, self.norm3 = nn.Conv2d(32, 40, 3, padding=1, bias=False), nn.BatchNorm2d(40)
+        self.expand, self.norm1 = nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16)
+        self.depthwise, self.norm2 = nn.Conv2d(16, 16, 3, 2, 1, groups=16, bias=False), nn.BatchNorm2d(16)
+        self.spatial, self.norm3 = nn.Conv2d(16, 40, 3, padding=1, bias=False), nn.BatchNorm2d(40)
         self.grouped = nn.Conv2d(40, 32, 3, groups=2)
         self.up = nn.ConvTranspose2d(32, 32, 2, 2)
         self.fc = nn.Linear(32, 30)
@@ -134,7 +137,7 @@ def test_depthwise_weights_are_small_integers_and_norms_keep_half_precision(resu
     assert all(torch.equal(value.half().to(value), value) for norm in norms for value in norm.parameters())
     bgd.save(result.model, tmp_path / "net")
     others = {other["name"]: other["bytes"] for other in inspected(tmp_path / "net")["others"]}
-    assert others["depthwise.weight"] <= 32 * 9 + 1
+    assert others["depthwise.weight"] <= 16 * 9 + 1
 
 
 def test_a_stopped_run_ends_in_the_same_bytes(tmp_path: Path, result: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,7 +205,7 @@ NETWORKS = {
 }
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(
     st.sampled_from([PlainNet, SmallResNet]),
     st.lists(changes, min_size=1, max_size=2),

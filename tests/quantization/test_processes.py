@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,9 +19,11 @@ from torch import Tensor
 
 import bgd_plugin as bgd
 from bgd_plugin.nn import PQModule
-from tests.distributed_job import CONFIGS, batches, network, started
+from tests import distributed_job
+from tests.distributed_job import CONFIGS, batches, network
+from tests.forked import exit_codes, forked
 
-# One worker of pytest-xdist runs them, so that the job of all settings runs once.
+# One worker of pytest-xdist runs them: the job of all settings runs once, and all processes are forked from one.
 pytestmark = pytest.mark.xdist_group("processes")
 
 WHOLE = [config for config in CONFIGS if config != "branching"]
@@ -39,42 +39,17 @@ def _torchrun(output: Path, configs: list[str], *arguments: str) -> subprocess.C
 
 
 def _forked(output: Path, configs: list[str], *arguments: str, processes: int = 2) -> list[Any]:
-    """The processes of a job, started by hand; their parent has imported torch for all of them."""
+    """The processes of a job, started by hand."""
     output.mkdir(exist_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([started.__module__])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
     wanted = ["--output", str(output), "--configs", *configs, *arguments]
-    job = [
-        context.Process(target=started, args=(common | {"RANK": str(rank)}, wanted), daemon=True)
-        for rank in range(processes)
-    ]
-    for process in job:
-        process.start()
-    return job
-
-
-def _codes(job: list[Any]) -> list[int]:
-    """Exit codes of a job's processes; once one has failed, the others are ended, as torchrun does it."""
-    end = time.monotonic() + 300
-    while any(process.is_alive() for process in job) and time.monotonic() < end:
-        if any(process.exitcode for process in job):
-            break
-        time.sleep(0.02)
-    for process in job:
-        process.kill()
-        process.join()
-    return [process.exitcode for process in job]
+    return forked(distributed_job.main, wanted, processes=processes)
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes made of every setting."""
     output: Path = tmp_path_factory.mktemp("job")
-    assert _codes(_forked(output, WHOLE, "--prelude")) == [0, 0]
+    assert exit_codes(_forked(output, WHOLE, "--prelude")) == [0, 0]
     return output
 
 
@@ -143,21 +118,34 @@ def test_under_torchrun_a_killed_process_ends_the_job_and_the_next_one_goes_on(j
     assert time.time() - (tmp_path / "end").stat().st_mtime < END_SECONDS
     assert "rank      : 1 (local_rank: 1)" in run.stderr.partition("Root Cause")[2]
     assert len(list((tmp_path / "run").glob("layer-*.safetensors"))) == 4
-    assert not any(_codes(_forked(tmp_path, ["trained"], *checkpoint)))
+    assert not any(exit_codes(_forked(tmp_path, ["trained"], *checkpoint)))
     assert (tmp_path / "trained-1.safetensors").read_bytes() == (job / "trained-1.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_killed_while_it_trains_it_goes_on_at_the_step(processes: int, tmp_path: Path) -> None:
-    whole, checkpoint = tmp_path / "whole", tmp_path / "run"
-    assert not any(_codes(_forked(whole, ["trained"], processes=processes)))
+def _killed_while_it_trains(tmp_path: Path, processes: int) -> None:
+    """Kill one process in the second epoch of three, and let another job go on from what was kept."""
+    checkpoint = tmp_path / "run"
     # the data is walked once for calibration, and once for each of three epochs of finetuning
     common = ["--checkpoint", str(checkpoint), "--save-each-step", "--dies=1", "--walks=3", "--how=killed"]
-    assert _codes(_forked(tmp_path, ["trained"], *common, processes=processes))[1] == -signal.SIGKILL
+    assert exit_codes(_forked(tmp_path, ["trained"], *common, processes=processes))[1] == -signal.SIGKILL
     assert (checkpoint / "finetuning.steps.safetensors").exists()
     # two epochs' walks are left
-    assert not any(_codes(_forked(tmp_path, ["trained"], *common, processes=processes)))
-    for rank in range(processes):
+    assert not any(exit_codes(_forked(tmp_path, ["trained"], *common, processes=processes)))
+
+
+def test_killed_while_it_trains_it_goes_on_at_the_step(job: Path, tmp_path: Path) -> None:
+    _killed_while_it_trains(tmp_path, 2)
+    for rank in range(2):
+        name = f"trained-{rank}.safetensors"
+        assert (tmp_path / name).read_bytes() == (job / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_three_processes_killed_while_they_train_go_on_at_the_step(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    assert not any(exit_codes(_forked(whole, ["trained"], processes=3)))
+    _killed_while_it_trains(tmp_path, 3)
+    for rank in range(3):
         name = f"trained-{rank}.safetensors"
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
 
@@ -181,6 +169,6 @@ def test_without_torchrun_the_others_end_and_name_it(dies: int, walks: int, how:
 
 
 def test_processes_that_come_to_different_layers_are_told_so(tmp_path: Path) -> None:
-    assert 1 in _codes(_forked(tmp_path / "out", ["branching"]))
+    assert 1 in exit_codes(_forked(tmp_path / "out", ["branching"]))
     said = [file.read_text() for file in (tmp_path / "out").glob("error-*")]
     assert any("only some processes run rare" in text and "Use one process" in text for text in said)
