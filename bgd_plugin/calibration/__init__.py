@@ -14,7 +14,7 @@ from bgd_plugin.calibration.collect import collect_batches
 from bgd_plugin.calibration.cutting import first_samples
 from bgd_plugin.calibration.form import checked, shared_difference
 from bgd_plugin.calibration.gram_pooled import PooledGram, pooled_gram
-from bgd_plugin.calibration.inputs import CollectedInputs, LayerInputs, require_finite
+from bgd_plugin.calibration.inputs import CollectedInputs, LayerInputs, embedding_inputs, require_finite
 from bgd_plugin.calibration.interception import intercepted, run_module
 from bgd_plugin.calibration.replay import Recorder, Replayer
 from bgd_plugin.calibration.rerun import Rerun
@@ -44,6 +44,7 @@ __all__ = [
     "checked",
     "collect_batches",
     "difference",
+    "embedding_inputs",
     "first_difference",
     "first_samples",
     "given_arguments",

@@ -20,8 +20,12 @@ __all__ = [
     "CollectedInputs",
     "LayerInputs",
     "SharedInputs",
+    "embedding_inputs",
     "require_finite",
 ]
+
+_EMBEDDING_ROWS = 5
+"""Of a fit's inputs, one in five is held out."""
 
 
 @dataclass(kw_only=True)
@@ -164,3 +168,15 @@ def require_finite(statistic: Tensor, name: str) -> None:
             f"layer {name!r}: its inputs on the calibration data contain NaN or infinite values, or overflow; "
             "check the data and the layers before it"
         )
+
+
+def embedding_inputs(name: str, weight: Tensor) -> CollectedInputs:
+    """Inputs that stand for those of an embedding: its outputs are its weights, as if each column were an input.
+
+    Args:
+        name: the layer's.
+        weight: `[rows, columns]`.
+    """
+    rows = torch.eye(weight.shape[1], dtype=torch.float32, device=weight.device).repeat(_EMBEDDING_ROWS, 1)
+    calls = [[(rows, Geometry.linear())]]
+    return CollectedInputs(name, calls, calls)

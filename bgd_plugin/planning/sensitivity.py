@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from bgd_plugin.calibration import Batch, Batches, LayerInputs, Rerun, Walk, first_samples
+from bgd_plugin.calibration import Batch, Batches, LayerInputs, Rerun, Walk, embedding_inputs, first_samples
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import FoundLayer, batchnorms_in_parts, following_batchnorm
@@ -133,8 +133,9 @@ def _along_graph(
         generator = seeded(config.seed, layer.name, "sensitivity")
         corrects = config.batchnorm != "keep" and has_channel_rows(layer)
         norm = following_batchnorm(network, layer.calls) if corrects else None
+        is_embedding = layer.kind == "embedding"
         facts = layer_facts(
-            LayerInputs(wide, layer.name, layer.calls),
+            embedding_inputs(layer.name, layer.matrix) if is_embedding else LayerInputs(wide, layer.name, layer.calls),
             layer,
             config,
             generator,
@@ -173,6 +174,13 @@ def _by_runs(
     )
     by_name = {layer.name: layer for layer in layers}
     found: dict[str, Measured] = {}
+    for layer in layers:
+        if layer.kind == "embedding":  # no layer's inputs are kept yet, so that each run is a whole one
+            generator = seeded(config.seed, layer.name, "sensitivity")
+            inputs = embedding_inputs(layer.name, layer.matrix)
+            facts = layer_facts(inputs, layer, config, generator, norm=None, has_bias=False)
+            found[layer.name] = _measured(narrow, facts, outputs, config, generator, scale)
+            step()
     for name in wide.order:
         layer = by_name[name]
         if wide.times(name) and narrow.times(name):

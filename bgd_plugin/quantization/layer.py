@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from bgd_plugin.calibration import CollectedInputs, LayerInputs, Rerun, Walk, sampled_inputs
+from bgd_plugin.calibration import LayerInputs, Rerun, Walk, embedding_inputs, sampled_inputs
 from bgd_plugin.correction import DriftedSkip, absorb_row_scale_, row_scale_bounds, shift_biases_, shift_helps
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.fitting import (
@@ -27,7 +27,7 @@ from bgd_plugin.graph import FoundLayer, install_, module_at, module_or_none, re
 from bgd_plugin.nn import PQModule
 from bgd_plugin.planning.coded import as_coded
 from bgd_plugin.planning.types import PlannedLayer, SkippedLayer
-from bgd_plugin.pq.blocks import Geometry, decode
+from bgd_plugin.pq.blocks import decode
 from bgd_plugin.quantization.job import Job
 from bgd_plugin.quantization.resume import stage
 from bgd_plugin.quantization.spending import with_the_rest
@@ -38,7 +38,6 @@ __all__ = ["quantize_layer", "treat_unreached"]
 
 # Rows sampled to measure a layer's error, capped by element count.
 _ERROR_ROWS, _ERROR_NUMBERS = 4096, 4_000_000
-_EMBEDDING_ROWS = 5  # one of them is held out
 
 
 def quantize_layer(
@@ -136,10 +135,7 @@ def _error_rows(found: FoundLayer) -> int:
 
 def _inputs(job: Job, walk: Walk | Rerun, found: FoundLayer) -> LayerInputs:
     if found.kind == "embedding":
-        # an embedding's outputs are its weights: as if each column were a separate input, a few times
-        rows = torch.eye(found.columns, dtype=torch.float32, device=found.weight.device).repeat(_EMBEDDING_ROWS, 1)
-        calls = [[(rows, Geometry.linear())]]
-        return CollectedInputs(found.name, calls, calls)
+        return embedding_inputs(found.name, found.matrix)
     if isinstance(walk, Rerun):
         return walk.inputs(found.name, paired=job.config.method == "full")
     # hooks may change what a layer computes on: then it is watched
