@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from bgd_plugin.calibration import Batch, collect_batches, logits_of, require_rewalkable
+from bgd_plugin.calibration import Batch, Batches, collect_batches, logits_of, require_rewalkable
+from bgd_plugin.calibration import batches as batches_module
+from bgd_plugin.calibration.batches import given_number, iterate_batches
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import trace
 from tests.networks import PlainNet, vectors
@@ -138,3 +140,56 @@ def test_the_attention_mask_says_which_tokens_count() -> None:
     assert batch.tokens(torch.zeros(2, 7)) is None
     assert batch.tokens(torch.zeros(2, 4, 7)) is None
     assert Batch(kwargs={"input_ids": mask}).tokens(torch.zeros(2, 3, 7)) is None
+
+
+def test_a_mask_without_any_token_says_nothing() -> None:
+    batch = Batch(kwargs={"attention_mask": torch.zeros(2, 3, dtype=torch.long)})
+    assert batch.tokens(torch.zeros(2, 3, 7)) is None
+    assert Batch(kwargs={"attention_mask": [[1, 1, 1]]}).tokens(torch.zeros(1, 3, 7)) is None
+
+
+def test_inputs_that_are_not_given_have_the_values_of_the_signature() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, scale: float = 3.0, shift: float = 1.0) -> Tensor:
+            return x * scale + shift
+
+    found = Batch((X,), {"shift": 5.0}).placeholders(fx.symbolic_trace(Scaled()).graph)
+    assert [(node.name, value) for node, value in found.items() if node.name != "x"] == [("shift", 5.0), ("scale", 3.0)]
+
+
+def test_more_inputs_than_the_network_has_are_counted() -> None:
+    with pytest.raises(CalibrationError, match="a calibration batch gives 2 inputs; the network takes input"):
+        Batch((X, X)).placeholders(trace(nn.Sequential(nn.Linear(12, 2))).graph)
+
+
+def test_the_size_is_that_of_the_first_tensor_with_samples() -> None:
+    assert Batch((torch.tensor(1.0), X)).size == len(X)
+    assert Batch((3,), {"x": [X]}).size == len(X)
+    assert Batch((3,)).size == 1
+
+
+def test_batches_know_their_numbers_after_some_are_gone() -> None:
+    batches = Batches.of([Batch((x,)) for x in vectors(4)])
+    assert Batches.of(batches) is batches
+    batches.remove([1])
+    assert batches.numbers == [0, 2, 3] and len(batches) == 3 and batches.given == 4
+    assert [given_number(batches, index) for index in range(3)] == [0, 2, 3]
+    assert given_number([Batch()] * 3, 2) == 2
+    batches.replace(1, Batch((X,), {"a": 1}))
+    assert batches[1].args[0] is X and batches[1].kwargs == {"a": 1}
+    assert torch.equal(batches[0].args[0], vectors(4)[0])
+
+
+def test_data_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches_module, "_MOST_BATCHES", 3)
+    model, device = nn.Identity(), torch.device("cpu")
+    assert len(list(iterate_batches((X for _ in range(3)), model, device=device, forward=None))) == 3
+    with pytest.raises(CalibrationError, match="has no length and gave more than 3 batches"):
+        list(iterate_batches((X for _ in range(4)), model, device=device, forward=None))
+    assert len(list(iterate_batches([X] * 5, model, device=device, forward=None))) == 5
+
+
+def test_forward_sees_the_networks_own_attributes() -> None:
+    model = nn.Linear(12, 2)
+    batch = next(iterate_batches([X], model, device=torch.device("cpu"), forward=lambda m, x: m(x[:, : m.in_features])))
+    assert torch.equal(batch.args[0], X)

@@ -220,3 +220,42 @@ def _subprocess_paths(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     yield
+
+
+def test_room_of_batches_that_are_removed_is_free_again() -> None:
+    store = _filled(8 * KIB)  # room for four closed batches
+    store.remove([0, 1, 2])
+    assert len(store) == 1 and torch.equal(store.open(0)["x"], torch.full((256,), 3.0))
+    for batch in range(3):
+        store.append({"x": torch.full((256,), float(batch))})
+    store.open(0)
+    assert store.spilled_bytes == 0
+    assert store.peak_bytes <= 5 * KIB
+
+
+def test_a_batch_on_file_gives_no_room_when_it_is_removed() -> None:
+    store = _filled(4 * KIB)
+    store.open(0)
+    spilled = store.spilled_bytes
+    assert spilled
+    store.remove([3])
+    for batch in range(4):
+        store.append({"x": torch.full((256,), float(batch))})
+    assert store.spilled_bytes > spilled
+    assert store.peak_bytes <= 3 * KIB
+
+
+def test_what_an_owner_that_is_gone_has_kept_makes_room() -> None:
+    store, owner = BatchStore(8 * KIB), nn.Identity()
+    prefix = store.claim(owner, [])
+    assert store.claim(nn.Identity(), []) != prefix
+    for batch in range(3):
+        store.append({f"{prefix}x": torch.full((256,), float(batch)), "y": torch.zeros(1)})
+    del owner
+    gc.collect()
+    store.open(0)
+    assert [list(store.open(batch)) for batch in range(3)] == [["y"]] * 3
+    for _ in range(3):
+        store.append({"x": torch.zeros(256)})
+    store.open(0)
+    assert store.spilled_bytes == 0
