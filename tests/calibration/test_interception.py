@@ -56,3 +56,13 @@ def test_within_another_interception_that_one_is_back_afterwards() -> None:
         with intercepted(network, ["0"], lambda *_: torch.ones(1, 3)):
             assert not torch.equal(network(x), outer)
         assert torch.equal(network(x), outer)
+
+
+def test_a_module_at_two_paths_is_itself_afterwards() -> None:
+    layer = nn.Linear(3, 3)
+    network, seen = nn.Sequential(layer, layer), []
+    before = dict(vars(layer))
+    with intercepted(network, ["0", "1"], lambda path, _, x: seen.append(path) or x):
+        network(torch.ones(1, 3))
+    assert seen == ["1", "1"]  # a call does not tell by which path
+    assert dict(vars(layer)) == before
