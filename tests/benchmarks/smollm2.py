@@ -122,7 +122,7 @@ def configuration(options: argparse.Namespace) -> bgd.BGDConfig:
         linear = bgd.LayerConfig(block_size=4, codebook_size=256)
         return bgd.BGDConfig(linear=linear, overrides=(("lm_head", None),), max_divergence=None, **common)
     if options.target_bytes:
-        return bgd.BGDConfig(target_bytes=options.target_bytes, **common)
+        return bgd.BGDConfig(target_bytes=options.target_bytes, embedding=bgd.LayerConfig(), **common)
     return bgd.BGDConfig(**common)
 
 
