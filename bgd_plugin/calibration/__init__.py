@@ -16,11 +16,11 @@ from bgd_plugin.calibration.form import checked, shared_difference
 from bgd_plugin.calibration.gram_pooled import PooledGram, pooled_gram
 from bgd_plugin.calibration.inputs import CollectedInputs, LayerInputs, embedding_inputs, require_finite
 from bgd_plugin.calibration.interception import intercepted, run_module
+from bgd_plugin.calibration.live_values import Walk
 from bgd_plugin.calibration.replay import Recorder, Replayer
 from bgd_plugin.calibration.rerun import Rerun
 from bgd_plugin.calibration.rows import InputSample, PairedRows, paired_pieces, sampled_inputs
 from bgd_plugin.calibration.store import DEFAULT_BOUND_BYTES, BatchStore
-from bgd_plugin.calibration.walk import Walk
 from bgd_plugin.calibration.watch import Watch
 
 __all__ = [

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from bgd_plugin.calibration.walk import Walk
+from bgd_plugin.calibration.live_values import Walk
 from bgd_plugin.calibration.watch import Watch
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import call_geometry, call_input

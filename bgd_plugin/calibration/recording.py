@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from bgd_plugin.calibration.batches import Batch
 from bgd_plugin.calibration.branch import BranchEnd
-from bgd_plugin.calibration.dataflow import Dataflow, is_plain, tensors_in
 from bgd_plugin.calibration.interception import intercepted, run_module
+from bgd_plugin.calibration.readers import Dataflow, is_plain, tensors_in
 from bgd_plugin.calibration.replay import Recorder
 from bgd_plugin.calibration.watch import Watch
 from bgd_plugin.pq.blocks import Geometry

@@ -17,7 +17,7 @@ from bgd_plugin.errors import ConfigError
 from bgd_plugin.files.same_tensor import state_bytes
 from bgd_plugin.graph import FoundLayer, Front, LeftLayer, find_layers
 from bgd_plugin.nn import PQModule
-from bgd_plugin.planning.rules import decided, first_layer, setting_of, with_notes
+from bgd_plugin.planning.layer_settings import decided, first_layer, setting_of, with_notes
 from bgd_plugin.planning.types import CurvePoint, PlannedLayer, SkippedLayer
 
 __all__ = ["Chosen", "Survey", "is_finished", "surveyed"]

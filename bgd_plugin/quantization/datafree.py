@@ -18,7 +18,7 @@ from bgd_plugin.graph import Front, baked, copy_module, find_layers, fold_parame
 from bgd_plugin.nn import PQModule, quantized
 from bgd_plugin.planning.budget import Budget
 from bgd_plugin.planning.coded import as_coded
-from bgd_plugin.planning.rules import decided
+from bgd_plugin.planning.layer_settings import decided
 from bgd_plugin.planning.sizes import paper_bytes
 from bgd_plugin.planning.survey import surveyed
 from bgd_plugin.planning.types import PlannedLayer, SkippedLayer

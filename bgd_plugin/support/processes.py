@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bgd_plugin.errors import BGDError, DistributedError
 from bgd_plugin.support.group import by_itself, group_device, is_first, process_group, processes, rank
-from bgd_plugin.support.liveness import finish, watched
+from bgd_plugin.support.heartbeat import finish, watched
 
 __all__ = [
     "from_all",
