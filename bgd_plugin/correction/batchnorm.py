@@ -30,6 +30,12 @@ Statistics = Callable[[Sequence[int]], Sequence[Tensor]]
 # Bounds on the change of a scale: larger corrections fit noise of the calibration data.
 _SCALE_BOUNDS = (0.05, 20.0)
 _MARGIN = 1.1
+"""How far the error of a match may be above its price before it counts as harm: noise of few judging samples.
+
+Measured on divergence from the float network: on EfficientNet-Lite0 (20 and 60 photos, EM and full fit), 1.1 gave 4.59,
+4.01, 1.51, 1.26 where 1.0, which undid up to six matches, gave 4.89, 3.87, 1.95, 1.48; on a ResNet for digits both
+gave the same in 15 of 18 runs, and 1.0 won the other three by 2 to 5 percent.
+"""
 
 
 def is_batchnorm(graph_module: fx.GraphModule, node: fx.Node) -> bool:

@@ -6,21 +6,25 @@ large ones, such as tables of masks, the file has a fingerprint, and loading ref
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bgd_plugin.graph import is_quantized_elsewhere, module_or_none
 
-__all__ = ["fingerprint", "give_attributes_", "other_tensors"]
+__all__ = ["fingerprint", "give_attributes_", "note_scratch_", "other_tensors"]
 
 MOST_BYTES = 16384
 """Of a tensor that is stored whole."""
 
 _TOLERANCE = 1e-5
+_DEPTH = 3
+_OF_A_GRAPH = ("_graph", "_code", "_tracer_cls", "_tracer_extras", "meta")
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
@@ -28,39 +32,67 @@ def other_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor
     """By name, the tensors that are stored whole, and those of which a fingerprint is; both are in no state dict."""
     whole: dict[str, Tensor] = {}
     marked: dict[str, Tensor] = {}
+    known = {*map(id, model.modules()), *map(id, model.parameters()), *map(id, model.buffers())}
     for path, module in model.named_modules(remove_duplicate=False):
         # another library's quantized layer keeps what it needs in its state, and decoded weights beside it for speed
         if isinstance(module, torch.jit.ScriptModule) or is_quantized_elsewhere(module):
             continue
-        for name, value, is_held in _tensors_of(module):
-            is_small = value.numel() * value.element_size() <= MOST_BYTES
-            (whole if is_held and is_small else marked)[f"{path}.{name}".lstrip(".")] = value.detach()
+        scratch = _scratch.get(module, frozenset())
+        for name, value, is_held in _tensors_of(module, known):
+            is_whole = is_held and value.numel() * value.element_size() <= MOST_BYTES
+            if is_whole or name not in scratch:
+                (whole if is_whole else marked)[f"{path}.{name}".lstrip(".")] = value.detach()
     return whole, marked
 
 
-def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+_scratch: weakref.WeakKeyDictionary[nn.Module, frozenset[str]] = weakref.WeakKeyDictionary()
+"""Of modules, the names of tensors that a run writes, and that no answer depends on: caches, what hooks record."""
+
+
+def note_scratch_(model: nn.Module, names: Iterable[str]) -> None:
+    """Note that no file needs to hold anything of some tensors, `names` as in `other_tensors`, of a network."""
+    of_path: dict[str, set[str]] = {}
+    for name in names:
+        head, bracket, rest = name.partition("[")
+        path, _, attribute = head.rpartition(".")
+        of_path.setdefault(path, set()).add(attribute + bracket + rest)
+    for path, those in of_path.items():
+        if (module := module_or_none(model, path)) is not None:
+            _scratch[module] = _scratch.get(module, frozenset()) | those
+
+
+def _tensors_of(module: nn.Module, known: set[int]) -> Iterator[tuple[str, Tensor, bool]]:
     """Name, value, and whether the module itself holds it, rather than a container."""
     for name in sorted(module._non_persistent_buffers_set):
         buffer = module._buffers.get(name)
         if buffer is not None:
             yield name, buffer, True
     for name, value in vars(module).items():
-        if name in _TABLES:
+        if name in _TABLES or isinstance(getattr(type(module), name, None), functools.cached_property):
             continue
         if isinstance(value, Tensor):
-            if not isinstance(value, nn.Parameter):
-                yield name, value, True
-            continue
-        for key, part in _parts(value):
-            if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
-                yield f"{name}[{key}]", part, False
+            if id(value) not in known:
+                yield name, value, not isinstance(value, nn.Parameter)
+        elif not isinstance(module, fx.GraphModule) or name not in _OF_A_GRAPH:
+            yield from ((part, tensor, False) for part, tensor in _within(name, value, known, _DEPTH))
 
 
-def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
-    if isinstance(value, (list, tuple)):
-        yield from enumerate(value)
+def _within(name: str, value: Any, known: set[int], depth: int) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of the tensors in containers, and of modules that the network has not registered."""
+    if depth < 0 or id(value) in known:
+        return
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, (list, tuple)):
+        for index, part in enumerate(value):
+            yield from _within(f"{name}[{index}]", part, known, depth - 1)
     elif isinstance(value, dict):
-        yield from value.items()
+        for key, part in value.items():
+            yield from _within(f"{name}[{key}]", part, known, depth - 1)
+    elif isinstance(value, nn.Module) and not isinstance(value, torch.jit.ScriptModule):
+        for inner, tensor in (*value.named_parameters(), *value.named_buffers()):
+            if id(tensor) not in known:
+                yield f"{name}[{inner}]", tensor
 
 
 def fingerprint(tensor: Tensor) -> list[Any]:
@@ -103,6 +135,7 @@ def give_attributes_(
         else:
             vars(owner)[attribute] = value.to(device, kind, copy=True)
     wanted: dict[str, Any] = header.get("marks", {})
+    _drop_cached_(network, {*wanted, *header.get("attributes", {})})
     if wanted:
         whole, marked = other_tensors(network)
         for name, mark in wanted.items():
@@ -112,6 +145,20 @@ def give_attributes_(
                     f"{name!r}: the file holds only a fingerprint of it, and the network's own has other values: give "
                     "a network that was built as the compressed one was"
                 )
+
+
+def _drop_cached_(network: nn.Module, names: set[str]) -> None:
+    """Take tensors out of a network's dicts that the compressed one did not have there: a run has left them behind."""
+    for path, module in network.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute in _TABLES or type(value) is not dict or "hooks" in attribute:
+                continue
+            for key in [key for key, part in value.items() if isinstance(part, Tensor)]:
+                if f"{path}.{attribute}[{key}]".lstrip(".") not in names:
+                    del value[key]
+        for attribute in list(vars(module)):
+            if isinstance(getattr(type(module), attribute, None), functools.cached_property):
+                del vars(module)[attribute]
 
 
 def _may_hold(owner: nn.Module, attribute: str) -> bool:

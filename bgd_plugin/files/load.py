@@ -24,6 +24,7 @@ from bgd_plugin.graph import (
     copy_module,
     find_layers,
     fold_parametrizations_,
+    followed,
     install_,
     isolate_weights_,
     isolated,
@@ -228,7 +229,8 @@ def _load_(network: nn.Module, state: dict[str, Tensor], path: Any) -> None:
     versioned: Any = OrderedDict(state)
     versioned._metadata = getattr(network.state_dict(), "_metadata", None)  # modules may ask for their version
     try:
-        network.load_state_dict(versioned, strict=True, assign=True)
+        with followed(network):
+            network.load_state_dict(versioned, strict=True, assign=True)
     except (RuntimeError, KeyError, ValueError, TypeError) as error:  # the network's own hooks run
         raise CheckpointError(f"{path}: the network given as `like` does not take its state: {error}") from error
 

@@ -15,6 +15,7 @@ from bgd_plugin.graph.narrowing import narrow_, widen_
 from bgd_plugin.graph.parts import batchnorms_in_parts
 from bgd_plugin.graph.pickling import make_picklable_
 from bgd_plugin.graph.place import layer_at
+from bgd_plugin.graph.references import followed
 from bgd_plugin.graph.replace import (
     become_,
     float_module,
@@ -48,6 +49,7 @@ __all__ = [
     "find_layers",
     "float_module",
     "fold_parametrizations_",
+    "followed",
     "following_batchnorm",
     "following_batchnorm_node",
     "front_end",

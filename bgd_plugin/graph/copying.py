@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
-import types
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -15,10 +13,9 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
 from bgd_plugin.errors import ConfigError
+from bgd_plugin.graph.references import Memo, rebind_
 
-__all__ = ["copy_module", "drop_hooks_", "functions_of", "rebind_", "require_initialized", "set_modes"]
-
-_Memo = dict[int, Any]
+__all__ = ["copy_module", "drop_hooks_", "functions_of", "require_initialized", "set_modes"]
 
 
 def copy_module(model: nn.Module, *, share_tensors: bool = False) -> Any:
@@ -40,7 +37,7 @@ def copy_module(model: nn.Module, *, share_tensors: bool = False) -> Any:
             run; it is named.
     """
     require_initialized(model)
-    memo: _Memo = {id(p): p for p in model.parameters()} if share_tensors else {}
+    memo: Memo = {id(p): p for p in model.parameters()} if share_tensors else {}
     memo |= _without_history(model)
     try:
         with torch.no_grad(), _HistoryDropped():
@@ -98,7 +95,7 @@ def require_initialized(model: nn.Module) -> None:
         )
 
 
-def _without_history(model: nn.Module) -> _Memo:
+def _without_history(model: nn.Module) -> Memo:
     """A memo for a copy: attributes that a hook computes at each call (pruning masks, norms), detached."""
     attributes = (value for module in model.modules() for value in vars(module).values())
     return {id(t): t.detach() for t in attributes if isinstance(t, Tensor) and t.grad_fn is not None}
@@ -137,7 +134,7 @@ def _kind(value: Any) -> str:
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
-def _give_attributes_(mine: nn.Module, theirs: nn.Module, memo: _Memo) -> None:
+def _give_attributes_(mine: nn.Module, theirs: nn.Module, memo: Memo) -> None:
     """Give the copy of a `GraphModule` what copying drops: the user's attributes, and hooks."""
     hooks = {name for name in vars(theirs) if name.endswith("_hooks") or "_hooks_" in name}
     for name, value in vars(theirs).items():
@@ -153,82 +150,3 @@ def functions_of(module: nn.Module) -> list[Any]:
         if name not in ("_parameters", "_buffers", "_modules"):
             values += value.values() if isinstance(value, dict) else [value]
     return [value for value in values if callable(value) and not isinstance(value, (nn.Module, type))]
-
-
-def rebind_(module: nn.Module, memo: _Memo) -> None:
-    """Let functions among a module's attributes and hooks refer to the copy where they refer to the original.
-
-    Args:
-        module: changed in place.
-        memo: copies, or what else takes the place of an object, by the object's id.
-    """
-    attributes = vars(module)
-    for name, value in attributes.items():
-        if name in ("_parameters", "_buffers", "_modules"):
-            continue
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                if _is_function(inner):
-                    value[key] = _rebound(inner, memo, {})
-        elif _is_function(value):
-            attributes[name] = _rebound(value, memo, {})
-
-
-def _is_function(value: Any) -> bool:
-    return isinstance(value, (types.FunctionType, types.MethodType, functools.partial))
-
-
-def _rebound(value: Any, memo: _Memo, done: dict[int, Any]) -> Any:
-    """A function, or a value that it holds, with copies in place of originals; unchanged if it refers to none."""
-    if id(value) in done:
-        return done[id(value)]
-    if isinstance(value, types.MethodType):
-        owner = _rebound(value.__self__, memo, done)
-        return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
-    if isinstance(value, functools.partial):
-        parts = [_rebound(part, memo, done) for part in (value.func, *value.args)]
-        keywords = {name: _rebound(part, memo, done) for name, part in value.keywords.items()}
-        return functools.partial(parts[0], *parts[1:], **keywords)
-    if isinstance(value, types.FunctionType):
-        return _rebound_function(value, memo, done)
-    if isinstance(value, (tuple, list)) and any(_is_function(part) or id(part) in memo for part in value):
-        return type(value)([_rebound(part, memo, done) for part in value]) if type(value) in (tuple, list) else value
-    return memo.get(id(value), value)
-
-
-def _rebound_function(function: types.FunctionType, memo: _Memo, done: dict[int, Any]) -> types.FunctionType:
-    cells = function.__closure__ or ()
-    fresh = [types.CellType() for _ in cells]
-    result = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(fresh)
-    )
-    done[id(function)] = result
-    changed = False
-    for new, old in zip(fresh, cells, strict=True):
-        content = _content(old)
-        inner = _rebound(content, memo, done)
-        changed = changed or (inner is not content and inner is not result)
-        if content is not _EMPTY:
-            new.cell_contents = inner
-    defaults = _rebound(function.__defaults__, memo, done)
-    keywords = {name: _rebound(part, memo, done) for name, part in (function.__kwdefaults__ or {}).items()}
-    changed = changed or defaults is not function.__defaults__
-    changed = changed or any(part is not (function.__kwdefaults__ or {})[name] for name, part in keywords.items())
-    if not changed:
-        done[id(function)] = function
-        return function
-    functools.update_wrapper(result, function)
-    vars(result).pop("__wrapped__", None)
-    vars(result).update(vars(function))
-    result.__defaults__, result.__kwdefaults__ = defaults, keywords or None
-    return result
-
-
-_EMPTY: Any = object()
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # a variable without a value yet
-        return _EMPTY

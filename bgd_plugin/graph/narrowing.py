@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from bgd_plugin.encoding.narrow import to_narrow
-from bgd_plugin.graph.copying import rebind_
+from bgd_plugin.graph.references import rebind_
 from bgd_plugin.graph.replace import materialize_, swap_
 from bgd_plugin.nn import NarrowModule, narrowed
 

@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 
 from bgd_plugin.graph.calls import attribute
 from bgd_plugin.graph.computed import compute_parameter_, module_at, module_or_none, restore_parameter_
-from bgd_plugin.graph.copying import rebind_
 from bgd_plugin.graph.layer import FoundLayer
+from bgd_plugin.graph.references import rebind_, redirect_
 from bgd_plugin.nn import (
     FloatWeight,
     NarrowModule,
@@ -53,7 +53,7 @@ def float_module(root: nn.Module, target: str, layout: Layout = AS_IT_IS) -> nn.
 def swap_(root: nn.Module, target: str, module: nn.Module) -> None:
     """Replace the module at `target`, under each of its paths, or the parameter there, by `module`.
 
-    The hooks of a replaced layer are kept.
+    The hooks of a replaced layer are kept, and other references to it, in lists and functions, follow.
     """
     owner_path, _, name = target.rpartition(".")
     owner = module_at(root, owner_path)
@@ -68,6 +68,7 @@ def swap_(root: nn.Module, target: str, module: nn.Module) -> None:
     for path in module_paths(root, old):
         owner_path, _, name = path.rpartition(".")
         module_at(root, owner_path)._modules[name] = module
+    redirect_(root, {id(old): module})
 
 
 def become_(old: nn.Module, module: nn.Module) -> nn.Module:

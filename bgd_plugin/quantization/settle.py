@@ -9,7 +9,7 @@ from torch import fx, nn
 from bgd_plugin.calibration import Batch, shared_difference
 from bgd_plugin.errors import TraceError
 from bgd_plugin.files.placement import transplant_
-from bgd_plugin.graph import Front, make_picklable_
+from bgd_plugin.graph import Front, followed, make_picklable_
 from bgd_plugin.planning.survey import Survey
 from bgd_plugin.quantization.finish import round_to_storage_
 
@@ -51,6 +51,7 @@ def transplanted_into(own: nn.Module, student: nn.Module, survey: Survey) -> nn.
     """
     if isinstance(own, fx.GraphModule):
         return student
-    transplant_(own, student, statistics_only=True)
-    round_to_storage_(own, survey)  # also what the graph does not use
+    with followed(own):
+        transplant_(own, student, statistics_only=True)
+        round_to_storage_(own, survey)  # also what the graph does not use
     return own
