@@ -264,3 +264,93 @@ def test_what_a_walk_has_kept_goes_with_it() -> None:
     again = Walk(student, batches)
     with torch.no_grad():
         assert _same([again.finish(i) for i in range(2)], _outputs(student, data))
+
+
+def _branches() -> Any:
+    """Two layers on one input, of which the second comes later."""
+    return fx.symbolic_trace(_TwoSides().eval())
+
+
+class _TwoSides(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12)
+        self.scale = nn.Parameter(torch.ones(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.relu(self.a(x)) + self.b(x) * self.scale)
+
+
+def test_what_will_differ_is_known_before_it_runs() -> None:
+    student = _branches()
+    nodes = {node.name: node for node in student.graph.nodes}
+    for target, differing in (("a", {"a", "relu", "add", "c"}), ("scale", {"scale", "mul", "add", "c"})):
+        walk = Walk(student, _batches(vectors(2)), copy_module(student, share_tensors=True))
+        walk.mark_changed(target)
+        assert {name for name, node in nodes.items() if node.op != "output" and walk.differs_at(node)} == differing
+        for node in walk.nodes():
+            if node.name == "c":
+                assert {name for name in nodes if walk.differs_at(nodes[name])} >= differing
+                assert not walk.differs_at(nodes["x"])
+    walk = Walk(student, _batches(vectors(2)), copy_module(student, share_tensors=True))
+    for node in walk.nodes():
+        if node.name == "b":
+            walk.mark_changed("a")  # too late: it has run
+            assert not walk.differs_at(nodes["a"]) and not walk.differs_at(nodes["relu"])
+
+
+def test_looking_ahead_leaves_live_values_and_the_users_data_as_they_are() -> None:
+    model = trace(InPlace().eval())
+    data = vectors(2)
+    before = [batch.clone() for batch in data]
+    walk = Walk(model, [Batch((batch,)) for batch in data], copy_module(model, share_tensors=True))
+    last = next(node for node in reversed(walk.order) if node.op != "output")
+    for number, _ in enumerate(walk.nodes()):
+        if number > 3:
+            break
+        values = {name: value.clone() for name, value in walk.student_values[1].items()}
+        with torch.no_grad():
+            expected = walk.student_value(last, 1)
+            walk.run_ahead(last, 1, torch.no_grad(), of_reference=False)
+            walk.run_ahead(last, 1, torch.no_grad(), of_reference=True)
+            assert torch.equal(walk.student_value(last, 1), expected)
+            assert torch.equal(walk.reference_value(last, 1), expected)
+        assert all(torch.equal(value, walk.student_values[1][name]) for name, value in values.items())
+    assert all(torch.equal(one, other) for one, other in zip(data, before, strict=True))
+
+
+def test_the_context_holds_at_the_node_alone() -> None:
+    seen: list[bool] = []
+    model = trace(nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12)).eval())
+    for layer in model.children():
+        layer.register_forward_hook(lambda *_: seen.append(torch.is_inference_mode_enabled()))
+    walk = Walk(model, _batches(vectors(1)))
+    node = next(n for n in walk.order if n.target == "2")
+    walk.run_ahead(node, 0, torch.inference_mode(), of_reference=False)
+    assert seen == [False, False, True]
+
+
+def test_a_drift_is_what_the_float_network_has_more() -> None:
+    student, data, first, _ = _setting("resnet")
+    walk = Walk(student, _batches(data), copy_module(student, share_tensors=True))
+    for node in walk.nodes():
+        if node.target == first:
+            _change(walk, first)
+        elif walk.position and walk.differs(walk.order[walk.position - 1]):
+            before = walk.order[walk.position - 1]
+            (mine, theirs), *_ = walk.pairs(before)
+            assert torch.equal(walk.drift(before, 0), theirs - mine) and bool((theirs != mine).any())
+            return
+    raise AssertionError("nothing differs")
+
+
+def test_walks_stop_where_they_are_asked_to_and_compute_the_same() -> None:
+    student, data, _, second = _setting("resnet")
+    walk = Walk(student, _batches(data))
+    stops: list[str] = []
+    for node in walk.nodes({second, "fc"}):
+        stops.append(node.name)
+        assert walk.place == node.target
+        with torch.no_grad():
+            assert _same([walk.finish(index) for index in range(walk.batch_count)], _outputs(student, data))
+    assert stops == [second, "fc"] and walk.seconds > 0
