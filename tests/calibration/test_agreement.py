@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import weakref
 from types import SimpleNamespace
@@ -107,6 +108,8 @@ def test_a_graph_that_is_compared_holds_no_value_longer_than_a_node_reads_it() -
         (X, torch.zeros(2, 3), "it is off by inf of its norm"),
         (X / torch.zeros(2, 3), X / torch.zeros(2, 3), ""),
         (X / torch.zeros(2, 3), X, "it is off by"),
+        (torch.tensor([1.0, math.inf]), torch.tensor([1.0, math.nan]), ""),
+        (torch.tensor([1.0, math.inf]), torch.tensor([1.0, 0.0]), "it is off by 0 of its norm"),
         ({"a": X}, {"b": X}, "it has a, not b"),
         ({"a": X, "b": X}, {"b": X, "a": X}, "it has a, b, not b, a"),
         ({"a": X, "b": X + 1}, {"a": X, "b": X}, r"it\['b'\] is off by"),

@@ -104,3 +104,39 @@ def test_errors_name_the_callers_batch() -> None:
     data[1][5, 0, 0] = 7
     with pytest.raises(CalibrationError, match="calibration batch 1: a seven"):
         bgd.quantize(Picky().eval(), data, CONFIG, progress=False)
+
+
+def test_networks_are_tried_in_evaluation_mode_and_left_in_theirs() -> None:
+    class Normed(Rows):
+        """Looks at all samples at once in training mode."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x - x.mean(0) if self.training else x)
+
+    network = Normed().train()
+    batches = collect_batches(large(1), network, device=CPU, forward=None)
+    assert [batch.size for batch in batches] == [2, 2, 2, 2]
+    assert network.training
+
+
+def test_a_network_is_tried_once_and_small_batches_before_do_not_decide() -> None:
+    calls: list[int] = []
+
+    class Counted(Together):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(len(x))
+            return super().forward(x)
+
+    batches = collect_batches([torch.randn(1, 4, 8), *large(2)], Counted().eval(), device=CPU, forward=None)
+    assert [batch.size for batch in batches] == [1, 8, 8]
+    assert calls == [2, 1]
+    assert not batches.may_be_cut()
+
+
+def test_a_bound_on_memory_is_that_of_the_batches() -> None:
+    data = [torch.randn(4, 3) for _ in range(4)]
+    batches = collect_batches(data, Rows().eval(), device=CPU, forward=None, memory_bytes=1)
+    assert batches.store.bound_bytes == 1
+    assert all(torch.equal(batch.args[0], x) for batch, x in zip(batches, data, strict=True))
+    assert batches.store.spilled_bytes
+    assert collect_batches(data, Rows().eval(), device=CPU, forward=None).store.bound_bytes is None
