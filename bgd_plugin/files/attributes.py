@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from bgd_plugin.graph import is_quantized_elsewhere, module_or_none
 
-__all__ = ["fingerprint", "give_attributes_", "note_scratch_", "other_tensors"]
+__all__ = ["dict_entries", "fingerprint", "give_attributes_", "note_scratch_", "other_tensors"]
 
 MOST_BYTES = 16384
 """Of a tensor that is stored whole."""
@@ -149,16 +149,25 @@ def give_attributes_(
 
 def _drop_cached_(network: nn.Module, names: set[str]) -> None:
     """Take tensors out of a network's dicts that the compressed one did not have there: a run has left them behind."""
-    for path, module in network.named_modules():
-        for attribute, value in vars(module).items():
-            if attribute in _TABLES or type(value) is not dict or "hooks" in attribute:
-                continue
-            for key in [key for key, part in value.items() if isinstance(part, Tensor)]:
-                if f"{path}.{attribute}[{key}]".lstrip(".") not in names:
-                    del value[key]
+    for name, table, key, _ in dict_entries(network):
+        if name not in names:
+            del table[key]
+    for module in network.modules():
         for attribute in list(vars(module)):
             if isinstance(getattr(type(module), attribute, None), functools.cached_property):
                 del vars(module)[attribute]
+
+
+def dict_entries(network: nn.Module) -> list[tuple[str, dict[Any, Any], Any, Tensor]]:
+    """The tensors in dicts among the attributes of a network: name as in `other_tensors`, dict, key, and tensor."""
+    return [
+        (f"{path}.{attribute}[{key}]".lstrip("."), value, key, part)
+        for path, module in network.named_modules()
+        for attribute, value in vars(module).items()
+        if attribute not in _TABLES and type(value) is dict and "hooks" not in attribute
+        for key, part in value.items()
+        if isinstance(part, Tensor)
+    ]
 
 
 def _may_hold(owner: nn.Module, attribute: str) -> bool:

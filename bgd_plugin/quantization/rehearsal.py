@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from bgd_plugin.calibration import Batch, Watch, answers_of, first_difference
 from bgd_plugin.errors import CalibrationError, ConfigError
-from bgd_plugin.files.attributes import note_scratch_, other_tensors
+from bgd_plugin.files.attributes import dict_entries, note_scratch_, other_tensors
 from bgd_plugin.graph import FoundLayer, install_, untouched
 from bgd_plugin.nn import PQModule
 from bgd_plugin.planning.survey import Survey
@@ -78,13 +78,40 @@ def _watched(own: nn.Module, survey: Survey, batches: Sequence[Batch]) -> tuple[
     with untouched(own) as (network,):
         before = {name: (tensor, tensor._version) for name, tensor in other_tensors(network)[1].items()}
         with contextlib.nullcontext() if is_graph else watch:
-            wanted = answers_of(network, [batches[0]])
+            wanted, caches = _answers_without_caches(network, [batches[0]])
         written = [name for name, tensor in other_tensors(network)[1].items() if _is_written(tensor, before.get(name))]
         others = [batches[len(batches) - 1], batches[0]]
         is_scratch = bool(written) and _are_equal(answers_of(network, others)[-1], wanted[0])
     if is_scratch:
         note_scratch_(own, written)
+        for name, table, key, _ in dict_entries(own):
+            if name in caches:  # made by float weights, from which the compressed network's differ
+                del table[key]
     return wanted, {layer.name for layer in survey.found} if is_graph else reached
+
+
+def _answers_without_caches(network: nn.Module, first: Sequence[Batch]) -> tuple[list[Any], set[str]]:
+    """A network's answers, and the names of the tensors in its dicts that a run makes again as they were."""
+    held = dict_entries(network)
+    for _, table, key, _ in held:
+        del table[key]
+    try:
+        answers = answers_of(network, first)
+    except Exception:  # whatever the network's code raises without them
+        if not held:
+            raise
+        answers = []
+    made = {name for name, table, key, tensor in held if answers and _is_same(table.get(key), tensor)}
+    if len(made) == len(held):
+        return answers, made
+    for name, table, key, tensor in held:
+        if name not in made:
+            table[key] = tensor
+    return answers_of(network, first), made
+
+
+def _is_same(found: Any, tensor: Tensor) -> bool:
+    return isinstance(found, Tensor) and found.device == tensor.device and torch.equal(found, tensor)
 
 
 def _is_written(tensor: Tensor, before: tuple[Tensor, int] | None) -> bool:

@@ -91,6 +91,42 @@ def test_a_network_that_has_run_since_is_saved_and_loaded(kind: type[_Net], bran
     assert same_outputs(result.model, loaded, data)
 
 
+class _Constants(_Net):
+    """Reads tensors out of a dict; one of them may be missing."""
+
+    def empty(self) -> Any:
+        return {"shift": torch.ones(16), "more": torch.full((16,), 0.5)}
+
+    def table(self, x: Tensor) -> Tensor:
+        return self.kept.get("shift", torch.zeros(16)) + self.kept["more"]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("branches", [False, True], ids=["graph", "runs"])
+@pytest.mark.parametrize("kind", [_Dict, _Property, _Pyramid])
+def test_a_network_that_has_run_before_is_saved_and_loaded(kind: type[_Net], branches: bool, tmp_path: Path) -> None:
+    model, data = _built(kind, branches, 0), vectors()
+    model(data[0])
+    before = dict(model.kept) if isinstance(model.kept, dict) else model.kept
+    found = bgd.quantize(model, data, em(), progress=False).model
+    assert (dict(model.kept) if isinstance(model.kept, dict) else model.kept) == before
+    found(data[0])
+    bgd.save(found, tmp_path / "net")
+    assert same_outputs(found, bgd.load(tmp_path / "net", like=_built(kind, branches, 1)), data)
+
+
+@pytest.mark.parametrize("branches", [False, True], ids=["graph", "runs"])
+def test_constants_in_a_dict_stay(branches: bool, tmp_path: Path) -> None:
+    model, data = _built(_Constants, branches, 0), vectors()
+    found = bgd.quantize(model, data, em(), progress=False).model
+    assert torch.equal(found.kept["shift"], torch.ones(16))
+    bgd.save(found, tmp_path / "net")
+    like = _built(_Constants, branches, 1)
+    assert same_outputs(found, bgd.load(tmp_path / "net", like=like), data)
+    like.kept["shift"] = torch.zeros(16)
+    with pytest.raises(CheckpointError, match=r"kept\[shift\].*fingerprint"):
+        bgd.load(tmp_path / "net", like=like)
+
+
 @pytest.mark.parametrize("kind", [_Dict, _Property])
 def test_what_a_run_has_left_in_like_is_not_kept(kind: type[_Net], tmp_path: Path) -> None:
     data, like = vectors(), _built(kind, branches=False, seed=1)
