@@ -67,7 +67,7 @@ class Budget:
         target = survey.config.budget_bytes(survey.original_bytes)
         budget = cls(survey=survey, sketch=sketch or Sketch(survey), target_bytes=target)
         if target is not None:
-            require_reachable(budget._options, target, budget._file_size)
+            require_reachable(budget._options, target, budget._file_size, "; ".join(survey.notes))
         return budget
 
     @classmethod

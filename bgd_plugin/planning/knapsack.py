@@ -34,7 +34,10 @@ class Choice:
 
 
 def require_reachable(
-    layers: Sequence[Sequence[Option]], target_bytes: int, file_size: Callable[[Sequence[Option]], int]
+    layers: Sequence[Sequence[Option]],
+    target_bytes: int,
+    file_size: Callable[[Sequence[Option]], int],
+    note: str = "",
 ) -> None:
     """Refuse a target below the smallest possible file.
 
@@ -42,6 +45,7 @@ def require_reachable(
         layers: each layer's options, bytes ascending.
         target_bytes: maximum length of the file.
         file_size: the length of the file, in bytes, with one option chosen per layer.
+        note: what else there is to say of the network.
 
     Raises:
         ConfigError: saying how long that is.
@@ -53,6 +57,7 @@ def require_reachable(
             f"a file of {target_bytes:,} bytes cannot be reached: the least possible size is {least:,} bytes "
             f"({mib(least)}), of which {least - _bytes(smallest):,} are fixed; "
             "give at least that, or quantize more layers (first_layer, depthwise_conv, overrides)"
+            + (f". {note}" if note else "")
         )
 
 

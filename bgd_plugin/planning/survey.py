@@ -19,6 +19,7 @@ from bgd_plugin.graph import FoundLayer, Front, LeftLayer, find_layers
 from bgd_plugin.nn import PQModule
 from bgd_plugin.planning.layer_settings import decided, first_layer, setting_of, with_notes
 from bgd_plugin.planning.types import CurvePoint, PlannedLayer, SkippedLayer
+from bgd_plugin.planning.unused import unused_bytes, unused_note, unused_parts, unused_weights
 
 __all__ = ["Chosen", "Survey", "is_finished", "surveyed"]
 
@@ -41,7 +42,8 @@ class Survey:
             by an override.
         tables: names of parameters that are never rounded, since they are no weights: those that are not trained where
             most of the network is.
-        original_bytes: bytes of the user's network, or of the network before pruning.
+        original_bytes: bytes of the user's network, without parts that evaluation mode never uses, or of the network
+            before pruning.
         notes: why the network is not fitted as a graph, if it is not; how a budget was spent.
         expected_divergence: from the float network, if sizes were chosen by measurements.
         curve: bytes against expected divergence, if sizes were chosen by measurements.
@@ -151,17 +153,20 @@ def surveyed(
     chosen = tuple((f, with_notes(f, p, front.folded)) for f, p in outcomes if isinstance(p, PlannedLayer))
     skipped = [SkippedLayer(name=layer.name, reason=layer.reason) for layer in left]
     skipped += [outcome for _, outcome in outcomes if isinstance(outcome, SkippedLayer)]
+    reason = f"fitted by running the network itself, since {front.reason}" if front.reason else ""
+    unused = unused_weights(original, network, front.folded)
+    parts = unused_parts(original, network, front.folded)
     return Survey(
         network=network,
         own=front.own,
         config=config,
         chosen=chosen,
-        skipped=(*skipped, *_unused(original, network)),
+        skipped=(*skipped, *unused),
         free=_free(chosen, config, first),
         leftovers=tuple(_leftovers(found, first, config)),
         tables=_tables(front.own),
-        original_bytes=_chain_bytes(original, original_bytes),
-        notes=(f"fitted by running the network itself, since {front.reason}",) if front.reason else (),
+        original_bytes=_chain_bytes(original, original_bytes, unused_bytes(original, parts)),
+        notes=tuple(filter(None, (reason, unused_note(original, parts)))),
     )
 
 
@@ -214,11 +219,11 @@ def _is_named(name: str, config: BGDConfig) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern, _ in config.overrides)
 
 
-def _chain_bytes(model: nn.Module, original_bytes: int | None) -> int:
-    """Bytes of the network that is compressed, or of the larger one that it was made from."""
+def _chain_bytes(model: nn.Module, original_bytes: int | None, unused: int) -> int:
+    """Bytes that the network uses, or those of the larger one that it was made from."""
     own = state_bytes(model.state_dict())
     if original_bytes is None:
-        return own
+        return own - unused
     if not isinstance(original_bytes, int) or original_bytes < own:
         raise ConfigError(
             f"original_bytes={original_bytes!r}: the network has {own} bytes, so it cannot have been pruned from a "
@@ -236,13 +241,3 @@ def _check_globs(config: BGDConfig, found: Sequence[FoundLayer], left: Sequence[
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def _unused(original: nn.Module, network: nn.Module) -> list[SkippedLayer]:
-    """Weights of the network that its graph in evaluation mode never uses."""
-    used = {name for name, _ in network.named_parameters(remove_duplicate=False)}
-    return [
-        SkippedLayer(name=name, reason="not used in evaluation mode")
-        for name, p in original.named_parameters()
-        if p.ndim > 1 and name not in used
-    ]

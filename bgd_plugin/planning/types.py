@@ -143,7 +143,8 @@ class Plan:
     Attributes:
         layers: the layers that will be quantized, in execution order.
         skipped: the layers that stay float, with reasons.
-        original_bytes: bytes of all parameters and buffers of the float network, or of the network before pruning.
+        original_bytes: bytes of the float network's parameters and buffers, without parts that evaluation mode never
+            uses, or of the network before pruning.
         compressed_bytes: length in bytes of the file that `save` will write.
         paper_bytes: bytes by the paper's accounting: codes, codebooks in half precision, every other parameter in
             float32; batch-norm statistics are not counted.

@@ -25,7 +25,8 @@ class Report:
 
     Attributes:
         layers, skipped: in the order in which they run.
-        original_bytes: all parameters and buffers of the float network, or of the one that a chain started from.
+        original_bytes: parameters and buffers of the float network, without parts that evaluation mode never uses, or
+            of the network that a chain started from.
         compressed_bytes: length of the file that `save` writes.
         paper_bytes: size by the paper's own accounting.
         memory_bytes: parameters and buffers of the compressed network in memory; None where nobody counted them.
