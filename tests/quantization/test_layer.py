@@ -1,0 +1,184 @@
+"""One layer of a run: what is asked of the fit, what becomes of it, and what is told."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import bgd_plugin as bgd
+from bgd_plugin.calibration import Rerun
+from bgd_plugin.fitting import FittedLayer
+from bgd_plugin.planning.types import SkippedLayer
+from bgd_plugin.quantization import layer as step
+from bgd_plugin.quantization.resume import Run
+from bgd_plugin.support.log import Log
+from tests.networks import SmallResNet, em, images, randomized
+
+CONFIG = bgd.BGDConfig(max_divergence=None, kept_aside=0.0)
+
+
+def test_a_finished_layer_is_not_fitted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted: list[str] = []
+    fit, judged = step._fit, step._judged_shift
+
+    def counted(job: Any, found: Any, *arguments: Any) -> Any:
+        fitted.append(found.name)
+        return fit(job, found, *arguments)
+
+    def counted_shift(job: Any, found: Any, *arguments: Any) -> Any:
+        fitted.append(f"{found.name} shift")
+        return judged(job, found, *arguments)
+
+    monkeypatch.setattr(step, "_fit", counted)
+    monkeypatch.setattr(step, "_judged_shift", counted_shift)
+    model = randomized(SmallResNet())
+    first = bgd.quantize(model, images(), CONFIG, checkpoint=tmp_path, progress=False)
+    assert set(fitted) == {*(layer.name for layer in first.report.layers), "fc shift"}
+    fitted.clear()
+    again = bgd.quantize(model, images(), CONFIG, checkpoint=tmp_path, progress=False)
+    assert not fitted
+    assert [x.relative_error for x in again.report.layers] == [x.relative_error for x in first.report.layers]
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_a_shift_that_does_not_help_goes_and_is_told(helps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(step, "shift_helps", lambda *arguments: asked.append(arguments) or helps)
+    fit = FittedLayer(
+        codebook=torch.randn(4, 4), codes=torch.randint(0, 4, (8, 2)), bias_shift=torch.ones(8), warnings=("a",)
+    )
+    found: Any = SimpleNamespace(name="x", weight=torch.ones(8, 8), matrix=torch.ones(8, 8))
+    job: Any = SimpleNamespace(log=Log(), generator=lambda name: name)
+    skip: Any = SimpleNamespace(drift="drift")
+    for given in (None, skip):
+        result = step._judged_shift(job, found, fit, [], given)  # type: ignore[arg-type]
+        assert asked[-1][3] == "x shift" and asked[-1][4] == (None if given is None else "drift")
+        assert torch.equal(asked[-1][1], fit.codebook[fit.codes].reshape(8, 8))
+    if helps:
+        assert result is fit
+    else:
+        assert result.bias_shift is None and result.codes is fit.codes
+        assert result.warnings == ("a", "bias correction undone: the error rose on samples kept aside")
+
+
+def test_the_error_is_that_of_the_weight_without_the_scale_that_the_norm_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[torch.Tensor] = []
+    scales: dict[int, Any] = {}
+    error, store = step.output_error, Run.store
+
+    def watched(weight: Any, decoded: Any, sample: Any) -> float:
+        told.append(decoded.clone())
+        return error(weight, decoded, sample)
+
+    def stored(self: Run, index: int, planned: Any, fit: FittedLayer) -> None:
+        scales[index] = fit.row_scale
+        store(self, index, planned, fit)
+
+    monkeypatch.setattr(step, "output_error", watched)
+    monkeypatch.setattr(Run, "store", stored)
+    result = bgd.quantize(randomized(SmallResNet()), images(), CONFIG, progress=False)
+    rows = result.report.layers
+    assert any(scale is not None for scale in scales.values())
+    for index, row in enumerate(rows):
+        matrix: Any = result.model.get_submodule(row.name).matrix.detach()  # type: ignore[union-attr]
+        scale = scales[index]
+        expected = matrix if scale is None else matrix / scale.reshape(-1, *(1 for _ in matrix.shape[1:]))
+        torch.testing.assert_close(told[index], expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(10, 4096), (2000, 2000), (10**9, 1)])
+def test_rows_that_tell_the_error_are_capped_by_numbers(columns: int, rows: int) -> None:
+    assert step._error_rows(SimpleNamespace(columns=columns)) == rows  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("method", ["full", "em"])
+def test_the_fit_knows_the_zeros_that_stay(method: Any, keeps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts: dict[str, Any] = {}
+    real = step.METHODS[method]
+
+    def collect(context: Any, generator: Any) -> Any:
+        contexts[context.layer.name] = context
+        return real.collect(context, generator)
+
+    watched = SimpleNamespace(collect=collect, solve=real.solve)
+    monkeypatch.setattr(step, "METHODS", {method: watched})
+    model = randomized(SmallResNet())
+    model.conv2.weight.data *= torch.rand_like(model.conv2.weight) > 0.5
+    config = dataclasses.replace(CONFIG, method=method, preserve_zeros=keeps, rotation=False)
+    bgd.quantize(model, images(), config, progress=False)
+    mask = contexts["conv2"].mask
+    assert torch.equal(mask, model.conv2.weight != 0) if keeps else mask is None
+    assert contexts["conv1"].has_batchnorm and not contexts["conv1"].has_bias
+    assert contexts["conv1"].scale_bounds is not None
+    assert contexts["fc"].has_bias and not contexts["fc"].has_batchnorm and contexts["fc"].scale_bounds is None
+
+
+@pytest.mark.parametrize("has_target", [True, False])
+def test_a_layer_that_nothing_reaches_is_released_or_fitted(has_target: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    released: list[Any] = []
+    counted: list[int] = []
+    monkeypatch.setattr(step, "release_", lambda student, found: released.append(found))
+    monkeypatch.setattr(step, "fit_weight", lambda *_: (_ for _ in ()).throw(InterruptedError))
+    found: Any = SimpleNamespace(name="x", weight=torch.ones(8, 8), matrix=nn.Parameter(torch.ones(8, 8)))
+    planned: Any = SimpleNamespace(name="x", block_size=4, kept=lambda matrix: None)
+    config = SimpleNamespace(has_target=has_target, distillation=SimpleNamespace(steps=5), em_iterations=1)
+    job: Any = SimpleNamespace(
+        survey=SimpleNamespace(chosen=[(found, planned)]),
+        config=config,
+        student=None,
+        bar=SimpleNamespace(update=counted.append),
+        run=SimpleNamespace(finished=lambda index, layer: None),
+        generator=lambda name: torch.Generator(),
+    )
+    if has_target:
+        with pytest.raises(InterruptedError):
+            step.treat_unreached(job, 0)
+    else:
+        outcome = step.treat_unreached(job, 0)
+        assert outcome == SkippedLayer(name="x", reason="no calibration input reaches it")
+    assert released == ([] if has_target else [found])
+    assert counted == [6]
+
+
+@pytest.mark.parametrize(
+    ("fields", "method", "is_asked"),
+    [
+        ({}, "full", True),
+        ({"kind": "conv2d"}, "full", True),
+        ({}, "em", False),
+        ({"members": 2}, "full", False),
+        ({"tied": ("b",)}, "full", False),
+        ({"kind": "embedding"}, "full", False),
+        ({"kind": "conv_transpose2d"}, "full", False),
+    ],
+)
+def test_a_skip_is_asked_for_behind_plain_layers_of_the_full_method(fields: Any, method: str, is_asked: bool) -> None:
+    found: Any = SimpleNamespace(**({"name": "x", "members": 1, "tied": (), "kind": "linear", "rows": 4} | fields))
+    walk: Any = object.__new__(Rerun)
+    asked: list[str] = []
+    values = torch.arange(24.0).reshape(2, 3, 4)
+    walk.skip = lambda name: asked.append(name) or (lambda batch: values + batch, lambda batch: -values)
+    job: Any = SimpleNamespace(config=SimpleNamespace(method=method))
+    skip = step._skip_for_fit(job, walk, found, None)
+    assert asked == (["x"] if is_asked else []) and (skip is not None) == is_asked
+    if skip is not None:
+        is_linear = found.kind == "linear"
+        assert torch.equal(skip.drift(1), (values + 1).reshape(6, 4) if is_linear else values + 1)
+        assert (skip.stream is not None) == is_linear
+        assert skip.stream is None or torch.equal(skip.stream(0), -values.reshape(6, 4))
+        assert torch.equal(skip.gain, torch.ones(4))
+
+
+def test_distilled_codewords_are_rounded_and_steps_of_a_finished_layer_count(tmp_path: Path) -> None:
+    config = em(distillation=bgd.DistillationConfig(steps=2, batch_size=4), codebook_storage="int8")
+    model = randomized(SmallResNet())
+    first = bgd.quantize(model, images(), config, checkpoint=tmp_path, progress=False).model.state_dict()
+    again = bgd.quantize(model, images(), config, checkpoint=tmp_path, progress=False).model.state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
