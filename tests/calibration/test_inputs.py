@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from bgd_plugin.calibration import Batch, LayerInputs, Walk, pooled_gram, sampled_inputs
 from bgd_plugin.calibration import gram_pooled as gram_module
+from bgd_plugin.calibration.inputs import CollectedInputs
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import find_layers, trace
+from bgd_plugin.pq.blocks import Geometry
 from tests.networks import TwiceNet, images, vectors
 
 
@@ -121,3 +123,20 @@ def test_an_input_that_is_no_tensor_names_the_layer() -> None:
 
     with pytest.raises(CalibrationError, match="layer 'fc': its input is a tuple, not a tensor"):
         pooled_gram(_inputs(Outer(), vectors(1), "fc"), 2)
+
+
+def test_a_layer_has_as_many_inputs_as_calls_in_all_batches() -> None:
+    inputs = _inputs(TwiceNet(), vectors(3), "shared")
+    assert len(inputs) == len(list(inputs)) == 6
+
+
+def test_collected_inputs_are_those_of_all_calls_in_the_order_of_the_batches() -> None:
+    geometry = Geometry.linear()
+    mine = [[(torch.full((1, 2), 10.0 * batch + call), geometry) for call in range(2)] for batch in range(3)]
+    theirs = [[(x + 0.5, geometry) for x, _ in calls] for calls in mine]
+    inputs = CollectedInputs("a", mine, theirs)
+    assert len(inputs) == 6
+    assert [float(x[0, 0]) for x, _ in inputs] == [0, 1, 10, 11, 20, 21]
+    assert [(float(x[0, 0]), float(y[0, 0])) for x, y, _ in inputs.pairs()] == [
+        (value, value + 0.5) for value in (0, 1, 10, 11, 20, 21)
+    ]

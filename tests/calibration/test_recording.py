@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -136,3 +137,34 @@ def test_fingerprints_of_centred_inputs_are_compared_on_their_scale() -> None:
 
 def test_an_empty_input_has_a_fingerprint() -> None:
     assert fingerprint(torch.ones(0, 4)) == ((0, 4), 0.0, 0.0)
+
+
+def test_a_layer_that_runs_twice_on_one_input_does_not_share_it_with_itself() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.a(x) + self.a(x)
+            return y
+
+    network = Twice().eval()
+    found = recorded(network, Batch((torch.randn(2, 4),)), {"a": network.a.weight}, [])
+    assert not found.shares and found.counts == {"a": 2} and len(found.prints["a"]) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:FutureWarning")
+def test_scripted_parts_run_and_are_not_watched() -> None:
+    class Scripted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), torch.jit.trace(nn.Tanh(), torch.ones(1, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.b(self.a(x))
+            return y
+
+    network = Scripted().eval()
+    found = recorded(network, Batch((torch.randn(2, 4),)), {"a": network.a.weight}, [])
+    assert found.order == ["a"] and "b" not in found.calls

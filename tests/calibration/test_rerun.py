@@ -373,3 +373,23 @@ def test_an_output_that_is_changed_ends_no_branch() -> None:
     end.after(output)
     assert end.before(torch.ops.aten.relu_.default, (output,)) is None
     assert end.before(torch.ops.aten.add.Tensor, (output, skip)) is None
+
+
+@torch.no_grad()
+def test_a_run_says_how_often_layers_run_and_gives_both_networks_inputs() -> None:
+    student, reference = _drifting()
+    data = [words() for _ in range(2)]
+    batches = collect_batches(data, reference, device=torch.device("cpu"), forward=None)
+    weights = {path: m.weight for path, m in reference.named_modules() if isinstance(m, nn.Linear)}
+    rerun = Rerun(student, reference, batches, weights, [])
+    for name in rerun.order:
+        assert rerun.times(name) == 2 and not rerun.runs_twice(name)
+    name = "blocks.0.down"
+    for earlier in rerun.order[: rerun.order.index(name)]:
+        rerun.inputs(earlier)
+        assert rerun.skip(name) is None  # whose inputs were not asked for
+    paired, plain = list(rerun.inputs(name).pairs()), list(rerun.inputs(name, paired=False).pairs())
+    assert len(paired) == len(plain) == 2
+    assert all(bool((mine != theirs).any()) for mine, theirs, _ in paired)
+    assert all(torch.equal(mine, theirs) for mine, theirs, _ in plain)
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(paired, plain, strict=True))
