@@ -182,3 +182,18 @@ def test_distilled_codewords_are_rounded_and_steps_of_a_finished_layer_count(tmp
     first = bgd.quantize(model, images(), config, checkpoint=tmp_path, progress=False).model.state_dict()
     again = bgd.quantize(model, images(), config, checkpoint=tmp_path, progress=False).model.state_dict()
     assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("is_hidden", [True, False])
+def test_every_place_that_reads_the_weight_is_marked(is_hidden: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    marked: list[str] = []
+    walk: Any = object.__new__(step.Walk)
+    walk.mark_changed = marked.append
+    monkeypatch.setattr(step, "install_", lambda *_: ["layer"])
+    monkeypatch.setattr(step, "_apply_shifts", lambda *_: None)
+    found: Any = SimpleNamespace(weight=torch.ones(1), matrix=None, tied=("b", "c"), calls=("x", "y"), hidden=is_hidden)
+    planned: Any = SimpleNamespace(target="a", kept=lambda matrix: None)
+    fit = FittedLayer(codebook=torch.ones(2, 2), codes=torch.zeros(2, 2, dtype=torch.long))
+    job: Any = SimpleNamespace(student=None)
+    assert step._installed(job, walk, found, planned, fit) == "layer"  # type: ignore[comparison-overlap]
+    assert marked == ["a", "b", "c", *(["x", "y"] if is_hidden else [])]

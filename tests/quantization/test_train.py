@@ -115,16 +115,23 @@ def test_finetuning_walks_the_data_from_epoch_one_on(has_epochs: bool, monkeypat
     if has_epochs:
         data.set_epoch = epochs.append  # type: ignore[attr-defined]
     given: dict[str, Any] = {}
+    skips: list[bool] = []
 
     def finetuned(student: Any, teacher: Any, walks: Any, count: int, config: Any, steps: Any) -> tuple[float, float]:
-        given.update(count=count, batches=[batch.size for batch in walks._data(2)] if hasattr(walks, "_data") else [2])
+        skips.append(walks.can_skip)
+        if len(skips) == 1:
+            given.update(count=count, batches=[batch.size for batch in walks.epoch(2)])
         return 2.0, 1.0
 
     monkeypatch.setattr(train_module, "finetune_", finetuned)
-    monkeypatch.setattr(train_module, "Epochs", lambda epoch, can_skip: SimpleNamespace(_data=epoch, can_skip=can_skip))
+    monkeypatch.setattr(train_module, "Epochs", lambda epoch, can_skip: SimpleNamespace(epoch=epoch, can_skip=can_skip))
     job = _job(config=TAUGHT[1], run=SimpleNamespace(steps=lambda *_: None))
     job.batches = SimpleNamespace(given=5)
     train_module._finetune(job, data, None)
     assert given == {"count": 5, "batches": [2]}
     assert epochs == ([3] if has_epochs else [])
-    assert job.log.notes == ["finetuning: loss 2 → 1"]
+    assert skips == [True]
+    for other, can_skip in (((1,), True), (SimpleNamespace(), False), (SimpleNamespace(set_epoch=epochs.append), True)):
+        train_module._finetune(job, other, None)  # type: ignore[arg-type]
+        assert skips[-1] == can_skip
+    assert job.log.notes[0] == "finetuning: loss 2 → 1"
