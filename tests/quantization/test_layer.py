@@ -197,3 +197,29 @@ def test_every_place_that_reads_the_weight_is_marked(is_hidden: bool, monkeypatc
     job: Any = SimpleNamespace(student=None)
     assert step._installed(job, walk, found, planned, fit) == "layer"  # type: ignore[comparison-overlap]
     assert marked == ["a", "b", "c", *(["x", "y"] if is_hidden else [])]
+
+
+@pytest.mark.parametrize("method", ["full", "em"])
+def test_without_a_graph_only_the_full_method_pairs_inputs(method: str) -> None:
+    walk: Any = object.__new__(Rerun)
+    walk.inputs = lambda name, *, paired: (name, paired)
+    job: Any = SimpleNamespace(config=SimpleNamespace(method=method))
+    found: Any = SimpleNamespace(name="x", kind="linear")
+    assert step._inputs(job, walk, found) == ("x", method == "full")
+
+
+@pytest.mark.parametrize("hooked", [None, "0", "1"])
+@pytest.mark.parametrize("is_hidden", [True, False])
+def test_a_layer_is_watched_where_a_hook_may_change_what_it_reads(
+    hooked: str | None, is_hidden: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "LayerInputs", lambda *arguments: arguments)
+    student = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    if hooked is not None:
+        student.get_submodule(hooked).register_forward_pre_hook(lambda *_: None)
+    found: Any = SimpleNamespace(
+        name="x", kind="linear", target="0", tied=("1", "not there"), calls=("c",), weight="w", hidden=is_hidden
+    )
+    job: Any = SimpleNamespace(student=student)
+    watched = "w" if is_hidden or hooked is not None else None
+    assert step._inputs(job, "walk", found) == ("walk", "x", ("c",), watched)  # type: ignore[arg-type, comparison-overlap]
