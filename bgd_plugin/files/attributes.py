@@ -151,7 +151,7 @@ def _drop_cached_(network: nn.Module, names: set[str]) -> None:
     """Take tensors out of a network's dicts that the compressed one did not have there: a run has left them behind."""
     for name, table, key, _ in dict_entries(network):
         if name not in names:
-            del table[key]
+            table.pop(key, None)
     for module in network.modules():
         for attribute in list(vars(module)):
             if isinstance(getattr(type(module), attribute, None), functools.cached_property):

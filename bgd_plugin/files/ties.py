@@ -12,7 +12,13 @@ __all__ = ["tie_", "ties"]
 
 
 def ties(network: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor]) -> list[list[str]]:
-    """Groups of names that refer to the same parameter, in the network and in the file."""
+    """Groups of names that refer to the same parameter, in the network and in the file.
+
+    Args:
+        network: given as `like`.
+        header: the file's.
+        tensors: the file's, of any shape, by name.
+    """
     aliases: dict[str, Any] = header.get("aliases", {})
     names: dict[tuple[int, int], list[str]] = {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
@@ -22,7 +28,12 @@ def ties(network: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor])
 
 
 def tie_(network: nn.Module, groups: list[list[str]]) -> None:
-    """Tie parameters again: loading gives each name its own parameter."""
+    """Tie parameters again: loading gives each name its own parameter.
+
+    Args:
+        network: changed in place.
+        groups: of `ties`.
+    """
     for names in groups:
         owners = [(module_at(network, name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
         owner, attribute = owners[0]

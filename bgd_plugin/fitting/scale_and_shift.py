@@ -18,6 +18,11 @@ def equal_rows(target: Tensor, covariance: Tensor, context: LayerContext) -> Ten
     """The inverse standard deviation of each row's output, `[rows]`, so that every row's error counts the same.
 
     Limited to what the batch norm can undo and the weight's dtype can hold.
+
+    Args:
+        target: the weight to quantize, `[rows, columns]`, the rows of each group contiguous.
+        covariance: of the inputs, `[groups, columns, columns]`.
+        context: of the layer.
     """
     rows = target.double().reshape(covariance.shape[0], -1, covariance.shape[1])
     deviation = ((rows @ covariance) * rows).sum(2).clamp(min=0).sqrt().flatten()

@@ -46,7 +46,12 @@ def with_drift(outputs: Tensor, drift: Tensor, gain: Tensor) -> Tensor:
 
 
 def sum_behind(outputs: Tensor, stream: Tensor) -> Tensor:
-    """The sum `[positions, rows]` of outputs `[groups, positions, rows_per_group]` and a skip `[positions, rows]`."""
+    """The sum that a layer's output ends in, `[positions, rows]`.
+
+    Args:
+        outputs: `[groups, positions, rows_per_group]`.
+        stream: the skip that is added to them, `[positions, rows]`.
+    """
     return stream + outputs.transpose(0, 1).flatten(1)
 
 

@@ -28,7 +28,12 @@ _LIBRARIES = frozenset(("torch", "builtins", "numpy", "bgd_plugin"))
 
 
 def redirect_(network: nn.Module, memo: Memo) -> None:
-    """`rebind_` for each module of a network."""
+    """`rebind_` for each module of a network.
+
+    Args:
+        network: changed in place, with the lists, dicts and objects that it holds.
+        memo: what takes the place of an object.
+    """
     for module in network.modules():
         rebind_(module, memo)
 

@@ -32,7 +32,13 @@ def unused_weights(original: nn.Module, network: nn.Module, folded: Mapping[str,
 
 
 def unused_parts(original: nn.Module, network: nn.Module, folded: Mapping[str, str]) -> dict[str, nn.Module]:
-    """By path, the largest parts with parameters that its graph never runs or reads; arguments as for the weights."""
+    """By path, the largest parts with parameters that its graph never runs or reads.
+
+    Args:
+        original: the caller's network.
+        network: as it is fitted.
+        folded: the paths of layers whose weight was computed.
+    """
     if not isinstance(network, fx.GraphModule) or isinstance(original, fx.GraphModule):
         return {}
     kept = {path for path, _ in network.named_modules(remove_duplicate=False)}

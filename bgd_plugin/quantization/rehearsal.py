@@ -86,7 +86,7 @@ def _watched(own: nn.Module, survey: Survey, batches: Sequence[Batch]) -> tuple[
         note_scratch_(own, written)
         for name, table, key, _ in dict_entries(own):
             if name in caches:  # made by float weights, from which the compressed network's differ
-                del table[key]
+                table.pop(key, None)
     return wanted, {layer.name for layer in survey.found} if is_graph else reached
 
 
@@ -94,7 +94,7 @@ def _answers_without_caches(network: nn.Module, first: Sequence[Batch]) -> tuple
     """A network's answers, and the names of the tensors in its dicts that a run makes again as they were."""
     held = dict_entries(network)
     for _, table, key, _ in held:
-        del table[key]
+        table.pop(key, None)  # several modules may hold the same dict
     try:
         answers = answers_of(network, first)
     except Exception:  # whatever the network's code raises without them

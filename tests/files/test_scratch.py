@@ -158,3 +158,23 @@ def test_state_that_answers_depend_on_is_refused_where_it_differs(branches: bool
     bgd.save(found, tmp_path / "net")
     with pytest.raises(CheckpointError, match=r"kept\[0\].*fingerprint"):
         bgd.load(tmp_path / "net", like=_built(_Stream, branches, 1))
+
+
+class _Passed(_Dict):
+    """Two modules hold one dict; another program has put it there."""
+
+    def empty(self) -> Any:
+        held: dict[str, Any] = {}
+        self.b.shared = held
+        return held
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_a_dict_that_two_modules_hold_is_one(branches: bool, tmp_path: Path) -> None:
+    model = _Passed(branches).eval()
+    with torch.no_grad():
+        model(vectors()[0])
+    result = bgd.quantize(model, vectors(), em(), progress=False).model
+    assert "cpu" in model.kept and model.b.shared is model.kept
+    bgd.save(result, tmp_path / "net")
+    assert same_outputs(result, bgd.load(tmp_path / "net", like=_Passed(branches).eval()), vectors())
