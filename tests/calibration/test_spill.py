@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import mmap
 
 import torch
@@ -23,7 +22,6 @@ def test_the_largest_size_is_what_lay_there_at_once() -> None:
         extent = file.write(_memory(1.5, value))
         assert bytes(file.read(extent)) == bytes(_memory(1.5, value))
         del extent
-        gc.collect()
     assert file.peak_bytes == 2 * PAGE
     kept = [file.write(_memory(1)) for _ in range(3)]
     assert file.peak_bytes == 3 * PAGE and len(kept) == 3
@@ -38,13 +36,11 @@ def test_neighbours_that_are_free_make_one_place() -> None:
         del first, second, third
         for place in order:
             parts[place] = None
-            gc.collect()
         large = file.write(_memory(2.5, 9))
         assert large.start == starts[0]
         assert bytes(file.read(large)) == bytes(_memory(2.5, 9))
         assert bytes(file.read(last)) == bytes(_memory(1, 3))
         del large
-        gc.collect()
         first, second, third = (file.write(_memory(1, value)) for value in range(3))
         assert [first.start, second.start, third.start] == starts
 
@@ -54,7 +50,6 @@ def test_the_rest_of_a_larger_place_stays_free() -> None:
     wide, behind = file.write(_memory(3)), file.write(_memory(1, 7))
     start = wide.start
     del wide
-    gc.collect()
     places = [file.write(_memory(1, value)) for value in range(4)]
     assert [place.start - start for place in places] == [0, PAGE, 2 * PAGE, 4 * PAGE]
     assert bytes(file.read(behind)) == bytes(_memory(1, 7))

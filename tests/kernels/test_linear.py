@@ -52,13 +52,13 @@ def layers(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tens
 
 
 @given(layers())
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_a_layer_is_what_the_plain_path_computes(case: tuple[Any, ...]) -> None:
     assert_close(lookup_linear(*case), plain(*case))
 
 
 @given(layers(), st.sampled_from(sorted(WAYS)))
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_each_way_is_what_the_plain_path_computes(case: tuple[Any, ...], way: str) -> None:
     x, codebook, codes, mask, _ = case
     x = x.reshape(-1, x.shape[-1])
