@@ -61,7 +61,7 @@ $(VENV)/.bgd-plugin-frameworks-installed: $(STAMP)
 
 ## make demo           compress an ImageNet network, answer 20 photos with it, write an HTML report
 demo: $(STAMP)
-	$(BIN)/bgd-plugin demo $(DEMO_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/bgd-plugin demo $(DEMO_ARGS)
 
 ## make demo-web       the compressed network in a web page, on http://localhost:8000 (DEMO_WEB_ARGS=--check: in Chromium)
 demo-web: $(STAMP) $(FRAMEWORKS_STAMP)
