@@ -10,7 +10,7 @@ from torch import Tensor
 from bgd_plugin.calibration import LayerInputs, paired_pieces, require_finite
 from bgd_plugin.correction.gain import Gain, kept_aside, output_distance
 from bgd_plugin.pq.gram import MomentSums
-from bgd_plugin.pq.target import asymmetric_target
+from bgd_plugin.pq.target_asymmetric import asymmetric_target
 
 __all__ = ["Refit", "refitted"]
 

@@ -4,7 +4,7 @@ from bgd_plugin.fitting.method import FittedLayer, LayerContext, Method, output_
 from bgd_plugin.fitting.method_em import EM, fit_weight
 from bgd_plugin.fitting.method_full_gram import FULL
 from bgd_plugin.fitting.share import fitted_once
-from bgd_plugin.fitting.skip_drift import Skip
+from bgd_plugin.fitting.target_residual import Skip
 
 __all__ = [
     "METHODS",

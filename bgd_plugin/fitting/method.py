@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bgd_plugin.calibration import InputSample, LayerInputs
 from bgd_plugin.config import BGDConfig
-from bgd_plugin.fitting.skip_drift import Skip
+from bgd_plugin.fitting.target_residual import Skip
 from bgd_plugin.planning.types import PlannedLayer
 from bgd_plugin.support.processes import total
 

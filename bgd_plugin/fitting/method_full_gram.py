@@ -14,12 +14,12 @@ from bgd_plugin.fitting.entropy_coded import fit_stream
 from bgd_plugin.fitting.exact import exact_fit
 from bgd_plugin.fitting.method import FittedLayer, LayerContext, Method
 from bgd_plugin.fitting.scale_and_shift import equal_rows, matching_bias
-from bgd_plugin.fitting.skip_drift import relative_weights, sum_behind, with_drift
+from bgd_plugin.fitting.target_residual import relative_weights, sum_behind, with_drift
 from bgd_plugin.nn import storable
 from bgd_plugin.pq.full_gram import fit_full
 from bgd_plugin.pq.gram import Moments, MomentSums
 from bgd_plugin.pq.masked import masked
-from bgd_plugin.pq.target import asymmetric_target
+from bgd_plugin.pq.target_asymmetric import asymmetric_target
 from bgd_plugin.support.seeds import seeded
 
 __all__ = ["FULL"]

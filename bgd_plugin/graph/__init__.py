@@ -5,7 +5,7 @@ from bgd_plugin.graph.calls import attribute, call_geometry, call_input, looks_r
 from bgd_plugin.graph.computed import module_at, module_or_none
 from bgd_plugin.graph.copying import copy_module, set_modes
 from bgd_plugin.graph.cuts import Block, block_module, partition
-from bgd_plugin.graph.find import find_layers
+from bgd_plugin.graph.finding_layers import find_layers
 from bgd_plugin.graph.fold import fold_parametrizations_
 from bgd_plugin.graph.following import added_to, following_batchnorm, following_batchnorm_node
 from bgd_plugin.graph.front import Front, front_end, retraced, unwrapped

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import fx, nn
 
 from bgd_plugin.errors import TraceError
-from bgd_plugin.graph.find import find_layers
+from bgd_plugin.graph.finding_layers import find_layers
 from bgd_plugin.graph.following import following_batchnorm
 from bgd_plugin.graph.tracer import trace
 from bgd_plugin.nn import has_running_statistics

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import bgd_plugin as bgd
 from bgd_plugin.calibration import Rerun
 from bgd_plugin.fitting import method_full_gram
-from bgd_plugin.pq.target import asymmetric_target
+from bgd_plugin.pq.target_asymmetric import asymmetric_target
 
 WIDTH = 16
 

@@ -20,7 +20,7 @@ from bgd_plugin.pq.feedback import damped
 from bgd_plugin.pq.full_gram import fit_full
 from bgd_plugin.pq.gram import Moments, MomentSums
 from bgd_plugin.pq.least_squares import output_objective
-from bgd_plugin.pq.target import asymmetric_target
+from bgd_plugin.pq.target_asymmetric import asymmetric_target
 from bgd_plugin.quantization.datafree import quantize_weights
 from tests.networks import PlainNet, SmallResNet, images, randomized, vectors
 from tests.oracles import reconstruction_objective

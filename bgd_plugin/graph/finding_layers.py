@@ -192,7 +192,7 @@ def _other_weights(graph_module: fx.GraphModule, calls: dict[str, list[fx.Node]]
         else:
             value = attribute(graph_module, target)
             if isinstance(value, nn.Parameter) and value.ndim > 1 and id(value) not in weights:
-                yield _read_byfunction_of(graph_module, target, value)
+                yield _read_by_function(graph_module, target, value)
 
 
 def _reads(call: fx.Node, target: str) -> bool:
@@ -200,7 +200,7 @@ def _reads(call: fx.Node, target: str) -> bool:
     return call.op == "call_function" and target != call.name
 
 
-def _read_byfunction_of(graph_module: fx.GraphModule, target: str, weight: nn.Parameter) -> FoundLayer | LeftLayer:
+def _read_by_function(graph_module: fx.GraphModule, target: str, weight: nn.Parameter) -> FoundLayer | LeftLayer:
     """A weight that functions read: a layer's, if a layer owns it and only the network's own functions read it."""
     readers = [n for n in graph_module.graph.nodes if n.op == "get_attr" and n.target == target]
     users = list(dict.fromkeys(user for reader in readers for user in reader.users))

@@ -19,7 +19,7 @@ def asymmetric_target(
     W* = W + step · (H + damping · mean(diag H) · I)⁻¹ Xᵀ(Y − X W), solved in float64. The damping pulls towards W, so
     directions without inputs keep the float weight. For a quantized layer half a step is better than a whole one: the
     rest of the correction fits noise of the calibration set. A layer that stays float, such as a depthwise convolution
-    (one group per channel), takes the whole step. The drift of a skip connection is part of Y (`fitting.skip_drift`).
+    (one group per channel), takes the whole step. A skip connection's drift is part of Y (`fitting.target_residual`).
 
     Args:
         weight: `[rows, columns]`, the rows of each group contiguous.

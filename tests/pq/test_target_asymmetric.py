@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bgd_plugin.fitting.scale_and_shift import matching_bias
 from bgd_plugin.pq.gram import Moments
-from bgd_plugin.pq.target import asymmetric_target
+from bgd_plugin.pq.target_asymmetric import asymmetric_target
 
 
 def drifted_layer(groups: int = 1, positions: int = 400, columns: int = 12, rows: int = 7) -> tuple[Tensor, ...]:
