@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, FinetuningConfig, LayerConfig, integration
-from bgd_plugin.errors import CheckpointError, ConfigError
+from bgd_plugin.errors import ConfigError
 from bgd_plugin.training import kl_to_teacher
 from tests.adapters.entrances import same_state
 
@@ -27,7 +23,20 @@ adapter: Any = bgd.load_adapter("transformers")
 import transformers  # noqa: E402
 from transformers import AutoModel, AutoModelForImageClassification  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.adapters.transformers.small import (  # noqa: E402
+    MODELS,
+    batches,
+    bert,
+    folder,
+    in_a_fresh_process,
+    llama,
+    resnet,
+    same_logits,
+    vit,
+)
+
+__all__ = ["folder"]
+
 SMALL: dict[str, Any] = {
     "max_divergence": None,
     "conv": LayerConfig(block_size=9, codebook_size=32),
@@ -35,86 +44,6 @@ SMALL: dict[str, Any] = {
     "codebook_storage": "float16",
     "weight_storage": "float16",
 }
-
-
-def resnet() -> Any:
-    config = transformers.ResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", num_labels=5
-    )
-    return transformers.ResNetForImageClassification(config).eval()
-
-
-def vit() -> Any:
-    config = transformers.ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        image_size=32,
-        patch_size=8,
-        num_labels=5,
-    )
-    return transformers.ViTForImageClassification(config).eval()
-
-
-def bert() -> Any:
-    config = transformers.BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=50, num_labels=3
-    )
-    return transformers.BertForSequenceClassification(config).eval()
-
-
-def llama(**fields: Any) -> Any:
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=64,
-        vocab_size=50,
-        **fields,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-def batches(model: Any, count: int = 2) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    if model.main_input_name == "pixel_values":
-        return [{"pixel_values": torch.randn(4, 3, 32, 32, generator=generator)} for _ in range(count)]
-    ids = [torch.randint(1, 50, (4, 12), generator=generator) for _ in range(count)]
-    masks = [(torch.arange(12) < torch.tensor([12, 9, 12, 5])[:, None]).long() for _ in range(count)]
-    return [{"input_ids": i, "attention_mask": m} for i, m in zip(ids, masks, strict=True)]
-
-
-MODELS = {"resnet": resnet, "vit": vit, "bert": bert, "llama": llama}
-
-
-@torch.no_grad()
-def same_logits(one: Any, other: Any) -> bool:
-    return all(torch.equal(one(**b).logits, other(**b).logits) for b in batches(one))
-
-
-def in_a_fresh_process(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    path = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'adapters')!r}]\n"
-    plain = os.environ | {"BGD_KERNELS": "off"}  # as the tests themselves
-    return subprocess.run([sys.executable, "-c", path + script], cwd=folder, env=plain, capture_output=True, text=True)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A quantized ViT, in blocks of 4."""
-    model = vit()
-    config = adapter.BGDQuantizationConfig(max_divergence=None)
-    result = adapter.quantize_pretrained(model, batches(model), config, progress=False)
-    adapter.save_pretrained(result.model, tmp_path / "vit")
-    return tmp_path / "vit"
-
-
-def edited(folder: Path, **values: Any) -> None:
-    file = folder / "config.json"
-    config = json.loads(file.read_text())
-    config["quantization_config"] |= values
-    file.write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -323,106 +252,6 @@ def test_the_card_says_how_to_load(folder: Path) -> None:
     assert again.count("bgd_plugin: begin") == 1
     with pytest.raises(ConfigError, match="not quantized by bgd_plugin"):
         adapter.model_card_section(vit())
-
-
-def test_loading_without_the_adapter_fails_loudly(folder: Path) -> None:
-    done = in_a_fresh_process(
-        "import transformers\ntransformers.AutoModelForImageClassification.from_pretrained('.')", folder
-    )
-    assert done.returncode != 0
-    assert "Unknown quantization type, got bgd" in done.stderr + done.stdout
-    assert "ignore_mismatched_sizes" in done.stderr
-    assert "load_adapter('transformers')" in (folder / "config.json").read_text()
-
-
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
-def test_a_folder_with_one_file_missing_is_an_error(folder: Path, file: str) -> None:
-    (folder / file).unlink()
-    with pytest.raises((OSError, ValueError), match=r"config.json|model.safetensors"):
-        AutoModelForImageClassification.from_pretrained(folder)
-
-
-def test_a_missing_shard_is_an_error(tmp_path: Path) -> None:
-    model = vit()
-    adapter.quantize_pretrained(model, None).model.save_pretrained(tmp_path, max_shard_size="10KB")
-    sorted(tmp_path.glob("*.safetensors"))[0].unlink()
-    with pytest.raises(OSError, match="safetensors"):
-        type(model).from_pretrained(tmp_path)
-
-
-def test_an_edited_config_is_an_error(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    layers = dict(config["layers"])
-    sizes = layers.pop("vit.layers.0.mlp.fc1")
-    edited(folder, layers=layers)
-    with pytest.raises(CheckpointError, match=r"'vit.layers.0.mlp.fc1' is in the files, but not in config.json"):
-        AutoModelForImageClassification.from_pretrained(folder)
-    edited(folder, layers=layers | {"vit.layers.0.mlp.fc1": sizes, "nothing": [4, 16]})
-    with pytest.raises(CheckpointError, match="'nothing' is missing in the files"):
-        AutoModelForImageClassification.from_pretrained(folder)
-    edited(folder, layers=layers | {"vit.layers.0.mlp.fc1": [5, 16]})
-    with pytest.raises(CheckpointError, match="blocks of 5"):
-        AutoModelForImageClassification.from_pretrained(folder)
-    edited(folder, layers=None)
-    with pytest.raises(CheckpointError, match="names no layers"):
-        AutoModelForImageClassification.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("part", ["weight", "codebook"])
-def test_edited_codes_and_codebooks_are_an_error(folder: Path, part: str) -> None:
-    state = safetensors.torch.load_file(folder / "model.safetensors")
-    state[f"vit.layers.0.mlp.fc1.{part}"][0] = 1
-    safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="damaged or edited"):
-        AutoModelForImageClassification.from_pretrained(folder)
-    del state[f"vit.layers.0.mlp.fc1.{part}"]
-    safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"'vit.layers.0.mlp.fc1' is missing in the files"):
-        AutoModelForImageClassification.from_pretrained(folder)
-
-
-def test_a_file_cut_short_is_an_error(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(Exception, match=r"[Ii]ncomplete|[Hh]eader"):
-        AutoModelForImageClassification.from_pretrained(folder)
-
-
-def test_a_model_that_is_quantized_already_is_an_error(folder: Path) -> None:
-    model = AutoModelForImageClassification.from_pretrained(folder)
-    with pytest.raises(ConfigError, match="quantized already, by 'bgd'"):
-        adapter.quantize_pretrained(model, None)
-
-
-def test_a_model_that_torchao_has_quantized_is_an_error(tmp_path: Path) -> None:
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    vit().save_pretrained(tmp_path)
-    int8 = quantization.Int8WeightOnlyConfig(version=2)
-    by_config = AutoModelForImageClassification.from_pretrained(
-        tmp_path, quantization_config=transformers.TorchAoConfig(int8)
-    )
-    with pytest.raises(ConfigError, match="quantized already, by 'torchao'"):
-        adapter.quantize_pretrained(by_config, None)
-    by_hand = AutoModelForImageClassification.from_pretrained(tmp_path)
-    quantization.quantize_(by_hand, int8)
-    with pytest.raises(ConfigError, match=r"weight' is a tensor type of another library \(Int8Tensor\)"):
-        adapter.quantize_pretrained(by_hand, batches(by_hand))
-
-
-def test_a_second_config_for_a_quantized_folder_is_refused_by_transformers(folder: Path) -> None:
-    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
-        model = AutoModelForImageClassification.from_pretrained(
-            folder, quantization_config=adapter.BGDQuantizationConfig(linear=LayerConfig(block_size=8))
-        )
-    assert {sizes[0] for sizes in integration.placement_of(model).values()} == {4}
-    other = transformers.QuantoConfig(weights="int8")
-    with pytest.raises(ValueError, match="quantized with BGDQuantizationConfig but you are passing a QuantoConfig"):
-        AutoModelForImageClassification.from_pretrained(folder, quantization_config=other)
-
-
-def test_what_is_no_transformers_model_is_refused() -> None:
-    with pytest.raises(ConfigError, match="model is a Linear"):
-        adapter.quantize_pretrained(nn.Linear(8, 8), None)
 
 
 @pytest.mark.parametrize("buffers", [False, True])
