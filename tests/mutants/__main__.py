@@ -53,10 +53,18 @@ def main() -> None:
     parser.add_argument("--tests", nargs="*", default=TESTS, help="files and folders of tests to choose from")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    known = tomllib.loads((Path(__file__).parent / "equivalent.toml").read_text())["mutant"]
-    mutants = sampled(ROOT, options.folders, options.count, options.seed, options.operators)
-    tests = _in_a_fork_of_its_own(options.tests, is_kept=options.keep)
     copy = _copied()
+    try:
+        _report(options.folders, _outcomes(copy, options))
+    finally:
+        shutil.rmtree(copy)
+
+
+def _outcomes(copy: Path, options: argparse.Namespace) -> Counter[tuple[str, str]]:
+    """How many mutants of each folder were killed, survived, or are known to compute the same."""
+    known = tomllib.loads((Path(__file__).parent / "equivalent.toml").read_text())["mutant"]
+    mutants = sampled(copy, options.folders, options.count, options.seed, options.operators)
+    tests = _in_a_fork_of_its_own(copy, options.tests, is_kept=options.keep)
     outcomes: Counter[tuple[str, str]] = Counter()
     start = time.monotonic()
     random.Random(options.seed).shuffle(mutants)
@@ -66,47 +74,61 @@ def main() -> None:
         if outcome in ("survived", "not run"):
             print(f"{outcome}: {mutant.path}:{mutant.line} {mutant.operator}\n  - {mutant.before}\n  + {mutant.after}")
         print(f"[{number}/{len(mutants)}, {time.monotonic() - start:.0f} s]", end="\r", flush=True)
-    _report(options.folders, outcomes)
+    return outcomes
 
 
-def _in_a_fork_of_its_own(tests: Sequence[str], *, is_kept: bool) -> Tests:
-    """Measure there, so that this process never imports what is to be mutated."""
+def _in_a_fork_of_its_own(copy: Path, tests: Sequence[str], *, is_kept: bool) -> Tests:
+    """Measure there, so that this process never imports what is to be mutated.
+
+    What is measured, and mutated later, is a copy: the sources may be edited in the meantime.
+    """
     kept = BUILD / "tests.json"
     child = os.fork()
     if not child:
-        os.chdir(ROOT)
+        _enter(copy)
         try:
-            measured(ROOT, FOLDERS, list(tests), kept, is_kept=is_kept)
+            measured(copy, FOLDERS, list(tests), kept, is_kept=is_kept)
         except SystemExit as failed:
             print(failed)
             os._exit(1)
         os._exit(0)
     if os.waitpid(child, 0)[1]:
         raise SystemExit(1)
-    return measured(ROOT, FOLDERS, list(tests), kept, is_kept=True)
+    return measured(copy, FOLDERS, list(tests), kept, is_kept=True)
+
+
+def _enter(copy: Path) -> None:
+    """Work in a copy from now on, and import from there."""
+    os.chdir(copy)
+    for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "bgd_plugin")]:
+        del sys.modules[name]
+    sys.path[:] = [str(copy), str(copy / "adapters"), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
+    os.environ["PYTHONPATH"] = f"{copy}:{copy / 'adapters'}"
+    sys.dont_write_bytecode = True
 
 
 def _copied() -> Path:
     """A copy of sources and tests, in which the mutants are made."""
     copy = BUILD / f"copy-{os.getpid()}"
     shutil.rmtree(copy, ignore_errors=True)
-    for folder in ("bgd_plugin", "tests", "adapters"):
+    for folder in ("bgd_plugin", "tests", "adapters", "docs", "examples"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", copy)
     return copy
 
 
 def _tested(copy: Path, mutant: Mutant, tests: Tests, seconds: float) -> str:
-    names = tests.of(mutant.path, mutant.line, (ROOT / mutant.path).read_text(), seconds=seconds)
+    file = copy / mutant.path
+    source = file.read_text()
+    names = tests.of(mutant.path, mutant.line, source, seconds=seconds)
     if not names:
         return "not run"
     limit = 60 + 10 * sum(tests.seconds[name] for name in names)
-    file = copy / mutant.path
     file.write_text(mutant.source)
     try:
         return "survived" if _passes(copy, names, limit) else "killed"
     finally:
-        file.write_text((ROOT / mutant.path).read_text())
+        file.write_text(source)
 
 
 def _passes(copy: Path, names: Sequence[str], limit_seconds: float) -> bool:
@@ -114,15 +136,10 @@ def _passes(copy: Path, names: Sequence[str], limit_seconds: float) -> bool:
     child = os.fork()
     if not child:
         os.setsid()
-        os.chdir(copy)
+        _enter(copy)
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(silent, 2)
-        for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "bgd_plugin")]:
-            del sys.modules[name]
-        sys.path[:] = [str(copy), str(copy / "adapters"), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
-        os.environ["PYTHONPATH"] = f"{copy}:{copy / 'adapters'}"
-        sys.dont_write_bytecode = True
         os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *names])))
     end = time.monotonic() + limit_seconds
     while time.monotonic() < end:

@@ -46,15 +46,25 @@ def edits(source: bytes) -> Iterator[Edit]:
     """Every defect of these kinds in a module's source."""
     offsets = _Offsets(source)
     for node in executed(ast.parse(source)):
-        if isinstance(node, (ast.expr, ast.stmt)):
-            for operator, text in _replacements(node, offsets):
-                yield Edit(
-                    operator=f"wires/{operator}",
-                    line=node.lineno,
-                    start=offsets.start(node),
-                    end=offsets.end(node),
-                    text=text,
-                )
+        for place, operator, text in _edits_of(node, offsets):
+            yield Edit(
+                operator=f"wires/{operator}",
+                line=place.lineno,
+                start=offsets.start(place),
+                end=offsets.end(place),
+                text=text,
+            )
+
+
+def _edits_of(node: ast.AST, offsets: _Offsets) -> Iterator[tuple[ast.expr | ast.stmt, str, str]]:
+    """For each defect of a node: what is replaced, the defect's name, and by what."""
+    conditions = [node.test] if isinstance(node, ast.If) else node.ifs if isinstance(node, ast.comprehension) else []
+    for condition in conditions:
+        yield condition, "Always", "True"
+        yield condition, "Never", "False"
+    if isinstance(node, (ast.expr, ast.stmt)):
+        for operator, text in _replacements(node, offsets):
+            yield node, operator, text
 
 
 def executed(node: ast.AST) -> Iterator[ast.AST]:
@@ -91,6 +101,8 @@ def _replacements(node: ast.expr | ast.stmt, offsets: _Offsets) -> Iterator[tupl
             rest = [f"({text(v)})" for v in node.values if v is not value]
             joined = (" and " if isinstance(node.op, ast.And) else " or ").join(rest)
             yield f"LeaveOutCondition{index}", f"({joined})"
+    elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Slice):
+        yield "LeaveOutSlice", f"({text(node.value)})"
     elif isinstance(node, ast.Call):
         yield from _calls(node, offsets)
     elif isinstance(node, ast.Constant) and isinstance(node.value, float) and node.value:
@@ -107,6 +119,10 @@ def _calls(node: ast.Call, offsets: _Offsets) -> Iterator[tuple[str, str]]:
         yield "TakeFirstArgument", f"({text(node.args[0])})"
         if len(node.args) > 1:
             yield "TakeLastArgument", f"({text(node.args[-1])})"
+    if len(node.args) > 1 and not any(isinstance(argument, ast.Starred) for argument in node.args):
+        swapped = [text(node.args[1]), text(node.args[0]), *map(text, node.args[2:])]
+        swapped += [f"{k.arg}={text(k.value)}" if k.arg else f"**{text(k.value)}" for k in node.keywords]
+        yield "SwapArguments", f"{text(node.func)}({', '.join(swapped)})"
     for index, keyword in enumerate(node.keywords):
         if keyword.arg is not None and _may_be_left_out(node):
             arguments = [text(a) for a in node.args]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from bgd_plugin.planning import bound
 from bgd_plugin.planning.bound import fewest_bytes, loss_by_bytes
 from bgd_plugin.planning.candidates import Option
+from bgd_plugin.planning.losses import LEVEL
 
 
 def _layer(sizes: list[int], losses: list[float]) -> list[Option]:
@@ -67,3 +68,35 @@ def test_the_search_takes_few_steps_also_where_the_answer_is_near_the_smallest_f
     (pick,) = fewest_bytes(layers, 1 / 11)
     assert pick == 10
     assert len(calls) <= 18
+
+
+def test_a_choice_that_loses_just_the_bound_is_within_it() -> None:
+    options = [Option(layer=None, size_bytes=size, loss=loss) for size, loss in ((10, 0.5), (20, 0.25), (40, 0.0))]
+    assert fewest_bytes([options], 0.5) == [0]
+    assert fewest_bytes([options], 0.25) == [1]
+    assert fewest_bytes([options, options], 0.5) == [1, 1]
+    assert fewest_bytes([options], 0.0) == [2]
+
+
+def test_each_point_of_the_curve_is_rated_at_the_loss_of_the_point_before_it() -> None:
+    options = [Option(layer=None, size_bytes=size, loss=loss) for size, loss in ((10, 0.5), (20, 0.25), (40, 0.0))]
+    levels: list[float] = []
+
+    def rated(level: float) -> list[list[Option]]:
+        levels.append(level)
+        return [options]
+
+    curve = loss_by_bytes(rated, lambda picked: 3 * sum(option.loss for option in picked), 3)
+    assert curve == [(10, 1.5), (20, 0.75), (40, 0.0)]
+    assert levels == [LEVEL, 1.5, 1.5, 0.75]
+
+
+def test_a_curve_never_rises_with_the_bytes() -> None:
+    """What a joint loss makes of options that lose less each may be more."""
+    options = [Option(layer=None, size_bytes=size, loss=loss) for size, loss in ((10, 0.5), (20, 0.25), (40, 0.0))]
+    losses = iter([0.3, 0.3, 0.9, 0.1])
+    assert [found for _, found in loss_by_bytes(lambda level: [options], lambda picked: next(losses), 3)] == [
+        0.3,
+        0.3,
+        0.1,
+    ]

@@ -138,3 +138,20 @@ def test_shares_are_told_at_the_loss_that_the_file_comes_to(monkeypatch: pytest.
     survey = budget.spend(sensitivities)
     assert levels[0] == LEVEL and len(levels) == 2
     assert levels[1] == pytest.approx(survey.expected_divergence, rel=0.5) and levels[1] != LEVEL
+
+
+@pytest.mark.parametrize("realized", [1.0, 2.0])
+def test_shares_within_a_bound_are_told_at_the_loss_that_is_aimed_at(
+    realized: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget, sensitivities = _made_up(max_divergence=0.03)
+    levels: list[float] = []
+    rated = Budget.rated
+
+    def watched(self: Budget, known: Any, level: float = LEVEL) -> Any:
+        levels.append(level)
+        return rated(self, known, level)
+
+    monkeypatch.setattr(Budget, "rated", watched)
+    budget.spend(sensitivities, realized)
+    assert levels == [pytest.approx(0.8 * 0.03 / realized)]

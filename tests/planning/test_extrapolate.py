@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -47,3 +48,30 @@ def test_logits_of_pixels_and_tokens_are_rows_and_many_are_thinned() -> None:
     assert torch.allclose(shift, torch.ones_like(shift), atol=1e-5)
     assert torch.equal(logits[1].float(), pixels[0, :, 0, 1])
     assert shifted_logits(pixels, pixels, 60)[0].shape == (20, 3)
+
+
+def test_the_points_end_behind_the_first_loss_that_no_bound_asks_for() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    shift = 0.5 * torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    losses = [loss for _, loss in losses_by_error([(logits, shift)], size=1.0, loss=0.0)]
+    assert losses[-2] <= 1.0 < losses[-1] < 8.0
+    assert losses[0] > 1e-6
+
+
+def test_a_loss_that_cannot_be_computed_ends_the_points() -> None:
+    logits = torch.zeros(2, 2, dtype=torch.float64)
+    shift = torch.tensor([[1e-3, 0.0], [math.inf, 0.0]], dtype=torch.float64)
+    assert losses_by_error([(logits, shift)], size=1.0, loss=0.0) == ((1.0, 1e-30),)
+
+
+def test_an_error_without_a_loss_still_has_one_in_proportion() -> None:
+    assert losses_by_error([], size=4.0, loss=0.0) == ((4.0, 4e-30),)
+
+
+def test_samples_of_several_batches_count_together() -> None:
+    logits = torch.randn(6, 3, dtype=torch.float64)
+    shift = torch.randn(6, 3, dtype=torch.float64)
+    whole = losses_by_error([(logits, shift)], 1.0, 0.0)
+    parts = losses_by_error([(logits[:2], shift[:2]), (logits[2:], shift[2:])], 1.0, 0.0)
+    torch.testing.assert_close(torch.tensor(parts), torch.tensor(whole))

@@ -262,3 +262,11 @@ def test_a_subclass_with_a_forward_of_its_own_goes_by_its_own_name() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), ConvOfItsOwn(8, 16, 3))
     (layer,) = bgd.plan(model, em()).layers
     assert (layer.name, layer.kind, layer.weight_shape) == ("1", "conv2d", (16, 8, 3, 3))
+
+
+def test_memory_is_that_of_the_compressed_network_with_a_shared_weight_once() -> None:
+    model = nn.Sequential(nn.Linear(12, 32), nn.Linear(32, 32), nn.Linear(32, 32), nn.BatchNorm1d(32))
+    model[2].weight = model[1].weight
+    plan = bgd.plan(model.eval(), em())
+    assert [layer.name for layer in plan.layers] == ["1"]
+    assert plan.memory_bytes == bgd.quantize_weights(model, em()).report.memory_bytes

@@ -176,3 +176,27 @@ def test_measuring_leaves_weights_where_they_were() -> None:
     batches = collect_batches(images(size=12), graph, device=torch.device("cpu"), forward=None)
     assert {"kernel", "matrix"} <= set(measured(budget, batches, progress=False).sensitivities)
     assert sorted(graph.state_dict()) == sorted(names) and list(dict(graph.named_modules())) == modules
+
+
+class _Dropping(nn.Module):
+    """Random while it is trained."""
+
+    def __init__(self, *, branches: bool) -> None:
+        super().__init__()
+        self.branches = branches
+        self.a, self.norm, self.drop = nn.Linear(12, 64), nn.BatchNorm1d(64), nn.Dropout(0.5)
+        self.b, self.c = nn.Linear(64, 64), nn.Linear(64, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.drop(torch.relu(self.norm(self.a(x))))
+        x = 4 * self.c(torch.relu(self.b(x)))
+        return -x if self.branches and float(x.abs().max()) > 1e9 else x
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_a_network_that_is_being_trained_is_measured_as_it_answers(branches: bool) -> None:
+    model: nn.Module = randomized(_Dropping(branches=branches))
+    data, config = _rows(), bgd.BGDConfig(target_ratio=4)
+    plans = [bgd.plan(model.train(mode), config, data, progress=False) for mode in (False, True)]
+    assert plans[0] == plans[1]
+    assert all(module.training for module in model.modules())

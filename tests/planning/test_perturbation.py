@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -120,3 +121,25 @@ def test_the_error_of_a_functions_weight_is_seen_where_the_function_reads_it() -
         bias = network.get_parameter("bias")
         torch.testing.assert_close(rough - bias, 2 * (exact - bias), rtol=1e-2, atol=1e-2)
         assert torch.equal(network(x), exact)
+
+
+def test_a_bias_stays_where_nothing_takes_the_mean_out() -> None:
+    """As with a method that does not correct biases."""
+    network = _network("bias")
+    facts, one = _error(network, "bias")
+    kept = dataclasses.replace(one, takes_mean=False)
+    bias, exact = network.get_submodule("0").bias, _outputs(network)
+    with perturbed(network, one):
+        assert network.get_submodule("0").bias is not bias
+    with perturbed(network, kept):
+        assert network.get_submodule("0").bias is bias
+        assert float((_outputs(network).mean(0) - exact.mean(0)).abs().max()) > 0.01
+    assert facts.takes_mean
+
+
+def test_a_row_that_gives_nothing_keeps_its_spread() -> None:
+    _, one = _error(_network("norm"), "norm")
+    nothing = dataclasses.replace(one, powers=torch.zeros_like(one.powers))
+    assert torch.equal(nothing.ratio(1.0), torch.ones(8))
+    rounded = dataclasses.replace(one, powers=torch.tensor([[-1e-9], [0.0], [0.0]]))
+    assert torch.equal(rounded.ratio(1.0), torch.ones(1))

@@ -13,6 +13,8 @@ import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, LayerConfig
 from bgd_plugin.files.format import file_bytes, stored
 from bgd_plugin.nn import PQModule
+from bgd_plugin.planning.sizes import Sketch
+from bgd_plugin.planning.survey import surveyed
 from tests.networks import SmallResNet, images, randomized
 
 
@@ -102,3 +104,14 @@ def test_a_budget_reserves_single_precision_for_what_a_run_will_change() -> None
         model, BGDConfig(overrides=overrides, float_storage="float32", max_divergence=None)
     ).compressed_bytes
     assert least - as_it_is == pytest.approx(2 * sum(v.numel() for v in changing), abs=64)
+
+
+def test_a_free_layer_that_stays_float_counts_with_its_values() -> None:
+    """Half precision holds them, so the file does, although single precision was asked for."""
+    model = nn.Sequential(nn.Linear(12, 32, bias=False), nn.ReLU(), nn.Linear(32, 48, bias=False)).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half().float()
+    config = BGDConfig(target_bytes=2_000, float_storage="float32", weight_storage="float32")
+    survey = surveyed(model, config, original=model)
+    assert set(survey.free) == {"2"}
+    assert Sketch(survey).file_size(()) == len(file_bytes(stored(model))) < 3 * (12 * 32 + 32 * 48)
