@@ -28,8 +28,17 @@ def _seeded() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _plain(request: pytest.FixtureRequest) -> Iterator[None]:
     """Tests compare bits, so they run on the plain path; the kernels have tests of their own, in `tests/kernels`."""
-    if request.path.parent.name == "kernels":
+    if request.path.parent.name in ("kernels", "jit"):
         yield
         return
     with kernels.disabled():
         yield
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Torch may use two threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

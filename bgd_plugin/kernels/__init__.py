@@ -4,6 +4,6 @@ Quantized layers use them on a CPU, if no gradient is needed and `llvmlite` (the
 path, which decodes the weight and calls torch's operator, is the reference; training and export use it.
 """
 
-from bgd_plugin.kernels.switch import disabled, enabled
+from bgd_plugin.jit.switch import disabled, enabled
 
 __all__ = ["disabled", "enabled"]

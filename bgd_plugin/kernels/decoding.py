@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from bgd_plugin.kernels.llvm import Loop, compiled, define, pieces, read_codes
-from bgd_plugin.kernels.threads import share_rows
+from bgd_plugin.jit.llvm import Loop, compiled, define, pieces, read_codes
+from bgd_plugin.jit.threads import share_rows
 
 __all__ = ["decode_program", "decode_rows", "decode_rows_into"]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from bgd_plugin.kernels.llvm import Loop, compiled, define, pieces, read_codes, vector_registers
-from bgd_plugin.kernels.vectors import fetch, fma, load, masked, total, tree, zero
+from bgd_plugin.jit.llvm import Loop, compiled, define, pieces, read_codes, vector_registers
+from bgd_plugin.jit.vectors import fetch, fma, load, masked, total, tree, zero
 
 __all__ = ["dot_program"]
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bgd_plugin.jit.threads import share_rows
 from bgd_plugin.kernels.choice import cheapest
 from bgd_plugin.kernels.dot import dot_program
 from bgd_plugin.kernels.table import LANES, TABLE_POSITIONS, table_program
-from bgd_plugin.kernels.threads import share_rows
 from bgd_plugin.kernels.tiles import decoded_tiles
 
 __all__ = ["FEW_INPUTS", "WAYS", "lookup_linear"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from bgd_plugin.kernels.llvm import AVAILABLE, Loop, compiled, converts_halves, define
-from bgd_plugin.kernels.vectors import fma, load, total, tree, vector, zero
+from bgd_plugin.jit.llvm import AVAILABLE, Loop, compiled, converts_halves, define
+from bgd_plugin.jit.vectors import fma, load, total, tree, vector, zero
 
 __all__ = ["narrow_dot_program"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.encoding.narrow import from_narrow
+from bgd_plugin.jit.threads import share_rows
 from bgd_plugin.kernels.narrow_dot import narrow_dot_program
-from bgd_plugin.kernels.threads import share_rows
 from bgd_plugin.kernels.tiles import rows_of_a_tile
 
 __all__ = ["narrow_linear"]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bgd_plugin.jit.llvm import AVAILABLE
 from bgd_plugin.kernels.decoding import decode_rows
 from bgd_plugin.kernels.linear import lookup_linear
-from bgd_plugin.kernels.llvm import AVAILABLE
 from bgd_plugin.pq.blocks import decode
 from bgd_plugin.pq.masked import masked
 

@@ -2,50 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from bgd_plugin.kernels.llvm import AVAILABLE
+from bgd_plugin.jit.switch import enabled
 
-__all__ = ["computable", "disabled", "enabled", "runs_directly", "turned_off", "usable"]
+__all__ = ["computable", "runs_directly", "usable"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CODES = (torch.uint8, torch.int16, torch.int32)
 _TENSORS = (Tensor, Parameter)
 _LARGEST_BLOCK = 128
-
-_is_off: ContextVar[bool] = ContextVar("bgd_kernels_off", default=False)
-_is_off_by_environment = os.environ.get("BGD_KERNELS", "").strip().lower() in ("0", "off", "false", "no")
-
-
-@contextmanager
-def disabled() -> Iterator[None]:
-    """Inside the `with` block this thread decodes weights and calls torch's own operators.
-
-    The environment variable `BGD_KERNELS=off`, read once at import, does the same for a whole process.
-    """
-    token = _is_off.set(True)
-    try:
-        yield
-    finally:
-        _is_off.reset(token)
-
-
-def enabled() -> bool:
-    """Whether kernels can be used: `llvmlite` is installed, and they are not turned off."""
-    return AVAILABLE and not turned_off()
-
-
-def turned_off() -> bool:
-    """Whether the caller wants the plain path, with torch's operators alone."""
-    return _is_off_by_environment or _is_off.get()
 
 
 def usable(x: Tensor, codebook: Tensor, codes: Tensor, *others: Tensor | None) -> bool:

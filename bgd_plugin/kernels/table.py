@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from bgd_plugin.kernels.llvm import Loop, compiled, define, read_codes
-from bgd_plugin.kernels.vectors import fma, load, splat, store, tree, zero
+from bgd_plugin.jit.llvm import Loop, compiled, define, read_codes
+from bgd_plugin.jit.vectors import fma, load, splat, store, tree, zero
 
 __all__ = ["LANES", "TABLE_POSITIONS", "table_program"]
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from bgd_plugin.encoding.narrow import from_narrow, to_narrow
 from bgd_plugin.errors import ConfigError
+from bgd_plugin.jit.switch import turned_off
 from bgd_plugin.kernels.narrow_linear import narrow_linear
-from bgd_plugin.kernels.switch import runs_directly, turned_off
+from bgd_plugin.kernels.switch import runs_directly
 
 __all__ = ["NarrowEmbedding", "NarrowLinear", "NarrowModule", "narrowed", "widened"]
 

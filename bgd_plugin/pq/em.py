@@ -25,7 +25,15 @@ class Fit:
 
 
 @torch.no_grad()
-def fit_em(blocks: Tensor, gram: Tensor, codebook_size: int, iterations: int, *, generator: torch.Generator) -> Fit:
+def fit_em(
+    blocks: Tensor,
+    gram: Tensor,
+    codebook_size: int,
+    iterations: int,
+    *,
+    generator: torch.Generator,
+    compiled: bool = False,
+) -> Fit:
     """Choose a codebook and codes that minimize Σ_v ‖x̃ (v − c_{a(v)})‖², x̃ `[n, d]` the pooled input blocks.
 
     With G = x̃ᵀx̃ = L Lᵀ the distance is ‖(v − c) L‖², so this is k-means on the points v L, and its cost does not
@@ -41,6 +49,7 @@ def fit_em(blocks: Tensor, gram: Tensor, codebook_size: int, iterations: int, *,
         codebook_size: k, at most the number of blocks.
         iterations: maximum number; the fit stops early when the objective no longer falls.
         generator: draws the initial codewords, and the splits that refill empty clusters.
+        compiled: see `kmeans`.
 
     Raises:
         ValueError: fewer blocks than codewords, NaN or Inf in blocks or Gram, or a Gram of the wrong size.
@@ -52,7 +61,7 @@ def fit_em(blocks: Tensor, gram: Tensor, codebook_size: int, iterations: int, *,
     flat, unit = near_one(flat if flat.dtype == torch.float64 else flat.float())
     start = _start(flat, codebook_size, generator)
     root = gram_root(gram, flat.dtype).to(flat)
-    found = kmeans(flat @ root, start @ root, iterations, generator=generator)
+    found = kmeans(flat @ root, start @ root, iterations, generator=generator, compiled=compiled)
     counts = torch.bincount(found.codes, minlength=codebook_size).unsqueeze(1)
     means = cluster_sums(flat, found.codes, codebook_size) / counts.clamp(min=1)
     codebook = (torch.where(counts > 0, means, start) * unit).to(blocks.dtype)

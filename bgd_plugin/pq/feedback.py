@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from bgd_plugin.jit.nearest import can_search, search
 from bgd_plugin.pq.line import nearest_on_a_line
 from bgd_plugin.pq.masked import masked, nearest_masked
 from bgd_plugin.pq.panels import Panels
@@ -157,6 +158,8 @@ def nearest(points: Tensor, metric: Tensor, codebook: Tensor, mask: Tensor | Non
     centre = codebook.mean(0)
     moved = (points - centre.to(points)) @ metric
     words = (codebook - centre).to(points) @ metric
+    if can_search(moved):
+        return search(moved, words)
     norms = words.square().sum(2).unsqueeze(1)
     codes = torch.empty(points.shape[:2], dtype=torch.int64, device=points.device)
     for groups, rows in _pieces(points.shape[0], points.shape[1], codebook.shape[0]):

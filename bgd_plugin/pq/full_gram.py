@@ -86,10 +86,10 @@ def fit_full(
     codebook = _start(rows, hessian, mask, codebook_size, block_size, generator)
     codes = encode_damped(flat, codebook, hessian, mask)
     heldout = None if heldout_gram is None else grouped(weight, heldout_gram)[1]
-    trail = _Trail(flat, hessian, heldout, mask)
+    trail = _Trail(flat, hessian if heldout is None else heldout, mask)
     trail.add(codebook, codes)
     for _ in range(rounds):
-        codebook, loss = solve_codebook(
+        codebook = solve_codebook(
             flat,
             codes,
             hessian,
@@ -97,9 +97,8 @@ def fit_full(
             iterations=_SOLVE_ITERATIONS,
             tolerance=_SOLVE_TOLERANCE,
             mask=mask,
-            before=trail.history[-1],
         )
-        trail.add(codebook, codes, loss)
+        trail.add(codebook, codes)
         codes, changed = refine_codes(flat, codebook, codes, hessian, mask)
         trail.add(codebook, codes)
         if not changed or trail.is_done():
@@ -108,61 +107,47 @@ def fit_full(
     return FullFit(
         codebook=(codebook * unit).to(weight.dtype),
         codes=codes,
-        notes=(*trail.notes(), *_notes(codes, codebook_size, grams)),
+        notes=(*(() if heldout is None else trail.notes()), *_notes(codes, codebook_size, grams)),
     )
 
 
 class _Trail:
-    """The points of a fit, their losses, and the best point: by held-out loss if there is a held-out Gram.
+    """The points of a fit, their losses, and the best point.
+
+    Args:
+        weight: `[rows, columns]`.
+        gram: of the inputs that decide, `[groups, columns, columns]`.
+        mask: see `fit_full`.
 
     Attributes:
-        history: the damped objective after error feedback, then after each half round; never rises.
-        heldout: the objective on the held-out Gram at the same points; empty without a held-out Gram.
+        history: the objective after error feedback, then after each half round.
         chosen: index of the best point.
         best: its codebook and codes.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,
-        gram: Tensor,
-        heldout_gram: Tensor | None,
-        mask: Tensor | None = None,
-    ) -> None:
-        self._weight, self._gram, self._heldout_gram = weight, gram, heldout_gram
-        self._mask = mask
+    def __init__(self, weight: Tensor, gram: Tensor, mask: Tensor | None = None) -> None:
+        self._weight, self._gram, self._mask = weight, gram, mask
         self.history: list[float] = []
-        self.heldout: list[float] = []
         self.chosen = -1
         self.best: tuple[Tensor, Tensor]
 
-    def add(self, codebook: Tensor, codes: Tensor, loss: float | None = None) -> None:
-        """Add a point; `loss` is its objective on the fitted Gram, where it is known."""
-        self.history.append(self._loss(codebook, codes, self._gram) if loss is None else loss)
-        if self._heldout_gram is not None:
-            self.heldout.append(self._loss(codebook, codes, self._heldout_gram))
-        losses = self._losses()
-        if self.chosen < 0 or losses[-1] < losses[self.chosen]:
-            self.chosen, self.best = len(losses) - 1, (codebook, codes)
+    def add(self, codebook: Tensor, codes: Tensor) -> None:
+        """Add a point."""
+        self.history.append(output_objective(self._weight, codebook, codes, self._gram, self._mask))
+        if self.chosen < 0 or self.history[-1] < self.history[self.chosen]:
+            self.chosen, self.best = len(self.history) - 1, (codebook, codes)
 
     def notes(self) -> tuple[str, ...]:
         """What was taken back: the points are error feedback, then the codebook and the codes of each round."""
-        if self._heldout_gram is None or self.chosen == len(self.heldout) - 1:
+        if self.chosen == len(self.history) - 1:
             return ()
         number, is_codes = (self.chosen + 1) // 2, self.chosen % 2 == 0
         kept = f"round {number}'s {'codes' if is_codes else 'codebook'}" if number else "error feedback"
         return (f"kept the result of {kept}: later steps raised the error on held-out inputs",)
 
     def is_done(self) -> bool:
-        """Whether the last round gained almost nothing, or lost, on the deciding data."""
-        losses = self._losses()
-        return losses[-1] > losses[-3] * (1 - _STILL)
-
-    def _loss(self, codebook: Tensor, codes: Tensor, gram: Tensor) -> float:
-        return output_objective(self._weight, codebook, codes, gram, self._mask)
-
-    def _losses(self) -> list[float]:
-        return self.history if self._heldout_gram is None else self.heldout
+        """Whether the last round gained almost nothing, or lost."""
+        return self.history[-1] > self.history[-3] * (1 - _STILL)
 
 
 def _start(
@@ -183,7 +168,9 @@ def _start(
         kept, _ = positions_as_groups(mask.reshape(rows.shape), diagonal_blocks(grams, block_size))
         return fit_masked(positions, metrics, kept, codebook_size, 2 * _START_ITERATIONS, generator=generator)[0]
     sample = _sample(positions, _START_BLOCKS * codebook_size, generator)
-    start = fit_em(sample, metrics.mean(0), codebook_size, _START_ITERATIONS, generator=generator).codebook
+    start = fit_em(
+        sample, metrics.mean(0), codebook_size, _START_ITERATIONS, generator=generator, compiled=True
+    ).codebook
     return fit_positions(positions, metrics, start, _POSITION_ITERATIONS)[0]
 
 

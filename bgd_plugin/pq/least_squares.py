@@ -53,8 +53,7 @@ def solve_codebook(
     iterations: int = 30,
     tolerance: float = 1e-6,
     mask: Tensor | None = None,
-    before: float | None = None,
-) -> tuple[Tensor, float]:
+) -> Tensor:
     """The codebook that minimizes `output_objective` for fixed codes, by conjugate gradients from `start`.
 
     All codebook_size · block_size numbers are solved together, because H couples the blocks of a row. With S the
@@ -70,10 +69,9 @@ def solve_codebook(
         iterations: maximum number.
         tolerance: stop when the preconditioned residual's squared norm has fallen by this factor.
         mask: bool `[rows, columns]`, false where Ŵ is zero; none if not given.
-        before: the objective of `start` (a squared error), where the caller knows it.
 
     Returns:
-        `[codebook_size, block_size]`, in `start`'s dtype, and its objective, which is never above `start`'s.
+        `[codebook_size, block_size]`, in `start`'s dtype: `start` itself where the steps lower nothing.
 
     **Source**: Hestenes and Stiefel, J. Res. NBS 49 (1952), for the conjugate gradients.
     """
@@ -87,7 +85,8 @@ def solve_codebook(
         return torch.zeros_like(change).index_add_(0, flat_codes, product.reshape(-1, block_size))
 
     change = torch.zeros_like(start, dtype=rows.dtype)
-    residual = collect(rows - masked(start[codes].to(rows).reshape(rows.shape), mask))
+    slope = collect(rows - masked(start[codes].to(rows).reshape(rows.shape), mask))
+    residual = slope.clone()
     precondition = _Preconditioner(grams, flat_codes, start)
     direction = precondition(residual)
     norm = first = float((residual * direction).sum())
@@ -101,12 +100,9 @@ def solve_codebook(
         conditioned = precondition(residual)
         previous, norm = norm, float((residual * conditioned).sum())
         direction = conditioned + norm / previous * direction
-    solved = (start.to(change) + change).to(start.dtype)
-    if before is None:
-        before = output_objective(weight, start, codes, gram, mask)
-    after = output_objective(weight, solved, codes, gram, mask)
-    # Near the optimum, rounding can make the last steps worse than the start.
-    return (solved, after) if after <= before else (start.clone(), before)
+    # A change x lowers the objective, which is quadratic, by ⟨x, slope before + slope after⟩.
+    lowered = float((change.double() * (slope.double() + residual.double())).sum())
+    return (start.to(change) + change).to(start.dtype) if lowered > 0 else start.clone()
 
 
 class _Preconditioner:
@@ -133,7 +129,7 @@ def refine_codes(
 
     With E = W − Ŵ and G = E H, the best codeword for block I of a row is the one nearest, in the metric H_II, to
     ŵ_I + G_I H_II⁻¹; then the part of G that belongs to later blocks gets a rank-d update. Rows are independent, so all
-    are updated at once. A row changes only if that lowers its loss, so the objective does not rise.
+    are updated at once. A row changes only if that lowers its loss: a step m does so by m (2 G_I − m H_II)ᵀ.
 
     Args:
         weight: `[rows, columns]`; computed in its dtype.
@@ -147,7 +143,9 @@ def refine_codes(
     """
     rows, grams = grouped(weight, gram)
     block_size, words = codebook.shape[1], codebook.to(rows)
-    roots = torch.linalg.cholesky(diagonal_blocks(grams.double(), block_size))
+    own = diagonal_blocks(grams.double(), block_size)
+    roots = torch.linalg.cholesky(own)
+    inverses, roots, own = (matrices.to(rows) for matrices in (torch.cholesky_inverse(roots), roots, own))
     grams = grams.to(rows)
     new = codes.reshape(*rows.shape[:2], -1).clone()
     slope = Panels((rows - masked(words[new].reshape(rows.shape), mask)) @ grams, grams, block_size)
@@ -155,16 +153,14 @@ def refine_codes(
     changed = 0
     for block in range(new.shape[2]):
         here = slice(block * block_size, (block + 1) * block_size)
-        root = roots[:, block]
         here_kept = None if kept is None else kept[:, :, here]
         old = masked(words[new[:, :, block]], here_kept)
-        step = torch.cholesky_solve(slope[block].mT.double(), root).mT.to(rows)
-        metric = root.to(rows)
-        choice = nearest(old + step, metric, words, here_kept)
+        choice = nearest(old + slope[block] @ inverses[:, block], roots[:, block], words, here_kept)
         moved = masked(words[choice], here_kept) - old
-        better = ((moved - step) @ metric).square().sum(2) < (step @ metric).square().sum(2)
+        lowered = (moved * (2 * slope[block] - moved @ own[:, block])).sum(2)
+        better = (lowered > 0) & (choice != new[:, :, block])
         moved = torch.where(better.unsqueeze(2), moved, torch.zeros_like(moved))
-        changed += int((better & (choice != new[:, :, block])).sum())
+        changed += int(better.sum())
         new[:, :, block] = torch.where(better, choice, new[:, :, block])
         slope.change_(block, moved)
     return new.flatten(0, 1), changed

@@ -153,7 +153,9 @@ def quick_fit(blocks: Tensor, metrics: Tensor, codebook_size: int, *, generator:
         codebook_size: k, at most the number of blocks.
         generator: draws the initial codewords.
     """
-    start = fit_em(blocks, metrics.mean(0), codebook_size, _START_ITERATIONS, generator=generator).codebook
+    start = fit_em(
+        blocks, metrics.mean(0), codebook_size, _START_ITERATIONS, generator=generator, compiled=True
+    ).codebook
     codebook, codes = fit_positions(blocks, metrics, start, _ITERATIONS)
     difference = blocks - functional.embedding(codes, codebook)
     error = float(((difference @ metrics.to(difference)) * difference).sum(dtype=torch.float64))

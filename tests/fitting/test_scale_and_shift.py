@@ -12,7 +12,7 @@ import bgd_plugin as bgd
 from bgd_plugin.fitting import LayerContext
 from bgd_plugin.fitting.scale_and_shift import equal_rows, matching_bias
 from bgd_plugin.pq.gram import Moments
-from tests.pq.test_target import drifted_layer
+from tests.pq.test_target_asymmetric import drifted_layer
 
 
 def _context(weight: Tensor, **fields: Any) -> LayerContext:

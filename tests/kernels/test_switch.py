@@ -15,8 +15,9 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bgd_plugin import kernels
-from bgd_plugin.kernels import operators, switch
-from bgd_plugin.kernels.llvm import AVAILABLE
+from bgd_plugin.jit import switch
+from bgd_plugin.jit.llvm import AVAILABLE
+from bgd_plugin.kernels import operators
 from bgd_plugin.nn import PQLinear, quantized
 
 

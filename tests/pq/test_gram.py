@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bgd_plugin.pq.gram import Moments, MomentSums
-from tests.pq.test_target import drifted_layer
+from tests.pq.test_target_asymmetric import drifted_layer
 
 
 def test_moments_of_parts_add_up() -> None:

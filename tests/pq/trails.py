@@ -27,8 +27,8 @@ class Trail(full_gram._Trail):
         return [level * self.unit(weight) ** 2 * loss for loss in self.history]
 
     def heldout_objectives(self, weight: Tensor) -> list[float]:
-        """The same on the held-out Gram, which the fit takes as it is."""
-        return [self.unit(weight) ** 2 * loss for loss in self.heldout]
+        """The same where a held-out Gram decides, which the fit takes as it is."""
+        return [self.unit(weight) ** 2 * loss for loss in self.history]
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 import bgd_plugin as bgd
 from bgd_plugin import BGDConfig
 from bgd_plugin.files import format as file_format
-from bgd_plugin.graph import find as graph_find
+from bgd_plugin.graph import finding_layers
 from bgd_plugin.quantization import prepare, quality
 from tests.networks import SmallResNet, images, randomized
 
@@ -52,7 +52,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         return wrapped
 
     monkeypatch.setattr(copy, "deepcopy", copied)
-    monkeypatch.setattr(graph_find, "_find_in_graph", counting("find", graph_find._find_in_graph))
+    monkeypatch.setattr(finding_layers, "_find_in_graph", counting("find", finding_layers._find_in_graph))
     parts: Any = file_format._Parts
     monkeypatch.setattr(parts, "__init__", counting("content", parts.__init__))
     return counts

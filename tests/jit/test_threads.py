@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from bgd_plugin.jit.threads import share_rows
 from bgd_plugin.kernels.linear import WAYS
-from bgd_plugin.kernels.threads import share_rows
 from tests.kernels.test_linear import assert_close, layer, plain
 
 

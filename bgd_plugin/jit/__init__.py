@@ -1,0 +1,1 @@
+"""Code compiled for this processor at run time, by LLVM, where the optional package `llvmlite` is installed."""
