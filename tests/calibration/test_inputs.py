@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 
 from bgd_plugin.calibration import Batch, LayerInputs, Walk, pooled_gram, sampled_inputs
 from bgd_plugin.calibration import gram_pooled as gram_module
-from bgd_plugin.calibration.inputs import CollectedInputs
+from bgd_plugin.calibration.inputs import CollectedInputs, embedding_inputs, require_finite
 from bgd_plugin.errors import CalibrationError
-from bgd_plugin.graph import find_layers, trace
+from bgd_plugin.graph import copy_module, find_layers, trace
 from bgd_plugin.pq.blocks import Geometry
 from tests.networks import TwiceNet, images, vectors
 
@@ -140,3 +141,95 @@ def test_collected_inputs_are_those_of_all_calls_in_the_order_of_the_batches() -
     assert [(float(x[0, 0]), float(y[0, 0])) for x, y, _ in inputs.pairs()] == [
         (value, value + 0.5) for value in (0, 1, 10, 11, 20, 21)
     ]
+
+
+class _Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def test_pairs_are_the_inputs_of_both_networks_in_the_order_of_the_batches() -> None:
+    model, data = _Layers().eval(), vectors(3)
+    reference, student = trace(copy_module(model)), trace(copy_module(model))
+    student.get_submodule("first")._parameters["weight"] = nn.Parameter(2 * model.first.weight.detach())
+    walk = Walk(student, [Batch((x,)) for x in data], reference)
+    walk.mark_changed("first")
+    node = next(node for node in walk.nodes() if node.target == "second")
+    inputs = LayerInputs(walk, "second", [node.name])
+    pairs = list(inputs.pairs())
+    assert len(pairs) == 3 and all(geometry == Geometry.linear() for _, _, geometry in pairs)
+    with torch.no_grad():
+        for x, (mine, theirs, _), (alone, _) in zip(data, pairs, inputs, strict=True):
+            torch.testing.assert_close(theirs, torch.tanh(model.first(x)))
+            torch.testing.assert_close(mine, torch.tanh(F.linear(x, 2 * model.first.weight, model.first.bias)))
+            assert torch.equal(alone, mine)
+
+
+@torch.no_grad()
+def test_pairs_come_batch_by_batch_and_inputs_call_by_call() -> None:
+    """So that the last pairs are of other samples than the first ones."""
+    graph_module, batches = trace(TwiceNet().eval()), [Batch((x,)) for x in vectors(2)]
+    (layer,) = [layer for layer in find_layers(graph_module)[0] if layer.name == "shared"]
+    walk = Walk(graph_module, batches, trace(TwiceNet().eval()))
+    next(node for node in walk.nodes() if node.name == layer.calls[0])
+    inputs = LayerInputs(walk, "shared", layer.calls)
+    sums = [float(x.sum()) for x, _ in inputs]
+    assert [float(mine.sum()) for mine, _, _ in inputs.pairs()] == [sums[i] for i in (0, 2, 1, 3)]
+
+
+@pytest.mark.parametrize(("shapes", "is_paired"), [([(2, 3), (1, 3)], True), ([(2, 3), (2, 3)], False)])
+def test_inputs_of_other_shapes_in_the_float_network_stand_for_nothing(shapes: Any, is_paired: bool) -> None:
+    """It sent its samples to other experts: then the compressed network's own stand for them."""
+    inputs: Any = object.__new__(LayerInputs)
+    inputs._walk, inputs._calls, inputs._hidden = SimpleNamespace(batch_count=1), ["node"], None
+    own, other = [(2, 3), (1, 3)], shapes
+
+    def read(node: Any, batch: int, *, of_reference: bool = False) -> Any:
+        return [(torch.full(s, float(of_reference)), "geometry") for s in (other if of_reference else own)]
+
+    inputs._read = read
+    found = [(tuple(mine.shape), float(theirs[0, 0])) for mine, theirs, _ in inputs.pairs()]
+    assert found == [((2, 3), float(is_paired)), ((1, 3), float(is_paired))]
+
+
+def test_hidden_inputs_are_watched_in_the_network_that_is_asked() -> None:
+    weight, geometry = nn.Parameter(torch.randn(4, 3)), Geometry.linear()
+    asked: list[bool] = []
+    inputs: Any = object.__new__(LayerInputs)
+    inputs.name, inputs._hidden, inputs._count, inputs._calls = "a", weight, None, ["node"]
+
+    def run_ahead(node: str, batch: int, watch: Any, *, of_reference: bool) -> None:
+        asked.append(of_reference)
+        x = torch.full((2, 3), float(batch + 10 * of_reference))
+        with watch:
+            for _ in range(2):
+                F.linear(x, weight)
+
+    inputs._walk = SimpleNamespace(batch_count=3, run_ahead=run_ahead)
+    assert len(inputs) == 6 and asked == [False]
+    assert len(inputs) == 6 and asked == [False]  # known
+    found = [(float(mine[0, 0]), float(theirs[0, 0])) for mine, theirs, _ in inputs.pairs()]
+    assert found == [(b, b + 10.0) for b in (0, 0, 1, 1, 2, 2)]
+    assert [(float(x[0, 0]), g) for x, g in inputs] == [(b, geometry) for b in (0, 0, 1, 1, 2, 2)]
+
+
+def test_an_embeddings_inputs_are_its_columns_five_times() -> None:
+    weight = torch.randn(7, 3)
+    inputs = embedding_inputs("table", weight)
+    ((mine, theirs, geometry),) = inputs.pairs()
+    assert torch.equal(mine, torch.eye(3).repeat(5, 1)) and theirs is mine and geometry == Geometry.linear()
+    torch.testing.assert_close(mine[:3] @ weight.T, weight.T)
+    assert inputs.name == "table" and inputs.shared is None
+
+
+def test_a_statistic_is_refused_only_if_a_value_is_not_finite() -> None:
+    require_finite(torch.full((4,), 3e38), "a")  # the sum overflows
+    for bad in (math.nan, math.inf, -math.inf):
+        with pytest.raises(CalibrationError, match=r"layer 'a': its inputs .* contain NaN"):
+            require_finite(torch.tensor([1.0, bad]), "a")
+    with pytest.raises(CalibrationError, match="layer 'a'"):
+        require_finite(torch.tensor([math.inf, -math.inf]), "a")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import bgd_plugin as bgd
 from bgd_plugin.calibration import BatchStore
 from bgd_plugin.calibration.spill import SpillFile
+from bgd_plugin.calibration.store import Shelf
 from tests.networks import FunctionalNet, SmallResNet, TwiceNet, images, randomized, vectors
 
 KIB = 1024
@@ -259,3 +260,73 @@ def test_what_an_owner_that_is_gone_has_kept_makes_room() -> None:
         store.append({"x": torch.zeros(256)})
     store.open(0)
     assert store.spilled_bytes == 0
+
+
+PAGE = 4096
+
+
+def _pages(bound: int, batches: int) -> BatchStore:
+    """Batches of a page each, the last one open."""
+    store = BatchStore(bound)
+    for batch in range(batches):
+        store.append({"x": torch.full((PAGE // 4,), float(batch))})
+    return store
+
+
+@pytest.mark.parametrize(("count", "spilled"), [(5, 0), (6, 1), (7, 2)])
+def test_batches_beyond_the_room_are_on_file_and_those_within_are_not(count: int, spilled: int) -> None:
+    """Four closed batches fit into half of the room for eight, a fifth does not."""
+    store = _pages(8 * PAGE, count)
+    assert store.spilled_bytes == spilled * PAGE
+    assert store.peak_bytes == min(count - 1, 5) * PAGE
+
+
+def test_a_batch_that_is_opened_makes_room_for_another() -> None:
+    store = _pages(4 * PAGE, 2)
+    for index in (0, 1, 0, 1, 0):
+        store.open(index)
+    assert store.spilled_bytes == 0 and store.peak_bytes == 2 * PAGE
+    store.append({"x": torch.zeros(PAGE // 4)})
+    store.open(0)
+    assert store.spilled_bytes == PAGE and store.peak_bytes == 3 * PAGE
+
+
+def test_a_batch_that_is_mapped_is_written_once() -> None:
+    """Nothing of it is copied while it is open, and it goes back to its place in the file."""
+    store = _pages(1, 2)
+    assert store.spilled_bytes == PAGE
+    for number in range(3):
+        store.open(0)["x"].fill_(float(number))
+        store.open(1)
+    assert store.spilled_bytes == 2 * PAGE
+    assert torch.equal(store.open(0)["x"], torch.full((PAGE // 4,), 2.0))
+
+
+def test_prefixes_of_walks_are_unique_and_their_networks_are_exempt_until_they_end() -> None:
+    store, layer = BatchStore(1), nn.BatchNorm1d(4)
+    owners = [nn.Identity(), nn.Identity()]
+    names = [store.claim(owner, [layer]) for owner in owners]
+    assert len(set(names)) == 2
+    store.append({names[0] + "x": torch.ones(2), names[1] + "x": torch.ones(3), "mean": layer.running_mean})
+    del owners[0]
+    gc.collect()
+    assert set(store.open(0)) == {names[1] + "x", "mean"}
+    store.append({})
+    assert store.spilled_bytes == PAGE
+    assert store.open(0)["mean"].data_ptr() == layer.running_mean.data_ptr()  # type: ignore[union-attr]
+
+
+def test_tensors_that_are_more_than_memory_stay() -> None:
+    store = BatchStore(1)
+    learnt, sparse, own = torch.ones(3, requires_grad=True), torch.eye(3).to_sparse(), nn.Parameter(torch.ones(2))
+    store.append({"learnt": learnt, "sparse": sparse, "own": own, "text": [1, "x"], "plain": torch.ones(5)})
+    store.append({})
+    assert store.spilled_bytes == PAGE
+    found = store.open(0)
+    assert found["learnt"] is learnt and found["sparse"] is sparse and found["own"] is own and found["text"] == [1, "x"]
+
+
+def test_a_shelf_is_one_entry_of_each_batch() -> None:
+    store = _filled(1, 3)
+    shelf = Shelf(store, "x")
+    assert len(shelf) == 3 and [float(x[0]) for x in shelf] == [0.0, 1.0, 2.0] and float(shelf[1][0]) == 1.0
