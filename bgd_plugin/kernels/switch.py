@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from bgd_plugin.jit.switch import enabled
+from bgd_plugin.jit.switch import enabled, turned_off
 
-__all__ = ["computable", "runs_directly", "usable"]
+__all__ = ["computable", "plain_layers", "plain_path", "runs_directly", "usable"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CODES = (torch.uint8, torch.int16, torch.int32)
 _TENSORS = (Tensor, Parameter)
 _LARGEST_BLOCK = 128
+
+
+_is_plain: ContextVar[bool] = ContextVar("bgd_plain_layers", default=False)
+
+
+@contextmanager
+def plain_layers() -> Iterator[None]:
+    """Inside the `with` block this thread's layers decode their weights and call torch's own operators.
+
+    Other compiled code runs as before, where `jit.switch.disabled` turns all of it off.
+    """
+    token = _is_plain.set(True)
+    try:
+        yield
+    finally:
+        _is_plain.reset(token)
+
+
+def plain_path() -> bool:
+    """Whether layers are to use torch's operators alone, by `plain_layers` or by the user's wish."""
+    return _is_plain.get() or turned_off()
 
 
 def usable(x: Tensor, codebook: Tensor, codes: Tensor, *others: Tensor | None) -> bool:
@@ -47,7 +71,7 @@ def computable(x: Tensor, codebook: Tensor, codes: Tensor) -> bool:
         return False
     if codebook.shape[1] > _LARGEST_BLOCK or not (codes.is_contiguous() and codebook.is_contiguous()):
         return False
-    return enabled()
+    return enabled() and not plain_path()
 
 
 def runs_directly(x: Tensor) -> bool:

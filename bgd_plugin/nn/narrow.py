@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from bgd_plugin.encoding.narrow import from_narrow, to_narrow
 from bgd_plugin.errors import ConfigError
-from bgd_plugin.jit.switch import turned_off
 from bgd_plugin.kernels.narrow_linear import narrow_linear
-from bgd_plugin.kernels.switch import runs_directly
+from bgd_plugin.kernels.switch import plain_path, runs_directly
 
 __all__ = ["NarrowEmbedding", "NarrowLinear", "NarrowModule", "narrowed", "widened"]
 
@@ -149,7 +148,7 @@ class NarrowLinear(NarrowModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map input `[..., in_features]` to `[..., out_features]`."""
-        if input.dtype == self.scales.dtype and runs_directly(input) and not turned_off():
+        if input.dtype == self.scales.dtype and runs_directly(input) and not plain_path():
             output: Tensor = narrow_linear(input, self.numbers, self.scales, self.bias)
             return output
         return F.linear(input, self.weight, self.bias)

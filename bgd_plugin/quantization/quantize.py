@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from bgd_plugin import kernels
 from bgd_plugin.calibration import DEFAULT_BOUND_BYTES, Forward, collect_batches
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.graph import baked, isolated, unwrapped
+from bgd_plugin.kernels.switch import plain_layers
 from bgd_plugin.quantization.checks import check_arguments
 from bgd_plugin.quantization.one_pass import Task
 from bgd_plugin.quantization.prepare import prepared, prepared_for
@@ -27,7 +27,7 @@ __all__ = ["quantize"]
 
 @watched()
 @if_asked
-@kernels.disabled()
+@plain_layers()
 @isolated
 def quantize(
     model: nn.Module | ExportedProgram,

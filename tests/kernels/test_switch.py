@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bgd_plugin as bgd
 from bgd_plugin import kernels
 from bgd_plugin.jit import switch
 from bgd_plugin.jit.llvm import AVAILABLE
+from bgd_plugin.jit.nearest import search
 from bgd_plugin.kernels import operators
+from bgd_plugin.kernels import switch as switch_of_layers
 from bgd_plugin.nn import PQLinear, quantized
 
 
@@ -174,3 +177,30 @@ print(kernels.enabled(), same, "llvmlite" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True", "False"]
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="needs llvmlite")
+def test_quantize_runs_its_layers_plainly_and_searches_by_compiled_code(
+    calls: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[Tensor] = []
+    monkeypatch.setattr("bgd_plugin.pq.feedback.search", lambda *given: searched.append(given[0]) or search(*given))
+    network = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    config = bgd.BGDConfig(linear=bgd.LayerConfig(block_size=4, codebook_size=8))
+    result = bgd.quantize(network, [torch.randn(32, 8)], config, progress=False)
+    assert searched
+    assert not calls
+    with torch.no_grad():
+        result.model(torch.randn(3, 8))
+    assert calls
+
+
+def test_plain_layers_nest_and_end(calls: list[Tensor]) -> None:
+    with switch_of_layers.plain_layers():
+        with switch_of_layers.plain_layers():
+            assert switch_of_layers.plain_path()
+        assert switch_of_layers.plain_path()
+        assert kernels.enabled() == AVAILABLE
+        layer()(torch.randn(2, 32))
+    assert not switch_of_layers.plain_path()
+    assert not calls
