@@ -19,8 +19,8 @@ from tests.benchmarks.memory import forget_peak, resident_mib
 
 __all__ = ["BATCHES", "BLOCKS", "COLUMNS", "LAYERS", "TOKENS", "WIDTH", "WIDTH_OF_BLOCK"]
 
-COLUMNS = 2048  # of the layer that "full" is tried on
-WIDTH, LAYERS = 1024, 12  # of the network of the other kinds
+COLUMNS = 1280  # of the layer that "full" is tried on
+WIDTH, LAYERS = 1024, 6  # of the network of the other kinds
 WIDTH_OF_BLOCK, BLOCKS, TOKENS, BATCHES = 128, 8, 2048, 4  # of the transformer
 _LINEAR = bgd.LayerConfig(block_size=4, codebook_size=16)
 

@@ -180,8 +180,8 @@ from tests.benchmarks.memory import Images, forget_peak, resident_mib
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
-blocks = [m for _ in range(3) for m in (nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())]
-model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 8))
+block = [nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()]
+model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 8))
 CONFIG = bgd.BGDConfig(rounds=0, max_divergence=None)
 def run(count, bound):
     bgd.quantize(model.eval(), Images(count, 2, 64), CONFIG, memory_bytes=bound, progress=False)
