@@ -218,3 +218,48 @@ def test_ctrl_c_within_the_fit_says_how_to_go_on(tmp_path: Path, monkeypatch: py
     with pytest.raises(KeyboardInterrupt) as stop:
         _task(checkpoint=tmp_path / "run").run(0, None)
     assert stop.value.__notes__ == [f"progress is saved in {tmp_path / 'run'}; the same call resumes there"]
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_the_bar_names_each_layer_and_counts_it_and_its_steps(
+    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where an earlier call has finished them."""
+    said: list[Any] = []
+
+    class Bar:
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def set_description(self, text: str) -> None:
+            said.append(text)
+
+        def update(self, count: int = 1) -> None:
+            said.extend([1] * count)
+
+    monkeypatch.setattr(one_pass, "progress_bar", lambda *_, **__: Bar())
+    distillation = bgd.DistillationConfig(steps=steps, batch_size=8) if steps else None
+    for _ in range(2):
+        _task(config=em(distillation=distillation), checkpoint=tmp_path).run(0, None)
+        assert said == ["2", *[1] * (steps + 1), "4", *[1] * (steps + 1)]
+        said.clear()
+
+
+def test_a_layer_out_of_reach_has_the_error_of_its_weight() -> None:
+    task = _task(config=bgd.BGDConfig(target_ratio=2.5))
+    bar = SimpleNamespace(update=lambda count: None)
+    run = one_pass.Run(None)
+    job = task._job(task.ready.survey, task.ready.front.network, run, bar, task.log)
+    found, planned = job.survey.chosen[0]
+    weight = found.matrix.detach().clone()
+    report: Any = layer_step.treat_unreached(job, 0)
+    decoded = job.student.get_submodule(planned.target).matrix.detach()
+    lost = float((weight - decoded).square().sum() / weight.square().sum())
+    assert report.relative_error == pytest.approx(lost, rel=1e-4) and 0 < lost < 0.5
+    assert report.note.endswith("no calibration input reaches it: fitted to its weight alone, to keep to the budget")
+    assert run.fits[planned.name][0] == planned and torch.equal(
+        run.fits[planned.name][1].codes, job.student.get_submodule(planned.target).codes
+    )

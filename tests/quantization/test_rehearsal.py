@@ -9,6 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import bgd_plugin as bgd
+from bgd_plugin import LayerConfig
+from bgd_plugin.calibration import Batch
+from bgd_plugin.errors import ConfigError
+from bgd_plugin.graph import front_end
+from bgd_plugin.planning.survey import Survey, surveyed
+from bgd_plugin.quantization import rehearsal
+from bgd_plugin.quantization.rehearsal import rehearsed
 from tests.networks import em, vectors
 
 
@@ -55,3 +62,181 @@ def test_a_budget_counts_with_what_is_left() -> None:
     result = bgd.quantize(model, data, bgd.BGDConfig(target_bytes=5200), progress=False)
     assert result.report.compressed_bytes <= 5200
     assert "b" in {skipped.name for skipped in result.report.skipped}
+
+
+# --- the step by itself, on networks without a graph
+
+
+class _Branching(nn.Module):
+    """Two layers, a branch that no trace follows, and code of its own between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.a, self.b = nn.Embedding(20, 12), nn.Linear(12, 32), nn.Linear(32, 32)
+
+    def between(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.a(x if x.is_floating_point() else self.table(x)))
+        x = self.b(self.between(x))
+        return -x if float(x.detach().sum()) > 1e9 else x
+
+
+def _rehearsed(model: nn.Module, data: list[Tensor] | None = None, **fields: Any) -> tuple[Survey, Survey]:
+    """The survey before and after; the network has to be as it came."""
+    every = em(first_layer=LayerConfig(block_size=4), **fields)
+    survey = surveyed(front_end(model), every, original=model)
+    assert not isinstance(survey.network, torch.fx.GraphModule)
+    before, modules = dict(survey.own.state_dict()), list(survey.own.modules())
+    found = rehearsed(survey.own, survey, [Batch((x,)) for x in data or vectors()])
+    assert list(survey.own.modules()) == modules
+    assert all(torch.equal(value, before[name]) for name, value in survey.own.state_dict().items())
+    return survey, found
+
+
+def test_a_network_that_looks_at_nothing_keeps_its_survey() -> None:
+    survey, found = _rehearsed(_Branching().eval())
+    assert found is survey and [layer.name for layer in survey.found] == ["a", "b"]
+
+
+def test_an_embedding_answers_with_its_exact_rows() -> None:
+    words = [torch.randint(0, 20, (4, 6)) for _ in range(2)]
+    survey, found = _rehearsed(_Branching().eval(), words, embedding=LayerConfig(block_size=4, codebook_size=4))
+    assert found is survey and "table" in {layer.name for layer in survey.found}
+
+
+def test_a_layer_that_differs_on_another_process_stays_float_here_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    own: list[bool] = []
+    monkeypatch.setattr(rehearsal, "largest", lambda flag: own.append(flag) or True)
+    with pytest.raises(ConfigError, match=r"it does so on another process|keeps its weight elsewhere"):
+        _rehearsed(_Branching().eval())
+    monkeypatch.setattr(rehearsal, "largest", lambda flag: False)
+    survey, found = _rehearsed(_Branching().eval())
+    assert found is survey and own[0] is False
+
+
+def test_a_network_that_fails_with_other_layers_says_how() -> None:
+    class Strict(_Branching):
+        def between(self, x: Tensor) -> Tensor:
+            if type(self.b) is not nn.Linear:
+                raise ValueError("b is no linear layer")
+            return x
+
+    _, found = _rehearsed(Strict().eval())
+    assert [layer.name for layer in found.found] == ["a"]
+    (reason,) = [skipped.reason for skipped in found.skipped if skipped.name == "b"]
+    assert "the network's code looks at its class" in reason and "b is no linear layer" in reason
+
+
+def test_what_only_all_layers_together_change_is_refused() -> None:
+    class Counts(_Branching):
+        def between(self, x: Tensor) -> Tensor:
+            return x if any(type(layer) is nn.Linear for layer in (self.a, self.b)) else -x
+
+    with pytest.raises(ConfigError, match=r"Counts does not compute the same with quantized modules .*: its answer"):
+        _rehearsed(Counts().eval())
+
+
+_ELSEWHERE: dict[str, nn.Module] = {}
+
+
+def test_a_layer_that_code_reaches_another_way_stays_float() -> None:
+    class Elsewhere(_Branching):
+        def between(self, x: Tensor) -> Tensor:
+            return x + _ELSEWHERE["c"](x)  # type: ignore[no-any-return]
+
+    model = Elsewhere().eval()
+    model.c = nn.Linear(32, 32)
+    survey = surveyed(front_end(model, share_tensors=True), em(), original=model)
+    _ELSEWHERE["c"] = survey.own.get_submodule("c")
+    found = rehearsed(survey.own, survey, [Batch((x,)) for x in vectors()])
+    assert {layer.name for layer in survey.found} >= {"b", "c"}
+    assert "c" not in {layer.name for layer in found.found} and "b" in {layer.name for layer in found.found}
+    (reason,) = [skipped.reason for skipped in found.skipped if skipped.name == "c"]
+    assert reason.startswith("the network's code keeps its weight elsewhere")
+
+
+def test_a_layer_that_the_first_batch_does_not_reach_stays_in_the_survey() -> None:
+    class Rarely(_Branching):
+        def between(self, x: Tensor) -> Tensor:
+            return self.c(x) if float(x.abs().max()) > 1e9 else x  # type: ignore[no-any-return]
+
+    model = Rarely().eval()
+    model.c = nn.Linear(32, 32)
+    survey, found = _rehearsed(model)
+    assert found is survey and "c" in {layer.name for layer in survey.found}
+
+
+class _Remembers(_Branching):
+    """Writes a tensor at each run, on which the next answer may depend."""
+
+    def __init__(self, *, depends: bool) -> None:
+        super().__init__()
+        self.depends = depends
+        self.memory = {"last": torch.zeros(1)}
+
+    def between(self, x: Tensor) -> Tensor:
+        y = x + self.memory["last"] if self.depends else x
+        self.memory["last"] = x.mean().reshape(1)
+        return y
+
+
+@pytest.mark.parametrize("depends", [False, True])
+def test_tensors_that_runs_write_are_scratch_if_no_answer_depends_on_them(
+    depends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: list[Any] = []
+    monkeypatch.setattr(rehearsal, "note_scratch_", lambda own, names: noted.append((type(own), list(names))))
+    _rehearsed(_Remembers(depends=depends).eval())
+    assert noted == ([] if depends else [(_Remembers, ["memory[last]"])])
+
+
+class _Caches(_Branching):
+    """Computes something of a weight once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: dict[str, Tensor] = {}
+
+    def between(self, x: Tensor) -> Tensor:
+        if "scale" not in self.cache:
+            self.cache["scale"] = self.b.weight.detach().abs().mean()
+        return x * self.cache["scale"]
+
+
+@pytest.mark.parametrize("is_made", [True, False])
+def test_what_was_computed_of_float_weights_is_forgotten(is_made: bool) -> None:
+    """The compressed network computes it anew; what no run makes again stays."""
+    model = _Caches().eval()
+    if is_made:
+        model(vectors()[0])
+    else:
+        model.cache["scale"] = torch.tensor(3.0)
+    survey = surveyed(front_end(model), em(), original=model)
+    rehearsed(survey.own, survey, [Batch((x,)) for x in vectors()])
+    assert list(survey.own.cache) == ([] if is_made else ["scale"])  # type: ignore[arg-type, call-overload]
+    assert is_made or float(survey.own.cache["scale"]) == 3.0  # type: ignore[index, operator, arg-type]
+    assert "scale" in model.cache
+
+
+def test_what_a_run_writes_in_place_or_makes_anew_counts_as_written() -> None:
+    tensor = torch.zeros(3)
+    before = tensor, tensor._version
+    assert rehearsal._is_written(tensor, None) and not rehearsal._is_written(tensor, before)
+    assert not rehearsal._is_written(tensor[:], (tensor, tensor._version))
+    assert rehearsal._is_written(torch.zeros(3), before)
+    tensor += 1
+    assert rehearsal._is_written(tensor, before)
+
+
+def test_a_graph_is_not_tried() -> None:
+    model = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(12, 32), nn.Linear(32, 32)).eval())
+    survey = surveyed(front_end(model), em(), original=model)
+    assert rehearsed(survey.own, survey, []) is survey
+
+
+def test_answers_are_equal_if_all_their_tensors_are() -> None:
+    one, other = torch.ones(2), torch.zeros(2)
+    assert rehearsal._are_equal([one, {"x": (other, 1)}], [one.clone(), {"x": (other.clone(), 2)}])
+    assert not rehearsal._are_equal([one, other], [one, one])

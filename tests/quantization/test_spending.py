@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from bgd_plugin.planning.types import PlannedLayer
 from bgd_plugin.quantization import spending
 from bgd_plugin.quantization.spending import shorten_, with_the_rest
 from tests.networks import images, randomized
+
+# One worker of pytest-xdist runs them, so that the network is quantized once.
+pytestmark = pytest.mark.xdist_group("spending")
 
 DATA = images(8, size=8)
 BUDGET = BGDConfig(codes="entropy", target_bytes=9000, freeze_norms=True, rounds=1)
@@ -114,7 +118,7 @@ def test_the_last_one_keeps_half_its_bytes() -> None:
 
 def test_a_file_that_is_too_long_gets_coarser_codes(found: Any) -> None:
     survey, _ = _survey(BUDGET, point=700, head=5000)
-    network = bgd.quantize(_net(), DATA, BUDGET, progress=False).model
+    network = copy.deepcopy(found.model)
     exact, before = _net().head.weight.detach(), network.head.weight.detach()
     target = measured_size(network) - 300
     assert shorten_(survey, network, target) == ["head"]
@@ -137,3 +141,13 @@ def test_quantize_shortens_a_file_that_came_out_too_long(monkeypatch: pytest.Mon
     report = bgd.quantize(_net(), DATA, BUDGET, progress=False).report
     assert report.compressed_bytes <= 9000
     assert any(note.startswith("budget: codes fitted again, to fewer bytes") for note in report.notes)
+
+
+def test_only_streams_get_coarser(found: Any) -> None:
+    """However long the file still is: the codes of blocks stay."""
+    survey, _ = _survey(BUDGET, head=5000)
+    network = copy.deepcopy(found.model)
+    codes = network.point.codes.clone()
+    assert [planned.name for planned in survey.layers] == ["point", "head"]
+    assert shorten_(survey, network, 10) == ["head"]
+    assert torch.equal(network.point.codes, codes)
