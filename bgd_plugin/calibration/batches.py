@@ -220,9 +220,9 @@ def _batch(item: Any, index: int) -> Batch:
         return Batch((item,))
     if isinstance(item, Mapping) and item and all(isinstance(key, str) for key in item):
         return Batch((), dict(item))
-    if isinstance(item, Sequence) and not isinstance(item, str) and item and isinstance(item[0], Tensor):
+    if isinstance(item, Sequence) and item and isinstance(item[0], Tensor):
         return Batch((item[0],))
-    if isinstance(item, Sequence) and not isinstance(item, str) and item and _are_tensors(item[0]):
+    if isinstance(item, Sequence) and item and _are_tensors(item[0]):
         return Batch((list(item[0]),))
     raise CalibrationError(
         f"calibration batch {index} is a {type(item).__name__}: give a tensor, a sequence whose first item is the "

@@ -140,3 +140,14 @@ def test_a_bound_on_memory_is_that_of_the_batches() -> None:
     assert all(torch.equal(batch.args[0], x) for batch, x in zip(batches, data, strict=True))
     assert batches.store.spilled_bytes
     assert collect_batches(data, Rows().eval(), device=CPU, forward=None).store.bound_bytes is None
+
+
+def test_the_trial_copies_no_weight() -> None:
+    class Where(Rows):
+        def forward(self, x: Tensor) -> Tensor:
+            places.update(parameter.data_ptr() for parameter in self.parameters())
+            return super().forward(x)
+
+    places, model = set[int](), Where().eval()
+    collect_batches(large(1), model, device=CPU, forward=None)
+    assert places == {parameter.data_ptr() for parameter in model.parameters()}

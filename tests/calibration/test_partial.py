@@ -146,7 +146,8 @@ def test_up_to_a_piece_it_gives_arguments_and_answer() -> None:
     network, *_ = _setting()
     with torch.no_grad():
         assert torch.equal(run.answer, network.inner(X))
-    assert len(run.calls["inner.q"]) == 1  # it did not end there
+    ((q, _),) = run.calls["inner.q"]  # it did not end there
+    assert torch.equal(q, _literal("inner.q")[0])  # as it was before code wrote to it
     assert network.calls == 0
 
 
