@@ -71,7 +71,7 @@ def recorded(network: nn.Module, batch: Batch, weights: Mapping[str, Tensor], no
     Args:
         network: float, in evaluation mode.
         batch: the arguments.
-        weights: of the layers, by name.
+        weights: of the layers, by name, each of its layer's own shape.
         norms: paths of the batch norms.
     """
     observer = _Observer(norms)

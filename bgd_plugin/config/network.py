@@ -187,7 +187,7 @@ class BGDConfig:
 
     @property
     def bound(self) -> float | None:
-        """The bound on the divergence that applies: none beside a budget in bytes."""
+        """The bound on the divergence, in nats, that applies: none beside a budget in bytes."""
         return None if self.has_target else self.max_divergence
 
     @property

@@ -29,7 +29,7 @@ _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
 def other_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """By name, the tensors that are stored whole, and those of which a fingerprint is; both are in no state dict."""
+    """Tensors, of any shape, in no state dict: by name, those stored whole, and those stored as fingerprints."""
     whole: dict[str, Tensor] = {}
     marked: dict[str, Tensor] = {}
     known = {*map(id, model.modules()), *map(id, model.parameters()), *map(id, model.buffers())}
@@ -120,7 +120,11 @@ def give_attributes_(
 ) -> None:
     """Give a network the tensors that a file holds besides its state, as the file's header names them.
 
-    What does not fit is appended to `problems`.
+    Args:
+        network: changed in place.
+        header: of the file.
+        tensors: of the file, by name, each of the shape that the header names.
+        problems: what does not fit is appended, as text.
     """
     device = next((p.device for p in network.parameters() if not p.is_meta), torch.device("cpu"))
     aliases: dict[str, Any] = header.get("aliases", {})
@@ -159,7 +163,7 @@ def _drop_cached_(network: nn.Module, names: set[str]) -> None:
 
 
 def dict_entries(network: nn.Module) -> list[tuple[str, dict[Any, Any], Any, Tensor]]:
-    """The tensors in dicts among the attributes of a network: name as in `other_tensors`, dict, key, and tensor."""
+    """Tensors, of any shape, in dicts that a network holds: name as in `other_tensors`, dict, key, and tensor."""
     return [
         (f"{path}.{attribute}[{key}]".lstrip("."), value, key, part)
         for path, module in network.named_modules()

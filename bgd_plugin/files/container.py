@@ -46,7 +46,7 @@ def joined(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Tensor:
 
 
 def content_length(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> int:
-    """The length of `joined` in bytes; tensors may be on the meta device."""
+    """The length of `joined` in bytes; tensors, of any shape, may be on the meta device."""
     return 4 + len(_deflated(tensors, header)) + sum(t.numel() * t.element_size() for t in tensors.values())
 
 

@@ -37,7 +37,7 @@ class Grids:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Grids:
-        """Those of some tensors that are on a grid."""
+        """Those of some tensors, of any shape, that are on a grid."""
         found: dict[str, list[tuple[str, Tensor, float | None]]] = {}
         for name, value in sorted(tensors.items()):
             grid = None if value.is_meta or not value.numel() or name.startswith("#") else _on_grid(value)

@@ -43,7 +43,7 @@ class Halves:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Halves:
-        """Those of some tensors that are in half precision, and have values."""
+        """Those of some tensors, of any shape, that are in half precision, and have values."""
         found: dict[str, list[tuple[str, Tensor]]] = {}
         for name, value in sorted(tensors.items()):
             if value.dtype == torch.float16 and not value.is_meta and value.numel() and not name.startswith("#"):
@@ -63,11 +63,11 @@ class Halves:
         return {name for members in self.members.values() for name, _ in members}
 
     def packed_low(self, group: str) -> dict[str, Tensor]:
-        """The tensor with the low bits of a group, by its name in the file; nothing where all are zero."""
+        """The low bits of a group, uint8 `[bytes]`, by the tensor's name in the file; nothing where all are zero."""
         return {group + LOW: pack(self.low[group], low_bits(group))} if group in self.low else {}
 
     def take_low_(self, group: str, tensors: dict[str, Tensor]) -> None:
-        """Read the low bits of a group from a file's `tensors`, and remove them there.
+        """Read the low bits of a group, uint8 `[bytes]`, from a file's `tensors`, and remove them there.
 
         Raises:
             ValueError: they are missing, or of another number than the group's tensors have.

@@ -87,7 +87,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
         path: a file written by `save`.
 
     Returns:
-        tensors by name, as stored, and the header as plain JSON values.
+        tensors by name, in the shapes and types in which they are stored, and the header as plain JSON values.
 
     Raises:
         CheckpointError: the file is missing, damaged, of another format, or written by a newer version.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,15 @@ from bgd_plugin.kernels.switch import usable
 from bgd_plugin.pq.blocks import decode
 from bgd_plugin.pq.masked import codeword_uses, masked
 
-__all__ = ["PQModule", "storable"]
+__all__ = ["PQModule", "attributes_of", "storable"]
+
+_OURS = "weight_shape", "matrix_shape", "_stands_for"
+
+
+def attributes_of(module: nn.Module, ours: Collection[str] = ()) -> dict[str, Any]:
+    """What a module has among its attributes, by name, that not every module has, and that is not among `ours`."""
+    others = vars(nn.Module())
+    return {name: value for name, value in vars(module).items() if name not in others and name not in ours}
 
 
 def storable(codebook: Tensor, storage: str = "float16") -> Tensor:
@@ -75,8 +83,7 @@ class PQModule(nn.Module):
         Args:
             module: the layer in whose place this module is put.
         """
-        ours = {*vars(nn.Module()), "weight_shape", "matrix_shape", "_stands_for"}
-        vars(self).update({name: value for name, value in vars(module).items() if name not in ours})
+        vars(self).update(attributes_of(module, _OURS))
         self._buffers.update({k: v for k, v in module._buffers.items() if k not in ("codes", "mask")})
         self._non_persistent_buffers_set |= module._non_persistent_buffers_set
         self._modules.update(module._modules)
@@ -90,8 +97,7 @@ class PQModule(nn.Module):
         Args:
             module: changed in place, of one of torch's classes.
         """
-        ours = {*vars(nn.Module()), "weight_shape", "matrix_shape", "_stands_for"}
-        vars(module).update({name: value for name, value in vars(self).items() if name not in ours})
+        vars(module).update(attributes_of(self, _OURS))
         module._buffers.update({k: v for k, v in self._buffers.items() if k not in ("codes", "mask")})
         module._non_persistent_buffers_set |= self._non_persistent_buffers_set
         module._modules.update(self._modules)

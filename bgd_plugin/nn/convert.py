@@ -44,6 +44,9 @@ def quantized(module: nn.Module, codebook: Tensor, codes: Tensor, mask: Tensor |
         codes: `[rows, blocks_per_row]`.
         mask: bool of the shape of the layer's matrix (for all but transposed convolutions, the weight's), false where
             the decoded weight is zero; None: nowhere.
+
+    Raises:
+        TypeError: a module of another class.
     """
     form = next((pq for kind, pq in _FORMS.items() if isinstance(module, kind)), None)
     if form is None:
@@ -58,7 +61,12 @@ def quantized(module: nn.Module, codebook: Tensor, codes: Tensor, mask: Tensor |
 def materialized(
     module: PQLinear | PQConv | PQConvTranspose | PQEmbedding, weight: nn.Parameter | None = None
 ) -> nn.Module:
-    """The float module with the decoded weight, or with `weight`; the bias is shared with `module`."""
+    """The float module with the decoded weight, or with `weight`; the bias is shared with `module`.
+
+    Args:
+        module: the quantized layer.
+        weight: of the shape of the decoded one.
+    """
     result: Any = module.to_float()
     module.give_back(result)
     result.weight = restored_parameter(module) if weight is None else weight

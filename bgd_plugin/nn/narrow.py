@@ -19,6 +19,7 @@ from bgd_plugin.encoding.narrow import from_narrow, to_narrow
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.kernels.narrow_linear import narrow_linear
 from bgd_plugin.kernels.switch import plain_path, runs_directly
+from bgd_plugin.nn.base import attributes_of
 
 __all__ = ["NarrowEmbedding", "NarrowLinear", "NarrowModule", "narrowed", "widened"]
 
@@ -197,8 +198,7 @@ def narrowed(module: nn.Linear | nn.Embedding, numbers: Tensor, scales: Tensor) 
     """
     is_linear = isinstance(module, nn.Linear)
     result: Any = (NarrowLinear if is_linear else NarrowEmbedding)(numbers, scales, module)  # type: ignore[arg-type]
-    ours = vars(nn.Module())
-    vars(result).update({name: value for name, value in vars(module).items() if name not in ours})
+    vars(result).update(attributes_of(module))
     result.is_trainable = module.weight.requires_grad
     trained: NarrowLinear | NarrowEmbedding = result.train(module.training)
     return trained
@@ -212,8 +212,7 @@ def widened(module: NarrowLinear | NarrowEmbedding, weight: nn.Parameter) -> nn.
         weight: `[rows, columns]`.
     """
     result: Any = module.to_float()
-    ours = {*vars(nn.Module()), "is_trainable"}
-    vars(result).update({name: value for name, value in vars(module).items() if name not in ours})
+    vars(result).update(attributes_of(module, ("is_trainable",)))
     result.weight = weight
     if isinstance(module, NarrowLinear):
         result.bias = module.bias

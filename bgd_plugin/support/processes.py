@@ -97,7 +97,7 @@ def unsynchronized(module: nn.Module) -> AbstractContextManager[None]:
 def from_first(work: Callable[[], tuple[dict[str, Tensor], str]]) -> tuple[dict[str, Tensor], str]:
     """Call `work` in the first process only, and return its result in every process; sums inside are its own.
 
-    The result is a mapping of CPU tensors and a text, sent as a safetensors file, so nothing is unpickled.
+    The result is a mapping of CPU tensors of any shape and a text, sent as a safetensors file: nothing is unpickled.
 
     Raises:
         BGDError: `work` raised one; the first process raises that error, the others a `DistributedError` with its text.

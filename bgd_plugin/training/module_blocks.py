@@ -41,7 +41,7 @@ def reconstruct_modules_(
         student: with product-quantized modules, in evaluation mode.
         reference: the same network, float.
         batches: calibration data.
-        weights: the float weights of the quantized layers, by name.
+        weights: the float weights of the quantized layers, by name, each of its layer's own shape.
         config: the settings.
         generator: random numbers for a block, by name.
         steps: for the number of a block, what keeps the progress of its training, and tells it.

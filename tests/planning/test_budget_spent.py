@@ -124,34 +124,30 @@ def test_a_bound_that_float_meets_leaves_no_layer_float_unless_others_are_quanti
     assert any("finest sizes" in note for note in survey.notes) == (not is_fixed)
 
 
-def test_shares_are_told_at_the_loss_that_the_file_comes_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer whose loss grows faster than its error weighs more the more is lost: the choice is made once more."""
-    budget, sensitivities = _made_up(target_bytes=9000, max_divergence=None)
-    levels: list[float] = []
+@pytest.fixture
+def levels(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The losses of all layers together at which options are rated, one after the other."""
+    asked: list[float] = []
     rated = Budget.rated
 
     def watched(self: Budget, known: Any, level: float = LEVEL) -> Any:
-        levels.append(level)
+        asked.append(level)
         return rated(self, known, level)
 
     monkeypatch.setattr(Budget, "rated", watched)
+    return asked
+
+
+def test_shares_are_told_at_the_loss_that_the_file_comes_to(levels: list[float]) -> None:
+    """A layer whose loss grows faster than its error weighs more the more is lost: the choice is made once more."""
+    budget, sensitivities = _made_up(target_bytes=9000, max_divergence=None)
     survey = budget.spend(sensitivities)
     assert levels[0] == LEVEL and len(levels) == 2
     assert levels[1] == pytest.approx(survey.expected_divergence, rel=0.5) and levels[1] != LEVEL
 
 
 @pytest.mark.parametrize("realized", [1.0, 2.0])
-def test_shares_within_a_bound_are_told_at_the_loss_that_is_aimed_at(
-    realized: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shares_within_a_bound_are_told_at_the_loss_that_is_aimed_at(realized: float, levels: list[float]) -> None:
     budget, sensitivities = _made_up(max_divergence=0.03)
-    levels: list[float] = []
-    rated = Budget.rated
-
-    def watched(self: Budget, known: Any, level: float = LEVEL) -> Any:
-        levels.append(level)
-        return rated(self, known, level)
-
-    monkeypatch.setattr(Budget, "rated", watched)
     budget.spend(sensitivities, realized)
     assert levels == [pytest.approx(0.8 * 0.03 / realized)]
