@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -18,10 +19,10 @@ from bgd_plugin.planning.candidates import (
     rated,
     weight_sensitivity,
 )
-from bgd_plugin.planning.losses import LEVEL, Sensitivity, joint_loss
+from bgd_plugin.planning.losses import LEVEL, Sensitivity, beside_codes, joint_loss
 from bgd_plugin.planning.types import PlannedLayer
 from bgd_plugin.pq.blocks import to_blocks
-from bgd_plugin.pq.rate import RateCurve
+from bgd_plugin.pq.rate import RateCurve, largest_codebook
 
 
 def _planned(shape: tuple[int, ...], **fields: Any) -> PlannedLayer:
@@ -162,3 +163,26 @@ def test_codebook_sizes_stay_below_a_quarter_of_the_blocks() -> None:
     assert codebook_sizes((8, 16), 4) == (4,)
     assert codebook_sizes((2, 8), 4) == ()
     assert codebook_sizes((64, 64), 1)[-1] == 256
+
+
+def test_streams_have_rates_and_what_is_beside_the_codes() -> None:
+    planned = _planned((64, 64), codebook_storage="int8", codes="blocks")
+    options = options_of(planned, float_bytes=8192, codes="entropy")
+    streams = [o for o in options if o.layer is not None and o.layer.codes == "entropy"]
+    rates = [bits / 16 for bits in (*range(12, 48), *range(48, 97, 4))]
+    beside = beside_codes(_planned((64, 64)))
+    assert [o.size_bytes for o in streams] == [beside + math.ceil(rate * 64 * 64 / 8) for rate in rates]
+    for option in streams:
+        layer = option.layer
+        assert layer is not None and (layer.block_size, layer.codebook_size, layer.note) == (1, 256, "")
+        assert layer.size_bytes == layer.compressed_bytes == option.size_bytes
+    assert len(options_of(planned, 8192)) == len(options) - len(streams)
+    assert not any(o.layer and o.layer.codes == "entropy" for o in options_of(planned, 8192, 16, codes="entropy"))
+
+
+def test_a_codebook_size_of_the_users_is_kept_to_in_all_blocks() -> None:
+    options = options_of(_planned((64, 64)), 8192, 64)
+    assert all(o.layer is not None for o in options)
+    assert {(o.layer.block_size, o.layer.codebook_size) for o in options if o.layer} == {
+        (d, min(64, largest_codebook(64 * 64 // d))) for d in block_sizes((64, 64))
+    }

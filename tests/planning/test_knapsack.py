@@ -85,3 +85,30 @@ def test_where_only_the_smallest_options_fit_they_are_taken() -> None:
     choice = choose(layers, 320, lambda picked: 20 + sum(o.size_bytes for o in picked))
     assert [o.size_bytes for o in choice.options] == [100, 100, 100]
     assert (choice.file_bytes, choice.loss) == (320, 3.0)
+
+
+def _steps(count: int) -> list[Option]:
+    """An option for each byte, each losing less than the one before it."""
+    return _options([(100 + i, 1.0 / (1 + i)) for i in range(count)])
+
+
+def test_a_file_that_came_out_a_little_too_long_is_made_shorter_by_a_few_bytes_more() -> None:
+    """The header grows by five bytes with the first choice."""
+    sizes: list[int] = []
+
+    def size(picked: Any) -> int:
+        codes = sum(o.size_bytes for o in picked)
+        sizes.append(16_000 + codes + (5 if codes > 900 else 0))
+        return sizes[-1]
+
+    choice = choose([_steps(2000)], 17_000, size)
+    assert sizes == [16_100, 16_100, 17_005, 16_992]  # the smallest twice, once to see whether the target is in reach
+    assert choice.file_bytes == 16_992
+
+
+def test_room_that_is_left_is_given_to_the_layers_to_the_last_byte() -> None:
+    """Here a header becomes shorter with the first choice."""
+    choice = choose(
+        [_steps(900)], 1_000, lambda picked: sum(o.size_bytes for o in picked) + 300 - 20 * (picked[0].size_bytes > 200)
+    )
+    assert choice.file_bytes == 1_000

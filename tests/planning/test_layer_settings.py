@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch import nn
 import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, LayerConfig
 from bgd_plugin.errors import ConfigError
+from bgd_plugin.graph import find_layers, front_end
+from bgd_plugin.planning.layer_settings import setting_of
 
 
 class _Kinds(nn.Sequential):
@@ -98,3 +101,27 @@ def test_eight_bits_are_for_single_precision_without_zeros(dtype: torch.dtype, z
     assert layer.codebook_storage == expected
     (layer,) = bgd.plan(model, BGDConfig(preserve_zeros=zeros, codebook_storage="float16")).layers
     assert layer.codebook_storage == "float16"
+
+
+def test_only_an_embedding_that_stays_float_names_the_layers_tied_to_it() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(64, 64), nn.Linear(64, 64))
+    model[2].weight = model[1].weight
+    (layer, *_) = [found for found in find_layers(front_end(model).network)[0] if found.tied]
+    setting, reason, _ = setting_of(layer, BGDConfig(linear=None), is_first=False)
+    assert (setting, reason) == (None, "linear=None")
+    table = dataclasses.replace(layer, family="embedding")
+    assert setting_of(table, BGDConfig(), is_first=False)[1] == f"embedding=None (tied to {layer.tied[0]})"
+    alone = dataclasses.replace(table, tied=())
+    assert setting_of(alone, BGDConfig(), is_first=False)[1] == "embedding=None"
+
+
+def test_a_setting_in_part_may_be_adjusted_only_where_its_block_size_is_the_defaults() -> None:
+    (layer, *_) = find_layers(front_end(nn.Sequential(nn.Linear(8, 8))).network)[0]
+    size = LayerConfig(block_size=4, codebook_size=16)
+    for config, adapts in (
+        (BGDConfig(), True),
+        (BGDConfig(linear=LayerConfig(block_size=2)), False),
+        (BGDConfig(overrides=(("*", size),)), False),
+    ):
+        assert setting_of(layer, config, is_first=False)[2] is adapts
+    assert setting_of(layer, BGDConfig(first_layer=size), is_first=True)[0] == size
