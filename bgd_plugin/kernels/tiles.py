@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bgd_plugin.kernels.decoding import decode_rows_into
 
-__all__ = ["TILE", "conv_tile", "convolve_by_tiles", "decoded_tiles", "rows_of_a_tile"]
+__all__ = ["TILE", "conv_tile", "convolve_by_tiles", "decoded_tiles", "decoded_whole", "rows_of_a_tile"]
 
 TILE = 1 << 20
 """Number of weights decoded at once."""
@@ -22,17 +22,36 @@ _FEW_POSITIONS = 256
 _scratch = threading.local()
 
 
-def conv_tile(positions: int) -> int:
-    """Number of a convolution's weights decoded at once, by the number of positions in its input, of all samples.
+def conv_tile(weights: int, positions: int) -> int:
+    """Number of a convolution's weights decoded at once.
 
-    Torch reads a weight more than once, from a cache if it is small; it also reads the input once for each tile.
+    Torch reads a weight more than once, from a cache if it is small; it also reads the input once for each tile. So a
+    weight is split if that leaves tiles of some size, and sooner where there is little input.
+
+    Args:
+        weights: of the convolution.
+        positions: in its input, of all samples.
     """
-    return TILE // 2 if positions <= _FEW_POSITIONS else TILE
+    return TILE // 2 if weights > TILE and positions <= _FEW_POSITIONS else TILE
 
 
 def rows_of_a_tile(rows: int, columns: int, tile: int = TILE) -> int:
     """How many rows of a weight `[rows, columns]` are decoded at once: about `tile` weights."""
     return rows if rows * columns <= tile else max(1, tile // columns // _ROWS * _ROWS or tile // columns)
+
+
+def decoded_whole(codebook: Tensor, codes: Tensor, mask: Tensor | None, shape: torch.Size) -> Tensor:
+    """A weight of at most `TILE` weights, in the memory of a tile: the next layer of this thread overwrites it.
+
+    Args:
+        codebook: `[codebook_size, block_size]`, contiguous.
+        codes: `[rows, blocks_per_row]`, contiguous.
+        mask: bool of the weight's shape, false where it is zero; None: nowhere.
+        shape: the weight's, `[C_out, ...]`.
+    """
+    weight = _memory(shape.numel(), codebook.dtype).view(shape)
+    decode_rows_into(weight, codebook, codes)
+    return weight if mask is None else weight.mul_(mask)
 
 
 def decoded_tiles(

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from bgd_plugin.kernels import tiles
 from bgd_plugin.kernels.linear import FEW_INPUTS, lookup_linear
 from bgd_plugin.kernels.operators import pq_linear
 from bgd_plugin.kernels.switch import computable, usable
-from bgd_plugin.kernels.tiles import conv_tile, convolve_by_tiles, decoded_tiles, rows_of_a_tile
+from bgd_plugin.kernels.tiles import conv_tile, convolve_by_tiles, decoded_tiles, decoded_whole, rows_of_a_tile
 from bgd_plugin.nn.base import PQModule
 
 __all__ = ["PQConv", "PQConv1d", "PQConv2d", "PQConv3d"]
@@ -60,8 +61,10 @@ class PQConv(PQModule):
             return self._convolved(input, self.weight, self.bias)
         if self._is_lookup(input):
             return self._at_each_position(lookup_linear, input)
-        tiles = decoded_tiles(codebook, codes, mask, conv_tile(input.numel() // self.in_channels))
-        return convolve_by_tiles(tiles, self.bias, self.weight_shape, partial(self._convolved, input))
+        if self.weight_shape.numel() <= tiles.TILE:
+            return self._convolved(input, decoded_whole(codebook, codes, mask, self.weight_shape), self.bias)
+        parts = decoded_tiles(codebook, codes, mask, self._tile(input))
+        return convolve_by_tiles(parts, self.bias, self.weight_shape, partial(self._convolved, input))
 
     def _forward_with_gradients(self, input: Tensor) -> Tensor:
         """The same products as `_forward_by_kernels`, bit for bit, by operators that have gradients."""
@@ -70,9 +73,12 @@ class PQConv(PQModule):
         if self._is_lookup(input):
             return self._at_each_position(pq_linear, input)
         rows = self.weight.flatten(1)
-        step = rows_of_a_tile(len(rows), rows.shape[1], conv_tile(input.numel() // self.in_channels))
-        tiles = ((first, rows[first : first + step]) for first in range(0, len(rows), step))
-        return convolve_by_tiles(tiles, self.bias, self.weight_shape, partial(self._convolved, input))
+        step = rows_of_a_tile(len(rows), rows.shape[1], self._tile(input))
+        parts = ((first, rows[first : first + step]) for first in range(0, len(rows), step))
+        return convolve_by_tiles(parts, self.bias, self.weight_shape, partial(self._convolved, input))
+
+    def _tile(self, input: Tensor) -> int:
+        return conv_tile(self.weight_shape.numel(), input.numel() // self.in_channels)
 
     def _is_lookup(self, input: Tensor) -> bool:
         """Whether it is a linear layer, a 1×1 convolution, at few positions."""
