@@ -82,8 +82,10 @@ def realized_energy(measurements: Measurements, survey: Survey, energy: float, d
         if abs(found - wanted) < math.log(_NEAR):
             break
         place = min(max(place + (wanted - found) / slope, low), high)
+        if place == points[-1][0]:
+            break
         tried = measurements.joint(survey, math.exp(place))
-        if not 0 < tried < math.inf or place == points[-1][0]:
+        if not 0 < tried < math.inf:
             break
         points.append((place, math.log(tried)))
         (x0, y0), (x1, y1) = points[-2:]

@@ -130,17 +130,25 @@ def test_the_file_is_as_long_as_the_report_says(method: Any) -> None:
     assert len(file_bytes(stored(result.model))) == result.report.compressed_bytes <= original / 2.2
 
 
-@pytest.mark.parametrize("fields", [{"float_storage": "float32"}, {"finetuning": FinetuningConfig(steps=300)}])
+_COUNTING = FinetuningConfig(steps=10, trained="codebooks")  # norms are in training mode
+
+
+@pytest.mark.parametrize("fields", [{"float_storage": "float32"}, {"finetuning": _COUNTING}])
 def test_what_changes_on_the_way_does_not_break_the_budget(fields: dict[str, Any]) -> None:
+    """Statistics that half precision holds at first, and counts of batches that a byte holds at first."""
     model = randomized(_Mobile())
-    for name, buffer in model.named_buffers():  # statistics that half precision holds at first
+    for name, buffer in model.named_buffers():
         if name.endswith(("running_mean", "running_var")):
             buffer.copy_(buffer.round())
+        elif name.endswith("num_batches_tracked"):
+            buffer.fill_(250)
     target = 50_000 if fields.get("float_storage") == "float32" else 28_000
     config = em(**({"float_storage": "float16", "batchnorm": "matched", "target_bytes": target} | fields))
     result = bgd.quantize(model, images(), config, progress=False)
     assert 0.98 * target <= result.report.compressed_bytes <= target
     assert len(file_bytes(stored(result.model))) == result.report.compressed_bytes
+    counts = {int(v) for name, v in result.model.state_dict().items() if name.endswith("num_batches_tracked")}
+    assert counts == ({260} if "finetuning" in fields else {250})
 
 
 def test_the_least_possible_size_can_be_had_and_one_byte_less_cannot() -> None:

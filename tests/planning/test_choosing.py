@@ -180,3 +180,57 @@ def test_a_fit_that_aims_at_the_float_outputs_makes_most_errors_good(fields: dic
     model = PlainNet().eval()
     budget: Any = SimpleNamespace(survey=surveyed(front_end(model), bgd.BGDConfig(**fields), original=model))
     assert energy_left(budget) == expected
+
+
+def _energy(law: Any, measured: float, expected: float = 0.01, energy: float = 0.5) -> tuple[float, list[float]]:
+    """The energy that is found where trials follow a law, and the energies tried."""
+    tried: list[float] = []
+
+    def joint(_: Any, trial: float) -> float:
+        tried.append(trial)
+        return float(law(trial))
+
+    measurements: Any = SimpleNamespace(joint=joint)
+    survey: Any = SimpleNamespace(expected_divergence=expected)
+    return realized_energy(measurements, survey, energy, measured), tried
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 3.0])
+def test_a_law_of_the_energy_is_followed_within_four_trials(power: float) -> None:
+    found, tried = _energy(lambda energy: 0.01 * (energy / 0.5) ** power, 0.03)
+    assert 0.01 * (found / 0.5) ** power == pytest.approx(0.03, rel=0.1)
+    assert len(tried) <= 4 and found in tried
+    assert tried[0] == pytest.approx(0.5 * 3)  # first as if in proportion
+    if power != 1.0:
+        assert tried[1] == pytest.approx(0.5 * 3 ** (1 / power), rel=0.01)
+
+
+def test_what_is_near_enough_is_not_tried() -> None:
+    assert _energy(lambda _: 1.0, 0.0109) == (0.5, [])
+    assert _energy(lambda _: 1.0, 0.0092) == (0.5, [])
+    assert len(_energy(lambda energy: 0.02 * energy, 0.0111)[1]) > 0
+
+
+def test_one_pass_corrects_the_energy_by_a_factor_of_32_at_most() -> None:
+    for divergence, found in ((1e3, 0.5 * 32), (1e-9, 0.5 / 32)):
+        energy, tried = _energy(lambda energy: 0.02 * energy, divergence)
+        assert energy == pytest.approx(found) and tried == [pytest.approx(found)]
+
+
+def test_a_steep_or_flat_stretch_is_not_followed_too_far() -> None:
+    _, tried = _energy(lambda energy: 0.01 * (energy / 0.5) ** 0.01, 0.02)
+    assert tried[1] == pytest.approx(min(16.0, tried[0] * math.exp(math.log(0.02 / (0.01 * 2**0.01)) / 0.3)), rel=0.02)
+    _, tried = _energy(lambda energy: 0.01 * (energy / 0.5) ** 40, 0.02)
+    assert tried[1] == pytest.approx(tried[0] * math.exp(-math.log(2**40 / 2) / 10), rel=0.02) or tried[1] == 0.5 / 32
+
+
+@pytest.mark.parametrize("result", [0.0, math.inf, math.nan])
+def test_a_trial_that_gives_no_number_ends_the_search(result: float) -> None:
+    found, tried = _energy(lambda _: result, 0.08)
+    assert found == pytest.approx(0.5) and len(tried) == 1
+
+
+def test_of_four_trials_the_nearest_is_taken() -> None:
+    results = iter([0.04, 0.02, 0.03, 0.25])
+    found, tried = _energy(lambda _: next(results), 0.08)
+    assert len(tried) == 4 and found == pytest.approx(tried[0])

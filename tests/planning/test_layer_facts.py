@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from bgd_plugin import BGDConfig
 from bgd_plugin.calibration import CollectedInputs
 from bgd_plugin.graph import find_layers, trace
-from bgd_plugin.planning.layer_facts import LayerFacts, layer_facts, spread_ratio
+from bgd_plugin.planning.layer_facts import LayerFacts, layer_facts, roughly_quantized, rounding_error, spread_ratio
 from bgd_plugin.pq.blocks import Geometry
 
 
@@ -78,3 +79,46 @@ def test_the_spread_that_a_norm_gives_back_is_bounded() -> None:
     facts = _facts(weight, x, norm="1")
     rough = facts.weight * torch.tensor([1.0, 0.5, 1e-6, 1e6])[:, None]
     torch.testing.assert_close(spread_ratio(facts, rough)[0], torch.tensor([1.0, 2.0, 20.0, 0.05]), rtol=1e-4, atol=0)
+
+
+def test_rounding_a_codebook_costs_a_twelfth_of_a_step_squared() -> None:
+    """In units of the inputs' mean variance; a step is the largest weight over 127."""
+    x = torch.randn(200, 5) * torch.tensor([1.0, 2.0, 3.0, 0.5, 0.1])
+    facts = _facts(torch.randn(6, 5), x)
+    scaled = torch.tensor([[[0.5, -2.54, 1.0, 0.0, 0.2]]])
+    expected = (2.54 / 127) ** 2 / 12 * float(x.double().square().mean(0).mean())
+    assert rounding_error(scaled, facts) == pytest.approx(expected, rel=1e-4)
+
+
+def test_metrics_are_those_of_the_error_that_feedback_leaves() -> None:
+    """V_II V_IIᵀ of the Gram's factor, or without feedback the mean of the Gram's own blocks."""
+    x = torch.randn(400, 6)
+    facts = _facts(torch.randn(8, 6), x)
+    assert facts.root is not None
+    torch.testing.assert_close(facts.root @ facts.root.mT, facts.gram)
+    assert torch.equal(facts.root, facts.root.triu())
+    found = facts.metrics(3)
+    inverse = torch.linalg.inv(facts.gram[0])
+    torch.testing.assert_close(found[0, 0], torch.linalg.inv(inverse[:3, :3]))
+    last = facts.gram[0, 3:, 3:]
+    torch.testing.assert_close(found[0, 1], last)  # nothing comes behind it
+    plain = _facts(torch.randn(8, 6), x, method="em")
+    mean = (plain.gram[0, :3, :3] + plain.gram[0, 3:, 3:]) / 2
+    torch.testing.assert_close(plain.metrics(3), mean.expand(1, 2, 3, 3))
+
+
+def test_a_rough_weight_consists_of_codewords() -> None:
+    facts = _facts(torch.randn(8, 6), torch.randn(400, 6))
+    codebook = torch.randn(5, 3, dtype=torch.float32)
+    for one in (facts, dataclasses.replace(facts, root=None)):
+        rough = roughly_quantized(one.weight, one, codebook)
+        assert rough.shape == (1, 8, 6)
+        distances = torch.cdist(rough.reshape(-1, 3), codebook)
+        assert float(distances.min(1).values.max()) < 1e-4
+    plain = roughly_quantized(facts.weight, dataclasses.replace(facts, root=None), codebook)
+    metric = dataclasses.replace(facts, root=None).metrics(3)[0, 0].float()
+    for row in range(8):
+        for place in range(2):
+            off = facts.weight[0, row, 3 * place : 3 * place + 3] - codebook
+            best = codebook[((off @ metric) * off).sum(1).argmin()]
+            torch.testing.assert_close(plain[0, row, 3 * place : 3 * place + 3], best)
