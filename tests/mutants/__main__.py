@@ -9,6 +9,7 @@ that run its line are run there, in a process forked from one that has torch in 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import random
 import shutil
@@ -29,11 +30,7 @@ from tests.mutants.sites import Mutant, sampled
 FOLDERS = ("fitting", "quantization", "planning", "correction", "calibration")
 # Not those that start processes, nor those that measure memory: seconds each, and hardly a line of their own.
 _SLOW = ("processes", "memory", "kills", "full_disk", "numerics")
-TESTS = (
-    *(f"tests/{folder}" for folder in FOLDERS),
-    "tests/graph",
-    "tests/training",
-    "tests/test_smoke.py",
+_LEFT_OUT = (
     *(f"--ignore=tests/quantization/test_{name}.py" for name in _SLOW),
     "--deselect=tests/calibration/test_store.py::test_the_measured_peak_stays_within_the_bound",
 )
@@ -50,7 +47,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30, help="of tests for each mutant, the nearest ones first")
     parser.add_argument("--operators", default="", help="only those whose name begins so: wires, core")
     parser.add_argument("--keep", action="store_true", help="the measured coverage, although files have changed since")
-    parser.add_argument("--tests", nargs="*", default=TESTS, help="files and folders of tests to choose from")
+    parser.add_argument(
+        "--tests", nargs="*", help="files and folders of tests to choose from; the folders' own if not given"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     copy = _copied()
@@ -64,7 +63,7 @@ def _outcomes(copy: Path, options: argparse.Namespace) -> Counter[tuple[str, str
     """How many mutants of each folder were killed, survived, or are known to compute the same."""
     known = tomllib.loads((Path(__file__).parent / "equivalent.toml").read_text())["mutant"]
     mutants = sampled(copy, options.folders, options.count, options.seed, options.operators)
-    tests = _in_a_fork_of_its_own(copy, options.tests, is_kept=options.keep)
+    tests = _in_a_fork_of_its_own(copy, options)
     outcomes: Counter[tuple[str, str]] = Counter()
     start = time.monotonic()
     random.Random(options.seed).shuffle(mutants)
@@ -77,24 +76,25 @@ def _outcomes(copy: Path, options: argparse.Namespace) -> Counter[tuple[str, str
     return outcomes
 
 
-def _in_a_fork_of_its_own(copy: Path, tests: Sequence[str], *, is_kept: bool) -> Tests:
+def _in_a_fork_of_its_own(copy: Path, options: argparse.Namespace) -> Tests:
     """Measure there, so that this process never imports what is to be mutated.
 
     What is measured, and mutated later, is a copy: the sources may be edited in the meantime.
     """
-    kept = BUILD / "tests.json"
+    names = [*(options.tests or (f"tests/{folder}" for folder in options.folders)), *_LEFT_OUT]
+    kept = BUILD / f"tests-{hashlib.sha256(repr((options.folders, names)).encode()).hexdigest()[:8]}.json"
     child = os.fork()
     if not child:
         _enter(copy)
         try:
-            measured(copy, FOLDERS, list(tests), kept, is_kept=is_kept)
+            measured(copy, options.folders, names, kept, is_kept=options.keep)
         except SystemExit as failed:
             print(failed)
             os._exit(1)
         os._exit(0)
     if os.waitpid(child, 0)[1]:
         raise SystemExit(1)
-    return measured(copy, FOLDERS, list(tests), kept, is_kept=True)
+    return measured(copy, options.folders, names, kept, is_kept=True)
 
 
 def _enter(copy: Path) -> None:
