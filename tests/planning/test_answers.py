@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -109,3 +110,17 @@ def test_logits_are_compared_by_squares_where_that_is_asked_for() -> None:
     assert measure == "KL" and divergence == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()))
     swapped = answers_module.output_loss(other, one)[0]
     assert swapped != pytest.approx(divergence, rel=1e-3)
+
+
+def test_sums_are_those_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second process with three times as many samples, all of them exact: every sum counts them."""
+    exact, found = torch.randn(4, 5) * 9, torch.randn(4, 5) * 9
+    batches = [Batch((torch.ones(4, 1),))]
+    alone = compare_answers(lambda _: found, lambda _: exact, batches, kept_aside=True)
+    monkeypatch.setattr(answers_module, "total", lambda number: 4 * number)
+    assert compare_answers(lambda _: found, lambda _: exact, batches, kept_aside=True) == dataclasses.replace(
+        alone, samples=16
+    )
+    monkeypatch.setattr(answers_module, "total", lambda number: number + 12)
+    other = compare_answers(lambda _: found, lambda _: exact, batches, kept_aside=True)
+    assert other.samples == 16 and other.divergence == pytest.approx((4 * alone.divergence + 12) / 16)

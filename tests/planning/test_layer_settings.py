@@ -13,7 +13,8 @@ import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, LayerConfig
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.graph import find_layers, front_end
-from bgd_plugin.planning.layer_settings import setting_of
+from bgd_plugin.nn import quantized
+from bgd_plugin.planning.layer_settings import first_layer, setting_of
 
 
 class _Kinds(nn.Sequential):
@@ -125,3 +126,30 @@ def test_a_setting_in_part_may_be_adjusted_only_where_its_block_size_is_the_defa
     ):
         assert setting_of(layer, config, is_first=False)[2] is adapts
     assert setting_of(layer, BGDConfig(first_layer=size), is_first=True)[0] == size
+
+
+@pytest.mark.parametrize("has_graph", [True, False])
+def test_the_first_layer_is_the_first_that_reads_the_input_however_often_it_runs(has_graph: bool) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.a(torch.relu(self.b(self.a(x))))
+            return x if has_graph or float(x.detach().sum()) < 1e9 else -x
+
+    network = front_end(Twice().eval()).network
+    found = find_layers(network)[0]
+    first = first_layer(network, found)
+    assert first is not None and first.name == "a"
+    assert first_layer(network, []) is None
+
+
+@pytest.mark.parametrize("layers", [(nn.Embedding(8, 16), nn.Linear(16, 16)), (None, nn.Linear(16, 16))])
+def test_behind_a_table_or_a_quantized_layer_no_layer_is_the_first(layers: Any) -> None:
+    table, last = layers
+    quantized_one = quantized(nn.Linear(16, 16), torch.randn(4, 4), torch.randint(0, 4, (16, 4)))
+    network = front_end(nn.Sequential(quantized_one if table is None else table, last).eval()).network
+    found = [layer for layer in find_layers(network)[0] if layer.kind == "linear"]
+    assert [layer.name for layer in found] == ["1"] and first_layer(network, found) is None

@@ -40,6 +40,7 @@ def test_bytes_in_the_file_are_codes_codebook_and_mask() -> None:
     assert dataclasses.replace(odd, codes="entropy", size_bytes=77).compressed_bytes == 77
     assert odd.bits_per_weight == pytest.approx(8 * 88 / (31 * 8))
     assert (odd.weights, odd.rows, odd.blocks_per_row) == (248, 31, 2)
+    assert (odd.size_bytes, odd.mask_bytes, odd.codes, odd.codebook_storage) == (0, 0, "blocks", "float16")
 
 
 def test_zeros_are_kept_where_a_mask_is_planned() -> None:
