@@ -156,3 +156,10 @@ def test_the_norm_that_ends_a_block_is_corrected_to_what_the_skip_has_lost_as_we
     torch.testing.assert_close(norm.running_var.double() + norm.eps, (sigma / slope).square(), rtol=1e-3, atol=1e-6)
     plain = sigma * (z.var(1, correction=0) / y.var(1, correction=0)).sqrt()  # what a norm elsewhere would have
     assert float((plain / (sigma / slope) - 1).abs().max()) > 0.02
+
+
+def test_a_channel_that_runs_against_the_float_networks_is_made_as_small_as_it_may_be() -> None:
+    """Its nearest scale would be negative; the norm's deviation is then the largest allowed."""
+    _, own, norm, *_ = _corrected(torch.tensor([-1.0, 1.0, 1.0, 1.0, 1.0, 1.0]), with_skip=True)
+    torch.testing.assert_close(_sigma(norm)[0], 20 * _sigma(own)[0], rtol=1e-3, atol=0)
+    assert bool((_sigma(norm)[1:] < 5 * _sigma(own)[1:]).all())
