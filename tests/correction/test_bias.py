@@ -65,3 +65,11 @@ def test_the_decision_is_the_literal_one(groups: int, has_drift: bool) -> None:
         assert _helps(inputs, weight, decoded, drifts.__getitem__ if has_drift else None) == expected, seed
         decisions.append(expected)
     assert len(set(decisions)) == 2
+
+
+@pytest.mark.parametrize(("tried", "expected"), [(1.5, True), (1.9, True), (2.1, False), (-0.1, False)])
+def test_one_sample_judges_as_a_whole(tried: float, expected: bool) -> None:
+    """A mean error of less than twice what is judged lowers it."""
+    reference = [torch.randn(1, 4) for _ in range(5)]
+    student = [x - (1.0 if i == 4 else tried) for i, x in enumerate(reference)]
+    assert _helps(_inputs(student, reference), torch.eye(4), torch.eye(4), None) == expected

@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import bgd_plugin as bgd
+from bgd_plugin.calibration import Batch
+from bgd_plugin.planning.types import PlannedLayer, SkippedLayer
 from bgd_plugin.quantization import layerwise, leftovers
 from bgd_plugin.quantization.layerwise import _drifted_skip, _needs_reference
+from bgd_plugin.report.layer import LayerReport
+from bgd_plugin.support.log import Log
 from tests.networks import em, randomized, vectors
 
 CONFIG = bgd.BGDConfig(max_divergence=None, kept_aside=0.0)
@@ -139,3 +143,88 @@ def test_training_needs_data(step: str) -> None:
     }
     with pytest.raises(bgd.errors.ConfigError, match=f"{step}: training needs data"):
         bgd.quantize_weights(nn.Linear(8, 8), dataclasses.replace(CONFIG, **{step: kinds[step]}))
+
+
+class _Residual(nn.Module):
+    """Branches that end in a norm, in a norm that nothing is added to, and in a layer without one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b, self.other = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.c = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(x)
+        x = x + self.norm(self.a(x))
+        return self.c(torch.relu(self.other(self.b(x))))
+
+
+@pytest.mark.parametrize(
+    ("layer", "differs", "expected"),
+    [("a", True, ("norm", "tanh")), ("a", False, None), ("b", True, None), ("c", True, None)],
+)
+def test_a_skip_counts_if_it_has_run_and_differs(layer: str, differs: bool, expected: Any) -> None:
+    student = torch.fx.symbolic_trace(_Residual().eval())
+    asked: list[str] = []
+    walk: Any = SimpleNamespace(differs=lambda node: asked.append(node.name) or differs)
+    after = {"a": "norm", "b": "other"}
+    job: Any = SimpleNamespace(config=CONFIG, student=student, batchnorm_after=lambda found: after.get(found.target))
+    found: Any = SimpleNamespace(calls=(layer,), target=layer)
+    skip = _drifted_skip(job, walk, found)
+    assert (None if skip is None else (skip.norm.target, skip.node.name)) == expected
+    assert asked == (["tanh"] if layer == "a" else [])
+
+
+def test_a_layer_is_met_at_its_first_call_or_where_a_layer_tied_to_it_is() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)
+            self.head.weight = self.table.weight
+            self.kernel = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(nn.functional.linear(self.table(x), self.kernel))
+
+    walk: Any = SimpleNamespace(order=list(torch.fx.symbolic_trace(Tied()).graph.nodes))
+    for target, tied, calls, expected in (
+        ("head", ("table",), ("head",), "table"),
+        ("table", ("head",), ("head",), "table"),
+        ("head", (), ("head",), "head"),
+        ("kernel", (), ("linear",), "linear"),
+    ):
+        found: Any = SimpleNamespace(name=target, target=target, tied=tied, calls=calls)
+        assert layerwise._first_node(walk, found) == expected
+
+
+def test_a_teacher_answers_each_batch_once_and_only_for_distillation() -> None:
+    batches = [Batch((x,)) for x in vectors()]
+    teacher = nn.Linear(12, 5)
+    log = Log()
+    distilled = dataclasses.replace(CONFIG, distillation=bgd.DistillationConfig(steps=1))
+    job: Any = SimpleNamespace(config=distilled, teacher=teacher, batches=batches, log=log)
+    logits = layerwise._teacher_logits(job)
+    assert all(torch.equal(x, teacher(b.args[0])) for x, b in zip(logits, batches, strict=True))
+    assert not any(x.requires_grad for x in logits) and "teacher" in log.seconds
+    job.config = CONFIG
+    assert layerwise._teacher_logits(job) == []
+    job.config, job.teacher = distilled, None
+    assert layerwise._teacher_logits(job) == []
+
+
+def test_what_shifts_of_biases_gain_is_said_by_the_middle_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def layer(gain: float | None) -> Any:
+        names: dict[str, Any] = dict.fromkeys(("name", "target", "kind", "family"), "a")
+        planned = PlannedLayer(**names, weight_shape=(8, 8), block_size=4, codebook_size=4, calls=())
+        return LayerReport.of(planned, relative_error=0.1, bias_gain=gain)
+
+    outcomes = [layer(0.01), layer(None), layer(0.05), SkippedLayer(name="b", reason="c"), layer(0.03)]
+    student = nn.Linear(2, 2)
+    monkeypatch.setattr(layerwise, "_by_runs", lambda job, logits: outcomes)
+    job: Any = SimpleNamespace(student=student, config=CONFIG, log=Log(), teacher=None)
+    assert layerwise.quantize_layers(job) == outcomes and not student.weight.requires_grad
+    assert job.log.notes == ["bias (matched): 3 corrected; median output error down by 3.00% of the variance"]
+    outcomes[:] = [layer(None)]
+    job.log = Log()
+    layerwise.quantize_layers(job)
+    assert job.log.notes == []
