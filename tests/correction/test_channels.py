@@ -88,3 +88,16 @@ def test_a_line_is_the_least_squares_one() -> None:
             expected = torch.linalg.lstsq(design, y[channel][:, None]).solution[0, 0]
             torch.testing.assert_close(slope[channel], expected)
         assert bool(torch.isfinite(slope).all())
+
+
+def test_a_line_is_found_around_a_large_mean() -> None:
+    """Where sums in single precision would have no digit left of the spread."""
+    z = (5000 + torch.randn(2, 4000)).float()
+    t = (3 * (z - 5000) + 7000).float()
+    fit = LineFit()
+    for one, other in zip(z.split(500, 1), t.split(500, 1), strict=True):
+        fit.add_(one, other)
+    slope, z_mean, t_mean = fit.solved()
+    assert slope.dtype == torch.float64
+    torch.testing.assert_close(slope, torch.full((2,), 3.0, dtype=torch.float64), rtol=2e-3, atol=0)
+    torch.testing.assert_close(3 * (z_mean - 5000) + 7000, t_mean, rtol=1e-5, atol=0)

@@ -155,3 +155,19 @@ def test_inputs_whose_squares_overflow_name_the_layer() -> None:
     x = torch.full((40, 4, 64), 1e30)
     with pytest.raises(CalibrationError, match=r"layer 'body\.0'"):
         depthwise_refit.refitted(torch.randn(4, 1, 3), _inputs_of(x, x), torch.Generator().manual_seed(0))
+
+
+def test_processes_solve_for_the_sums_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the samples that are tried, and those of the others."""
+    shared: list[float] = []
+    share = depthwise_refit.MomentSums.share_
+
+    def watched(self: Any) -> None:
+        shared.append(float(self.count))
+        share(self)
+
+    monkeypatch.setattr(depthwise_refit.MomentSums, "share_", watched)
+    x = torch.randn(40, 4, 10)
+    weight = torch.randn(4, 1, 3)
+    depthwise_refit.refitted(weight, _inputs_of(x + 0.1 * torch.randn_like(x), x), torch.Generator().manual_seed(0))
+    assert len(shared) == 2 and shared[0] == 4 * shared[1] > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,3 +85,15 @@ def test_only_a_norm_whose_layer_was_fitted_to_the_skips_drift_is_corrected_to_i
     bgd.quantize(randomized(_Block()), images(), config, progress=False)
     assert (skips["norm"] is not None) == has_skip
     assert skips["last"] is None
+
+
+def test_norms_that_run_at_several_places_are_named_in_their_order() -> None:
+    one = norms.NormCorrection(nn.Linear(2, 2), "matched", lambda name: contextlib.nullcontext())
+    walk: Any = SimpleNamespace(runs_twice=lambda path: True)
+    names = [f"block.{number}.norm" for number in (3, 1, 4, 0, 2)]
+    for name in names:
+        one.correct_at_(walk, name)
+    assert one.notes() == [
+        "batch norm (matched): nothing to correct: no batch norm follows a quantized layer",
+        f"batch norm: not corrected, because they are called at several places: {', '.join(sorted(names))}",
+    ]

@@ -194,3 +194,10 @@ def test_pruning_masks_are_baked_in() -> None:
     )
     assert torch.equal(layer.weight != 0, model[2].weight != 0)
     assert "weight_mask" in dict(model[2].named_buffers())
+
+
+def test_weights_of_zero_have_no_error() -> None:
+    model = nn.Sequential(nn.Linear(12, 32), nn.Linear(32, 32))
+    model[1].weight.data.zero_()
+    (layer,) = bgd.quantize_weights(model, bgd.BGDConfig(max_divergence=None)).report.layers
+    assert layer.relative_error == 0.0
