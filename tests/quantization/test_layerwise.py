@@ -17,7 +17,7 @@ from bgd_plugin.quantization import layerwise, leftovers
 from bgd_plugin.quantization.layerwise import _drifted_skip, _needs_reference
 from bgd_plugin.report.layer import LayerReport
 from bgd_plugin.support.log import Log
-from tests.networks import em, randomized, vectors
+from tests.networks import em, images, randomized, vectors
 
 CONFIG = bgd.BGDConfig(max_divergence=None, kept_aside=0.0)
 
@@ -228,3 +228,13 @@ def test_what_shifts_of_biases_gain_is_said_by_the_middle_one(monkeypatch: pytes
     job.log = Log()
     layerwise.quantize_layers(job)
     assert job.log.notes == []
+
+
+def test_depthwise_layers_that_were_refitted_are_told() -> None:
+    layers = (nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1), nn.Tanh(), nn.Conv2d(16, 16, 3, groups=16))
+    model = randomized(nn.Sequential(*layers, nn.BatchNorm2d(16)))
+    config = dataclasses.replace(CONFIG, rounds=0)
+    report = bgd.quantize(model, images(), config, progress=False).report
+    assert any(note.startswith("1 depthwise convolutions refitted to the quantized") for note in report.notes)
+    kept = bgd.quantize(model, images(), dataclasses.replace(config, refit_depthwise=False), progress=False).report
+    assert not any("refitted" in note for note in kept.notes)
