@@ -209,7 +209,7 @@ def _core_config(config: Any, model: nn.Module) -> BGDConfig:
             complete.append((pattern, None if setting is None else LayerConfig(**setting)))
             continue
         for name in names:
-            own = getattr(result, families[name]) or LayerConfig()
+            own = result.setting_for(families[name]) or LayerConfig()
             complete.append((glob.escape(name), LayerConfig(**dataclasses.asdict(own) | setting)))
     return dataclasses.replace(result, overrides=tuple(complete))
 

@@ -215,7 +215,7 @@ def _core_config(model: nn.Module, ours: Mapping[str, AOBaseConfig]) -> BGDConfi
         if dataclasses.replace(config, **{f: getattr(base, f) for f in FAMILIES}) != base:
             raise ConfigError(f"layer {name!r}: configs of one network may differ in block and codebook sizes only")
         if config != base:
-            overrides.append((glob.escape(name), getattr(config, family)))
+            overrides.append((glob.escape(name), config.setting_for(family)))
     return dataclasses.replace(base, overrides=tuple(overrides))
 
 

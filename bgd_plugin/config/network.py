@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from bgd_plugin.config.by_kind import ByKind
 from bgd_plugin.config.checks import check, check_budget, check_choice, check_codes, check_share, counts
-from bgd_plugin.config.layer import BLOCK_SIZES, CODEBOOK_SIZE, FAMILIES, QUANTIZED, LayerConfig, of_its_kind
+from bgd_plugin.config.layer import FAMILIES, LayerConfig, of_its_kind
 from bgd_plugin.config.paper import opened, paper_settings
 from bgd_plugin.config.parsing import Override, checked_overrides, nested, nested_overrides, upgraded
 from bgd_plugin.config.training import DistillationConfig, FinetuningConfig, ReconstructionConfig
@@ -23,7 +24,7 @@ DEFAULT_DIVERGENCE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
-class BGDConfig:
+class BGDConfig(ByKind):
     """What to quantize, and how.
 
     By default the sizes of each layer are chosen for the smallest file whose answers stay within `max_divergence` of
@@ -39,7 +40,9 @@ class BGDConfig:
         pointwise_conv: setting for 1×1 convolutions and transposed convolutions.
         depthwise_conv: setting for depthwise convolutions; float by default.
         linear: setting for linear layers.
-        embedding: setting for embeddings; float by default.
+        embedding: setting for embeddings. "auto": their sizes are chosen as other layers' are, 8 bits for each weight
+            with a scale for each row being one choice, by a bound with calibration data, or by a budget; otherwise they
+            stay float.
         first_layer: setting for the first layer; float by default.
         codes: how the file holds codes. "entropy" lets a budget give layers codes of single weights as entropy-coded
             streams, at any rate: the smallest file, while in memory and in exports such a layer takes a byte a weight.
@@ -94,7 +97,7 @@ class BGDConfig:
     pointwise_conv: LayerConfig | None = LayerConfig()
     depthwise_conv: LayerConfig | None = None
     linear: LayerConfig | None = LayerConfig()
-    embedding: LayerConfig | None = None
+    embedding: LayerConfig | Literal["auto"] | None = "auto"
     first_layer: LayerConfig | None = None
     codes: Literal["blocks", "entropy"] = "blocks"
     overrides: tuple[Override, ...] = ()
@@ -136,11 +139,12 @@ class BGDConfig:
         for family in FAMILIES:
             value = getattr(self, family)
             value = nested(LayerConfig, value, family) if isinstance(value, Mapping) else value
+            is_auto = family == "embedding" and value == "auto"
             check(
-                value is None or isinstance(value, LayerConfig),
+                is_auto or value is None or isinstance(value, LayerConfig),
                 f"{family}={value!r}: give a LayerConfig, or None to keep these layers float",
             )
-            object.__setattr__(self, family, of_its_kind(value, family))
+            object.__setattr__(self, family, value if is_auto else of_its_kind(value, family))
         for name, kind in _STAGES.items():
             object.__setattr__(self, name, nested(kind, getattr(self, name), name))
         object.__setattr__(self, "overrides", checked_overrides(nested_overrides(self.overrides)))
@@ -191,6 +195,11 @@ class BGDConfig:
         return None if self.has_target else self.max_divergence
 
     @property
+    def makes_good(self) -> bool:
+        """Whether each layer's fit aims at the float network's outputs, and makes good part of what was lost before."""
+        return self.method == "full" and self.asymmetric_step > 0
+
+    @property
     def has_budget(self) -> bool:
         """Whether open sizes are chosen layer by layer, for a number of bytes or a bound."""
         return self.has_target or self.max_divergence is not None
@@ -207,32 +216,6 @@ class BGDConfig:
         if self.target_ratio is not None:
             return int(original_bytes / self.target_ratio)
         return self.target_bytes
-
-    def sizes(self, setting: LayerConfig, kind: str) -> tuple[int, int]:
-        """Block and codebook size of a setting where nothing chooses them.
-
-        Args:
-            setting: the layer's setting.
-            kind: the kind of layer, one of `FAMILIES`.
-
-        Returns:
-            weights per block and codewords: the setting's own, or else those of the kind of layer.
-        """
-        own: LayerConfig | None = getattr(self, kind)
-        block_size = setting.block_size or (own and own.block_size) or BLOCK_SIZES[kind]
-        return block_size, setting.codebook_size or CODEBOOK_SIZE
-
-    def is_default(self, family: str) -> bool:
-        """Whether the block size of a family is the default rather than the user's choice.
-
-        Args:
-            family: a kind of layer, one of `FAMILIES`.
-
-        Returns:
-            True if it is the default, which gives way to the next smaller one that divides a layer's row.
-        """
-        value: LayerConfig | None = getattr(self, family)
-        return value is not None and family in QUANTIZED and value.block_size in (None, BLOCK_SIZES[family])
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values.

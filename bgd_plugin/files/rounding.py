@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bgd_plugin.encoding.eight_bit import round_to_eight_bits, to_eight_bits
 from bgd_plugin.nn import PQModule, has_running_statistics, storable
 
-__all__ = ["eight_bit_rows", "round_floats_", "round_weights_"]
+__all__ = ["as_stored", "eight_bit_rows", "round_floats_", "round_weights_"]
 
 _NORM_BUFFERS = ("running_mean", "running_var", "weight", "bias")  # the last two belong to frozen norms
 
@@ -45,24 +45,35 @@ def round_floats_(model: nn.Module, exact: Collection[str] = ()) -> None:
 
 
 @torch.no_grad()
-def round_weights_(model: nn.Module, names: Iterable[str], storage: str) -> None:
-    """Round the named weights in place to their storage type; with "int8" each row (output channel) has its own scale.
+def round_weights_(model: nn.Module, storages: Mapping[str, str]) -> None:
+    """Round the named weights in place to their storage types; with "int8" each row (output channel) has its own scale.
 
-    Parameters are replaced, as in `round_floats_`.
+    Parameters are replaced, as in `round_floats_`; ties are kept.
 
     Args:
-        names: names of parameters `[rows, ...]`.
-        storage: "int8", "float16", or "float32" for no rounding.
+        model: changed in place.
+        storages: by the name of a parameter `[rows, ...]`: "int8", "float16", or "float32" for no rounding.
     """
-    for name in names if storage != "float32" else ():
+    rounded: dict[int, nn.Parameter] = {}
+    for name, storage in storages.items():
         path, _, attribute = name.rpartition(".")
-        module = model.get_submodule(path)
-        weight = module._parameters[attribute]
+        weight = model.get_submodule(path)._parameters[attribute]
         assert weight is not None
-        module._parameters[attribute] = nn.Parameter(_as_stored(weight.detach(), storage), requires_grad=False)
+        if storage != "float32":
+            rounded[id(weight)] = nn.Parameter(as_stored(weight.detach(), storage), requires_grad=False)
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if id(parameter) in rounded:
+                module._parameters[attribute] = rounded[id(parameter)]
 
 
-def _as_stored(weight: Tensor, storage: str) -> Tensor:
+def as_stored(weight: Tensor, storage: str) -> Tensor:
+    """A weight with the values that a file has in a storage type.
+
+    Args:
+        weight: `[rows, ...]`; on the meta device only the dtype changes.
+        storage: "int8", or "float16".
+    """
     if storage == "float16":
         return _half(weight)
     if weight.is_meta:

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.graph import FoundLayer
 from bgd_plugin.planning.bound import fewest_bytes, loss_by_bytes
-from bgd_plugin.planning.candidates import Option, options_of, rated, weight_sensitivity
+from bgd_plugin.planning.candidates import Option, error_of, float_options, options_of, rated, weight_sensitivity
 from bgd_plugin.planning.knapsack import Choice, choose, require_reachable
 from bgd_plugin.planning.losses import LEVEL, Sensitivity, joint_loss
 from bgd_plugin.planning.outputs import LOGITS, Scale
+from bgd_plugin.planning.rounded import can_be_narrow, narrow_bytes
 from bgd_plugin.planning.sizes import Sketch
-from bgd_plugin.planning.survey import Chosen, Survey
+from bgd_plugin.planning.survey import Chosen, Survey, weight_name
 from bgd_plugin.planning.types import CurvePoint
 from bgd_plugin.support.seeds import seeded
 
@@ -30,9 +31,11 @@ _UNMEASURED = (
     "quantize() measures it, and so does plan() with calibration data"
 )
 _FINEST = (
-    "bound: no choice of sizes keeps within it and makes the file smaller: all layers have their finest sizes; give a "
-    "larger max_divergence, or a budget"
+    "bound: no choice of sizes keeps within it: only the layer that bears codes best is quantized; give a larger "
+    "max_divergence, or a budget"
 )
+_FLOAT = "the budget has room for it in float"
+_NARROW = "8 bits for each weight, with a scale for each row, suit it better than codes"
 _BLIND = (
     "budget: estimated from the weights alone, without data; quantize() measures what each layer's error does to the "
     "output, and may choose differently"
@@ -48,12 +51,14 @@ class Budget:
         sketch: of the same, for the length of files.
         target_bytes: the longest file; None with a bound.
         scale: of losses.
+        beside: layers without a setting that may take half precision or 8 bits, since it matters.
     """
 
     survey: Survey
     sketch: Sketch
     target_bytes: int | None
     scale: Scale = LOGITS
+    beside: tuple[FoundLayer, ...] = ()
 
     @classmethod
     def of(cls, survey: Survey, sketch: Sketch | None = None) -> Budget | None:
@@ -82,6 +87,11 @@ class Budget:
         return None if bound is None else bound * self.scale.tolerance
 
     @property
+    def open(self) -> tuple[FoundLayer, ...]:
+        """The layers for which there is a choice, in the order of their options."""
+        return (*self.free, *self.beside)
+
+    @property
     def free(self) -> tuple[FoundLayer, ...]:
         """The layers whose sizes are to be chosen."""
         return tuple(found for found, planned in self.survey.chosen if planned.name in self.survey.free)
@@ -101,7 +111,7 @@ class Budget:
         """
         if self.target_bytes is None and not sensitivities:
             return self.survey.noted(_UNMEASURED)
-        names = [layer.name for layer in self.free]
+        names = [layer.name for layer in self.open]
         known = self._known(sensitivities or {})
         if self.target_bytes is not None:
             choice = self._within_bytes(known, self.target_bytes)
@@ -114,11 +124,11 @@ class Budget:
                 f"a budget of {self.target_bytes:,} bytes has room for every layer in float: no layer is left to "
                 "quantize; give a smaller file size"
             )
-        left = [name for option, name in pairs if option.layer is None]
-        notes = self._notes(choice, sensitivities, realized)
-        if not sensitivities:
-            return self.survey.budgeted(chosen, left, notes)
-        return self.survey.budgeted(chosen, left, notes, choice.loss * realized)
+        free = {layer.name for layer in self.free}
+        left = {name: _NARROW if o.is_narrow else _FLOAT for o, name in pairs if o.layer is None and name in free}
+        notes, storages = self._notes(choice, sensitivities, realized), self._storages(choice.options)
+        expected = choice.loss * realized if sensitivities else None
+        return self.survey.budgeted(chosen, left, notes, expected, storages)
 
     def curve(self, sensitivities: Mapping[str, Sensitivity], realized: float = 1.0) -> tuple[CurvePoint, ...]:
         """Bytes against expected divergence, from the smallest file that can be chosen to every layer in float.
@@ -144,12 +154,12 @@ class Budget:
             known: the sensitivity of each free layer, by name.
             level: loss of all layers together, in nats, at which each one's share is told.
         """
-        return [rated(o, known[layer.name], level) for o, layer in zip(self._options, self.free, strict=True)]
+        return [rated(o, known[layer.name], level) for o, layer in zip(self._options, self.open, strict=True)]
 
     def loss(self, picked: Sequence[Option], known: Mapping[str, Sensitivity]) -> float:
-        """The expected loss in nats of options, one `picked` for each free layer; sensitivities are `known` by name."""
-        pairs = [(o.layer, known[layer.name]) for o, layer in zip(picked, self.free, strict=True) if o.layer]
-        return joint_loss([(one, one.error_of(planned)) for planned, one in pairs])
+        """The expected loss in nats of options, one `picked` for each open layer; sensitivities are `known` by name."""
+        pairs = [(option, known[layer.name]) for option, layer in zip(picked, self.open, strict=True)]
+        return joint_loss([(one, error_of(option, one)) for option, one in pairs])
 
     def _within_bound(self, known: Mapping[str, Sensitivity], realized: float) -> Choice:
         assert self.bound is not None
@@ -157,11 +167,20 @@ class Budget:
         options = self.rated(known, level)
         picked = [layer[i] for layer, i in zip(options, fewest_bytes(options, level), strict=True)]
         if all(option.layer is None for option in picked) and not self._fixed:
-            picked = [
-                next(o for o in (*reversed(worthy), *reversed(every)) if o.layer is not None)
-                for worthy, every in zip(options, self._options, strict=True)
-            ]
+            index, option = self._least_harmful(known)
+            picked[index] = option
         return Choice(options=tuple(picked), file_bytes=self._file_size(picked), loss=self.loss(picked, known))
+
+    def _least_harmful(self, known: Mapping[str, Sensitivity]) -> tuple[int, Option]:
+        """The place of the layer that bears codes best, and its finest ones."""
+        costs = [
+            (known[layer.name].per_error() * error_of(option, known[layer.name]), index, option)
+            for index, (options, layer) in enumerate(zip(self._options, self.open, strict=True))
+            for option in options
+            if option.layer is not None
+        ]
+        _, index, option = min(costs, key=lambda cost: cost[:2])
+        return index, option
 
     def _within_bytes(self, known: Mapping[str, Sensitivity], target_bytes: int) -> Choice:
         """The choice for a file; shares are told at the loss that it comes to, which the first choice shows."""
@@ -178,8 +197,8 @@ class Budget:
     def _known(self, measured: Mapping[str, Sensitivity]) -> dict[str, Sensitivity]:
         """What was measured; a layer that could not be measured counts as one of the measured ones in the middle."""
         others = self._by_weights(measured)
-        if measured:
-            middle = statistics.median(one.per_error() for one in measured.values())
+        if others and measured:
+            middle = statistics.median(one.per_error() for one in measured.values() if one.curves)
             others = {name: dataclasses.replace(one, losses=((1.0, middle),)) for name, one in others.items()}
         return {**others, **measured}
 
@@ -191,19 +210,29 @@ class Budget:
                 self._float_bytes(found),
                 self.survey.free[planned.name].codebook_size,
                 codes=self.survey.config.codes,
+                narrow_bytes=self._narrow_bytes(found) if found.family == "embedding" else None,
             )
             for found, planned in self.survey.chosen
             if planned.name in self.survey.free
-        ]
+        ] + [float_options(self._float_bytes(found), self._narrow_bytes(found)) for found in self.beside]
 
     def _chosen(self, picked: Sequence[Option]) -> Chosen:
         """All layers to be quantized, the free ones as picked."""
-        layers = dict(zip((layer.name for layer in self.free), (option.layer for option in picked), strict=True))
+        layers = dict(zip((layer.name for layer in self.open), (option.layer for option in picked), strict=True))
         outcomes = [(f, layers.get(p.name, p)) for f, p in self.survey.chosen]
         return tuple((f, p) for f, p in outcomes if p is not None)
 
     def _file_size(self, picked: Sequence[Option]) -> int:
-        return self.sketch.file_size(self._chosen(picked))
+        return self.sketch.file_size(self._chosen(picked), self._storages(picked))
+
+    def _storages(self, picked: Sequence[Option]) -> dict[str, str]:
+        """By weight name, the storage types of float weights that are not the usual ones."""
+        usual = set(self.survey.leftovers)
+        pairs = [(weight_name(layer), o.is_narrow) for o, layer in zip(picked, self.open, strict=True) if not o.layer]
+        return {name: "int8" if narrow else "float16" for name, narrow in pairs if narrow != (name in usual)}
+
+    def _narrow_bytes(self, layer: FoundLayer) -> int | None:
+        return narrow_bytes(layer) if can_be_narrow(layer, self.survey.config) else None
 
     def _float_bytes(self, layer: FoundLayer) -> int:
         size = layer.weight.element_size()
@@ -227,8 +256,7 @@ class Budget:
                 f"bound: sizes of {len(self.free)} layers chosen for the smallest file within a {called} of "
                 f"{bound:.3g}: {choice.file_bytes:,} bytes, expected {choice.loss * realized:.3g}{more}"
             )
-            is_finest = all(o.layer is not None for o in choice.options) and choice.loss * realized > (bound or 0)
-            return (note, _FINEST) if is_finest else (note,)
+            return (note, _FINEST) if choice.loss * realized > (bound or 0) else (note,)
         share = choice.file_bytes / self.target_bytes
         spent = f"budget: {choice.file_bytes:,} of {self.target_bytes:,} bytes ({share:.2%})"
         note = f"{spent}; sizes of {len(self.free)} layers chosen for the lowest expected loss, {choice.loss:.3g}{more}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bgd_plugin.encoding.eight_bit import round_to_eight_bits
 from bgd_plugin.encoding.stream import is_codable
 from bgd_plugin.planning.losses import LEVEL, Sensitivity, beside_codes
 from bgd_plugin.planning.types import PlannedLayer
@@ -27,7 +28,9 @@ __all__ = [
     "Option",
     "block_sizes",
     "codebook_sizes",
+    "error_of",
     "fitted_sizes",
+    "float_options",
     "options_of",
     "rated",
     "weight_sensitivity",
@@ -40,6 +43,8 @@ _MOST_BITS = 8  # for each weight; beyond that, float is no larger
 _SAMPLED_BLOCKS = 1 << 14
 """Blocks in a quick fit."""
 _MOST_LEVELS = 256
+_NARROW_ERROR = 1e-4
+"""Relative squared error of normally distributed weights in 8 bits with a scale for each row."""
 _ENTROPY_BITS = tuple(bits / 16 for bits in (*range(12, 48), *range(48, 97, 4)))
 """Rates to choose from, in bits for each weight."""
 
@@ -52,11 +57,13 @@ class Option:
         layer: as it would be quantized; None: float.
         size_bytes: of the layer in the file.
         loss: expected divergence that it adds, in nats.
+        is_narrow: float in 8 bits for each weight, with a scale for each row.
     """
 
     layer: PlannedLayer | None
     size_bytes: int
     loss: float = math.inf
+    is_narrow: bool = False
 
 
 def block_sizes(weight_shape: Sequence[int]) -> tuple[int, ...]:
@@ -107,15 +114,24 @@ def weight_sensitivity(weight: Tensor, generator: torch.Generator) -> Sensitivit
     if weight.is_meta:
         laws = tuple(RateCurve(block_size=d, points=((1, 1.0),)) for d in sizes)
         law = EntropyCurve(points=((0.0, 1.0),))
-        return Sensitivity(curves=laws, losses=((1.0, 1.0),), reason="by the layer's shape", entropy=law)
-    power = float(weight.detach().float().square().mean())
+        reason = "by the layer's shape"
+        return Sensitivity(curves=laws, losses=((1.0, 1.0),), reason=reason, entropy=law, narrow=_NARROW_ERROR)
+    weight = weight.detach().float()
+    power = float(weight.square().mean())
+    rounded = round_to_eight_bits(weight.reshape(shape[0], -1)).reshape(shape)
     curves: list[RateCurve] = []
     entropy = None
     for d in sizes:
         sample = _sampled(weight, d, power, generator)
         curves.append(rate_curve(*sample, fitted_sizes(shape, d), generator=generator))
         entropy = entropy_curve(*sample) if d == 1 else entropy
-    return Sensitivity(curves=tuple(curves), losses=((1.0, 1.0),), reason="by the weight's own error", entropy=entropy)
+    return Sensitivity(
+        curves=tuple(curves),
+        losses=((1.0, 1.0),),
+        reason="by the weight's own error",
+        entropy=entropy,
+        narrow=float((rounded - weight).square().mean()) / power if power > 0 else 0.0,
+    )
 
 
 def _sampled(weight: Tensor, block_size: int, power: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -139,7 +155,12 @@ def _entropy_coded(planned: PlannedLayer) -> list[PlannedLayer]:
 
 
 def options_of(
-    planned: PlannedLayer, float_bytes: int, codebook_size: int | None = None, *, codes: str = "blocks"
+    planned: PlannedLayer,
+    float_bytes: int,
+    codebook_size: int | None = None,
+    *,
+    codes: str = "blocks",
+    narrow_bytes: int | None = None,
 ) -> list[Option]:
     """All ways to store a layer, bytes ascending; their losses are not known yet.
 
@@ -148,6 +169,7 @@ def options_of(
         float_bytes: of the layer in float.
         codebook_size: if it is not to be chosen: then the layer is quantized in any case.
         codes: "entropy": entropy-coded codes at several rates are among them.
+        narrow_bytes: of the layer in 8 bits for each weight; None if the settings do not allow it.
     """
     shape = planned.weight_shape
     layers = [
@@ -160,8 +182,14 @@ def options_of(
     elif codes == "entropy":
         layers += _entropy_coded(planned)
     options = [Option(layer=layer, size_bytes=layer.compressed_bytes) for layer in layers]
-    options += [] if codebook_size is not None else [Option(layer=None, size_bytes=float_bytes)]
+    options += [] if codebook_size is not None else float_options(float_bytes, narrow_bytes)
     return sorted(options, key=lambda option: option.size_bytes)
+
+
+def float_options(float_bytes: int, narrow_bytes: int | None) -> list[Option]:
+    """The ways to store a layer that is not quantized; arguments as of `options_of`."""
+    narrow = [] if narrow_bytes is None else [Option(layer=None, size_bytes=narrow_bytes, is_narrow=True)]
+    return [*narrow, Option(layer=None, size_bytes=float_bytes)]
 
 
 def _fixed(planned: PlannedLayer, codebook_size: int) -> list[PlannedLayer]:
@@ -174,6 +202,13 @@ def _fixed(planned: PlannedLayer, codebook_size: int) -> list[PlannedLayer]:
     ]
 
 
+def error_of(option: Option, sensitivity: Sensitivity) -> float:
+    """The expected error of an option, mean square per weight, of a layer with this sensitivity."""
+    if option.layer is not None:
+        return sensitivity.error_of(option.layer)
+    return sensitivity.narrow if option.is_narrow else 0.0
+
+
 def rated(options: Sequence[Option], sensitivity: Sensitivity, level: float = LEVEL) -> list[Option]:
     """The options with their losses, as far as they are worth a thought: each loses less than all smaller ones.
 
@@ -183,7 +218,8 @@ def rated(options: Sequence[Option], sensitivity: Sensitivity, level: float = LE
         level: the loss of all layers together at which each one's share is told.
     """
     kept: list[Option] = []
-    losses = [sensitivity.loss_of(o.layer, level) if o.layer else 0.0 for o in options]
+    options = [option for option in options if not option.is_narrow or math.isfinite(sensitivity.narrow)]
+    losses = [sensitivity.per_error(level) * error_of(option, sensitivity) for option in options]
     for option, loss in sorted(zip(options, losses, strict=True), key=lambda pair: (pair[0].size_bytes, pair[1])):
         if not kept or loss < kept[-1].loss:
             kept.append(dataclasses.replace(option, loss=loss))

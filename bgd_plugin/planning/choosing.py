@@ -23,8 +23,7 @@ _FARTHEST = 32.0
 
 def energy_left(budget: Budget) -> float:
     """The share of the errors' energy that is expected to be left before a pass has shown it."""
-    config = budget.survey.config
-    return _MADE_GOOD if config.method == "full" and config.asymmetric_step else 1.0
+    return _MADE_GOOD if budget.survey.config.makes_good else 1.0
 
 
 def choose_sizes(budget: Budget, measurements: Measurements, energy: float) -> Survey:
@@ -41,7 +40,9 @@ def choose_sizes(budget: Budget, measurements: Measurements, energy: float) -> S
     Raises:
         ConfigError: as `Budget.spend`.
     """
-    sensitivities, budget = measurements.sensitivities, dataclasses.replace(budget, scale=measurements.scale)
+    sensitivities = measurements.sensitivities
+    beside = tuple(layer for layer in budget.survey.beside if layer.name in sensitivities)
+    budget = dataclasses.replace(budget, scale=measurements.scale, beside=beside)
     factor = energy
     survey = budget.spend(sensitivities, factor)
     for trial in range(_TRIALS):

@@ -8,21 +8,50 @@ and the divergence computed again, without running the network.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from bgd_plugin.planning.outputs import logit_pair
+from bgd_plugin.planning.answers import output_loss
+from bgd_plugin.planning.outputs import Measure, logit_pair
 
-__all__ = ["losses_by_error", "shifted_logits"]
+__all__ = ["loss_and_shifts", "losses_by_error", "shifted_logits"]
 
 _ENERGIES = tuple(4.0**step for step in range(-3, 15))
 """Factors on the energy of the shift."""
 _LEAST, _MOST = 1e-6, 1.0
 """Divergences in nats: what rounding leaves, and what no bound asks for."""
 _NOTHING = 1e-30
+_NUMBERS = 2_000_000
+"""Logits, at most, whose shifts are looked at."""
+
+
+def loss_and_shifts(
+    outputs: Iterable[Any], exact: Sequence[Any], measure: Measure
+) -> tuple[float, str, list[tuple[Tensor, Tensor]]]:
+    """The loss of a changed network's outputs, by which measure, and the shifts of its logits if it has some.
+
+    Args:
+        outputs: of the changed network, one for each batch.
+        exact: of the float network, for the same batches.
+        measure: of the losses.
+    """
+    total, samples, measured = 0.0, 0, ""
+    shifts = []
+    for found, wanted in zip(outputs, exact, strict=True):
+        loss, measured = output_loss(found, wanted, measure)
+        size = _samples_in(wanted)
+        total, samples = total + size * loss, samples + size
+        if measured == "KL":
+            shifts.append(shifted_logits(found, wanted, _NUMBERS // len(exact)))
+    return total / max(1, samples), measured, shifts
+
+
+def _samples_in(output: Any) -> int:
+    return next((t.shape[0] for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.ndim), 1)
 
 
 def shifted_logits(found: Any, exact: Any, most: int) -> tuple[Tensor, Tensor]:

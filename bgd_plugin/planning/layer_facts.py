@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from bgd_plugin.calibration import LayerInputs, sampled_inputs
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.encoding.eight_bit import LEVELS
+from bgd_plugin.files.rounding import as_stored
 from bgd_plugin.graph import FoundLayer
 from bgd_plugin.pq.feedback import damped, diagonal_blocks, encode_with_feedback, nearest
 from bgd_plugin.pq.full_gram import positions_as_groups
 
-__all__ = ["LayerFacts", "layer_facts", "roughly_quantized", "rounding_error", "spread_ratio"]
+__all__ = ["LayerFacts", "layer_facts", "narrow_error", "roughly_quantized", "rounding_error", "spread_ratio"]
 
 _ROWS = 4096  # of a layer's inputs
 _DAMPING = 0.2
@@ -147,6 +149,20 @@ def rounding_error(scaled: Tensor, facts: LayerFacts) -> float:
     """
     step = float(scaled.abs().max()) / LEVELS
     return step**2 / 12 * float(facts.covariance.diagonal(dim1=1, dim2=2).mean())
+
+
+@torch.no_grad()
+def narrow_error(facts: LayerFacts) -> float:
+    """The error, mean square per weight, of the float layer with 8 bits for each weight and a scale for each row.
+
+    Args:
+        facts: of the layer.
+    """
+    layer = facts.layer
+    rounded = nn.Parameter(as_stored(layer.weight.detach(), "int8"), requires_grad=False)
+    matrix = dataclasses.replace(layer, weight=rounded).matrix.float().reshape(facts.weight.shape)
+    error = (matrix - facts.weight) * facts.scale[..., None]
+    return float(((error @ facts.covariance) * error).sum(2).mean()) / error.shape[2]
 
 
 def spread_ratio(facts: LayerFacts, rough: Tensor) -> Tensor:

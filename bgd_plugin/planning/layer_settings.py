@@ -97,7 +97,7 @@ def setting_of(layer: FoundLayer, config: BGDConfig, *, is_first: bool) -> tuple
             return setting, f"override {pattern!r}", False
     family = "first_layer" if is_first else layer.family
     assert family in FAMILIES
-    setting = getattr(config, family)
+    setting = config.setting_for(family)
     tied = f" (tied to {', '.join(layer.tied)})" if layer.tied and family == "embedding" else ""
     return setting, f"{family}=None{tied}", config.is_default(family)
 

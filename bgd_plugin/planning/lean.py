@@ -55,7 +55,7 @@ def coarse_weights(survey: Survey) -> dict[str, tuple[str, str]]:
     found = {}
     for node, weight in readers:
         name = f"{node.target}.weight" if node.op == "call_module" else str(node.target)
-        if weight is None or name not in survey.leftovers or runs[id(weight)] != 1:
+        if weight is None or survey.storages.get(name, "float16") == "float16" or runs[id(weight)] != 1:
             continue
         call = _plain_call(graph, node)
         if weight.ndim > 2 and weight.shape[1] == 1 and call is not None:

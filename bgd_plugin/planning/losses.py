@@ -34,6 +34,7 @@ class Sensitivity:
         reason: what was measured, as text for the report.
         entropy: the layer's error by bits for each weight where codes are entropy coded; None where they may not be.
         rounding: error that any codebook has, since its values are rounded for the file.
+        narrow: error of the layer in float, with 8 bits for each weight and a scale for each row; infinite if unknown.
     """
 
     curves: tuple[RateCurve, ...]
@@ -41,6 +42,7 @@ class Sensitivity:
     reason: str
     entropy: EntropyCurve | None = None
     rounding: float = 0.0
+    narrow: float = math.inf
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers."""
@@ -56,8 +58,14 @@ class Sensitivity:
         points = (values.get("entropy") or {}).get("points")
         entropy = EntropyCurve(points=tuple((bits, error) for bits, error in points)) if points else None
         losses = tuple((error, loss) for error, loss in values["losses"])
-        rounding = values.get("rounding", 0.0)
-        return cls(curves=curves, losses=losses, reason=values["reason"], entropy=entropy, rounding=rounding)
+        return cls(
+            curves=curves,
+            losses=losses,
+            reason=values["reason"],
+            entropy=entropy,
+            rounding=values.get("rounding", 0.0),
+            narrow=values.get("narrow", math.inf),
+        )
 
     def error(self, block_size: int, codebook_size: int) -> float:
         """The expected error, mean square per weight, in blocks of `block_size` with `codebook_size` codewords."""
@@ -104,10 +112,6 @@ class Sensitivity:
         if layer.codes == "entropy" and self.entropy is not None:
             return self.entropy.error(entropy_bits(layer))
         return self.error(layer.block_size, layer.codebook_size)
-
-    def loss_of(self, layer: PlannedLayer, level: float = LEVEL) -> float:
-        """The share, in nats, of a layer quantized as planned in a loss of `level` nats of all layers together."""
-        return self.per_error(level) * self.error_of(layer)
 
 
 def joint_loss(errors: Sequence[tuple[Sensitivity, float]]) -> float:

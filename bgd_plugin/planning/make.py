@@ -51,9 +51,10 @@ def plan(
         ConfigError: a block size that does not divide a layer's row, a glob that matches nothing, no layer to quantize,
             or a budget that cannot be met.
     """
+    config = (config or BGDConfig()).decided(has_data=calibration is not None)
     model = baked(unwrapped(model))
     front = front_end(model, share_tensors=True)
-    survey = surveyed(front, config or BGDConfig(), original=model, original_bytes=original_bytes)
+    survey = surveyed(front, config, original=model, original_bytes=original_bytes)
     survey.require_some()
     batches, aside = None, list[Batch]()
     if calibration is not None:
@@ -78,7 +79,7 @@ def plan(
         layers=survey.layers,
         skipped=survey.skipped,
         original_bytes=survey.original_bytes,
-        compressed_bytes=sketch.file_size(survey.chosen),
+        compressed_bytes=sketch.file_size(survey.chosen, survey.storages),
         paper_bytes=planned_paper_bytes(survey),
         notes=survey.notes,
         expected_divergence=survey.expected_divergence,

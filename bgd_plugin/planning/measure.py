@@ -14,12 +14,14 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from bgd_plugin.calibration import Batch, first_samples
+from bgd_plugin.config import BGDConfig
 from bgd_plugin.graph import isolated_weights, untouched
 from bgd_plugin.planning.answers import compare_answers
 from bgd_plugin.planning.budget import Budget
-from bgd_plugin.planning.losses import Sensitivity
+from bgd_plugin.planning.losses import LEVEL, Sensitivity
 from bgd_plugin.planning.outputs import LOGITS, Scale
 from bgd_plugin.planning.perturbation import changed, changes_of
+from bgd_plugin.planning.rounded import measure_rounding, roundings
 from bgd_plugin.planning.sensitivity import Measured, measure_layers
 from bgd_plugin.planning.survey import Survey
 from bgd_plugin.support.processes import from_first, is_first
@@ -29,6 +31,7 @@ __all__ = ["Measurements", "measured"]
 _SAMPLES = 64
 """Calibration samples on which all errors together are tried where too few are kept aside."""
 _FEW = 16
+_LAST = 2.0, 4.0
 _KEPT = 1 << 22
 """Numbers in the float network's answers to them, up to which they are kept from one trial to the next."""
 
@@ -41,7 +44,8 @@ class Measurements:
         budget: whose free layers were measured.
         batches: the calibration data.
         aside: samples kept aside, on which all errors together are tried, since the answers are judged by them.
-        sensitivities: of the layers, by name; a layer that no input reaches has none.
+        sensitivities: of the layers, by name; a layer that no input reaches has none. Layers without a setting are
+            among them where their rounding to 8 bits costs more than next to nothing.
         layers: the same with an error of each layer; only in the process that measured them.
         scale: of the losses.
     """
@@ -61,7 +65,7 @@ class Measurements:
 
         Args:
             survey: with sizes chosen.
-            energy: share of the errors' energy that is left.
+            energy: share of the errors' energy that is left, except in the last layers, where more is (`_shares`).
         """
 
         def work() -> tuple[dict[str, Tensor], str]:
@@ -72,12 +76,15 @@ class Measurements:
     def _tried(self, survey: Survey, energy: float) -> float:
         few = self.aside if sum(batch.size for batch in self.aside) >= _FEW else first_samples(self.batches, _SAMPLES)
         errors = [
-            (one, (energy * one.sensitivity.error_of(planned) / one.size) ** 0.5)
-            for planned in survey.layers
+            (one, (share * energy * one.sensitivity.error_of(planned) / one.size) ** 0.5)
+            for planned, share in zip(survey.layers, _shares(len(survey.layers), survey.config), strict=True)
             if (one := self.layers.get(planned.name)) is not None
         ]
+        found = self.budget.survey
         with _apart(self.budget) as network:
             changes = [change for one, scale in errors for change in changes_of(network, one.error, scale)]
+            rounded = roundings(network, dataclasses.replace(survey, network=found.network), found.everywhere)
+            changes += [change for one in rounded.values() for change in one]
 
             def with_errors(batch: Batch) -> Any:
                 with changed(changes):
@@ -104,6 +111,16 @@ class Measurements:
         return answered
 
 
+def _shares(count: int, config: BGDConfig) -> list[float]:
+    """How much more of the errors' energy is left in the last ones of so many layers, as few are fitted after them.
+
+    The fit of a layer aims halfway at the float network's outputs, which leaves a quarter of the energy; of the last
+    layer's error nothing is made good.
+    """
+    last = _LAST if config.makes_good else (1.0, 1.0)
+    return [*[1.0] * count, *last][-count:] if count else []
+
+
 def measured(budget: Budget, batches: Sequence[Batch], aside: Sequence[Batch] = (), *, progress: bool) -> Measurements:
     """Measure the layers whose sizes are to be chosen; the first process does, on its data.
 
@@ -123,23 +140,26 @@ def measured(budget: Budget, batches: Sequence[Batch], aside: Sequence[Batch] = 
             _apart(budget) as network,
         ):
             layers.update(measure_layers(network, batches, budget.free, budget.survey.config, bar.update))
-        content = {name: (dataclasses.asdict(one.scale), one.sensitivity.to_dict()) for name, one in layers.items()}
-        return {}, json.dumps(content)
+            scale = next((one.scale for one in layers.values()), LOGITS)
+            level = (budget.survey.config.bound or LEVEL) * scale.tolerance
+            beside = measure_rounding(network, first_samples(batches, _FEW), budget.survey, scale, level)
+        known = {name: one.sensitivity for name, one in layers.items()} | beside
+        return {}, json.dumps([dataclasses.asdict(scale), {name: one.to_dict() for name, one in known.items()}])
 
-    found: dict[str, Any] = json.loads(from_first(work)[1])
+    scale, found = json.loads(from_first(work)[1])
     return Measurements(
         budget=budget,
         batches=batches,
         aside=aside,
-        sensitivities={name: Sensitivity.from_dict(values) for name, (_, values) in found.items()},
+        sensitivities={name: Sensitivity.from_dict(values) for name, values in found.items()},
         layers=layers,
-        scale=next((Scale(**scale) for scale, _ in found.values()), LOGITS),
+        scale=Scale(**scale),
     )
 
 
 @contextmanager
 def _apart(budget: Budget) -> Iterator[nn.Module]:
     """The network with weights that can be exchanged; it is as before at the end."""
-    network = budget.survey.network
-    with isolated_weights(network, budget.free), untouched(network) as (running,):
+    network, layers = budget.survey.network, (*budget.free, *budget.survey.beside)
+    with isolated_weights(network, layers), untouched(network) as (running,):
         yield running

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bgd_plugin.graph import FoundLayer, module_at
 from bgd_plugin.planning.layer_facts import LayerFacts
 
-__all__ = ["Perturbation", "bias_of", "changed", "changes_of", "has_channel_rows", "perturbed"]
+__all__ = ["Perturbation", "bias_of", "changed", "changes_of", "has_channel_rows", "holders", "perturbed"]
 
 _TINY = 1e-12
 _RATIOS = 0.05, 20.0
@@ -101,12 +101,13 @@ def changes_of(network: nn.Module, one: Perturbation, scale: float) -> list[Chan
         one: the error in a layer.
         scale: factor on the error.
     """
-    holder, name = _holder(network, one.layer)
+    (holder, name), *tied = holders(network, one.layer)
     bias = bias_of(network, one.layer)
     norm: Any = module_at(network, one.norm) if one.norm else None
     exact, error = one.means
     shift = scale * error
-    changes: list[Change] = [(holder, name, nn.Parameter(one.weight(scale), requires_grad=False))]
+    weight = nn.Parameter(one.weight(scale), requires_grad=False)
+    changes: list[Change] = [(module, place, weight) for module, place in ((holder, name), *tied)]
     if norm is not None:  # whose rows are scaled, too
         shift = (exact + shift) * one.ratio(scale) - exact
         changes.append((norm, "running_mean", norm.running_mean + shift.to(norm.running_mean)))
@@ -132,11 +133,14 @@ def changed(changes: Sequence[Change]) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def _holder(network: nn.Module, layer: FoundLayer) -> tuple[Any, str]:
-    """The module that holds a layer's weight, and the weight's name in it."""
-    owner, _, name = layer.target.rpartition(".")
-    holder = module_at(network, owner)
-    return (holder, name) if name in holder._parameters else (module_at(network, layer.target), "weight")
+def holders(network: nn.Module, layer: FoundLayer) -> list[tuple[Any, str]]:
+    """The modules that hold a layer's weight, that of the layer first, and the weight's name in each."""
+    found = []
+    for target in (layer.target, *layer.tied):
+        owner_path, _, name = target.rpartition(".")
+        owner = module_at(network, owner_path)
+        found.append((owner, name) if name in owner._parameters else (module_at(network, target), "weight"))
+    return found
 
 
 def bias_of(network: nn.Module, layer: FoundLayer) -> Any:

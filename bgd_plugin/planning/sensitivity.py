@@ -15,16 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from bgd_plugin.calibration import Batch, Batches, LayerInputs, Rerun, Walk, embedding_inputs, first_samples
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import FoundLayer, batchnorms_in_parts, following_batchnorm
-from bgd_plugin.planning.answers import output_loss
 from bgd_plugin.planning.candidates import block_sizes, codebook_sizes, fitted_sizes
-from bgd_plugin.planning.extrapolate import losses_by_error, shifted_logits
-from bgd_plugin.planning.layer_facts import LayerFacts, layer_facts, roughly_quantized, rounding_error
+from bgd_plugin.planning.extrapolate import loss_and_shifts, losses_by_error
+from bgd_plugin.planning.layer_facts import LayerFacts, layer_facts, narrow_error, roughly_quantized, rounding_error
 from bgd_plugin.planning.losses import Sensitivity
 from bgd_plugin.planning.outputs import Measure, Scale
 from bgd_plugin.planning.perturbation import Perturbation, bias_of, has_channel_rows, perturbed
@@ -38,8 +36,6 @@ _SAMPLES = 16  # that run to the network's end once for each layer
 _RUNS = 6  # over all batches, at most, that a network that is no graph takes to its end besides
 _SAMPLED_BLOCKS = 1 << 13
 _REFERENCE_CODEBOOK = 256
-_NUMBERS = 2_000_000
-"""Logits, at most, whose shifts are looked at."""
 _TINY = 1e-12
 _LEAST_KL = 1e-6
 """A divergence this small is what rounding has left."""
@@ -226,7 +222,8 @@ def _measured(
     error = Perturbation.of(facts, roughly_quantized(scaled, facts, fit.codebook) / facts.scale[..., None])
     size = max(fit.error, _TINY)
     with perturbed(walk.student, error):
-        loss, measured, shifts = _loss_alone(walk, outputs, scale.measure)
+        found = (walk.finish(index) for index in range(len(outputs)))
+        loss, measured, shifts = loss_and_shifts(found, outputs, scale.measure)
     reason = f"{measured} {loss:.2g} if only this layer is quantized, at {reference}×{len(fit.codebook)}"
     losses = losses_by_error(shifts, size, loss)
     sensitivity = Sensitivity(
@@ -235,6 +232,7 @@ def _measured(
         reason=reason,
         entropy=entropy,
         rounding=rounding_error(scaled, facts) if config.codebook_storage == "int8" else 0.0,
+        narrow=narrow_error(facts),
     )
     return Measured(sensitivity=sensitivity, error=error, size=size, loss=loss, scale=scale)
 
@@ -255,26 +253,6 @@ def _require_finite(name: str, *tensors: Tensor) -> None:
 def _reference_block(sizes: Sequence[int], shape: Sequence[int]) -> int:
     wanted = 4 if len(shape) == 2 or math.prod(shape[2:]) == 1 else math.prod(shape[2:])
     return min(sizes, key=lambda d: (abs(d - wanted), d))
-
-
-def _loss_alone(
-    walk: Walk | Rerun, outputs: Sequence[Any], measure: Measure
-) -> tuple[float, str, list[tuple[Tensor, Tensor]]]:
-    """The loss of the network's output as it is now, by which measure, and the shifts of its logits if it has some."""
-    total, samples, measured = 0.0, 0, ""
-    shifts = []
-    for index, exact in enumerate(outputs):
-        found = walk.finish(index)
-        loss, measured = output_loss(found, exact, measure)
-        size = _samples_in(exact)
-        total, samples = total + size * loss, samples + size
-        if measured == "KL":
-            shifts.append(shifted_logits(found, exact, _NUMBERS // len(outputs)))
-    return total / max(1, samples), measured, shifts
-
-
-def _samples_in(output: Any) -> int:
-    return next((t.shape[0] for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.ndim), 1)
 
 
 def _first_node(walk: Walk, layer: FoundLayer) -> str:

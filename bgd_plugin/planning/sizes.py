@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from bgd_plugin.files.rounding import round_floats_, round_weights_
 from bgd_plugin.graph import FoundLayer, float_module, module_at, untouched
 from bgd_plugin.nn import PQModule, quantized
 from bgd_plugin.planning.lean import WEIGHT_BITS, coarse_weights, freeze_lean_norms_
-from bgd_plugin.planning.survey import Chosen, Survey
+from bgd_plugin.planning.survey import Chosen, Survey, weight_name
 from bgd_plugin.planning.types import PlannedLayer
 
 __all__ = ["Sketch", "as_saved_", "paper_bytes", "planned_layer", "planned_paper_bytes", "stream_bytes"]
@@ -36,7 +36,9 @@ class Sketch:
     def __init__(self, survey: Survey) -> None:
         self._network = survey.own
         self._config = survey.config
-        self._paths = {layer.name: dict(paths) for layer, paths in _weight_paths(survey.own, survey.chosen)}
+        self._paths = {layer.name: dict(paths) for layer, paths in _weight_paths(survey.own, survey.everywhere)}
+        self._storages = survey.storages
+        self._names = {weight_name(layer): layer.name for layer in survey.everywhere}
         is_fixed = not survey.config.has_budget
         always_quantized = [f.weight for f, p in survey.chosen if is_fixed or p.name not in survey.free]
         with untouched(survey.own) as (base,):
@@ -44,13 +46,17 @@ class Sketch:
             as_saved_(base, survey)
             self._state = State.of(base)
 
-    def file_size(self, chosen: Chosen) -> int:
+    def file_size(self, chosen: Chosen, storages: Mapping[str, str] | None = None) -> int:
         """Length in bytes of the file with the chosen layers quantized and the rest float, rounded as the settings say.
 
         With a budget it is an upper bound: the fit changes statistics and biases, which then may no longer fit a narrow
         type.
+
+        Args:
+            chosen: the layers to be quantized.
+            storages: by weight name, the storage types of float weights; those of the survey where they are not given.
         """
-        state = self._with(chosen)
+        state = self._with(chosen, storages or {})
         content = stored_state(state)
         if not self._config.has_budget:
             return file_size(content)
@@ -65,8 +71,14 @@ class Sketch:
             reserve += _STREAM_BYTES * len(content.streams) + rest // _REST_SHARE
         return file_size(dataclasses.replace(content, tensors=tensors)) + reserve
 
-    def _with(self, chosen: Chosen) -> State:
-        """The state with empty codebooks and codes in the place of weights."""
+    def _with(self, chosen: Chosen, storages: Mapping[str, str]) -> State:
+        """The state with empty codebooks and codes in the place of weights, and float weights of other types."""
+        narrow = {
+            path: self._state.tensors[path].to("meta", getattr(torch, storage))
+            for name, storage in storages.items()
+            if storage != self._storages.get(name)
+            for path in self._paths[self._names[name]]
+        }
         places = {
             name: (path, module, planned)
             for found, planned in chosen
@@ -77,7 +89,7 @@ class Sketch:
         layers, streams = dict(self._state.layers), dict(self._state.stream_bytes)
         for name, value in self._state.tensors.items():
             if name not in places:
-                tensors[name] = value
+                tensors[name] = narrow.get(name, value)
                 continue
             path, module, planned = places[name]
             layers[path] = module
@@ -88,7 +100,9 @@ class Sketch:
         return dataclasses.replace(self._state, tensors=tensors, layers=layers, stream_bytes=streams)
 
 
-def _weight_paths(network: nn.Module, chosen: Chosen) -> Iterator[tuple[FoundLayer, list[tuple[str, str]]]]:
+def _weight_paths(
+    network: nn.Module, layers: Sequence[FoundLayer]
+) -> Iterator[tuple[FoundLayer, list[tuple[str, str]]]]:
     """For each layer, the names of its weight in a state dict, and the path at which a module will hold it."""
     paths: dict[int, list[str]] = {}
     for path, module in network.named_modules(remove_duplicate=False):
@@ -96,7 +110,7 @@ def _weight_paths(network: nn.Module, chosen: Chosen) -> Iterator[tuple[FoundLay
     same: dict[int, list[str]] = {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
         same.setdefault(id(parameter), []).append(name)
-    for layer, _ in chosen:
+    for layer in layers:
         names = []
         for target in (layer.target, *layer.tied):
             owner_path, _, attribute = target.rpartition(".")
@@ -154,7 +168,7 @@ def as_saved_(network: nn.Module, survey: Survey) -> None:
         if weight is not None and not weight.is_meta and not is_on_grid(weight.detach().half()):
             parameters[attribute] = nn.Parameter(fold_to_integers(weight.detach(), WEIGHT_BITS)[0], requires_grad=False)
     freeze_lean_norms_(network, config)
-    round_weights_(network, [name for name in survey.leftovers if name not in coarse], config.weight_storage)
+    round_weights_(network, {name: to for name, to in survey.storages.items() if name not in coarse})
     if config.float_storage == "float16":
         round_floats_(network, survey.tables)
 

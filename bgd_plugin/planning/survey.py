@@ -21,7 +21,7 @@ from bgd_plugin.planning.layer_settings import decided, first_layer, setting_of,
 from bgd_plugin.planning.types import CurvePoint, PlannedLayer, SkippedLayer
 from bgd_plugin.planning.unused import unused_bytes, unused_note, unused_parts, unused_weights
 
-__all__ = ["Chosen", "Survey", "is_finished", "surveyed"]
+__all__ = ["Chosen", "Survey", "is_finished", "surveyed", "weight_name"]
 
 Chosen = tuple[tuple[FoundLayer, PlannedLayer], ...]
 """The layers to be quantized, and how each one is, in the order in which they run."""
@@ -38,8 +38,10 @@ class Survey:
         chosen: the layers to be quantized.
         skipped: the layers that stay float, with reasons.
         free: by name, the settings of the chosen layers whose sizes a bound or a budget may choose.
-        leftovers: names of the weights that stay float because their kind of layer has no setting; not those kept float
-            by an override.
+        leftovers: names of the weights that stay float and take 8 bits (`weight_storage`): those whose kind of layer
+            has no setting, not those kept float by an override; and those for which a bound or a budget chose it.
+        beside: the layers of the first of these.
+        halves: those of `leftovers` that take half precision instead, since a bound or a budget chose it.
         tables: names of parameters that are never rounded, since they are no weights: those that are not trained where
             most of the network is.
         original_bytes: bytes of the user's network, without parts that evaluation mode never uses, or of the network
@@ -58,6 +60,8 @@ class Survey:
     leftovers: tuple[str, ...]
     tables: frozenset[str]
     original_bytes: int
+    beside: tuple[FoundLayer, ...] = ()
+    halves: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
     expected_divergence: float | None = None
     curve: tuple[CurvePoint, ...] = ()
@@ -71,6 +75,17 @@ class Survey:
     def layers(self) -> tuple[PlannedLayer, ...]:
         """The layers to be quantized, as they will be."""
         return tuple(planned for _, planned in self.chosen)
+
+    @property
+    def everywhere(self) -> tuple[FoundLayer, ...]:
+        """All layers whose weights may take 8 bits: those to be quantized, and those beside them."""
+        return (*self.found, *self.beside)
+
+    @property
+    def storages(self) -> dict[str, str]:
+        """The storage type of each of `leftovers`, by name."""
+        usual = self.config.weight_storage
+        return {name: "float16" if name in self.halves else usual for name in self.leftovers}
 
     def require_some(self) -> None:
         """Reject a network without anything to quantize.
@@ -108,23 +123,29 @@ class Survey:
     def budgeted(
         self,
         chosen: Chosen,
-        left: Sequence[str],
+        left: Mapping[str, str],
         notes: tuple[str, ...],
         expected_divergence: float | None = None,
+        storages: Mapping[str, str] | None = None,
     ) -> Survey:
         """The same with the sizes that a budget chose.
 
         Args:
             chosen: the layers that are quantized.
-            left: names of those for which the budget has room in float.
+            left: reasons by name of those that are float.
             notes: how it was spent.
             expected_divergence: with these sizes.
+            storages: by weight name, the storage types that were chosen: "float16" for one that would take 8 bits, or
+                "int8" for one that would take half precision.
         """
-        skipped = [SkippedLayer(name=name, reason="the budget has room for it in float") for name in left]
+        storages = storages or {}
+        narrow = [name for name, to in storages.items() if to != "float16" and name not in self.leftovers]
         return dataclasses.replace(
             self,
             chosen=chosen,
-            skipped=(*self.skipped, *skipped),
+            skipped=(*self.skipped, *(SkippedLayer(name=name, reason=reason) for name, reason in left.items())),
+            leftovers=(*self.leftovers, *narrow),
+            halves=frozenset(name for name, to in storages.items() if to == "float16"),
             notes=(*self.notes, *notes),
             expected_divergence=expected_divergence,
         )
@@ -154,6 +175,7 @@ def surveyed(
     skipped = [SkippedLayer(name=layer.name, reason=layer.reason) for layer in left]
     skipped += [outcome for _, outcome in outcomes if isinstance(outcome, SkippedLayer)]
     reason = f"fitted by running the network itself, since {front.reason}" if front.reason else ""
+    beside = tuple(_beside(found, first, config))
     unused = unused_weights(original, network, front.folded)
     parts = unused_parts(original, network, front.folded)
     return Survey(
@@ -163,7 +185,8 @@ def surveyed(
         chosen=chosen,
         skipped=(*skipped, *unused),
         free=_free(chosen, config, first),
-        leftovers=tuple(_leftovers(found, first, config)),
+        leftovers=tuple(map(weight_name, beside)),
+        beside=beside,
         tables=_tables(front.own),
         original_bytes=_chain_bytes(original, original_bytes, unused_bytes(original, parts)),
         notes=tuple(filter(None, (reason, unused_note(original, parts)))),
@@ -189,9 +212,14 @@ def _free(chosen: Chosen, config: BGDConfig, first: FoundLayer | None) -> dict[s
     return {n: setting for n, setting in settings.items() if setting and setting.is_open}
 
 
-def _leftovers(found: Sequence[FoundLayer], first: FoundLayer | None, config: BGDConfig) -> list[str]:
+def weight_name(layer: FoundLayer) -> str:
+    """The name of a layer's weight among the network's parameters."""
+    return layer.target if layer.functional else f"{layer.target}.weight"
+
+
+def _beside(found: Sequence[FoundLayer], first: FoundLayer | None, config: BGDConfig) -> list[FoundLayer]:
     return [
-        layer.target if layer.functional else f"{layer.target}.weight"
+        layer
         for layer in found
         if not _is_named(layer.name, config)
         and not _is_tied(layer)

@@ -48,7 +48,7 @@ def quantize_weights(model: nn.Module, config: BGDConfig | None = None) -> Quant
     Raises:
         ConfigError: as `quantize`; or the settings ask for distillation or finetuning, which need data.
     """
-    config = config or BGDConfig()
+    config = (config or BGDConfig()).decided(has_data=False)
     wanted = [name for name in ("distillation", "reconstruction", "finetuning") if getattr(config, name) is not None]
     if wanted:
         raise ConfigError(f"{' and '.join(wanted)}: training needs data: use quantize, or set None")

@@ -24,7 +24,7 @@ def round_to_storage_(student: nn.Module, survey: Survey) -> None:
             layer.round_codebook_(planned.codebook_storage)
     coarse = coarse_weights(survey)
     freeze_lean_norms_(student, config)
-    round_weights_(student, [name for name in survey.leftovers if name not in coarse], config.weight_storage)
+    round_weights_(student, {name: to for name, to in survey.storages.items() if name not in coarse})
     if config.float_storage == "float16":
         round_floats_(student, survey.tables)
 

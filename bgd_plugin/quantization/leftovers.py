@@ -44,7 +44,7 @@ def treat_leftover(job: Job, walk: Walk, weight_name: str, call: fx.Node, coarse
         the gain of the refit; None if there was none.
     """
     gain = gram = None
-    config = job.config
+    config, storage = job.config, job.survey.storages[weight_name]
     path, _, attribute = weight_name.rpartition(".")
     owner = job.student.get_submodule(path)
     weight: Any = owner._parameters[attribute]
@@ -68,7 +68,7 @@ def treat_leftover(job: Job, walk: Walk, weight_name: str, call: fx.Node, coarse
         owner._parameters[attribute] = nn.Parameter(weight, requires_grad=False)
         absorb_row_scale_(module_at(job.student, coarse), factor)
     else:
-        round_weights_(job.student, [weight_name], config.weight_storage)
-    if is_refitted or config.weight_storage != "float32":
+        round_weights_(job.student, {weight_name: storage})
+    if is_refitted or storage != "float32":
         walk.mark_changed(path if call.op == "call_module" else weight_name)
     return gain

@@ -14,8 +14,8 @@ from bgd_plugin.report.report import Report
 __all__ = ["Pass", "within_bound"]
 
 _PASSES = 3
-_SLACK = 1.5
-"""A file whose divergence is this many times below the bound is larger than it need be."""
+_SLACK = 1.5, 2.0
+"""A file whose divergence is this many times below the bound, after a pass, is larger than it need be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,19 +52,18 @@ def within_bound(run: Callable[[int, Pass | None], Pass]) -> Pass:
         if result.report.expected_divergence is None:  # nothing was chosen
             return result
         results.append(result)
-        is_enough = _is_good_enough(result.report, result.limit, is_first=number == 0)
+        is_enough = _is_good_enough(result.report, result.limit, _SLACK[min(number, len(_SLACK) - 1)])
         if is_enough or any(_same_sizes(result.report, before.report) for before in results[:-1]):
             break
     return _best(results)
 
 
-def _is_good_enough(report: Report, limit: float, *, is_first: bool) -> bool:
-    """Whether no further pass is worth its time."""
+def _is_good_enough(report: Report, limit: float, slack: float) -> bool:
+    """Whether no further pass is worth its time: the bound is kept, and not by more than a factor of `slack`."""
     answers, expected = report.answers, report.expected_divergence
     if answers is None or not expected or not answers.divergence:
         return True
-    is_wasteful = answers.divergence * _SLACK < limit and is_first
-    return answers.divergence <= limit and not is_wasteful
+    return limit / slack <= answers.divergence <= limit
 
 
 def _same_sizes(one: Report, other: Report) -> bool:

@@ -74,7 +74,7 @@ def quantize(
     Raises:
         BGDError: one of its subclasses; the message names the layer, what was found, and what to do.
     """
-    config = config or BGDConfig()
+    config = (config or BGDConfig()).decided(has_data=True)
     model = baked(unwrapped(model))
     check_arguments(model, calibration, config, memory_bytes)
     first = prepared(model, config, original_bytes)

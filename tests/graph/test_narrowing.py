@@ -100,7 +100,7 @@ def test_eight_bits(tmp_path: Path) -> None:
     small, path = _saved(network, tmp_path)
     from bgd_plugin.files.rounding import round_weights_
 
-    round_weights_(small, ["head.weight"], "int8")
+    round_weights_(small, {"head.weight": "int8"})
     small.table.weight = small.head.weight
     bgd.save(small, path)
     loaded: Any = bgd.load(path, like=network)

@@ -109,7 +109,7 @@ def test_where_all_sizes_are_set_only_a_target_is_a_budget() -> None:
 
 
 @pytest.mark.parametrize("is_fixed", [False, True])
-def test_a_bound_that_float_meets_leaves_no_layer_float_unless_others_are_quantized(is_fixed: bool) -> None:
+def test_a_bound_that_only_float_meets_has_the_layer_quantized_that_bears_it_best(is_fixed: bool) -> None:
     """So small a bound that every free layer would be float: nothing would be quantized, where no other layer is."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
@@ -118,10 +118,13 @@ def test_a_bound_that_float_meets_leaves_no_layer_float_unless_others_are_quanti
     budget = Budget.of(surveyed(trace(model), config, original=model))
     assert budget is not None
     curves = tuple(RateCurve(block_size=d, points=((16, 1.0), (256, 0.5))) for d in block_sizes((64, 64)))
-    known = {f.name: Sensitivity(curves=curves, losses=((1.0, 1.0),), reason="made up") for f in budget.free}
+    losses = {"2": 2.0, "4": 1.0}
+    known = {
+        f.name: Sensitivity(curves=curves, losses=((1.0, losses[f.name]),), reason="made up") for f in budget.free
+    }
     survey = budget.spend(known)
-    assert [layer.name for layer in survey.layers] == (["4"] if is_fixed else ["2", "4"])
-    assert any("finest sizes" in note for note in survey.notes) == (not is_fixed)
+    assert [(x.name, x.codebook_size) for x in survey.layers] == [("4", 16 if is_fixed else 256)]
+    assert any("only the layer that bears codes best" in note for note in survey.notes) == (not is_fixed)
 
 
 @pytest.fixture

@@ -50,11 +50,11 @@ def test_trying_errors_leaves_the_network_as_it_is() -> None:
 
 def test_larger_errors_diverge_more_and_none_not_at_all() -> None:
     model, data = _confident()
-    budget, measurements = _measurements(model, data, bgd.BGDConfig(max_divergence=0.05))
+    budget, measurements = _measurements(model, data, bgd.BGDConfig(max_divergence=0.05, weight_storage="float32"))
     fine = budget.spend(measurements.sensitivities, 1000.0)
     coarse = budget.spend(measurements.sensitivities, 0.01)
     assert measurements.joint(fine) < measurements.joint(coarse)
-    nothing = budget.survey.budgeted((), [], ())
+    nothing = budget.survey.budgeted((), {}, ())
     assert measurements.joint(nothing) == 0.0
 
 
@@ -110,6 +110,7 @@ class _MadeUp:
     losses: list[float]
     target_bytes: int | None = None
     scale: float = 1.0
+    beside: tuple[Any, ...] = ()
     factors: list[float] = dataclasses.field(default_factory=list)
     drawn: list[float] = dataclasses.field(default_factory=list)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import bgd_plugin as bgd
 from bgd_plugin.calibration import collect_batches
+from bgd_plugin.files.rounding import as_stored
 from bgd_plugin.graph import find_layers, front_end, isolated_weights
 from bgd_plugin.planning.perturbation import perturbed
 from bgd_plugin.planning.sensitivity import measure_layers
@@ -73,3 +76,63 @@ def test_rows_that_hardly_count_take_fewer_bits(traces: bool) -> None:
     bits = {layer.name: layer.bits_per_weight for layer in report.layers}
     assert bits["quiet"] < bits.get("loud", 16)
     assert "if only this layer is quantized" in next(layer.note for layer in report.layers if layer.name == "quiet")
+
+
+@pytest.mark.parametrize("traces", [True, False])
+def test_without_a_setting_a_table_takes_what_the_bound_leaves_it(traces: bool) -> None:
+    """As with open sizes, and in a smaller file than with rows of 8 bits."""
+    model, data = _network(traces=traces)
+    report = bgd.quantize(model, data, bgd.BGDConfig(max_divergence=0.02), progress=False).report
+    asked = bgd.quantize(
+        model, data, bgd.BGDConfig(max_divergence=0.02, embedding=bgd.LayerConfig()), progress=False
+    ).report
+    assert report.layers == asked.layers and report.compressed_bytes == asked.compressed_bytes
+    float_ = bgd.quantize(model, data, bgd.BGDConfig(max_divergence=0.02, embedding=None), progress=False).report
+    assert report.compressed_bytes < float_.compressed_bytes
+
+
+def test_without_data_or_with_fixed_sizes_tables_stay_float() -> None:
+    model, data = _network(traces=True)
+    for plan in (bgd.plan(model), bgd.plan(model, bgd.BGDConfig(max_divergence=None), data, progress=False)):
+        assert {"loud", "quiet"} <= {skipped.name for skipped in plan.skipped}
+    fixed = bgd.quantize(model, data, bgd.BGDConfig(max_divergence=None), progress=False)
+    assert {layer.name for layer in fixed.report.layers} == {"mix", "head"}
+
+
+@pytest.mark.parametrize("traces", [True, False])
+def test_rows_of_8_bits_are_one_choice(traces: bool, tmp_path: Path) -> None:
+    """A row that is much larger than all others spoils a codebook, but not a scale for each row."""
+    model, data = _network(traces=traces)
+    with torch.no_grad():
+        model.loud.weight[-1] *= 1000
+    data = [words.clamp(max=_WORDS - 2) for words in data]
+    config = bgd.BGDConfig(max_divergence=1e-3)
+    result = bgd.quantize(model, data, config, progress=False)
+    reasons = {skipped.name: skipped.reason for skipped in result.report.skipped}
+    narrow = [name for name in ("loud", "quiet") if "8 bits" in reasons.get(name, "")]
+    assert narrow
+    for name in narrow:
+        table = result.model.get_submodule(name).weight
+        assert torch.equal(table, as_stored(model.get_submodule(name).weight.detach(), "int8"))
+    bgd.save(result.model, tmp_path / "net.safetensors")
+    assert (tmp_path / "net.safetensors").stat().st_size == result.report.compressed_bytes
+
+
+@torch.no_grad()
+def test_a_weight_that_layers_share_is_changed_in_all_of_them() -> None:
+    torch.manual_seed(0)
+    twice = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+    twice[2].weight = twice[0].weight
+    network = front_end(twice).network
+    layers = find_layers(network)[0]
+    (shared,) = (layer for layer in layers if layer.tied)
+    data = [torch.randn(32, 64)]
+    batches = collect_batches(data, twice, device=torch.device("cpu"), forward=None)
+    with isolated_weights(network, layers):
+        found = measure_layers(network, batches, layers, bgd.BGDConfig(), lambda: None)
+        with perturbed(network, found[shared.name].error, 2.0):
+            answer = network(data[0])
+    rough = found[shared.name].error.weight(2.0)
+    by_hand = torch.tanh(data[0] @ rough.T + twice[0].bias) @ rough.T + twice[2].bias
+    shift = (answer - by_hand).mean(0)  # the bias of the first use takes up its mean error
+    assert float((answer - by_hand - shift).square().mean()) < 0.05 * float((answer - twice(data[0])).square().mean())

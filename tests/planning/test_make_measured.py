@@ -86,10 +86,10 @@ def test_a_plan_with_fixed_sizes_has_the_curve_too() -> None:
     assert len(plan.curve) > 3
 
 
-def test_a_bound_that_no_quantized_layer_keeps_to_gets_the_finest_sizes() -> None:
+def test_of_a_bound_that_no_quantized_layer_keeps_to_one_layer_comes_nearest() -> None:
     plan = bgd.plan(_wide(), bgd.BGDConfig(max_divergence=1e-12), _rows(), progress=False)
-    assert {(x.name, x.block_size) for x in plan.layers} == {("2", 1), ("4", 1), ("6", 1)}
-    assert any("all layers have their finest sizes" in note for note in plan.notes)
+    assert [x.block_size for x in plan.layers] == [1]
+    assert any("only the layer that bears codes best" in note for note in plan.notes)
 
 
 def test_sizes_that_are_set_stay_and_the_others_are_chosen() -> None:

@@ -14,7 +14,7 @@ import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, LayerConfig
 from bgd_plugin.calibration import Batch, collect_batches, first_samples
 from bgd_plugin.graph import copy_module, find_layers, isolate_weights_, trace
-from bgd_plugin.planning import sensitivity
+from bgd_plugin.planning import extrapolate, sensitivity
 from bgd_plugin.planning.answers import output_loss
 from bgd_plugin.planning.candidates import codebook_sizes
 from bgd_plugin.planning.losses import Sensitivity
@@ -292,13 +292,13 @@ def test_twins_are_measured_with_numbers_of_their_own() -> None:
 
 def test_of_very_many_logits_some_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two million in all batches together."""
-    real, seen = sensitivity.shifted_logits, list[int]()
+    real, seen = extrapolate.shifted_logits, list[int]()
 
     def watched(found: Any, exact: Any, most: int) -> Any:
         seen.append(most)
         return real(found, exact, most)
 
-    monkeypatch.setattr(sensitivity, "shifted_logits", watched)
+    monkeypatch.setattr(extrapolate, "shifted_logits", watched)
     model = randomized(_Wide())
     model.head.weight.data *= 4
     _measured(model, images(3, batch=2, channels=32), BGDConfig(max_divergence=None), ["head"])

@@ -125,7 +125,7 @@ def test_leaving_layers_out_keeps_what_was_known_of_the_others() -> None:
 
 def test_a_budget_adds_what_it_chose_to_what_was_known() -> None:
     survey = _surveyed(PlainNet(), BGDConfig()).noted("first")
-    spent = survey.budgeted(survey.chosen[:1], ["4"], ("spent",), 0.25)
+    spent = survey.budgeted(survey.chosen[:1], {"4": "the budget has room for it in float"}, ("spent",), 0.25)
     assert spent.notes == ("first", "spent") and spent.expected_divergence == 0.25
     assert [layer.name for layer in spent.layers] == ["2"]
     assert [(s.name, s.reason) for s in spent.skipped][1:] == [("4", "the budget has room for it in float")]

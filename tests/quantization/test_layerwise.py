@@ -106,7 +106,8 @@ def test_a_leftover_is_refitted_rounded_and_marked(
     marked: list[str] = []
     walk: Any = SimpleNamespace(differs_at=lambda node: differs, mark_changed=marked.append)
     config = dataclasses.replace(CONFIG, weight_storage=storage, **fields)
-    job: Any = SimpleNamespace(student=student, config=config, generator=lambda name: None)
+    survey = SimpleNamespace(storages={"0.weight": storage})
+    job: Any = SimpleNamespace(student=student, config=config, survey=survey, generator=lambda name: None)
     gain = leftovers.treat_leftover(job, walk, "0.weight", call)
     assert gain == ("gain" if is_refitted else None)
     assert marked == (["0"] if is_refitted or storage == "int8" else [])

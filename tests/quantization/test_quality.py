@@ -85,7 +85,8 @@ def test_each_pass_knows_the_one_before_it() -> None:
         ((0.05, 0.09), 2, 1),  # half of the bound is a waste: the second file is smaller
         ((0.05, 0.2, 0.3), 3, 0),  # but what is beyond the bound does not count
         ((0.07,), 1, 0),  # not so much of one
-        ((0.2, 0.01), 2, 1),  # and no pass is worth it a second time
+        ((0.2, 0.06), 2, 1),  # after a second pass, only less than half is
+        ((0.2, 0.04, 0.08), 3, 2),
         ((0.3, 0.2, 0.25), 3, 1),  # the nearest one
         ((None,), 1, 0),
         ((0.0,), 1, 0),
@@ -105,7 +106,7 @@ def test_an_iterator_is_walked_once_for_all_passes_and_each_has_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There is always a second pass, with half of the divergence."""
-    monkeypatch.setattr(quality, "_is_good_enough", lambda report, limit, is_first: not is_first)
+    monkeypatch.setattr(quality, "_is_good_enough", lambda report, limit, slack: slack != quality._SLACK[0])
     model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)).eval()
     data = [3 * torch.randn(16, 12) for _ in range(4)]
     config = bgd.BGDConfig(max_divergence=1e-2, rounds=1)

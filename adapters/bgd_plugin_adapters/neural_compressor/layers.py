@@ -56,7 +56,7 @@ def core_settings(model: nn.Module, mapping: Mapping, original_bytes: int | None
 def _quantizable(model: nn.Module, base: bgd.BGDConfig, *, all_families: bool) -> dict[str, PlannedLayer]:
     """The layers that can be quantized, of all kinds or only of those with a setting; in blocks of one weight."""
     one = LayerConfig(block_size=1)
-    families: dict[str, Any] = {name: one for name in FAMILIES if all_families or getattr(base, name)}
+    families: dict[str, Any] = {name: one for name in FAMILIES if all_families or base.setting_for(name)}
     nothing: dict[str, Any] = dict.fromkeys(FAMILIES)
     try:
         found = bgd.plan(model, bgd.BGDConfig(**(nothing | families)))
@@ -86,7 +86,7 @@ def _layer(layer: PlannedLayer, config: BGDConfig, base: bgd.BGDConfig) -> Layer
     Raises:
         ConfigError: its kind has no setting.
     """
-    kind: LayerConfig | None = getattr(base, layer.family)
+    kind = base.setting_for(layer.family)
     if kind is None and config.block_size is None:
         raise ConfigError(f"layer {layer.name!r}: {layer.family} has no setting: give its config a block_size")
     columns = layer.weights // layer.rows
