@@ -72,7 +72,8 @@ def plan(
         measurements = measured(chooser, batches, aside, progress=progress)
         if budget is None and measurements.sensitivities:
             curve = chooser.curve(measurements.sensitivities)
-        survey = survey if budget is None else choose_sizes(budget, measurements, energy_left(budget))
+        with measurements.prepared():
+            survey = survey if budget is None else choose_sizes(budget, measurements, energy_left(budget))
     elif budget is not None:
         survey = budget.spend(None)
     return Plan(

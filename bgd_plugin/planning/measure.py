@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,17 @@ class Measurements:
     layers: Mapping[str, Measured]
     scale: Scale
     _answers: list[Any] = field(default_factory=list)
+    _network: list[nn.Module] = field(default_factory=list)
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """A context in which several trials share the network whose weights are exchanged; making it takes time."""
+        with _apart(self.budget) as network:
+            self._network.append(network)
+            try:
+                yield
+            finally:
+                self._network.clear()
 
     def joint(self, survey: Survey, energy: float = 1.0) -> float:
         """The divergence from the float network when all layers of a survey have errors of the sizes expected.
@@ -81,7 +92,7 @@ class Measurements:
             if (one := self.layers.get(planned.name)) is not None
         ]
         found = self.budget.survey
-        with _apart(self.budget) as network:
+        with nullcontext(self._network[0]) if self._network else _apart(self.budget) as network:
             changes = [change for one, scale in errors for change in changes_of(network, one.error, scale)]
             rounded = roundings(network, dataclasses.replace(survey, network=found.network), found.everywhere)
             changes += [change for one in rounded.values() for change in one]

@@ -96,11 +96,12 @@ class Task:
         """The sizes, under what the pass before has shown of the errors that are left."""
         assert self.measurements is not None
         answers = None if before is None else before.report.answers
-        if before is None or answers is None:
-            self.energy = energy_left(budget)
-        else:
-            self.energy = realized_energy(self.measurements, before.survey, self.energy, answers.divergence)
-        return choose_sizes(budget, self.measurements, self.energy)
+        with self.measurements.prepared():
+            if before is None or answers is None:
+                self.energy = energy_left(budget)
+            else:
+                self.energy = realized_energy(self.measurements, before.survey, self.energy, answers.divergence)
+            return choose_sizes(budget, self.measurements, self.energy)
 
     def _progress(self, number: int) -> Run:
         folder = self.checkpoint if is_first() else None

@@ -1,7 +1,8 @@
 """What a run with default settings gives on trained networks: bytes, divergence and the task's own measure.
 
 Run `python -m tests.benchmarks.default` (`make bench-default`); names choose among the networks. Beside the default
-stands a budget of the same bytes. `--bounds` gives the expected and measured divergence for other bounds instead.
+stands a budget of the same bytes. `--bounds` takes other bounds, `--ratios` budgets in their place; the last line
+counts the files whose measured divergence is within a factor of 1.5 of the expected one.
 """
 
 import argparse
@@ -21,25 +22,26 @@ from tests.benchmarks.default_networks import CASES, Case
 __all__ = ["measured"]
 
 _HEADER = ["network", "bound", "file", "expected", "measured", "float", "now", "budget", "passes", "choosing", "CPU s"]
+_NEAR = 1.5
 
 
-def measured(case: Case, bound: float, *, with_budget: bool) -> dict[str, Any]:
+def measured(case: Case, config: bgd.BGDConfig, *, with_budget: bool) -> dict[str, Any]:
     """One network under one bound.
 
     Args:
         case: the network and its data.
-        bound: on the divergence.
+        config: the settings, with a bound on the divergence or a ratio.
         with_budget: also compress to the same bytes under a budget.
     """
     start = time.process_time()
-    result = bgd.quantize(case.model, case.calibration, bgd.BGDConfig(max_divergence=bound), progress=False)
+    result = bgd.quantize(case.model, case.calibration, config, progress=False)
     seconds = time.process_time() - start
     report = result.report
     assert report.answers is not None
     row = {
         "network": case.name,
         "data": case.data,
-        "bound": bound,
+        "bound": config.target_ratio or config.max_divergence,
         "original_bytes": report.original_bytes,
         "bytes": report.compressed_bytes,
         "expected": report.expected_divergence,
@@ -53,8 +55,8 @@ def measured(case: Case, bound: float, *, with_budget: bool) -> dict[str, Any]:
         "layers": {x.name: (x.block_size, x.codebook_size, round(x.relative_error, 4)) for x in report.layers},
     }
     if with_budget:
-        config = bgd.BGDConfig(target_bytes=report.compressed_bytes)
-        row["budget"] = case.measure(bgd.quantize(case.model, case.calibration, config, progress=False).model)
+        same = bgd.BGDConfig(target_bytes=report.compressed_bytes)
+        row["budget"] = case.measure(bgd.quantize(case.model, case.calibration, same, progress=False).model)
     return row
 
 
@@ -80,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("networks", nargs="*", help=f"of {', '.join(CASES)}; all unless given")
     parser.add_argument("--bounds", type=float, nargs="+", default=[DEFAULT_DIVERGENCE])
+    parser.add_argument("--ratios", type=float, nargs="+", default=[], help="budgets, in place of bounds")
     parser.add_argument("--no-budget", action="store_true", help="leave the budget of the same bytes out")
     parser.add_argument("--photos", type=Path, help="folder of labelled images: NAME_CLASS.jpg; else the demo's 20")
     parser.add_argument("--split", type=int, default=0, help="seed of the photos' two halves")
@@ -87,17 +90,25 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to which each row is added")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    configs = [bgd.BGDConfig(target_ratio=ratio) for ratio in options.ratios]
+    configs = configs or [bgd.BGDConfig(max_divergence=bound) for bound in options.bounds]
     rows = []
     for name in options.networks or CASES:
         for case in CASES[name](options):
-            for bound in options.bounds:
-                row = measured(case, bound, with_budget=not options.no_budget)
+            for config in configs:
+                row = measured(case, config, with_budget=not options.no_budget)
                 rows.append(row)
                 print(" | ".join(_line(row)), flush=True)
                 if options.json:
                     with options.json.open("a") as file:
                         file.write(json.dumps(row) + "\n")
     print(table(_HEADER, [_line(row) for row in rows]))
+    near = sum(_is_near(row["expected"], row["measured"]) for row in rows)
+    print(f"measured within a factor of {_NEAR} of expected: {near} of {len(rows)}")
+
+
+def _is_near(expected: float | None, found: float) -> bool:
+    return bool(expected) and 1 / _NEAR <= found / (expected or 1.0) <= _NEAR
 
 
 if __name__ == "__main__":
