@@ -187,7 +187,12 @@ def options_of(
 
 
 def float_options(float_bytes: int, narrow_bytes: int | None) -> list[Option]:
-    """The ways to store a layer that is not quantized; arguments as of `options_of`."""
+    """The ways to store a layer that is not quantized.
+
+    Args:
+        float_bytes: of the layer in float.
+        narrow_bytes: of the layer in 8 bits for each weight; None if the settings do not allow it.
+    """
     narrow = [] if narrow_bytes is None else [Option(layer=None, size_bytes=narrow_bytes, is_narrow=True)]
     return [*narrow, Option(layer=None, size_bytes=float_bytes)]
 
@@ -203,7 +208,12 @@ def _fixed(planned: PlannedLayer, codebook_size: int) -> list[PlannedLayer]:
 
 
 def error_of(option: Option, sensitivity: Sensitivity) -> float:
-    """The expected error of an option, mean square per weight, of a layer with this sensitivity."""
+    """The expected error of an option, mean square per weight.
+
+    Args:
+        option: of a layer.
+        sensitivity: of the same one.
+    """
     if option.layer is not None:
         return sensitivity.error_of(option.layer)
     return sensitivity.narrow if option.is_narrow else 0.0

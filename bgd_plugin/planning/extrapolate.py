@@ -38,6 +38,9 @@ def loss_and_shifts(
         outputs: of the changed network, one for each batch.
         exact: of the float network, for the same batches.
         measure: of the losses.
+
+    Returns:
+        the loss, the name of its measure, and for each batch logits and shifts `[samples, classes]`, if there are some.
     """
     total, samples, measured = 0.0, 0, ""
     shifts = []
