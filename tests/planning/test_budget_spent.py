@@ -119,9 +119,7 @@ def test_a_bound_that_only_float_meets_has_the_layer_quantized_that_bears_it_bes
     assert budget is not None
     curves = tuple(RateCurve(block_size=d, points=((16, 1.0), (256, 0.5))) for d in block_sizes((64, 64)))
     losses = {"2": 2.0, "4": 1.0}
-    known = {
-        f.name: Sensitivity(curves=curves, losses=((1.0, losses[f.name]),), reason="made up") for f in budget.free
-    }
+    known = {f.name: Sensitivity(curves=curves, losses=((1.0, losses[f.name]),), reason="made up") for f in budget.free}
     survey = budget.spend(known)
     assert [(x.name, x.codebook_size) for x in survey.layers] == [("4", 16 if is_fixed else 256)]
     assert any("only the layer that bears codes best" in note for note in survey.notes) == (not is_fixed)
