@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from bgd_plugin.jit.switch import enabled, turned_off
+from bgd_plugin.support.direct import runs_directly
 
-__all__ = ["computable", "plain_layers", "plain_path", "runs_directly", "usable"]
+__all__ = ["computable", "plain_layers", "plain_path", "usable"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CODES = (torch.uint8, torch.int16, torch.int32)
-_TENSORS = (Tensor, Parameter)
 _LARGEST_BLOCK = 128
 
 
@@ -74,31 +72,5 @@ def computable(x: Tensor, codebook: Tensor, codes: Tensor) -> bool:
     return enabled() and not plain_path()
 
 
-def runs_directly(x: Tensor) -> bool:
-    """Whether an operator on x, of any shape, runs here and now on a CPU: not traced, not intercepted, no autocast.
-
-    The compiler may be at work: it knows our operators.
-    """
-    is_plain = type(x) in _TENSORS and x.is_cpu and not _is_traced()
-    return is_plain and not torch.is_autocast_enabled("cpu") and not _is_intercepted()
-
-
 def _need_gradient(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def _is_traced() -> bool:
-    """Whether torch.jit.trace or torch.export is running; older versions do not tell the latter from compilation."""
-    jit: Any = torch.jit
-    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-    return bool(jit.is_tracing() or exporting())
-
-
-def _is_intercepted() -> bool:
-    """Whether operator calls are intercepted: by a dispatch mode or a transform of torch.func.
-
-    The compiler intercepts them, too, but it knows our operators.
-    """
-    return not torch.compiler.is_compiling() and bool(
-        torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
-    )

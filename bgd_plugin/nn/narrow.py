@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from bgd_plugin.encoding.narrow import from_narrow, to_narrow
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.kernels.narrow_linear import narrow_linear
-from bgd_plugin.kernels.switch import plain_path, runs_directly
+from bgd_plugin.kernels.switch import plain_path
 from bgd_plugin.nn.base import attributes_of
+from bgd_plugin.support.direct import runs_directly
 
 __all__ = ["NarrowEmbedding", "NarrowLinear", "NarrowModule", "narrowed", "widened"]
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bgd_plugin.pq.copied import can_copy, copied
+
 __all__ = [
     "AS_IT_IS",
     "Geometry",
@@ -109,9 +111,10 @@ def decode(codebook: Tensor, codes: Tensor, shape: Sequence[int]) -> Tensor:
     Returns:
         the weight `[C_out, ...]`, in the codebook's dtype.
     """
-    if codes.dtype not in (torch.int32, torch.int64):
-        codes = codes.to(torch.int32)
-    return from_blocks(functional.embedding(codes, codebook), shape)
+    if can_copy(codebook, codes):
+        return from_blocks(copied(codebook, codes), shape)
+    indices = codes if codes.dtype in (torch.int32, torch.int64) else codes.to(torch.int32)
+    return from_blocks(functional.embedding(indices, codebook), shape)
 
 
 @dataclass(frozen=True, kw_only=True)
