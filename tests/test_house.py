@@ -120,3 +120,20 @@ def _reached(start: str, imports: dict[str, set[str]]) -> set[str]:
             seen.add(name)
             waiting += imports[name]
     return seen
+
+
+def test_mutants_that_compute_the_same_are_of_lines_that_are_there() -> None:
+    known = tomllib.loads((ROOT / "tests" / "mutants" / "equivalent.toml").read_text(encoding="utf-8"))["mutant"]
+    for one in known:
+        lines = map(str.strip, (ROOT / one["path"]).read_text(encoding="utf-8").splitlines())
+        assert one["before"] in " ".join(lines), one["before"]
+        assert one["reason"] and one["after"] != one["before"]
+
+
+def test_no_test_file_is_longer_than_four_hundred_lines() -> None:
+    long = {
+        str(f.relative_to(ROOT)): count
+        for f in (ROOT / "tests").rglob("*.py")
+        if (count := len(f.read_text(encoding="utf-8").splitlines())) > 400
+    }
+    assert not long
