@@ -91,13 +91,15 @@ def _override(text: str) -> tuple[str, LayerConfig | None]:
     pattern, _, value = text.rpartition("=")
     if pattern and value == "float":
         return pattern, None
+    if pattern and value == "trellis":
+        return pattern, LayerConfig(codes="trellis")
     try:
         sizes = [int(part) if part else None for part in value.split(",")]
     except ValueError:
         sizes = []
     if not pattern or len(sizes) not in (1, 2) or sizes == [None]:
         raise ConfigError(
-            f"--override {text!r}: give GLOB=block,codebook or GLOB=float, such as 'layer4.*=18,256'; "
+            f"--override {text!r}: give GLOB=block,codebook, GLOB=trellis or GLOB=float, such as 'layer4.*=18,256'; "
             "one of the two sizes may be left out: 'fc=,16'"
         )
     codebook_size = sizes[1] if len(sizes) == 2 else None

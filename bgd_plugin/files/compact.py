@@ -67,7 +67,8 @@ def compacted(content: Stored, *, exact: bool = True) -> Stored | None:
         pieces[STEPS] = torch.tensor(grids.steps, dtype=torch.float64).half()
     gone = grids.names() | halves.names()
     tensors = {name: x for name, x in content.tensors.items() if name not in gone} | streams | pieces
-    header = {**content.header, "format": _FORMAT, STREAMS: sorted(names), GRIDS: grids.members}
+    number = max(_FORMAT, content.header["format"])
+    header = {**content.header, "format": number, STREAMS: sorted(names), GRIDS: grids.members}
     return Stored(tensors=tensors, header=header | ({HALVES: halves.members} if halves.members else {}))
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bgd_plugin.files.format import State, Stored, file_size, layer_header, stored_state
+from bgd_plugin.files.format import State, Stored, file_size, stored_state
+from bgd_plugin.files.layer_entries import layer_header
 from bgd_plugin.files.same_tensor import identity
 from bgd_plugin.support.digest import digest
 

@@ -5,7 +5,8 @@ other tensor is stored in the narrowest type that represents its values *exactly
 half precision, or 8-bit integers for codebooks and weights on an 8-bit grid, whose scales are all in one tensor. Shared
 tensors are stored once, and scalar integers are in the header.
 
-That is format 2. Format 3 holds the same in fewer bytes (`files.compact`, `files.container`).
+That is format 2. Format 3 holds the same in fewer bytes (`files.compact`, `files.container`). Format 4 is either of
+them with trellis codes in some layers, whose entries in the header then name the form (`pq.forms`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from bgd_plugin.errors import CheckpointError
 from bgd_plugin.files.attributes import fingerprint, other_tensors
 from bgd_plugin.files.compact import compacted
 from bgd_plugin.files.container import CONTENT, content_length, joined
+from bgd_plugin.files.layer_entries import layer_header
 from bgd_plugin.files.rotated import rotated_in
 from bgd_plugin.files.rounding import eight_bit_rows
 from bgd_plugin.files.same_tensor import identity
@@ -39,7 +41,6 @@ __all__ = [
     "Stored",
     "file_bytes",
     "file_size",
-    "layer_header",
     "narrowest",
     "packed_size",
     "restored",
@@ -48,8 +49,9 @@ __all__ = [
     "stored_state",
 ]
 
-FORMAT_VERSION = 3  # the newest one; files without streams are written in format 2
-_PACKED = 2
+FORMAT_VERSION = 4
+"""The newest one. A file is written in the oldest that can hold it."""
+_PACKED, _COMPACT, _WITH_FORMS = 2, 3, 4
 METADATA_KEY = "bgd_plugin"
 SCALES = "#scales"
 
@@ -130,7 +132,7 @@ def stored_state(state: State) -> Stored:
         "rotated": state.rotated,
     }
     header: dict[str, Any] = {
-        "format": _PACKED,
+        "format": _PACKED if all(layer.has_blocks for layer in state.layers.values()) else _WITH_FORMS,
         "layers": {
             path: layer_header(layer) for path, layer in state.layers.items() if f"{path}.codes" in parts.tensors
         },
@@ -162,17 +164,20 @@ class _Parts:
             self.tensors[name] = torch.empty(self._planned[path], dtype=torch.uint8, device="meta")
             self.streams.append(name)
         elif layer is not None and attribute == "codes":
-            self.tensors[name], self.columns[name] = _packed(layer), layer.codes.shape[1]
+            self.tensors[name] = _packed(layer)
+            if layer.has_blocks:  # others are never entropy coded
+                self.columns[name] = layer.codes.shape[1]
         elif layer is not None and attribute == "mask":
             self.masks[path] = mask_form(value)
             self.tensors[name] = pack_mask(value, self.masks[path])
         elif value.dtype == torch.int64 and value.ndim == 0:
             self.numbers[name] = 0 if value.is_meta else int(value)
         else:
-            self._add_values(name, value, is_codebook=layer is not None and attribute == "codebook")
+            self._add_values(name, value, layer if attribute == "codebook" else None)
 
-    def _add_values(self, name: str, value: Tensor, *, is_codebook: bool) -> None:
-        grid = eight_bit_rows(value, is_codebook=is_codebook)
+    def _add_values(self, name: str, value: Tensor, codebook_of: PQModule | None) -> None:
+        is_codebook = codebook_of is not None
+        grid = eight_bit_rows(value, is_codebook=is_codebook) if codebook_of is None or codebook_of.has_blocks else None
         if grid is not None:
             self.tensors[name], self.scales[name] = grid
             return
@@ -232,7 +237,7 @@ def file_bytes(content: Stored) -> bytes:
     """The bytes of the file: in format 3 where its codes are worth coding, else in format 2."""
     compact = compacted(content)
     if compact is not None:
-        return _safetensors({CONTENT: joined(compact.tensors, compact.header)}, {"format": FORMAT_VERSION})
+        return _safetensors({CONTENT: joined(compact.tensors, compact.header)}, _outer(content))
     return _safetensors(content.tensors, content.header)
 
 
@@ -243,8 +248,13 @@ def file_size(content: Stored) -> int:
     tensors, header, compact = content.tensors, content.header, compacted(content, exact=False)
     if compact is not None:
         length = content_length(compact.tensors, compact.header)
-        tensors, header = {CONTENT: torch.empty(length, dtype=torch.uint8)}, {"format": FORMAT_VERSION}
+        tensors, header = {CONTENT: torch.empty(length, dtype=torch.uint8)}, _outer(content)
     return len(_safetensors({name: torch.zeros(t.shape, dtype=t.dtype) for name, t in tensors.items()}, header))
+
+
+def _outer(content: Stored) -> dict[str, int]:
+    """The header outside of a content that is compact."""
+    return {"format": max(_COMPACT, content.header["format"])}
 
 
 def packed_size(content: Stored) -> int:
@@ -263,11 +273,6 @@ def _on_its_own(tensor: Tensor) -> Tensor:
     """The tensor with no more memory than it needs: views of one memory are stored as separate tensors."""
     needed = tensor.numel() * tensor.element_size()
     return tensor if tensor.untyped_storage().nbytes() == needed else tensor.clone()
-
-
-def layer_header(layer: PQModule) -> list[Any]:
-    """What the header says of a layer: its class, block size, codebook size, and the shape of its weight."""
-    return [type(layer).__name__, layer.block_size, layer.codebook_size, list(layer.weight_shape)]
 
 
 def _packed(layer: PQModule) -> Tensor:

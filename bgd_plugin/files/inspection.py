@@ -61,7 +61,8 @@ def inspected(path: str | os.PathLike[str]) -> dict[str, Any]:
 def inspection_text(content: dict[str, Any]) -> str:
     """The content of a file, as `inspected` returns it, as readable text."""
     rows = [
-        [x["name"], x["kind"], "×".join(map(str, x["weight_shape"])), x["block_size"], x["codebook_size"]]
+        [x["name"], x["kind"], "×".join(map(str, x["weight_shape"])), x["block_size"]]
+        + [x["codebook_size"] if x["codes"] == "blocks" else x["codes"]]
         + [f"{x['bits_per_weight']:.2f}", mib(x["codes_bytes"]), mib(x["codebook_bytes"])]
         + [f"{x['mask']}, {mib(x['mask_bytes'])}" if x["mask"] else ""]
         for x in content["layers"]
@@ -85,10 +86,12 @@ def inspection_text(content: dict[str, Any]) -> str:
 
 def _layer(name: str, entry: Any, sizes: dict[str, int], mask: str | None) -> dict[str, Any]:
     match entry:
-        case [str(kind), int(block_size), int(codebook_size), [*shape]] if all(type(side) is int for side in shape):
+        case [str(kind), int(block_size), int(codebook_size), [*shape], *form] if all(
+            type(side) is int for side in shape
+        ) and form in ([], ["trellis"]):
             pass
         case _:
-            raise ValueError(f"the entry of {name!r} does not consist of kind, block size, codebook size and shape")
+            raise ValueError(f"the entry of {name!r} does not consist of kind, sizes, shape and form of codes")
     if not all(0 < side < 2**63 for side in (block_size, codebook_size, *shape)):
         raise ValueError(f"the sizes of {name!r} are out of range")
     codes, codebook = sizes[f"{name}.codes"], sizes[f"{name}.codebook"]
@@ -99,6 +102,7 @@ def _layer(name: str, entry: Any, sizes: dict[str, int], mask: str | None) -> di
         "weight_shape": shape,
         "block_size": block_size,
         "codebook_size": codebook_size,
+        "codes": form[0] if form else "blocks",
         "bits_per_weight": 8 * (codes + codebook + mask_bytes) / math.prod(shape),
         "codes_bytes": codes,
         "codebook_bytes": codebook,

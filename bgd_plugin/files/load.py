@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from bgd_plugin.encoding.codes import code_dtype, unpack
+from bgd_plugin.encoding.codes import unpack
 from bgd_plugin.encoding.masks import unpack_mask
 from bgd_plugin.errors import BGDError, CheckpointError, TraceError
 from bgd_plugin.files.attributes import give_attributes_
 from bgd_plugin.files.format import Stored, restored
+from bgd_plugin.files.layer_entries import checked_layers, install_empty_
 from bgd_plugin.files.rotated import make_rotated_
 from bgd_plugin.files.save import read_file
 from bgd_plugin.files.ties import tie_, ties
@@ -25,7 +26,6 @@ from bgd_plugin.graph import (
     find_layers,
     fold_parametrizations_,
     followed,
-    install_,
     isolate_weights_,
     isolated,
     layer_at,
@@ -69,11 +69,11 @@ def load(path: str | os.PathLike[str], *, like: nn.Module | ExportedProgram) -> 
     fold_parametrizations_(network)
     found = _places(network, header)
     problems = make_rotated_(network, header.get("rotated", {}))
-    layers = _checked_layers(header, tensors, found, problems)
+    layers = checked_layers(header, tensors, found, problems)
     _raise_if(problems, path)
     isolate_weights_(network, [found[target] for target in layers])
-    for target, (block_size, codebook_size) in layers.items():
-        _install_empty_(network, found[target], block_size, codebook_size, masked=target in header.get("masks", {}))
+    for target, (form, *sizes) in layers.items():
+        install_empty_(network, found[target], form, sizes, masked=target in header.get("masks", {}))
     _freeze_norms(header.get("frozen", []), network, problems)
     _raise_if(problems, path)
     tensors = _with_unused(network, header, tensors)
@@ -121,48 +121,6 @@ def _with_unused(network: nn.Module, header: dict[str, Any], tensors: dict[str, 
     if not any(name in held for name in missing):
         found |= {name: state[name].detach() for name in missing}
     return tensors | found
-
-
-def _checked_layers(
-    header: dict[str, Any], tensors: dict[str, Tensor], found: dict[str, FoundLayer], problems: list[str]
-) -> dict[str, tuple[int, int]]:
-    """Block and codebook size of each layer in the file; mismatches are appended to `problems`."""
-    layers: dict[str, tuple[int, int]] = {}
-    for target, entry in header.get("layers", {}).items():
-        if target not in found:
-            problems.append(f"layer {target!r} is in the file; the network has no such convolution or linear layer")
-            continue
-        shape = list(found[target].weight.shape)
-        codebook = tensors.get(f"{target}.codebook")
-        match entry:
-            case [str(), int(d), int(k), list(saved)] if saved != shape:
-                problems.append(f"layer {target!r}: weight {saved} in the file, {shape} in the network")
-            case [str(), int(d), int(k), list()] if (
-                codebook is not None and list(codebook.shape) == [k, d] and d and k > 1
-            ):
-                if found[target].columns % d:
-                    problems.append(f"layer {target!r}: blocks of {d} do not divide its rows")
-                layers[target] = (d, k)
-            case _:
-                problems.append(f"layer {target!r}: its entry or its codebook is damaged or missing")
-    problems += [
-        f"the mask of {target!r} is in the file; it has no such quantized layer"
-        for target in header.get("masks", {})
-        if target not in header.get("layers", {})
-    ]
-    return layers
-
-
-def _install_empty_(
-    network: nn.Module, layer: FoundLayer, block_size: int, codebook_size: int, *, masked: bool
-) -> None:
-    """Insert the modules that receive the file's codebooks and codes; they have shapes and types only."""
-    codebook = torch.empty(codebook_size, block_size, dtype=layer.weight.dtype, device="meta")
-    shape = (layer.rows, layer.columns // block_size)
-    codes = torch.empty(shape, dtype=code_dtype(codebook_size), device="meta")
-    mask = torch.empty(layer.matrix.shape, dtype=torch.bool, device="meta") if masked else None
-    for module in install_(network, layer, codebook, codes, mask):
-        module.codebook.requires_grad_(layer.weight.requires_grad)
 
 
 def _freeze_norms(paths: list[Any], network: nn.Module, problems: list[str]) -> None:

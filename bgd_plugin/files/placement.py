@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from bgd_plugin.config import MAX_CODEBOOK_SIZE
-from bgd_plugin.encoding.codes import code_dtype
 from bgd_plugin.errors import CheckpointError, ConfigError
 from bgd_plugin.files.rotated import make_rotated_, rotated_in
 from bgd_plugin.graph import (
@@ -27,11 +26,15 @@ from bgd_plugin.graph import (
     widen_,
 )
 from bgd_plugin.nn import FrozenNorm, NarrowModule, PQModule, RotatedNorm, has_running_statistics, is_batchnorm
+from bgd_plugin.pq.forms import BLOCKS, FORMS, TRELLIS, Sizes
 
 __all__ = ["Placement", "make_room_", "placement_in", "placement_of", "transplant_", "transplanted"]
 
+_MASKED, _TRELLIS = 1, 2
+
 Placement = dict[str, tuple[int, ...]]
-"""From a module's path to its block size, its codebook size, and a 1 if a mask preserves its zeros.
+"""From a module's path to its block size and its codebook size; then, unless it is 0, the sum of 1 if a mask preserves
+its zeros and 2 if its codes are trellis windows.
 
 The tuple is empty for a frozen batch norm, and holds the width alone for a norm that has a matrix behind it.
 """
@@ -52,8 +55,13 @@ def placement_of(model: nn.Module) -> Placement:
     return (
         frozen
         | rotated
-        | {p: (m.block_size, m.codebook_size, *(() if m.mask is None else (1,))) for p, m in layers.items()}
+        | {p: (m.block_size, m.codebook_size, *_more(m.form.name, m.mask is not None)) for p, m in layers.items()}
     )
+
+
+def _more(form: str, is_masked: bool) -> tuple[int, ...]:
+    more = is_masked * _MASKED + (form == TRELLIS) * _TRELLIS
+    return (more,) if more else ()
 
 
 def placement_in(state: Mapping[str, Any]) -> Placement:
@@ -69,8 +77,9 @@ def placement_in(state: Mapping[str, Any]) -> Placement:
     for name in state:
         path, _, attribute = name.rpartition(".")
         codebook = state.get(f"{path}.codebook")
-        if attribute == "codes" and isinstance(codebook, torch.Tensor) and codebook.ndim == 2:
-            layers[path] = (codebook.shape[1], codebook.shape[0], *((1,) if f"{path}.mask" in state else ()))
+        if attribute == "codes" and isinstance(codebook, torch.Tensor) and codebook.ndim in (1, 2):
+            form = TRELLIS if codebook.ndim == 1 else BLOCKS
+            layers[path] = (*FORMS[form].sizes(codebook.shape), *_more(form, f"{path}.mask" in state))
     return layers
 
 
@@ -156,13 +165,13 @@ def make_room_(model: nn.Module, placement: Mapping[str, Sequence[int]]) -> None
     for path in frozen:
         swap_(model, path, FrozenNorm.of(norms[path]))
     for layer in {id(found[path]): found[path] for path in placement}.values():
-        block_size, codebook_size, *masked = placement[layer.target]
-        weight = layer.weight
-        codebook = torch.zeros(codebook_size, block_size, dtype=weight.dtype, device=weight.device)
-        shape = (layer.rows, layer.columns // block_size)
-        codes = torch.zeros(shape, dtype=code_dtype(codebook_size), device=weight.device)
-        mask = torch.ones(layer.matrix.shape, dtype=torch.bool, device=weight.device) if masked else None
-        for module in install_(model, layer, codebook, codes, mask):
+        block_size, codebook_size, more = (*placement[layer.target], 0)[:3]
+        weight, form = layer.weight, TRELLIS if more & _TRELLIS else BLOCKS
+        sizes = Sizes(rows=layer.rows, columns=layer.columns, block_size=block_size, codebook_size=codebook_size)
+        codebook, codes = FORMS[form].empty(sizes, dtype=weight.dtype, device=weight.device)
+        is_masked = more & _MASKED
+        mask = torch.ones(layer.matrix.shape, dtype=torch.bool, device=weight.device) if is_masked else None
+        for module in install_(model, layer, codebook, codes, mask, form):
             module.codebook.requires_grad_(weight.requires_grad)
 
 
@@ -175,7 +184,9 @@ def _misfit(layer: FoundLayer | None, sizes: Sequence[int], path: str) -> str:
         return f"{path!r}: the network has no such convolution or linear layer that is still float"
     if not isinstance(sizes, Sequence) or len(sizes) not in (2, 3) or not all(isinstance(x, int) for x in sizes):
         return f"{path!r}: found {sizes!r}, expected its block size and codebook size"
-    block_size, codebook_size = sizes[:2]
+    block_size, codebook_size, more = (*sizes, 0)[:3]
+    if more & _TRELLIS and (block_size, codebook_size) != FORMS[TRELLIS].sizes(()):
+        return f"{path!r}: {sizes!r} are no sizes of a layer with trellis codes"
     if block_size < 1 or layer.columns % block_size or not 2 <= codebook_size <= MAX_CODEBOOK_SIZE:
         return f"{path!r}: {layer.columns} weights per row, blocks of {block_size}, {codebook_size} codewords"
     return ""

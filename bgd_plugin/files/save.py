@@ -109,7 +109,8 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its header is damaged ({error})") from error
     _check_header(header, path)
-    if header["format"] < _CONTAINED:
+    is_contained = header["format"] == _CONTAINED or (header["format"] > _CONTAINED and CONTENT in tensors)
+    if not is_contained:
         return tensors, header
     try:
         inside, inner_header = parted(tensors[CONTENT])

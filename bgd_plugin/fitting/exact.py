@@ -9,6 +9,7 @@ from bgd_plugin.fitting.method import FittedLayer, unused_codewords
 from bgd_plugin.nn import storable
 from bgd_plugin.planning.types import PlannedLayer
 from bgd_plugin.pq.blocks import to_blocks
+from bgd_plugin.pq.forms import BLOCKS
 
 __all__ = ["exact_fit"]
 
@@ -25,7 +26,7 @@ def exact_fit(weight: Tensor, layer: PlannedLayer) -> FittedLayer | None:
     """
     blocks = to_blocks(weight.detach(), layer.block_size)
     flat = blocks.flatten(0, 1)
-    if layer.codes == "entropy" or _has_more(flat, layer.codebook_size):
+    if layer.codes != BLOCKS or _has_more(flat, layer.codebook_size):
         return None
     words, codes = torch.unique(flat, dim=0, return_inverse=True)
     if len(words) > layer.codebook_size:

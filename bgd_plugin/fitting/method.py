@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from bgd_plugin.calibration import InputSample, LayerInputs
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.fitting.target_residual import Skip
 from bgd_plugin.planning.types import PlannedLayer
+from bgd_plugin.pq.forms import BLOCKS, FORMS
 from bgd_plugin.support.processes import total
 
 __all__ = ["FittedLayer", "LayerContext", "Method", "output_error", "shift_gain", "unused_codewords"]
@@ -61,12 +62,13 @@ class FittedLayer:
     """The result of a fit.
 
     Attributes:
-        codebook: `[codebook_size, block_size]`.
-        codes: `[rows, blocks_per_row]`.
+        codebook, codes: of the shapes that their form has (`pq.forms`): `[codebook_size, block_size]` and
+            `[rows, blocks_per_row]` for blocks.
         row_scale: `[rows]`, the factor on each row of the weight before it was quantized; the batch norm that follows
             undoes it. None: no scaling.
         bias_shift: `[rows]`, to be added to the layer's bias. None: no shift.
         warnings: what the fit found out, such as codewords that are not used.
+        form: "blocks" or "trellis".
     """
 
     codebook: Tensor
@@ -74,6 +76,11 @@ class FittedLayer:
     row_scale: Tensor | None = None
     bias_shift: Tensor | None = None
     warnings: tuple[str, ...] = ()
+    form: str = BLOCKS
+
+    def decoded(self, shape: Sequence[int]) -> Tensor:
+        """The weight that codebook and codes stand for, of a shape `[rows, ...]`; zeros are not yet put in."""
+        return FORMS[self.form].decode(self.codebook, self.codes, shape)
 
 
 @dataclass(frozen=True, kw_only=True)

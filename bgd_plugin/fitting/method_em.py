@@ -9,10 +9,12 @@ from bgd_plugin.calibration import PooledGram, pooled_gram
 from bgd_plugin.fitting.entropy_coded import fit_stream
 from bgd_plugin.fitting.exact import exact_fit
 from bgd_plugin.fitting.method import FittedLayer, LayerContext, Method, unused_codewords
+from bgd_plugin.fitting.trellis_windows import fit_windows
 from bgd_plugin.nn import storable
 from bgd_plugin.planning.types import PlannedLayer
 from bgd_plugin.pq.blocks import to_blocks
 from bgd_plugin.pq.em import fit_em
+from bgd_plugin.pq.forms import TRELLIS
 from bgd_plugin.pq.masked import fit_em_masked
 
 __all__ = ["EM", "fit_weight"]
@@ -49,6 +51,8 @@ def fit_weight(
     """
     if layer.codes == "entropy":
         return fit_stream(weight, None, layer)
+    if layer.codes == TRELLIS:
+        return fit_windows(weight.detach().flatten(1), None, mask=None if mask is None else mask.flatten(1))
     exact = exact_fit(weight, layer)
     if exact is not None:
         return exact

@@ -15,7 +15,9 @@ from bgd_plugin.fitting.exact import exact_fit
 from bgd_plugin.fitting.method import FittedLayer, LayerContext, Method
 from bgd_plugin.fitting.scale_and_shift import equal_rows, matching_bias
 from bgd_plugin.fitting.target_residual import relative_weights, sum_behind, with_drift
+from bgd_plugin.fitting.trellis_windows import fit_windows
 from bgd_plugin.nn import storable
+from bgd_plugin.pq.forms import TRELLIS
 from bgd_plugin.pq.full_gram import fit_full
 from bgd_plugin.pq.gram import Moments, MomentSums
 from bgd_plugin.pq.masked import masked
@@ -102,7 +104,9 @@ def _solve(context: LayerContext, statistics: _Statistics | PooledGram, generato
     weight = context.rows
     damping = min(1.0, _DAMPING * (1 + weight.shape[1] / statistics.rows))
     aim = _aim(context, statistics, damping)
-    if context.layer.codes == "entropy":
+    if context.layer.codes == TRELLIS:
+        fit = _fitted_windows(context, statistics, aim)
+    elif context.layer.codes == "entropy":
         everything = Moments.pooled(statistics.fitted, statistics.heldout, statistics.share)
         fit = fit_stream(aim.rows, _gram_(everything, centred=context.takes_mean), context.layer, damping=damping)
     else:
@@ -110,10 +114,19 @@ def _solve(context: LayerContext, statistics: _Statistics | PooledGram, generato
     codebook = fit.codebook
     shift = None
     if context.has_bias and not context.has_batchnorm:
-        decoded = masked(torch.nn.functional.embedding(fit.codes, codebook).reshape(weight.shape), context.mask)
+        decoded = masked(fit.decoded(weight.shape), context.mask)
         shift = matching_bias(decoded, aim.mean, aim.output_mean)
     codebook = codebook.to(context.weight.dtype)
     return dataclasses.replace(fit, codebook=codebook, row_scale=aim.row_scale, bias_shift=shift)
+
+
+def _fitted_windows(context: LayerContext, statistics: _Statistics, aim: _Aim) -> FittedLayer:
+    """Trellis codes, fitted to all inputs once it is known how strongly to damp."""
+    everything = Moments.pooled(statistics.fitted, statistics.heldout, statistics.share)
+    grams = [_gram_(m, centred=context.takes_mean) for m in (everything, statistics.fitted, statistics.heldout)]
+    judged = {"fitted": grams[1], "heldout": grams[2]} if statistics.share < 1 else {}
+    mask = None if context.mask is None else context.mask.flatten(1)
+    return fit_windows(aim.rows, grams[0], mask=mask, **judged)
 
 
 def _fitted_blocks(
@@ -141,7 +154,7 @@ def _with_shift(context: LayerContext, statistics: _Statistics, fit: FittedLayer
     if not context.has_bias or context.has_batchnorm:
         return fit
     moments = Moments.pooled(statistics.fitted, statistics.heldout, statistics.share)
-    decoded = torch.nn.functional.embedding(fit.codes, fit.codebook).reshape(context.weight.shape).flatten(1)
+    decoded = fit.decoded(context.weight.shape).flatten(1)
     shift = matching_bias(decoded.float(), moments.mean, moments.output_mean)
     return dataclasses.replace(fit, bias_shift=shift)
 

@@ -24,6 +24,7 @@ from bgd_plugin.nn import (
     widened,
 )
 from bgd_plugin.pq.blocks import AS_IT_IS, Layout
+from bgd_plugin.pq.forms import BLOCKS
 
 __all__ = [
     "become_",
@@ -89,20 +90,26 @@ def become_(old: nn.Module, module: nn.Module) -> nn.Module:
 
 
 def install_(
-    network: nn.Module, layer: FoundLayer, codebook: Tensor, codes: Tensor, mask: Tensor | None = None
+    network: nn.Module,
+    layer: FoundLayer,
+    codebook: Tensor,
+    codes: Tensor,
+    mask: Tensor | None = None,
+    form: str = BLOCKS,
 ) -> list[PQModule]:
     """Insert a layer's product-quantized modules: its own, and one with the same tensors for each tied layer.
 
     Args:
         network: changed in place.
         layer: as found in it.
-        codebook: `[codebook_size, block_size]`.
-        codes: integers `[rows, blocks_per_row]`.
+        codebook, codes: of the shapes that their form has (`pq.forms`): `[codebook_size, block_size]` and integers
+            `[rows, blocks_per_row]` for blocks.
         mask: bool, the shape of the layer's matrix; false where the decoded weight is zero. None: nowhere.
+        form: of the codes, "blocks" or "trellis".
     """
     modules: list[PQModule] = []
     for target in (layer.target, *layer.tied):
-        module = quantized(float_module(network, target, layer.layout), codebook, codes, mask)
+        module = quantized(float_module(network, target, layer.layout), codebook, codes, mask, form)
         if modules:
             module.codebook, module.codes = modules[0].codebook, modules[0].codes
         modules.append(module)

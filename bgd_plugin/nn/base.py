@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -11,17 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from bgd_plugin.adapters import notify_hosts
-from bgd_plugin.encoding.codes import code_dtype
 from bgd_plugin.encoding.eight_bit import round_to_eight_bits
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.kernels.operators import run_decode
 from bgd_plugin.kernels.switch import usable
-from bgd_plugin.pq.blocks import decode
-from bgd_plugin.pq.masked import codeword_uses, masked
+from bgd_plugin.pq.forms import BLOCKS, FORMS, Form
+from bgd_plugin.pq.masked import masked
 
 __all__ = ["PQModule", "attributes_of", "storable"]
 
-_OURS = "weight_shape", "matrix_shape", "_stands_for"
+_OURS = "weight_shape", "matrix_shape", "_stands_for", "_form"
 
 
 def attributes_of(module: nn.Module, ours: Collection[str] = ()) -> dict[str, Any]:
@@ -50,6 +48,8 @@ class PQModule(nn.Module):
 
     The weight is decoded at every use, so gradients reach the codebook and no decoded weight is kept in memory.
 
+    The shapes of codebook and codes are those of blocks; other forms have others (`pq.forms`).
+
     Attributes:
         codebook: parameter `[codebook_size, block_size]`.
         codes: integer buffer `[rows, blocks_per_row]`, in the smallest type that holds them.
@@ -59,6 +59,7 @@ class PQModule(nn.Module):
     codebook: nn.Parameter
     codes: Tensor
     mask: Tensor | None
+    _form = BLOCKS
 
     def __init__(self, codebook: Tensor, codes: Tensor, weight_shape: Sequence[int]) -> None:
         nn.Module.__init__(self)  # not that of another base, which would create a weight
@@ -66,7 +67,7 @@ class PQModule(nn.Module):
         self._stands_for: type[nn.Module] | None = None
         self.weight_shape = self.matrix_shape = torch.Size(weight_shape)
         self.codebook = nn.Parameter(codebook, requires_grad=codebook.is_floating_point())
-        self.register_buffer("codes", codes.to(code_dtype(codebook.shape[0])))
+        self.register_buffer("codes", codes.to(self.form.codes_dtype(codebook.shape[0])))
         self.register_buffer("mask", None)
 
     def __getattr__(self, name: str) -> Any:
@@ -143,7 +144,7 @@ class PQModule(nn.Module):
                     f"{name}: codes range from {int(codes.min())} to {int(codes.max())}, but there are {size} codewords"
                 )
             else:
-                state_dict[name] = codes.to(code_dtype(size))
+                state_dict[name] = codes.to(self.form.codes_dtype(size))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -156,28 +157,48 @@ class PQModule(nn.Module):
             return self.codebook, self.codes, self.mask
         return codebook, codes, buffers["mask"]
 
+    def take_form_(self, form: str, codes: Tensor) -> None:
+        """Change the form of codes, and take codes of this form; the codebook given to the module must be of it, too.
+
+        Args:
+            form: its name, "blocks" or "trellis".
+            codes: of the form's shape and type.
+        """
+        self._form, self.codes = form, codes
+        self.form.prepare(self.codebook)
+
+    @property
+    def form(self) -> Form:
+        """How codebook and codes stand for the weight."""
+        return FORMS[self._form]
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether codes are indices of codewords, as the kernels that compute on codes need them."""
+        return self._form == BLOCKS
+
     @property
     def codebook_size(self) -> int:
-        """Number of codewords in the codebook."""
-        return self.codebook.shape[0]
+        """Number of codewords in the codebook; of trellis windows, of values in their table."""
+        return self.form.sizes(self.codebook.shape)[1]
 
     @property
     def block_size(self) -> int:
         """Number of weights in a block."""
-        return self.codebook.shape[1]
+        return self.form.sizes(self.codebook.shape)[0]
 
     @property
     def code_bits(self) -> int:
-        """Bits per code in a file."""
-        return max(1, math.ceil(math.log2(self.codebook_size)))
+        """Bits in a file for each item of `codes`."""
+        return self.form.code_bits(self.codebook_size)
 
     @property
     def matrix(self) -> Tensor:
         """The decoded weight as it is cut into blocks, of shape `matrix_shape`, rows first."""
         codebook, codes, mask = self.held()
-        if usable(codebook, codebook, codes):
+        if self.has_blocks and usable(codebook, codebook, codes):
             return masked(run_decode(codebook, codes).view(self.matrix_shape), mask)
-        return masked(decode(codebook, codes, self.matrix_shape), mask)
+        return masked(self.form.decode(codebook, codes, self.matrix_shape), mask)
 
     @property
     def weight(self) -> Tensor:
@@ -185,8 +206,8 @@ class PQModule(nn.Module):
         return self.matrix
 
     def codeword_uses(self) -> Tensor:
-        """Number of weights that each codebook entry represents, `[codebook_size, block_size]`."""
-        return codeword_uses(self.codes, self.mask, self.codebook_size, self.block_size)
+        """Number of weights that each codebook entry represents, of the codebook's shape."""
+        return self.form.uses(self.codebook, self.codes, self.mask)
 
     @torch.no_grad()
     def round_codebook_(self, storage: str) -> None:
@@ -199,5 +220,7 @@ class PQModule(nn.Module):
 
     def pq_repr(self) -> str:
         """The quantization part of `extra_repr`."""
+        if not self.has_blocks:
+            return f"codes={self._form!r}" + ("" if self.mask is None else f", zeros={int((~self.mask).sum())}")
         pruned = "" if self.mask is None else f", zeros={int((~self.mask).sum())}"
         return f"block_size={self.block_size}, codebook_size={self.codebook_size}{pruned}"

@@ -41,7 +41,7 @@ class PQConv(PQModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map input `[batch, in_channels, *spatial]` to `[batch, out_channels, *spatial]`, as the float convolution."""
-        if not torch.compiler.is_compiling():
+        if self.has_blocks and not torch.compiler.is_compiling():
             codebook, codes, mask = self.held()
             if usable(input, codebook, codes, self.bias):
                 return self._forward_by_kernels(input, codebook, codes, mask)

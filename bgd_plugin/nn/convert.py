@@ -18,6 +18,7 @@ from bgd_plugin.nn.embedding import PQEmbedding
 from bgd_plugin.nn.linear import PQLinear
 from bgd_plugin.nn.own_embedding import embedding_like
 from bgd_plugin.nn.weight import FloatWeight, PQWeight
+from bgd_plugin.pq.forms import BLOCKS
 
 __all__ = ["materialized", "quantized", "restored_parameter"]
 
@@ -35,23 +36,28 @@ _FORMS: dict[type[nn.Module], Any] = {
 }
 
 
-def quantized(module: nn.Module, codebook: Tensor, codes: Tensor, mask: Tensor | None = None) -> PQModule:
+def quantized(
+    module: nn.Module, codebook: Tensor, codes: Tensor, mask: Tensor | None = None, form: str = BLOCKS
+) -> PQModule:
     """Build the product-quantized counterpart of a float module; its bias and training mode are kept.
 
     Args:
         module: a Conv1d/2d/3d, ConvTranspose1d/2d/3d, Linear, Embedding or FloatWeight.
-        codebook: `[codebook_size, block_size]`.
-        codes: `[rows, blocks_per_row]`.
+        codebook, codes: of the shapes that their form has (`pq.forms`): `[codebook_size, block_size]` and
+            `[rows, blocks_per_row]` for blocks.
         mask: bool of the shape of the layer's matrix (for all but transposed convolutions, the weight's), false where
             the decoded weight is zero; None: nowhere.
+        form: of the codes, "blocks" or "trellis".
 
     Raises:
         TypeError: a module of another class.
     """
-    form = next((pq for kind, pq in _FORMS.items() if isinstance(module, kind)), None)
-    if form is None:
+    counterpart = next((pq for kind, pq in _FORMS.items() if isinstance(module, kind)), None)
+    if counterpart is None:
         raise TypeError(f"{type(module).__name__} has no product-quantized counterpart")
-    result: PQModule = form(codebook, codes, module)
+    result: PQModule = counterpart(codebook, codes, module)
+    if form != BLOCKS:
+        result.take_form_(form, codes)
     result.mask = mask
     if not isinstance(module, FloatWeight):
         result.stand_for(module)

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bgd_plugin.nn.base import PQModule
-from bgd_plugin.pq.blocks import decode
 
 __all__ = ["PQEmbedding"]
 
@@ -24,7 +23,7 @@ class PQEmbedding(PQModule):
         """Map an input of indices `[...]` to `[..., embedding_dim]`."""
         if self.mask is not None:
             return functional.embedding(input, self.weight, self.padding_idx)
-        return decode(self.codebook, self.codes[input], (*input.shape, self.embedding_dim))
+        return self.form.rows(self.codebook, self.codes, input)
 
     def to_float(self) -> nn.Embedding:
         """The float module of the same size, on the meta device."""

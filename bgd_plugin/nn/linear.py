@@ -23,6 +23,8 @@ class PQLinear(PQModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map input `[..., in_features]` to `[..., out_features]`."""
+        if not self.has_blocks:
+            return F.linear(input, self.weight, self.bias)
         codebook, codes, mask = self.held()
         bias = self.bias if (own := self._parameters.get("bias")) is None else own
         if usable(input, codebook, codes, bias):

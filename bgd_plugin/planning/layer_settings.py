@@ -15,7 +15,9 @@ from bgd_plugin.errors import ConfigError
 from bgd_plugin.graph import FoundLayer, looks_rows_up, module_at
 from bgd_plugin.nn import PQModule
 from bgd_plugin.planning.types import PlannedLayer, SkippedLayer
+from bgd_plugin.pq.forms import TRELLIS
 from bgd_plugin.pq.rate import largest_codebook
+from bgd_plugin.pq.windows import LEAST_ROWS, STATES
 
 __all__ = ["decided", "first_layer", "setting_of", "with_notes"]
 
@@ -37,6 +39,8 @@ def decided(layer: FoundLayer, config: BGDConfig, *, is_first: bool) -> PlannedL
     rows, columns = layer.rows, layer.columns
     if not rows * columns:
         return SkippedLayer(name=layer.name, reason="it has no weights")
+    if setting.codes == TRELLIS:
+        return _of_windows(layer, config)
     wanted, most = config.sizes(setting, layer.family)
     notes = []
     block_size = _dividing(layer, wanted, adapts=adapts or setting.block_size is None)
@@ -52,7 +56,7 @@ def decided(layer: FoundLayer, config: BGDConfig, *, is_first: bool) -> PlannedL
         notes.append(f"codebook {most} → {codebook_size}: {blocks} blocks")
     form, mask_bytes = _stored_mask(layer) if config.preserve_zeros else ("", 0)
     if form:
-        notes.append(f"zeros: {form}, {8 * mask_bytes / (rows * columns):.2f} bits/weight")
+        notes.append(_zeros(form, mask_bytes, layer))
     return PlannedLayer(
         name=layer.name,
         target=layer.target,
@@ -67,6 +71,32 @@ def decided(layer: FoundLayer, config: BGDConfig, *, is_first: bool) -> PlannedL
         codebook_storage=_codebook_storage(layer.weight, config, form),
         note="; ".join(notes),
     )
+
+
+def _of_windows(layer: FoundLayer, config: BGDConfig) -> PlannedLayer | SkippedLayer:
+    """A layer with trellis codes, or why it cannot have them."""
+    if layer.rows < LEAST_ROWS:
+        reason = f"{layer.rows} rows, too few for trellis codes, which need {LEAST_ROWS}: blocks can take it"
+        return SkippedLayer(name=layer.name, reason=reason)
+    form, mask_bytes = _stored_mask(layer) if config.preserve_zeros else ("", 0)
+    return PlannedLayer(
+        name=layer.name,
+        target=layer.target,
+        kind=layer.kind,
+        family=layer.family,
+        weight_shape=tuple(layer.matrix.shape),
+        block_size=1,
+        codebook_size=STATES,
+        calls=layer.calls,
+        mask_form=form,
+        mask_bytes=mask_bytes,
+        note=_zeros(form, mask_bytes, layer) if form else "",
+        codes=TRELLIS,
+    )
+
+
+def _zeros(form: str, mask_bytes: int, layer: FoundLayer) -> str:
+    return f"zeros: {form}, {8 * mask_bytes / (layer.rows * layer.columns):.2f} bits/weight"
 
 
 def _dividing(layer: FoundLayer, block_size: int, *, adapts: bool) -> int:

@@ -18,6 +18,7 @@ from bgd_plugin.nn import PQModule, quantized
 from bgd_plugin.planning.lean import WEIGHT_BITS, coarse_weights, freeze_lean_norms_
 from bgd_plugin.planning.survey import Chosen, Survey, weight_name
 from bgd_plugin.planning.types import PlannedLayer
+from bgd_plugin.pq.forms import FORMS
 
 __all__ = ["Sketch", "as_saved_", "paper_bytes", "planned_layer", "planned_paper_bytes", "stream_bytes"]
 
@@ -139,9 +140,9 @@ def planned_layer(network: nn.Module, found: FoundLayer, planned: PlannedLayer) 
     """
     dtype = torch.int8 if planned.codebook_storage == "int8" else found.weight.dtype
     size = _ENTROPY_LEVELS if planned.codes == "entropy" else planned.codebook_size  # the levels count as stream
-    codebook = torch.empty(size, planned.block_size, dtype=dtype, device="meta")
-    codes = torch.empty(planned.rows, planned.blocks_per_row, dtype=torch.int64, device="meta")
-    return quantized(float_module(network, found.target, found.layout), codebook, codes, planned.kept(found.matrix))
+    codebook, codes = FORMS[planned.form].empty(planned.sizes(size), dtype=dtype, device="meta")
+    module = float_module(network, found.target, found.layout)
+    return quantized(module, codebook, codes, planned.kept(found.matrix), planned.form)
 
 
 def _empty_(network: nn.Module, weights: list[nn.Parameter]) -> None:
@@ -186,8 +187,7 @@ def planned_paper_bytes(survey: Survey) -> int:
     """The same of the network that the survey's layers will make."""
     bits = _paper_bits(survey.own) - sum(32 * found.weight.numel() for found in survey.found)
     for planned in survey.layers:
-        codes = planned.rows * planned.blocks_per_row * planned.code_bits
-        bits += codes + 16 * planned.codebook_size * planned.block_size + 8 * planned.mask_bytes
+        bits += planned.paper_bits
     return -(-bits // 8)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from bgd_plugin.errors import ConfigError
+from bgd_plugin.pq.forms import BLOCKS, TRELLIS, Sizes
+from bgd_plugin.pq.windows import code_bytes_per_column
 from bgd_plugin.support.charts import line_chart
 from bgd_plugin.support.tables import mib, table
 
@@ -37,7 +39,8 @@ class PlannedLayer:
             bytes; "" and 0 where there are none.
         note: deviations from the setting, with reasons; empty if there are none.
         codes: "blocks", or "entropy" where the file holds the codes as an entropy-coded stream: blocks are single
-            weights then, and `codebook_size` is the most that the fit may take.
+            weights then, and `codebook_size` is the most that the fit may take. "trellis": two bits for each weight, a
+            scale for each row; `codebook_size` is that of the table that all layers share.
         size_bytes: of an entropy-coded layer, the most that stream and codebook take in the file; 0 for others.
     """
 
@@ -67,6 +70,28 @@ class PlannedLayer:
         return self.weight_shape[0]
 
     @property
+    def form(self) -> str:
+        """The form of the codes in memory (`pq.forms`)."""
+        return TRELLIS if self.codes == TRELLIS else BLOCKS
+
+    def sizes(self, codebook_size: int) -> Sizes:
+        """What the shapes of its tensors follow from, with this number of codewords."""
+        return Sizes(rows=self.rows, columns=self.columns, block_size=self.block_size, codebook_size=codebook_size)
+
+    @property
+    def columns(self) -> int:
+        """Weights in a row."""
+        return self.weights // self.rows
+
+    @property
+    def paper_bits(self) -> int:
+        """Bits of codes and codebook, in half precision, by the paper's accounting; a mask counts what it takes."""
+        if self.codes == TRELLIS:
+            return 8 * self.columns * code_bytes_per_column(self.rows) + 16 * self.rows + 8 * self.mask_bytes
+        codes = self.rows * self.blocks_per_row * self.code_bits
+        return codes + 16 * self.codebook_size * self.block_size + 8 * self.mask_bytes
+
+    @property
     def blocks_per_row(self) -> int:
         """Number of blocks in a row."""
         return self.weights // self.rows // self.block_size
@@ -81,6 +106,8 @@ class PlannedLayer:
         """Bytes of codes, codebook (8 bits with a 4-byte scale, or half precision) and mask in the file."""
         if self.codes == "entropy":
             return self.size_bytes
+        if self.codes == TRELLIS:
+            return self.columns * code_bytes_per_column(self.rows) + 2 * self.rows + self.mask_bytes
         codes = -(-self.rows * self.blocks_per_row * self.code_bits // 8)
         values = self.codebook_size * self.block_size
         return codes + (values + 4 if self.codebook_storage == "int8" else 2 * values) + self.mask_bytes
@@ -88,8 +115,10 @@ class PlannedLayer:
     @property
     def memory_bytes(self) -> int:
         """Bytes of codes (whole bytes), codebook (single precision) and mask (one byte a weight) in memory."""
-        code_bytes = 1 if self.codebook_size <= 256 else 4
         mask_bytes = self.weights if self.mask_form else 0
+        if self.codes == TRELLIS:
+            return self.columns * code_bytes_per_column(self.rows) + 4 * self.rows + mask_bytes
+        code_bytes = 1 if self.codebook_size <= 256 else 4
         return code_bytes * self.rows * self.blocks_per_row + 4 * self.codebook_size * self.block_size + mask_bytes
 
     @property
@@ -192,7 +221,7 @@ class Plan:
     def __str__(self) -> str:
         rows = [
             [x.name, x.kind, "×".join(map(str, x.weight_shape)), x.block_size]
-            + ["entropy" if x.codes == "entropy" else x.codebook_size]
+            + [x.codebook_size if x.codes == BLOCKS else x.codes]
             + [f"{x.bits_per_weight:.2f}", mib(x.compressed_bytes), x.note]
             for x in self.layers
         ]

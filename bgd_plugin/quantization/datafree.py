@@ -65,7 +65,7 @@ def quantize_weights(model: nn.Module, config: BGDConfig | None = None) -> Quant
         for layer, planned in survey.chosen:
             matrix = layer.matrix.detach()
             fit = _fitted(matrix, planned, config)
-            modules = install_(student, layer, fit.codebook, fit.codes, planned.kept(matrix))
+            modules = install_(student, layer, fit.codebook, fit.codes, planned.kept(matrix), fit.form)
             for module in modules:
                 module.codebook.requires_grad_(layer.weight.requires_grad)
             planned = as_coded(planned, modules[0])
@@ -113,7 +113,7 @@ def quantize_module(module: nn.Module, config: BGDConfig | None = None, *, name:
         raise ConfigError(f"{name} cannot be quantized: {outcome.reason}")
     matrix = found[0].matrix.detach()
     fit = _fitted(matrix, outcome, config)
-    result = quantized(module, fit.codebook, fit.codes, outcome.kept(matrix))
+    result = quantized(module, fit.codebook, fit.codes, outcome.kept(matrix), fit.form)
     result.codebook.requires_grad_(found[0].weight.requires_grad)
     return result
 

@@ -27,7 +27,6 @@ from bgd_plugin.graph import FoundLayer, install_, module_at, module_or_none, re
 from bgd_plugin.nn import PQModule
 from bgd_plugin.planning.coded import as_coded
 from bgd_plugin.planning.types import PlannedLayer, SkippedLayer
-from bgd_plugin.pq.blocks import decode
 from bgd_plugin.quantization.job import Job
 from bgd_plugin.quantization.resume import stage
 from bgd_plugin.quantization.spending import with_the_rest
@@ -106,7 +105,7 @@ def treat_unreached(job: Job, index: int) -> LayerReport | SkippedLayer:
 
     fit = fitted_once(lambda: job.run.finished(index, planned)) or fitted_once(solved)
     assert fit is not None
-    layer, *_ = install_(job.student, found, fit.codebook.to(found.weight), fit.codes.to(matrix.device), mask)
+    layer = _put_in(job, found, fit, mask)
     layer.requires_grad_(False)
     job.run.store(index, planned, dataclasses.replace(fit, codebook=layer.codebook, codes=layer.codes))
     planned = as_coded(planned, layer)
@@ -117,8 +116,7 @@ def treat_unreached(job: Job, index: int) -> LayerReport | SkippedLayer:
 
 def _judged_shift(job: Job, found: FoundLayer, fit: FittedLayer, inputs: LayerInputs, skip: Skip | None) -> FittedLayer:
     """The fit without its shift of the bias, where such a shift raises the error on samples kept aside."""
-    codebook, codes = fit.codebook.to(found.weight), fit.codes.to(found.weight.device)
-    decoded = decode(codebook, codes, found.matrix.shape)
+    decoded = fit.decoded(found.matrix.shape).to(found.weight)
     with job.log.timed("statistics"):
         helps = shift_helps(
             found.matrix, decoded, inputs, job.generator(f"{found.name} shift"), None if skip is None else skip.drift
@@ -215,13 +213,17 @@ def _positions_first(values: Tensor, found: FoundLayer) -> Tensor:
 
 def _installed(job: Job, walk: Walk | Rerun, found: FoundLayer, planned: PlannedLayer, fit: FittedLayer) -> PQModule:
     """Insert the layer's product-quantized module, and apply the fit's changes to neighbouring modules."""
-    codebook, codes = fit.codebook.to(found.weight), fit.codes.to(found.weight.device)
-    layer, *_ = install_(job.student, found, codebook, codes, planned.kept(found.matrix))
+    layer = _put_in(job, found, fit, planned.kept(found.matrix))
     _apply_shifts(job, found, fit)
     if isinstance(walk, Walk):
         for node in (planned.target, *found.tied, *(found.calls if found.hidden else ())):
             walk.mark_changed(node)
     return layer
+
+
+def _put_in(job: Job, found: FoundLayer, fit: FittedLayer, mask: Tensor | None) -> PQModule:
+    codebook, codes = fit.codebook.to(found.weight), fit.codes.to(found.weight.device)
+    return install_(job.student, found, codebook, codes, mask, fit.form)[0]
 
 
 @torch.no_grad()

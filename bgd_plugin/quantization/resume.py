@@ -18,6 +18,7 @@ from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import CheckpointError
 from bgd_plugin.fitting import FittedLayer
 from bgd_plugin.planning.types import PlannedLayer
+from bgd_plugin.pq.forms import FORMS
 from bgd_plugin.quantization.fingerprint import described, differing
 from bgd_plugin.support.atomic import remove, remove_leftovers, write_atomically
 from bgd_plugin.support.processes import largest
@@ -136,7 +137,8 @@ class Run:
                 tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (no mapping)
             found = list(tensors["codebook"].shape), list(tensors["codes"].shape)
             size = found[0][0] if layer.codes == "entropy" else layer.codebook_size  # as many levels as the fit found
-            wanted = [size, layer.block_size], [layer.rows, layer.blocks_per_row]
+            form, sizes = FORMS[layer.form], layer.sizes(size)
+            wanted = list(form.codebook_shape(sizes)), list(form.codes_shape(sizes))
             if found != wanted:
                 raise ValueError(f"shapes {found}, expected {wanted}")
             return FittedLayer(
@@ -145,6 +147,7 @@ class Run:
                 row_scale=tensors.get("row_scale"),
                 bias_shift=tensors.get("bias_shift"),
                 warnings=tuple(map(str, warnings)),
+                form=layer.form,
             )
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(f"{file} is damaged ({error}): delete it to fit the layer again") from error

@@ -57,7 +57,8 @@ def _length(survey: Survey, student: nn.Module) -> int:
         if isinstance(module_or_none(network, planned.target), PQModule):
             continue
         shape = planned_layer(network, found, planned)
-        modules = install_(network, found, shape.codebook.detach(), shape.codes, planned.kept(found.matrix))
+        codebook, mask = shape.codebook.detach(), planned.kept(found.matrix)
+        modules = install_(network, found, codebook, shape.codes, mask, planned.form)
         if planned.codes == "entropy":
             streams |= dict.fromkeys(map(id, modules), stream_bytes(planned, shape))
     state = State.of(network)

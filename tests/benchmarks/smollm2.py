@@ -119,7 +119,8 @@ def configuration(options: argparse.Namespace) -> bgd.BGDConfig:
     """Settings of one run: default ones, a budget, or 2 bits for each weight of a linear layer."""
     common = {"rotation": options.rotation, "codes": options.codes}
     if options.two_bits:
-        linear = bgd.LayerConfig(block_size=4, codebook_size=256)
+        blocks = bgd.LayerConfig(block_size=4, codebook_size=256)
+        linear = bgd.LayerConfig(codes="trellis") if options.trellis else blocks
         return bgd.BGDConfig(linear=linear, overrides=(("lm_head", None),), max_divergence=None, **common)
     if options.target_bytes:
         return bgd.BGDConfig(target_bytes=options.target_bytes, embedding=bgd.LayerConfig(), **common)
@@ -137,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--two-bits", action="store_true", help="blocks of 4 weights, 256 codewords: linear layers alone"
     )
+    parser.add_argument("--trellis", action="store_true", help="trellis codes in place of blocks: linear layers alone")
     parser.add_argument("--rotation", action="store_true", help="fold rotations into the weights first")
     parser.add_argument("--codes", default="blocks", choices=("blocks", "entropy"))
     parser.add_argument("--target-bytes", type=int, help="a budget for the whole file")

@@ -231,7 +231,7 @@ def test_a_safetensors_file_of_someone_else(tmp_path: Path) -> None:
 def test_a_file_of_a_newer_version(saved: Path) -> None:
     _tampered(saved, lambda tensors, header: header.update(format=999))
     with pytest.raises(
-        CheckpointError, match="written in format 999, but this version reads up to 3: upgrade bgd-plugin"
+        CheckpointError, match="written in format 999, but this version reads up to 4: upgrade bgd-plugin"
     ):
         bgd.load(saved, like=SmallResNet())
 

@@ -4,8 +4,9 @@ Run at every release that changes what is written, and never again for that vers
 
     python -m tests.golden.make
 
-A file is `NETWORK-VERSION-FORMAT.safetensors`; beside it, `.outputs` holds an input and the network's output. The
-codes are replaced by walks through the trellis, since format 3 is written for those.
+A file is `NETWORK-VERSION-FORMAT.safetensors`; beside it, `.outputs` holds an input and the network's output. Layers
+of 16 rows or more have trellis codes, for which format 4 is written. The files of format 3 held blocks of single
+weights whose codes were replaced by walks of an entropy-coded trellis.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from torch import Tensor, nn
 
 import bgd_plugin as bgd
 from bgd_plugin.files.format import FORMAT_VERSION
-from bgd_plugin.nn import PQModule
-from tests.encoding.walks import random_walk
 from tests.networks import FunctionalNet, SmallResNet, TwiceNet, images, randomized, vectors
 
 __all__ = ["FOLDER", "NETWORKS", "main"]
@@ -38,14 +37,9 @@ def main() -> None:
     for name, build in NETWORKS.items():
         torch.manual_seed(0)
         data: list[Tensor] = vectors() if name == "twice" else images(size=12)
-        sizes = dict.fromkeys(("conv", "pointwise_conv", "linear"), bgd.LayerConfig(block_size=1, codebook_size=16))
+        sizes = dict.fromkeys(("conv", "pointwise_conv", "linear"), bgd.LayerConfig(codes="trellis"))
         config = bgd.BGDConfig(rounds=2, float_storage="float16", max_divergence=None, **sizes)
         model = bgd.quantize(randomized(build()), data, config, progress=False).model
-        for module in model.modules():
-            if isinstance(module, PQModule):
-                rows, columns = module.codes.shape
-                walk = random_walk(rows=rows, columns=columns, size=module.codebook_size, offset=0)
-                module.codes.copy_(torch.from_numpy(walk))
         file = FOLDER / f"{name}-{bgd.__version__}-{FORMAT_VERSION}.safetensors"
         if file.exists():
             raise SystemExit(f"{file.name} is there already: a golden file is never written again")

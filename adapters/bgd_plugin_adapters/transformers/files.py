@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from bgd_plugin.integration import CheckpointError, ConfigError, PQModule, PQWeight, code_dtype, pack, unpack
+from bgd_plugin.integration import CheckpointError, ConfigError, PQModule, PQWeight, pack, unpack
 from bgd_plugin_adapters.transformers.ties import repeated, shared
 
 __all__ = [
@@ -113,7 +113,7 @@ def unpacked_codes(path: str, layer: PQModule, packed: Tensor) -> Tensor:
     codes = unpack(packed, layer.code_bits, layer.codes.numel())
     if codes.numel() and int(codes.max()) >= layer.codebook_size:
         raise CheckpointError(f"layer {path!r}: code {int(codes.max())} is out of range: the file is damaged")
-    return codes.reshape(layer.codes.shape).to(code_dtype(layer.codebook_size))
+    return codes.reshape(layer.codes.shape).to(layer.form.codes_dtype(layer.codebook_size))
 
 
 def unpacked_mask(layer: PQModule, packed: Tensor) -> Tensor:

@@ -51,6 +51,12 @@ def write(model: nn.Module, path: Path, examples: Examples, dynamic: Any) -> tup
     if dynamic is not None:
         raise ConfigError(f"{path.name}: a Core ML package has fixed shapes: leave `dynamic` out")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, PQModule)}
+    for name, layer in layers.items():
+        if not layer.has_blocks:
+            raise BGDError(
+                f"{path.name}: layer {name!r} has codes of the form {layer.form.name!r}, which a Core ML package "
+                "cannot decode: export the network as .onnx or .pt2, or quantize this layer with codes='blocks'"
+            )
     tables = Tables()
     with _quiet():
         _convert(model, examples, tables).save(str(path))
