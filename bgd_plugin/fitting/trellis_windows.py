@@ -45,7 +45,8 @@ def fit_windows(
     Args:
         weight: `[rows, columns]`, the rows of each group contiguous.
         gram: H, second moments of all inputs, `[groups, columns, columns]`; None: the identity.
-        fitted, heldout: of those that are fitted and those that judge, to choose the damping; None: it is not chosen.
+        fitted, heldout: second moments of the inputs that are fitted and of those that judge, to choose the damping,
+            `[groups, columns, columns]` each; None: it is not chosen.
         mask: bool `[rows, columns]`, false where the decoded weight is zero; None: nowhere.
 
     Raises:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from bgd_plugin.kernels.llvm import Loop, compiled, define
-from bgd_plugin.kernels.switch import enabled
+from bgd_plugin.jit.llvm import Loop, compiled, define
+from bgd_plugin.jit.switch import enabled
 from bgd_plugin.pq.viterbi import Floats, Search, cheapest_walk, first_costs, last_state
 from bgd_plugin.pq.windows import STATES
 

@@ -75,7 +75,11 @@ class PlannedLayer:
         return TRELLIS if self.codes == TRELLIS else BLOCKS
 
     def sizes(self, codebook_size: int) -> Sizes:
-        """What the shapes of its tensors follow from, with this number of codewords."""
+        """What the shapes of its tensors follow from.
+
+        Args:
+            codebook_size: number of codewords.
+        """
         return Sizes(rows=self.rows, columns=self.columns, block_size=self.block_size, codebook_size=codebook_size)
 
     @property

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bgd_plugin import kernels
 from bgd_plugin.fitting.trellis_windows import fit_windows
-from bgd_plugin.kernels import llvm, switch, viterbi
+from bgd_plugin.jit import llvm
+from bgd_plugin.kernels import viterbi
 from bgd_plugin.pq.viterbi import cheapest_walk, nearest_ring
 from tests.pq.test_viterbi import TABLE, _values
 
@@ -23,7 +25,7 @@ def test_the_compiled_search_finds_the_same_walks(count: int, seam: int | None) 
 
 
 def test_the_plain_search_is_used_where_kernels_are_off() -> None:
-    with switch.disabled():
+    with kernels.disabled():
         assert viterbi.walk_search() is cheapest_walk
 
 
@@ -34,7 +36,7 @@ def test_rings_and_fits_are_the_same_to_the_bit() -> None:
     assert (one == nearest_ring(cheapest_walk, values, weights, TABLE)).all()
     weight = torch.randn(24, 10, generator=torch.Generator().manual_seed(0))
     compiled = fit_windows(weight, None)
-    with switch.disabled():
+    with kernels.disabled():
         plain = fit_windows(weight, None)
     assert torch.equal(compiled.codes, plain.codes)
     assert torch.equal(compiled.codebook, plain.codebook)
