@@ -16,6 +16,7 @@ from bgd_plugin.errors import ConfigError
 from bgd_plugin.files.inspection import inspected
 from bgd_plugin.files.save import read_file
 from bgd_plugin.nn import FrozenNorm, PQModule
+from bgd_plugin.quantization import quality
 from tests.networks import images, randomized, same_outputs
 
 # One worker of pytest-xdist runs them, so that the network is quantized once.
@@ -177,16 +178,18 @@ def test_without_data(tmp_path: Path) -> None:
     assert read_file(tmp_path / "net")[1]["format"] == 3
 
 
-def test_a_bound_on_the_divergence_takes_fewer_bytes_than_blocks() -> None:
-    sizes = [
+def test_a_bound_on_the_divergence_takes_fewer_bytes_than_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its first pass: what comes out of a further one is another matter."""
+    monkeypatch.setattr(quality, "_is_good_enough", lambda *_, **__: True)
+    reports = [
         bgd.quantize(
             _net(Maps), DATA, BGDConfig(codes=codes, max_divergence=0.02, freeze_norms=True, rounds=1), progress=False
         ).report
         for codes in ("entropy", "blocks")
     ]
-    assert sizes[0].answers is not None
-    assert sizes[0].answers.divergence <= 0.02
-    assert sizes[0].compressed_bytes < 0.97 * sizes[1].compressed_bytes
+    assert reports[0].answers is not None
+    assert reports[0].answers.divergence <= 0.02
+    assert reports[0].compressed_bytes < 0.97 * reports[1].compressed_bytes
 
 
 def test_plan_says_what_the_streams_may_take() -> None:
