@@ -79,6 +79,9 @@ class PlannedLayer:
 
         Args:
             codebook_size: number of codewords.
+
+        Returns:
+            the sizes.
         """
         return Sizes(rows=self.rows, columns=self.columns, block_size=self.block_size, codebook_size=codebook_size)
 

@@ -3,7 +3,7 @@
 | form | codebook | codes |
 |---|---|---|
 | blocks | `[codebook_size, block_size]`, the layer's own codewords | integers `[rows, blocks_per_row]` |
-| trellis | `[rows]`, the scale of each row | uint8 `[columns, rows / 4]`, four codes of two bits each |
+| trellis | `[rows]`, the scale of each row | uint8 `[rows / 4, columns]`, four codes of two bits each |
 
 Values of trellis windows are in one table for all layers (`pq.windows`). A third form, entropy-coded streams, exists in
 files only: in memory such a layer is one of blocks.
@@ -31,7 +31,13 @@ BLOCKS, TRELLIS = "blocks", "trellis"
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What the shapes of a layer's tensors follow from: of its matrix, and of its blocks."""
+    """What the shapes of a layer's tensors follow from.
+
+    Attributes:
+        rows, columns: of its matrix.
+        block_size: weights in a block.
+        codebook_size: number of codewords.
+    """
 
     rows: int
     columns: int
@@ -46,7 +52,7 @@ class Form:
     Attributes:
         name: as in settings and files.
         decode: from codebook, codes and a shape `[rows, ...]` to the weight of that shape; differentiable in the
-            codebook.
+            codebook. Shapes of codebook and codes are in the table above.
         rows: from codebook, codes and indices of any shape to these rows, `[*indices.shape, columns]`.
         uses: from the same, mask and codebook to the number of weights for which each number in the codebook stands.
         codebook_shape, codes_shape: by the layer's sizes.
@@ -94,7 +100,7 @@ def _decode_windows(scale: Tensor, codes: Tensor, shape: Sequence[int]) -> Tenso
 
 def _window_uses(scale: Tensor, codes: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
-        return torch.full_like(scale, len(codes))
+        return torch.full_like(scale, codes.shape[1])
     return mask.flatten(1).sum(1).to(scale)
 
 
@@ -121,7 +127,7 @@ FORMS = {
         rows=decoded_rows,
         uses=_window_uses,
         codebook_shape=lambda sizes: (sizes.rows,),
-        codes_shape=lambda sizes: (sizes.columns, code_bytes_per_column(sizes.rows)),
+        codes_shape=lambda sizes: (code_bytes_per_column(sizes.rows), sizes.columns),
         codes_dtype=lambda _: torch.uint8,
         sizes=lambda _: (1, STATES),
         code_bits=lambda _: 8,

@@ -82,7 +82,11 @@ def cheapest_walk(values: Floats, weights: Floats, table: Floats, seam: int | No
 
 
 def first_costs(seam: int | None) -> Floats:
-    """The costs of states before the first value: none for those that end in the codes of the seam."""
+    """The costs of states before the first value, `[4096]`: none for those that end in the codes of the seam.
+
+    Args:
+        seam: the last five codes as a number of 10 bits; None: any.
+    """
     if seam is None:
         return numpy.zeros(STATES, numpy.float32)
     costs: Floats = numpy.full(STATES, numpy.inf, numpy.float32)
@@ -91,5 +95,10 @@ def first_costs(seam: int | None) -> Floats:
 
 
 def last_state(costs: Floats, seam: int | None) -> int:
-    """The cheapest state at the end, among those that end in the codes of the seam."""
+    """The index of the cheapest state at the end, among those that end in the codes of the seam.
+
+    Args:
+        costs: of all states, `[4096]`.
+        seam: the last five codes as a number of 10 bits; None: any.
+    """
     return int(costs.argmin()) if seam is None else seam + _KEPT * int(costs[seam::_KEPT].argmin())

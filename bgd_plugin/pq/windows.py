@@ -49,12 +49,12 @@ _TURN = (911, 150, 513)
 
 
 def padded_rows(rows: int) -> int:
-    """The number of codes in a column's ring: rows, in whole bytes."""
+    """The number of codes in the ring of a column that has `rows` weights: codes fill whole bytes."""
     return _PER_BYTE * code_bytes_per_column(rows)
 
 
 def code_bytes_per_column(rows: int) -> int:
-    """The bytes of a column's codes."""
+    """The bytes of the codes of a column that has `rows` weights."""
     return -(-rows // _PER_BYTE)
 
 
@@ -99,16 +99,17 @@ def _scattered(number: int, factor: int, offset: int, second: int) -> int:
 
 
 def packed_states(states: Tensor) -> Tensor:
-    """The codes of rings of states, packed.
+    """The codes of rings of states, packed: those of one byte in all columns beside each other.
 
     Args:
         states: integers `[columns, padded rows]`, each of which continues the one before it.
 
     Returns:
-        uint8 `[columns, padded rows / 4]`, the first row in the highest bits.
+        uint8 `[padded rows / 4, columns]`, the first row in the highest bits.
     """
     codes = (states & (_BRANCHES - 1)).reshape(len(states), -1, _PER_BYTE).to(torch.int32)
-    return (codes << torch.tensor([6, 4, 2, 0], dtype=torch.int32, device=codes.device)).sum(2).to(torch.uint8)
+    packed = (codes << torch.tensor([6, 4, 2, 0], dtype=torch.int32, device=codes.device)).sum(2).to(torch.uint8)
+    return packed.T.contiguous()
 
 
 def decode_windows(scale: Tensor, codes: Tensor) -> Tensor:
@@ -116,29 +117,29 @@ def decode_windows(scale: Tensor, codes: Tensor) -> Tensor:
 
     Args:
         scale: `[rows]`.
-        codes: uint8 `[columns, bytes]`.
+        codes: uint8 `[bytes, columns]`.
     """
     wide = codes.to(torch.int32)
-    words = wide.roll(2, 1) << 16 | wide.roll(1, 1) << 8 | wide
-    states = torch.stack([words >> 6, words >> 4, words >> 2, words], 2).flatten(1) & _MASK
-    return _values(states[:, : len(scale)], scale).T * scale[:, None]
+    words = wide.roll(2, 0) << 16 | wide.roll(1, 0) << 8 | wide
+    states = torch.stack([words >> 6, words >> 4, words >> 2, words], 1).flatten(0, 1) & _MASK
+    return _values(states[: len(scale)], scale) * scale[:, None]
 
 
 def decoded_rows(scale: Tensor, codes: Tensor, rows: Tensor) -> Tensor:
     """Some rows of the weight, `[*rows.shape, columns]`.
 
     Args:
-        scale, codes: as of `decode_windows`.
+        scale: `[rows]`.
+        codes: uint8 `[bytes, columns]`.
         rows: indices, any shape.
     """
     flat = rows.flatten()
-    last = flat // _PER_BYTE
-    size = codes.shape[1]
-    first, second, third = (codes[:, (last + size - back) % size].to(torch.int32) for back in (2, 1, 0))
+    last, size = flat // _PER_BYTE, len(codes)
+    first, second, third = (codes[(last + size - back) % size].to(torch.int32) for back in (2, 1, 0))
     words = first << 16 | second << 8 | third
-    states = words >> (2 * (_PER_BYTE - 1 - flat % _PER_BYTE)).to(torch.int32) & _MASK
-    values = _values(states, scale).T * scale[flat, None]
-    return values.reshape(*rows.shape, len(codes))
+    shifts = (2 * (_PER_BYTE - 1 - flat % _PER_BYTE)).to(torch.int32)
+    values = _values(words >> shifts[:, None] & _MASK, scale) * scale[flat, None]
+    return values.reshape(*rows.shape, codes.shape[1])
 
 
 def _values(states: Tensor, like: Tensor) -> Tensor:

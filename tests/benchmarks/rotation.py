@@ -99,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.rotation", description=main.__doc__)
     parser.add_argument("--text", type=Path, default=Path(HANDBOOK), help="the handbook's folder of pages")
     parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--trellis", action="store_true", help="trellis codes in place of blocks")
     parser.add_argument("--windows", type=int, default=6, help="that calibrate")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -110,7 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     judges = list(windows[last::4])
     small = first_blocks(model, options.blocks)
     for rotation in (False, True):
-        linear = bgd.LayerConfig(block_size=4, codebook_size=256)
+        blocks = bgd.LayerConfig(block_size=4, codebook_size=256)
+        linear = bgd.LayerConfig(codes="trellis") if options.trellis else blocks
         config = bgd.BGDConfig(linear=linear, overrides=(("lm_head", None),), kept_aside=0.0, rotation=rotation)
         start = time.process_time()
         result = bgd.load_adapter("transformers").quantize_pretrained(small, calibration, config, progress=False)

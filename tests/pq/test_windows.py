@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 def _codes(rows: int, columns: int) -> Tensor:
     generator = torch.Generator().manual_seed(rows)
-    return torch.randint(0, 256, (columns, code_bytes_per_column(rows)), dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 256, (code_bytes_per_column(rows), columns), dtype=torch.uint8, generator=generator)
 
 
 def _scale(rows: int) -> Tensor:
@@ -37,10 +37,10 @@ def _scale(rows: int) -> Tensor:
 
 def _literal(scale: Tensor, codes: Tensor) -> Tensor:
     """Weight by weight: two bits a row, six of them in a window that runs around the column."""
-    rows, columns, table = len(scale), len(codes), window_table()
+    rows, columns, table = len(scale), codes.shape[1], window_table()
     weight = torch.empty(rows, columns)
     for column in range(columns):
-        two_bits = [int(byte) >> shift & 3 for byte in codes[column] for shift in (6, 4, 2, 0)]
+        two_bits = [int(byte) >> shift & 3 for byte in codes[:, column] for shift in (6, 4, 2, 0)]
         for row in range(rows):
             state = 0
             for back in range(5, -1, -1):
@@ -64,7 +64,8 @@ def test_any_rows_can_be_decoded_by_themselves(rows: int) -> None:
 
 def test_codes_of_states_decode_to_the_values_of_the_states() -> None:
     rows, codes = 20, _codes(20, 3)
-    two_bits = torch.stack([codes >> 6 & 3, codes >> 4 & 3, codes >> 2 & 3, codes & 3], 2).flatten(1).long()
+    columns = codes.T
+    two_bits = torch.stack([columns >> shift & 3 for shift in (6, 4, 2, 0)], 2).flatten(1).long()
     states = sum((two_bits.roll(back, 1) << 2 * back for back in range(6)), torch.zeros_like(two_bits))
     assert torch.equal(packed_states(states), codes)
     assert torch.equal(decode_windows(torch.ones(rows), codes), window_table()[states].T)
