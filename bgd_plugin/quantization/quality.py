@@ -82,7 +82,9 @@ def _best(results: list[Pass]) -> Pass:
 
     within = [result for result in results if divergence(result) <= bound]
     if within:
-        best = min(within, key=lambda result: result.report.compressed_bytes)
+        best = min(
+            reversed(within), key=lambda result: result.report.compressed_bytes
+        )  # of equal ones the last knew more
         note = f"bound: kept, divergence {divergence(best):.3g} of {bound:.3g}"
     else:
         best = min(results, key=divergence)

@@ -71,6 +71,12 @@ def test_the_passes_end_where_sizes_do_not_change(monkeypatch: pytest.MonkeyPatc
     assert "missed" in result.report.notes[-1]
 
 
+def test_of_equal_files_the_one_with_the_corrected_expectation_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "_same_sizes", lambda one, other: True)
+    run, _ = _runs(0.02, 0.02)
+    assert within_bound(run).report.notes[0] == "pass 1"
+
+
 def test_each_pass_knows_the_one_before_it() -> None:
     run, seen = _runs(0.3, 0.12, 0.09)
     result = within_bound(run)
