@@ -55,7 +55,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option(
         "--override",
-        help="GLOB=block,codebook or GLOB=float, a setting for layers by name; first match wins; repeatable",
+        help="GLOB=block,codebook, GLOB=trellis or GLOB=float: a setting for layers by name; first match wins",
     ),
 ]
 FcCodebook = Annotated[int | None, typer.Option(help="codewords per linear layer")]

@@ -61,7 +61,7 @@ def settings_from(
     Args:
         regime: named settings.
         file: settings as JSON, instead of a regime.
-        overrides: `GLOB=block,codebook` or `GLOB=float`.
+        overrides: `GLOB=block,codebook`, `GLOB=trellis` or `GLOB=float`.
         fc_codebook: number of codewords per linear layer.
         pointwise: block size of 1x1 convolutions.
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from bgd_plugin.fitting import trellis_windows
+import bgd_plugin as bgd
+from bgd_plugin.fitting import method_full_gram, trellis_windows
 from bgd_plugin.fitting.trellis_windows import fit_windows
 from bgd_plugin.pq.feedback import damped
+from tests.networks import PlainNet, randomized, vectors
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -110,3 +114,32 @@ def test_values_that_are_not_finite_are_refused(where: str) -> None:
     (weight if where == "weight" else gram[0])[1, 1] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         fit_windows(weight, gram)
+
+
+def test_the_method_gives_all_inputs_those_that_judge_and_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[dict[str, Any]]()
+    real = method_full_gram.fit_windows
+
+    def watched(weight: Tensor, gram: Tensor | None, **settings: Any) -> Any:
+        seen.append({"weight": weight.clone(), "gram": gram, **settings})
+        return real(weight, gram, **settings)
+
+    monkeypatch.setattr(method_full_gram, "fit_windows", watched)
+    model = randomized(PlainNet()).eval()
+    with torch.no_grad():
+        model[2].weight[model[2].weight.abs() < 0.05] = 0
+    config = bgd.BGDConfig(
+        linear=bgd.LayerConfig(codes="trellis"), max_divergence=None, preserve_zeros=True, kept_aside=0.0
+    )
+    result = bgd.quantize(model, vectors(batches=4), config, progress=False)
+    (call,) = seen
+    inputs = torch.relu(model[0](torch.cat(vectors(batches=4)))).detach()
+    cut = 4 * len(inputs) // 5  # every fifth row, rounded up, judges
+    parts = {"gram": inputs, "fitted": inputs[: cut + 1], "heldout": inputs[cut + 1 :]}
+    for name, rows in parts.items():
+        covariance = torch.cov(rows.T, correction=0)
+        torch.testing.assert_close(call[name][0].float(), covariance, rtol=0, atol=2e-3)  # 8-bit weights in front
+    assert torch.equal(call["mask"], model[2].weight != 0)
+    layer = result.model[2]
+    wanted = model[2](inputs).mean(0)
+    torch.testing.assert_close(layer(inputs).mean(0), wanted, rtol=0, atol=5e-3)  # the bias makes good the means
