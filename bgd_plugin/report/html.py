@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 
 from bgd_plugin.planning.types import SkippedLayer
+from bgd_plugin.pq.forms import TRELLIS
 from bgd_plugin.report.layer import LayerReport
 from bgd_plugin.support.tables import mib
 
@@ -135,10 +136,9 @@ def bars(layers: Sequence[LayerReport]) -> str:
         size = mib(x.compressed_bytes)
         packed = bytes_width * x.compressed_bytes / largest
         error = error_width * x.relative_error / worst
-        tip = (
-            f"{x.name}: {mib(_FLOAT_BYTES * x.weights)} → {mib(x.compressed_bytes)}, blocks of {x.block_size}, "
-            f"{x.codebook_size} codewords, error {x.relative_error:.3%}"
-        )
+        codes = f"blocks of {x.block_size}, {x.looked_up_in} codewords" if x.codes != TRELLIS else "trellis codes"
+        before, after = mib(_FLOAT_BYTES * x.weights), mib(x.compressed_bytes)
+        tip = f"{x.name}: {before} → {after}, {codes}, error {x.relative_error:.3%}"
         parts.append(
             f"<g><title>{escape(tip)}</title>"
             f'<text x="{bytes_left - 10}" y="{y + 11}" text-anchor="end">{escape(_shortened(x.name))}</text>'
@@ -161,7 +161,7 @@ def _shortened(name: str) -> str:
 def _layer_table(layers: Sequence[LayerReport]) -> str:
     header = ["layer", "kind", "weights", "block", "codebook", "bits/weight", "size", "error", "note"]
     rows = [
-        [x.name, x.kind, f"{x.weights:,}", x.block_size, x.codebook_size, f"{x.bits_per_weight:.2f}"]
+        [x.name, x.kind, f"{x.weights:,}", x.block_size, x.looked_up_in, f"{x.bits_per_weight:.2f}"]
         + [mib(x.compressed_bytes), f"{x.relative_error:.3%}", "; ".join(filter(None, (x.note, x.advice)))]
         for x in layers
     ]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bgd_plugin.planning.types import PlannedLayer
+from bgd_plugin.pq.forms import BLOCKS, TRELLIS
 from bgd_plugin.support.tables import mib
 
 __all__ = ["LayerReport"]
@@ -32,6 +33,7 @@ class LayerReport:
             if no bias was corrected.
         note: deviations from the setting, with reasons, and warnings about the fit, such as unused codewords.
         advice: what to do about a layer with a large error or little saving; empty otherwise.
+        codes: "blocks", "entropy" or "trellis", as of `PlannedLayer`.
     """
 
     name: str
@@ -46,6 +48,16 @@ class LayerReport:
     bias_gain: float | None = None
     note: str = ""
     advice: str = ""
+    codes: str = BLOCKS
+
+    @property
+    def looked_up_in(self) -> int | str:
+        """What a table says of the layer's codebook.
+
+        Returns:
+            the number of codewords; the name of a form that has none of its own.
+        """
+        return self.codes if self.codes == TRELLIS else self.codebook_size
 
     @classmethod
     def of(
@@ -80,6 +92,7 @@ class LayerReport:
             bias_gain=bias_gain,
             note="; ".join(filter(None, (planned.note, *warnings))),
             advice="; ".join(_advice(planned, relative_error)),
+            codes=planned.codes,
         )
 
 

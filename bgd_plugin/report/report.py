@@ -95,7 +95,7 @@ class Report:
     def __str__(self) -> str:
         header = ["layer", "kind", "block", "codebook", "bits/weight", "size", "error", "note"]
         rows = [
-            [x.name, x.kind, x.block_size, x.codebook_size, f"{x.bits_per_weight:.2f}", mib(x.compressed_bytes)]
+            [x.name, x.kind, x.block_size, x.looked_up_in, f"{x.bits_per_weight:.2f}", mib(x.compressed_bytes)]
             + [f"{x.relative_error:.2%}", x.note]
             for x in self.layers
         ]

@@ -102,6 +102,10 @@ def test_two_bits_and_a_scale_for_each_row_and_too_few_rows_stay_float(tmp_path:
     ]
     assert "trellis" in str(plan)
     result = bgd.quantize(model, vectors(), _config(), progress=False)
+    assert [layer.looked_up_in for layer in result.report.layers] == ["trellis", "trellis"]
+    assert str(result.report).count("trellis") == 3  # and once in the reason of the layer that stays float
+    result.report.to_html(tmp_path / "page")
+    assert (tmp_path / "page").read_text().count("trellis codes, error") == 2
     bgd.save(result.model, tmp_path / "net")
     found = inspected(tmp_path / "net")
     assert found["format"] == 4
