@@ -121,6 +121,10 @@ def configuration(options: argparse.Namespace) -> bgd.BGDConfig:
     if options.two_bits:
         blocks = bgd.LayerConfig(block_size=4, codebook_size=256)
         linear = bgd.LayerConfig(codes="trellis") if options.trellis else blocks
+        if options.embedding:
+            block_size, codebook_size = options.embedding
+            table = bgd.LayerConfig(block_size=block_size, codebook_size=codebook_size)
+            return bgd.BGDConfig(linear=linear, embedding=table, max_divergence=None, **common)
         return bgd.BGDConfig(linear=linear, overrides=(("lm_head", None),), max_divergence=None, **common)
     if options.target_bytes:
         return bgd.BGDConfig(target_bytes=options.target_bytes, embedding=bgd.LayerConfig(), **common)
@@ -139,6 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--two-bits", action="store_true", help="blocks of 4 weights, 256 codewords: linear layers alone"
     )
     parser.add_argument("--trellis", action="store_true", help="trellis codes in place of blocks: linear layers alone")
+    parser.add_argument("--embedding", type=int, nargs=2, help="with --two-bits: its block and codebook size")
     parser.add_argument("--rotation", action="store_true", help="fold rotations into the weights first")
     parser.add_argument("--codes", default="blocks", choices=("blocks", "entropy"))
     parser.add_argument("--target-bytes", type=int, help="a budget for the whole file")
