@@ -87,6 +87,8 @@ class Task:
         if self.ready.budget is not None:
             with log.timed("budget"):
                 survey = self._chosen(self.ready.budget, before)
+        if before is not None and not _begin_alike(before.survey, survey):
+            run.forget_fits()
         log.note(*survey.notes)
         result = self._fitted(survey, run, log)
         self.fits = run.fits
@@ -164,3 +166,16 @@ class Task:
         result = settled(self.ready.front, student, survey, self.batches)
         restore_(result, self.model, self.learnt)
         return result
+
+
+def _begin_alike(one: Survey, other: Survey) -> bool:
+    """Whether layers get about the same inputs under two choices: tables and what stays float are stored alike.
+
+    A fit makes good what was lost before its layer. Where a table had codes and has 8 bits now, it would make good what
+    is not lost any more.
+    """
+    tables = [
+        {(x.name, x.block_size, x.codebook_size, x.size_bytes) for x in survey.layers if x.family == "embedding"}
+        for survey in (one, other)
+    ]
+    return tables[0] == tables[1] and one.storages == other.storages

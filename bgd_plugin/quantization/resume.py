@@ -152,6 +152,10 @@ class Run:
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(f"{file} is damaged ({error}): delete it to fit the layer again") from error
 
+    def forget_fits(self) -> None:
+        """Fit every layer again, whatever its sizes were in the pass before."""
+        self._known = {}
+
     def store(self, index: int, layer: PlannedLayer, fit: FittedLayer) -> None:
         """Save the finished layer at this index."""
         self.fits[layer.name] = layer, fit
