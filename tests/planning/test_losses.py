@@ -57,8 +57,6 @@ def test_shares_are_told_at_the_loss_of_all() -> None:
     assert one.per_error(0.16) == pytest.approx(0.04) and one.per_error() == pytest.approx(LEVEL / one.error_at(LEVEL))
     assert one.loss(4, 16, 0.16) == pytest.approx(0.04 * 0.8)
     assert one.loss(4, 16) == pytest.approx(one.per_error() * 0.8)
-    assert one.loss_of(_LAYER, 0.16) == pytest.approx(0.04 * 0.8)
-    assert one.loss_of(_LAYER) == pytest.approx(one.per_error() * 0.8)
 
 
 def test_a_least_loss_for_each_unit_of_error() -> None:
