@@ -29,7 +29,7 @@ def conv_tile(weights: int, positions: int) -> int:
     weight is split if that leaves tiles of some size, and sooner where there is little input.
 
     Args:
-        weights: of the convolution.
+        weights: number of them in the convolution.
         positions: in its input, of all samples.
     """
     return TILE // 2 if weights > TILE and positions <= _FEW_POSITIONS else TILE

@@ -31,7 +31,7 @@ def copied(codebook: Tensor, codes: Tensor) -> Tensor:
 
     Args:
         codebook: `[codebook_size, block_size]`.
-        codes: not negative.
+        codes: `[rows, blocks_per_row]`, not negative.
 
     Raises:
         IndexError: a code without a codeword.
