@@ -68,7 +68,8 @@ def test_small_integers_leave_their_scale_to_the_norm(is_refitted: bool, monkeyp
     marked: list[str] = []
     walk: Any = SimpleNamespace(differs_at=lambda node: is_refitted, mark_changed=marked.append)
     config = dataclasses.replace(CONFIG, weight_storage="int5")
-    job: Any = SimpleNamespace(student=student, config=config, generator=lambda name: None)
+    survey = SimpleNamespace(storages={"0.weight": "int5"})
+    job: Any = SimpleNamespace(student=student, config=config, survey=survey, generator=lambda name: None)
     assert treat_leftover(job, walk, "0.weight", call, "1") == ("gain" if is_refitted else None)
     start = new if is_refitted else reference.detach()
     wanted, _ = (
@@ -96,7 +97,8 @@ def test_a_refit_knows_its_inputs_and_draws_its_own_numbers(monkeypatch: pytest.
     reference = student.get_parameter("0.weight")
     walk: Any = SimpleNamespace(differs_at=lambda node: node.op == "placeholder", mark_changed=lambda name: None)
     config = dataclasses.replace(CONFIG, weight_storage="float32")
-    job: Any = SimpleNamespace(student=student, config=config, generator=lambda name: name)
+    survey = SimpleNamespace(storages={"0.weight": "float32"})
+    job: Any = SimpleNamespace(student=student, config=config, survey=survey, generator=lambda name: name)
     treat_leftover(job, walk, "0.weight", call)
     assert asked == [(True, ("0", ["_0"]), "0 refit")]
     assert torch.equal(student.get_parameter("0.weight"), reference + 1)  # a new one: others may hold the old one
@@ -107,6 +109,7 @@ def test_a_weight_that_a_function_reads_is_marked_by_its_own_name() -> None:
     call = next(node for node in graph.graph.nodes if node.name == "conv2d")
     marked: list[str] = []
     walk: Any = SimpleNamespace(differs_at=lambda node: False, mark_changed=marked.append)
-    job: Any = SimpleNamespace(student=graph, config=dataclasses.replace(CONFIG, weight_storage="float16"))
+    survey = SimpleNamespace(storages={"kernel": "float16"})
+    job: Any = SimpleNamespace(student=graph, config=CONFIG, survey=survey)
     treat_leftover(job, walk, "kernel", call)
     assert marked == ["kernel"] and torch.equal(graph.kernel, graph.kernel.half().float())  # type: ignore[operator, union-attr, arg-type]
