@@ -6,6 +6,8 @@ data, and as a start for training.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
@@ -72,6 +74,7 @@ def quantize_weights(model: nn.Module, config: BGDConfig | None = None) -> Quant
             reports.append(
                 LayerReport.of(planned, relative_error=_weight_error(matrix, modules[0].matrix), warnings=fit.warnings)
             )
+        survey = dataclasses.replace(survey, beside=())  # whose weights are rounded now: the old ones can go
         round_to_storage_(student, survey)
     report = Report(
         layers=tuple(reports),
