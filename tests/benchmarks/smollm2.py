@@ -118,17 +118,20 @@ def perplexity(model: Any, windows: Sequence[Tensor]) -> float:
 def configuration(options: argparse.Namespace) -> bgd.BGDConfig:
     """Settings of one run: default ones, a budget, or 2 bits for each weight of a linear layer."""
     common = {"rotation": options.rotation, "codes": options.codes}
-    if options.two_bits:
-        blocks = bgd.LayerConfig(block_size=4, codebook_size=256)
-        linear = bgd.LayerConfig(codes="trellis") if options.trellis else blocks
-        if options.embedding:
-            block_size, codebook_size = options.embedding
-            table = bgd.LayerConfig(block_size=block_size, codebook_size=codebook_size)
-            return bgd.BGDConfig(linear=linear, embedding=table, max_divergence=None, **common)
-        return bgd.BGDConfig(linear=linear, overrides=(("lm_head", None),), max_divergence=None, **common)
+    if options.two_bits or options.linear:
+        linear = bgd.LayerConfig(codes="trellis") if options.trellis else _blocks(options.linear or (4, 256))
+        table = _blocks(options.embedding) if options.embedding else None
+        return bgd.BGDConfig(
+            linear=linear, embedding=table, overrides=(("lm_head", table),), max_divergence=None, **common
+        )
     if options.target_bytes:
         return bgd.BGDConfig(target_bytes=options.target_bytes, embedding=bgd.LayerConfig(), **common)
     return bgd.BGDConfig(**common)
+
+
+def _blocks(sizes: Sequence[int]) -> bgd.LayerConfig:
+    block_size, codebook_size = sizes
+    return bgd.LayerConfig(block_size=block_size, codebook_size=codebook_size)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -143,7 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--two-bits", action="store_true", help="blocks of 4 weights, 256 codewords: linear layers alone"
     )
     parser.add_argument("--trellis", action="store_true", help="trellis codes in place of blocks: linear layers alone")
-    parser.add_argument("--embedding", type=int, nargs=2, help="with --two-bits: its block and codebook size")
+    parser.add_argument("--linear", type=int, nargs=2, help="block and codebook size in place of --two-bits")
+    parser.add_argument("--embedding", type=int, nargs=2, help="beside these two: its block and codebook size")
     parser.add_argument("--rotation", action="store_true", help="fold rotations into the weights first")
     parser.add_argument("--codes", default="blocks", choices=("blocks", "entropy"))
     parser.add_argument("--target-bytes", type=int, help="a budget for the whole file")
