@@ -9,6 +9,8 @@ from bgd_plugin.support.direct import runs_directly
 
 __all__ = ["can_copy", "copied"]
 
+_MOST = 1 << 15
+"""Codes that are looked up at once; numpy widens them to 64 bits."""
 _TYPES = (torch.float32, torch.float16, torch.float64)
 
 
@@ -36,4 +38,11 @@ def copied(codebook: Tensor, codes: Tensor) -> Tensor:
     Raises:
         IndexError: a code without a codeword.
     """
-    return torch.from_numpy(codebook.detach().numpy().take(codes.numpy(), axis=0))
+    words = codebook.detach().numpy()
+    if codes.numel() <= _MOST:
+        return torch.from_numpy(words.take(codes.numpy(), axis=0))
+    result = codebook.new_empty(*codes.shape, codebook.shape[1])
+    rows = max(1, _MOST // codes.shape[1])
+    for part, found in zip(torch.split(codes, rows), torch.split(result, rows), strict=True):
+        found.copy_(torch.from_numpy(words.take(part.numpy(), axis=0)))
+    return result

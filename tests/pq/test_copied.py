@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 
 from bgd_plugin.pq import blocks
 from bgd_plugin.pq.blocks import decode
+from bgd_plugin.pq.copied import copied
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64, torch.bfloat16])
@@ -21,6 +22,17 @@ def test_both_ways_to_decode_give_the_same(
     assert torch.equal(decode(codebook, codes, (6, 20)), literal)
     monkeypatch.setattr(blocks, "can_copy", lambda *_: False)
     assert torch.equal(decode(codebook, codes, (6, 20)), literal)
+
+
+def test_many_codes_are_copied_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    codebook, codes = torch.randn(16, 4), torch.randint(0, 16, (7, 5))
+    whole = copied(codebook, codes)
+    for most in (1, 12, 34):
+        monkeypatch.setattr("bgd_plugin.pq.copied._MOST", most)
+        assert torch.equal(copied(codebook, codes), whole)
+    codes[6, 4] = 16
+    with pytest.raises(IndexError):
+        copied(codebook, codes)
 
 
 def test_derivatives_reach_the_codebook_both_ways() -> None:
