@@ -54,23 +54,7 @@ def decided(layer: FoundLayer, config: BGDConfig, *, is_first: bool) -> PlannedL
         return SkippedLayer(name=layer.name, reason=f"only {blocks} blocks, too few for a codebook")
     if codebook_size < most:
         notes.append(f"codebook {most} → {codebook_size}: {blocks} blocks")
-    form, mask_bytes = _stored_mask(layer) if config.preserve_zeros else ("", 0)
-    if form:
-        notes.append(_zeros(form, mask_bytes, layer))
-    return PlannedLayer(
-        name=layer.name,
-        target=layer.target,
-        kind=layer.kind,
-        family=layer.family,
-        weight_shape=tuple(layer.matrix.shape),
-        block_size=block_size,
-        codebook_size=codebook_size,
-        calls=layer.calls,
-        mask_form=form,
-        mask_bytes=mask_bytes,
-        codebook_storage=_codebook_storage(layer.weight, config, form),
-        note="; ".join(notes),
-    )
+    return _planned(layer, config, (block_size, codebook_size), notes)
 
 
 def _of_windows(layer: FoundLayer, config: BGDConfig) -> PlannedLayer | SkippedLayer:
@@ -78,25 +62,31 @@ def _of_windows(layer: FoundLayer, config: BGDConfig) -> PlannedLayer | SkippedL
     if layer.rows < LEAST_ROWS:
         reason = f"{layer.rows} rows, too few for trellis codes, which need {LEAST_ROWS}: blocks can take it"
         return SkippedLayer(name=layer.name, reason=reason)
+    return _planned(layer, config, (1, STATES), [], TRELLIS)
+
+
+def _planned(
+    layer: FoundLayer, config: BGDConfig, sizes: tuple[int, int], notes: list[str], codes: str = "blocks"
+) -> PlannedLayer:
+    """A layer of some block and codebook size, and of some form of codes, with the mask that it keeps."""
     form, mask_bytes = _stored_mask(layer) if config.preserve_zeros else ("", 0)
+    if form:
+        notes = [*notes, f"zeros: {form}, {8 * mask_bytes / (layer.rows * layer.columns):.2f} bits/weight"]
     return PlannedLayer(
         name=layer.name,
         target=layer.target,
         kind=layer.kind,
         family=layer.family,
         weight_shape=tuple(layer.matrix.shape),
-        block_size=1,
-        codebook_size=STATES,
+        block_size=sizes[0],
+        codebook_size=sizes[1],
         calls=layer.calls,
         mask_form=form,
         mask_bytes=mask_bytes,
-        note=_zeros(form, mask_bytes, layer) if form else "",
-        codes=TRELLIS,
+        note="; ".join(notes),
+        codebook_storage="float16" if codes == TRELLIS else _codebook_storage(layer.weight, config, form),
+        codes=codes,
     )
-
-
-def _zeros(form: str, mask_bytes: int, layer: FoundLayer) -> str:
-    return f"zeros: {form}, {8 * mask_bytes / (layer.rows * layer.columns):.2f} bits/weight"
 
 
 def _dividing(layer: FoundLayer, block_size: int, *, adapts: bool) -> int:
