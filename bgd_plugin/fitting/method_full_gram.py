@@ -13,7 +13,7 @@ from bgd_plugin.fitting import method_em
 from bgd_plugin.fitting.entropy_coded import fit_stream
 from bgd_plugin.fitting.exact import exact_fit
 from bgd_plugin.fitting.method import FittedLayer, LayerContext, Method
-from bgd_plugin.fitting.scale_and_shift import equal_rows, matching_bias
+from bgd_plugin.fitting.row_scales_and_bias_shift import equal_rows, matching_bias
 from bgd_plugin.fitting.target_residual import relative_weights, sum_behind, with_drift
 from bgd_plugin.fitting.trellis_windows import fit_windows
 from bgd_plugin.nn import storable

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bgd_plugin.fitting.scale_and_shift import matching_bias
+from bgd_plugin.fitting.row_scales_and_bias_shift import matching_bias
 from bgd_plugin.pq.gram import Moments
 from bgd_plugin.pq.target_asymmetric import asymmetric_target
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import bgd_plugin as bgd
 from bgd_plugin.fitting import LayerContext
-from bgd_plugin.fitting.scale_and_shift import equal_rows, matching_bias
+from bgd_plugin.fitting.row_scales_and_bias_shift import equal_rows, matching_bias
 from bgd_plugin.pq.gram import Moments
 from tests.pq.test_target_asymmetric import drifted_layer
 
