@@ -7,7 +7,20 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["fetch", "fma", "load", "masked", "splat", "store", "total", "tree", "vector", "zero"]
+__all__ = [
+    "constant",
+    "fetch",
+    "fma",
+    "intrinsic",
+    "load",
+    "masked",
+    "splat",
+    "store",
+    "total",
+    "tree",
+    "vector",
+    "zero",
+]
 
 
 def zero(lanes: int) -> Any:
@@ -17,11 +30,29 @@ def zero(lanes: int) -> Any:
     return ir.Constant(vector(lanes), None)
 
 
-def vector(lanes: int) -> Any:
-    """The type of a vector with this number of lanes."""
+def vector(lanes: int, kind: Any = None) -> Any:
+    """The type of a vector with this number of lanes, of float32 if no other type is given."""
     from llvmlite import ir
 
-    return ir.VectorType(ir.FloatType(), lanes)
+    return ir.VectorType(kind or ir.FloatType(), lanes)
+
+
+def constant(kind: Any, lanes: int, value: float) -> Any:
+    """A vector of this type and number of lanes, all equal to `value`."""
+    from llvmlite import ir
+
+    return ir.Constant(vector(lanes, kind), [value] * lanes)
+
+
+def intrinsic(builder: Any, name: str, kind: Any, arguments: list[Any]) -> Any:
+    """Call one of LLVM's own functions, which returns this type; it is declared where it is not yet."""
+    from llvmlite import ir
+
+    declared = builder.module.globals.get(name)
+    if declared is None:
+        own = ir.FunctionType(kind, [argument.type for argument in arguments])
+        declared = ir.Function(builder.module, own, name)
+    return builder.call(declared, arguments)
 
 
 def load(builder: Any, pointer: Any, place: Any, lanes: int) -> Any:
@@ -42,23 +73,14 @@ def fetch(builder: Any, address: Any) -> None:
     """Prefetch the memory at an address into the caches."""
     from llvmlite import ir
 
-    name, number = "llvm.prefetch.p0", ir.IntType(32)
-    declared = builder.module.globals.get(name)
-    if declared is None:
-        kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), number, number, number])
-        declared = ir.Function(builder.module, kind, name)
-    builder.call(declared, [address, number(0), number(3), number(1)])  # to read, to be kept, data
+    number = ir.IntType(32)
+    arguments = [address, number(0), number(3), number(1)]  # to read, to be kept, data
+    intrinsic(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
 
 
 def fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
     """The vector x · y + z, in one rounding."""
-    from llvmlite import ir
-
-    name = f"llvm.fma.v{x.type.count}f32"
-    declared = builder.module.globals.get(name)
-    if declared is None:
-        declared = ir.Function(builder.module, ir.FunctionType(x.type, [x.type] * 3), name)
-    return builder.call(declared, [x, y, z])
+    return intrinsic(builder, f"llvm.fma.v{x.type.count}f32", x.type, [x, y, z])
 
 
 def masked(builder: Any, mask: Any, place: Any, x: Any, lanes: int) -> Any:

@@ -1,4 +1,4 @@
-"""A quantized linear layer on a CPU: by dot products, by tables, or decoded tile by tile (see `choice`)."""
+"""A quantized linear layer on a CPU: by dot products, by two kinds of tables, or decoded by tiles (see `choice`)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from bgd_plugin.jit.threads import share_rows
 from bgd_plugin.kernels.choice import cheapest
 from bgd_plugin.kernels.dot import dot_program
+from bgd_plugin.kernels.permuted import can_permute, permuted_outputs
 from bgd_plugin.kernels.table import LANES, TABLE_POSITIONS, table_program
 from bgd_plugin.kernels.tiles import decoded_tiles
 
@@ -38,7 +39,8 @@ def lookup_linear(x: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | Non
     inputs = x.reshape(-1, columns).contiguous()
     codebook = codebook.contiguous()
     if inputs.numel() and rows:
-        way = cheapest(len(inputs), *codes.shape, *codebook.shape, has_mask=mask is not None)
+        sizes = (len(inputs), *codes.shape, *codebook.shape)
+        way = cheapest(*sizes, has_mask=mask is not None, can_permute=can_permute(codes, codebook))
         output = WAYS[way](inputs, codebook, codes, mask)
     else:
         output = torch.nn.functional.linear(inputs, codebook.new_zeros(rows, columns))
@@ -62,6 +64,17 @@ def _by_dots(inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | Non
             program(source + i * columns * 4, *fixed, target + i * rows * 4, first, last, blocks)
 
     share_rows(rows, blocks, work)
+    return output if inputs.dtype == torch.float32 else output.to(inputs.dtype)
+
+
+def _by_permutations(inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None) -> Tensor:
+    """One input after the other, by tables in bytes; the last few rows by dot products."""
+    single, table = inputs.float(), codebook.float()
+    output = single.new_empty((len(single), len(codes)))
+    for source, target in zip(single, output, strict=True):
+        done = permuted_outputs(source, table, codes, target)
+        if done < len(codes):
+            target[done:] = _by_dots(source[None], table, codes[done:], None)[0]
     return output if inputs.dtype == torch.float32 else output.to(inputs.dtype)
 
 
@@ -95,4 +108,4 @@ def _by_tiles(inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | No
     return output
 
 
-WAYS: dict[str, Way] = {"dot": _by_dots, "table": _by_tables, "tiles": _by_tiles}
+WAYS: dict[str, Way] = {"dot": _by_dots, "permuted": _by_permutations, "table": _by_tables, "tiles": _by_tiles}

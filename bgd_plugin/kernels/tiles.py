@@ -10,7 +10,15 @@ from torch import Tensor
 
 from bgd_plugin.kernels.decoding import decode_rows_into
 
-__all__ = ["TILE", "conv_tile", "convolve_by_tiles", "decoded_tiles", "decoded_whole", "rows_of_a_tile"]
+__all__ = [
+    "TILE",
+    "conv_tile",
+    "convolve_by_tiles",
+    "decoded_tiles",
+    "decoded_whole",
+    "rows_of_a_tile",
+    "thread_memory",
+]
 
 TILE = 1 << 20
 """Number of weights decoded at once."""
@@ -49,7 +57,7 @@ def decoded_whole(codebook: Tensor, codes: Tensor, mask: Tensor | None, shape: t
         mask: bool of the weight's shape, false where it is zero; None: nowhere.
         shape: the weight's, `[C_out, ...]`.
     """
-    weight = _memory(shape.numel(), codebook.dtype).view(shape)
+    weight = thread_memory(shape.numel(), codebook.dtype).view(shape)
     decode_rows_into(weight, codebook, codes)
     return weight if mask is None else weight.mul_(mask)
 
@@ -69,7 +77,7 @@ def decoded_tiles(
     """
     rows, columns = codes.shape[0], codes.shape[1] * codebook.shape[1]
     step = rows_of_a_tile(rows, columns, tile)
-    buffer = _memory(step * columns, codebook.dtype).view(step, columns)
+    buffer = thread_memory(step * columns, codebook.dtype).view(step, columns)
     for first in range(0, rows, step):
         part = buffer[: min(step, rows - first)]
         decode_rows_into(part, codebook, codes, first)
@@ -99,7 +107,7 @@ def convolve_by_tiles(
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1 - len(shape))
 
 
-def _memory(count: int, dtype: torch.dtype) -> Tensor:
+def thread_memory(count: int, dtype: torch.dtype) -> Tensor:
     """This thread's memory for a tile; it grows to the largest size requested."""
     size = count * dtype.itemsize
     held: Tensor | None = getattr(_scratch, "held", None)

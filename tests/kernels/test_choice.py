@@ -7,8 +7,10 @@ import pytest
 from bgd_plugin.kernels.choice import cheapest
 
 
-def _way(inputs: int, rows: int, columns: int, codewords: int, block_size: int, *, has_mask: bool = False) -> str:
-    return cheapest(inputs, rows, columns // block_size, codewords, block_size, has_mask)
+def _way(
+    inputs: int, rows: int, columns: int, codewords: int, block_size: int, *, mask: bool = False, bytes_: bool = False
+) -> str:
+    return cheapest(inputs, rows, columns // block_size, codewords, block_size, mask, bytes_)
 
 
 # Fastest of repeated runs on one thread, on a machine with AVX-512. Where two ways were within a tenth, both are right.
@@ -29,10 +31,26 @@ def test_it_is_the_fastest_where_that_was_clear(layer: tuple[int, int, int, int]
     assert {count: _way(count, *layer) for count in fastest} == fastest
 
 
+@pytest.mark.parametrize(
+    ("layer", "fastest"),
+    [
+        ((4096, 4096, 256, 4), {1: "permuted", 2: "permuted", 8: "table"}),
+        ((4096, 4096, 256, 8), {1: "permuted", 2: "permuted", 8: "table"}),
+        ((49152, 576, 256, 8), {1: "permuted"}),
+        ((1536, 384, 256, 4), {1: "dot"}),
+        ((576, 1536, 256, 4), {1: "dot"}),
+    ],
+)
+def test_tables_in_bytes_where_there_are_many_rows(layer: tuple[int, int, int, int], fastest: dict[int, str]) -> None:
+    assert {count: _way(count, *layer, bytes_=True) for count in fastest} == fastest
+
+
 def test_what_a_way_cannot_do_is_not_chosen() -> None:
-    assert _way(8, 2048, 2048, 256, 4, has_mask=True) == "tiles"  # single weights are zero: no table
+    assert _way(8, 2048, 2048, 256, 4, mask=True) == "tiles"  # single weights are zero: no table
     assert _way(8, 2048, 2048, 16, 64) == "tiles"  # blocks too long for one
-    assert _way(1, 2048, 2048, 256, 4, has_mask=True) == "dot"
+    assert _way(1, 2048, 2048, 256, 4, mask=True) == "dot"
+    assert _way(1, 4096, 4096, 256, 4, mask=True, bytes_=True) == "dot"
+    assert _way(1, 4096, 4096, 256, 4) == "dot"
 
 
 def test_more_inputs_never_bring_back_the_way_for_fewer() -> None:
