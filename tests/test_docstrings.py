@@ -186,7 +186,8 @@ def test_public_classes_describe_their_fields(file: str) -> None:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             text = ast.get_docstring(node) or ""
             pairs = zip(node.body, [*node.body[1:], None], strict=True)
-            fields = [one.target.id for one, after in pairs if _is_field(one) and not _is_text(after)]  # type: ignore[union-attr]
+            described = [one for one, after in pairs if _is_text(after) or _has_help(one)]
+            fields = [one.target.id for one in node.body if _is_field(one) and one not in described]  # type: ignore[union-attr]
             silent += [f"{file}.{node.name}"] * (not text)
             silent += [f"{file}.{node.name}.{name}" for name in fields if not _is_named(name, text)]
     assert silent == []
@@ -195,6 +196,13 @@ def test_public_classes_describe_their_fields(file: str) -> None:
 def _is_field(node: ast.stmt) -> bool:
     named = isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and not node.target.id.startswith("_")
     return named and "ClassVar" not in _types(node.annotation)  # type: ignore[union-attr]
+
+
+def _has_help(node: ast.stmt) -> bool:
+    """Whether it is an option of the command line, whose `help` says what it is."""
+    return isinstance(node, ast.AnnAssign) and any(
+        isinstance(part, ast.keyword) and part.arg == "help" for part in ast.walk(node.annotation)
+    )
 
 
 def _is_text(node: ast.stmt | None) -> bool:

@@ -8,32 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
-from bgd_plugin.cli.arguments import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    BatchSize,
-    Device,
-    Json,
-    Mean,
-    ModelName,
-    PQFile,
-    Resampling,
-    Resize,
-    Size,
-    Std,
-    Weights,
-    Workers,
-)
-from bgd_plugin.cli.options import (
-    Interpolation,
-)
+from bgd_plugin.cli.arguments import Device, ImageOptions, Json, ModelName, PQFile, Weights, Workers
+from bgd_plugin.cli.groups import with_groups
 
 __all__ = ["evaluate"]
 
 
+@with_groups
 def evaluate(
     model: ModelName,
     file: PQFile,
+    *,
     images: Annotated[
         Path,
         typer.Option(help="one subfolder per class, or a flat folder of files whose names end in the class number"),
@@ -42,12 +27,7 @@ def evaluate(
     with_float: Annotated[
         bool, typer.Option("--float", help="also evaluate the float network, with --weights")
     ] = False,
-    batch_size: BatchSize = 64,
-    size: Size = 224,
-    resize: Resize = 256,
-    mean: Mean = IMAGENET_MEAN,
-    std: Std = IMAGENET_STD,
-    interpolation: Resampling = Interpolation.bilinear,
+    read: ImageOptions,
     workers: Workers = 0,
     device: Device = "cpu",
     as_json: Json = False,
@@ -60,11 +40,11 @@ def evaluate(
 
     files = labelled(images)
     network = network_on(model, weights, device, weights_matter=with_float)
-    transform = network.transform or preprocessing(size, resize, mean, std, interpolation)
+    transform = network.transform or preprocessing(read)
     found: dict[str, Any] = {"images": len(files)}
     networks = {"float": network.model} if with_float else {}
     for name, one in (networks | {"compressed": load(file, like=network.model)}).items():
-        given = answers(one.eval(), files, transform, batch_size=batch_size, workers=workers)
+        given = answers(one.eval(), files, transform, batch_size=read.batch_size, workers=workers)
         found[name] = accuracy(given) | {"answers": [vars(answer) for answer in given]}
     if as_json:
         typer.echo(json.dumps(found, indent=2))

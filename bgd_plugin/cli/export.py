@@ -7,16 +7,15 @@ from typing import Annotated
 
 import typer
 
+from bgd_plugin.cli.arguments import ModelName, PQFile
 from bgd_plugin.errors import ConfigError
 
 __all__ = ["export"]
 
 
 def export(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="a file that quantize wrote", show_default=False)],
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="the network it was made from, named as for plan", show_default=False)
-    ],
+    file: PQFile,
+    model: ModelName,
     output: Annotated[
         Path, typer.Option(help="the file to write; its suffix says what for: .onnx, .mlpackage, .pt2")
     ] = Path("net.onnx"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from bgd_plugin.calibration import logits_of
-from bgd_plugin.cli.options import Interpolation
+from bgd_plugin.cli.arguments import ImageOptions
 from bgd_plugin.errors import BGDError, CalibrationError, ConfigError
 from bgd_plugin.support.processes import processes, rank
 
@@ -276,18 +276,18 @@ def accuracy(found: Sequence[Answer]) -> dict[str, float]:
     return {"top1": top1, "top5": sum(a.label in a.classes for a in found) / len(found)}
 
 
-def preprocessing(size: int, resize: int, mean: str, std: str, interpolation: Interpolation) -> Preprocessing:
-    """Preprocessing by the options: `size` and `resize` in pixels, `mean` and `std` three comma-separated numbers.
+def preprocessing(options: ImageOptions) -> Preprocessing:
+    """Preprocessing by the options.
 
     Raises:
-        ConfigError: `mean` or `std` is not three numbers.
+        ConfigError: mean or standard deviation is not three numbers, or a value is out of range.
     """
     return Preprocessing(
-        size=size,
-        resize=resize,
-        mean=_three_numbers("--mean", mean),
-        std=_three_numbers("--std", std),
-        interpolation=interpolation.value,
+        size=options.size,
+        resize=options.resize,
+        mean=_three_numbers("--mean", options.mean),
+        std=_three_numbers("--std", options.std),
+        interpolation=options.interpolation.value,
     )
 
 

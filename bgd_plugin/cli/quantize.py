@@ -9,63 +9,32 @@ from typing import Annotated, Any
 import typer
 
 from bgd_plugin.cli.arguments import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    BatchSize,
-    CodesOption,
-    ConfigFile,
     Device,
-    FcCodebook,
-    FixedSizes,
-    FreezeNorms,
-    MaxDivergence,
-    Mean,
+    ImageCount,
+    ImageOptions,
     ModelName,
-    Overrides,
-    PointwiseBlock,
-    RegimeOption,
-    Resampling,
-    Resize,
-    Size,
-    Std,
-    TargetRatio,
-    TargetSize,
+    SettingsOptions,
     Weights,
     Workers,
 )
-from bgd_plugin.cli.options import (
-    Interpolation,
-    Regime,
-    settings_from,
-    with_budget,
-    with_distillation,
-    with_finetuning,
-    with_reconstruction,
-)
+from bgd_plugin.cli.groups import with_groups
+from bgd_plugin.cli.options import with_distillation, with_finetuning, with_reconstruction
 from bgd_plugin.cli.stopping import says_how_to_go_on
 from bgd_plugin.errors import ConfigError
 
 __all__ = ["quantize"]
 
 
+@with_groups
 def quantize(
     model: ModelName,
+    *,
     calibration: Annotated[
         Path, typer.Option(help="folder of images, flat or one subfolder per class; labels are ignored")
     ],
     output: Annotated[Path, typer.Option(help="the file to write")] = Path("net.safetensors"),
     weights: Weights = None,
-    regime: RegimeOption = Regime.default,
-    config: ConfigFile = None,
-    override: Overrides = None,
-    fc_codebook_size: FcCodebook = None,
-    pointwise_block_size: PointwiseBlock = None,
-    target_size: TargetSize = None,
-    target_ratio: TargetRatio = None,
-    max_divergence: MaxDivergence = None,
-    fixed_sizes: FixedSizes = False,
-    freeze_norms: FreezeNorms = False,
-    codes: CodesOption = None,
+    what: SettingsOptions,
     distill_steps: Annotated[int | None, typer.Option(min=1, help="gradient steps for each layer's codewords")] = None,
     reconstruct_steps: Annotated[int | None, typer.Option(min=1, help="gradient steps for each block")] = None,
     distillation: Annotated[bool, typer.Option(help="run the distillation of the settings, or skip it")] = True,
@@ -74,13 +43,8 @@ def quantize(
         bool, typer.Option("--finetune-mixing", help="blend images with one another, for small folders")
     ] = False,
     finetuning: Annotated[bool, typer.Option(help="run the finetuning of the settings, or skip it")] = True,
-    images: Annotated[int, typer.Option(min=1, help="number of calibration images, chosen at random")] = 1024,
-    batch_size: BatchSize = 64,
-    size: Size = 224,
-    resize: Resize = 256,
-    mean: Mean = IMAGENET_MEAN,
-    std: Std = IMAGENET_STD,
-    interpolation: Resampling = Interpolation.bilinear,
+    images: ImageCount = 1024,
+    read: ImageOptions,
     memory: Annotated[
         float,
         typer.Option(min=1, help="MiB of calibration images and values kept in memory; the rest goes to disk"),
@@ -114,16 +78,15 @@ def quantize(
 
     if resume:
         _require_run(checkpoint)
-    settings = settings_from(regime, config, override, fc_codebook_size, pointwise_block_size)
-    settings = with_budget(settings, target_size, target_ratio, freeze_norms, max_divergence, fixed_sizes, codes)
+    settings = what.settings()
     _require_folders(output, report, None if json_file == "-" else json_file)
     settings = settings if seed is None else replace(settings, seed=seed)
     with process_group(device) as place:
         network = network_on(model, weights, place)
         guide = network_on(teacher, teacher_weights, place).model if teacher else None
-        transform = network.transform or preprocessing(size, resize, mean, std, interpolation)
+        transform = network.transform or preprocessing(read)
         data = CalibrationImages(
-            calibration, transform, images=images, batch_size=batch_size, seed=settings.seed, workers=workers
+            calibration, transform, images=images, batch_size=read.batch_size, seed=settings.seed, workers=workers
         )
         settings = with_distillation(settings, distill_steps, distillation)
         settings = with_reconstruction(settings, reconstruct_steps)

@@ -8,10 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bgd_plugin.cli.arguments import (
-    Json,
-    PQFile,
-)
+from bgd_plugin.cli.arguments import Json, PQFile
 
 __all__ = ["adapters", "inspect"]
 

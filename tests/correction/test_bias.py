@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.calibration import CollectedInputs
+from bgd_plugin.correction import bias
 from bgd_plugin.correction.bias import shift_helps
 from bgd_plugin.pq.blocks import Geometry
 
@@ -65,6 +66,26 @@ def test_the_decision_is_the_literal_one(groups: int, has_drift: bool) -> None:
         assert _helps(inputs, weight, decoded, drifts.__getitem__ if has_drift else None) == expected, seed
         decisions.append(expected)
     assert len(set(decisions)) == 2
+
+
+def test_errors_are_summed_in_double_precision_and_over_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors of a million, with a sign; another process has a mean of the judges that turns the decision."""
+    seen: list[Tensor] = []
+
+    def shared(tensors: list[Tensor]) -> None:
+        seen.extend(tensor.clone() for tensor in tensors)
+        tensors[0][1] = -1e9
+
+    reference = [1e6 * torch.randn(100, 4) for _ in range(5)]
+    student = [x - 1e6 * torch.randn(100, 4) - 5e5 for x in reference]
+    errors = [(theirs - mine).double() for mine, theirs in zip(student, reference, strict=True)]
+    expected = torch.stack([torch.cat(errors[:4]).sum(0), errors[4].sum(0)])
+    inputs = _inputs(student, reference)
+    assert _helps(inputs, torch.eye(4), torch.eye(4), None)
+    monkeypatch.setattr(bias, "sum_", shared)
+    assert not _helps(inputs, torch.eye(4), torch.eye(4), None)
+    torch.testing.assert_close(seen[0], expected, rtol=1e-12, atol=0)
+    assert torch.equal(seen[1], torch.tensor([[400.0], [100.0]], dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("tried", "expected"), [(1.5, True), (1.9, True), (2.1, False), (-0.1, False)])

@@ -33,6 +33,18 @@ def test_moments_are_those_of_all_values(places: tuple[int, ...], offset: float)
         torch.testing.assert_close(variance, literal.var(1, correction=0), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize(("places", "is_careful"), [((15,), True), ((3, 5), True), ((16,), False), ((4, 5), False)])
+def test_few_positions_are_summed_around_their_mean(
+    places: tuple[int, ...], is_careful: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below 16 of them, a sum of each sample's would cost more than a copy."""
+    asked: list[Tensor] = []
+    real = channels._careful_sums
+    monkeypatch.setattr(channels, "_careful_sums", lambda value: asked.append(value) or real(value))
+    ChannelMoments("norm").add_(torch.randn(4, 3, *places))
+    assert bool(asked) == is_careful
+
+
 def test_constant_channels_have_no_variance() -> None:
     """Whatever rounding leaves of a difference of sums, it is not below zero."""
     moments, values = ChannelMoments("norm"), 1e3 * torch.rand(300, generator=torch.Generator().manual_seed(1))

@@ -72,6 +72,24 @@ def test_outputs_are_compared_until_there_are_values_enough(monkeypatch: pytest.
     assert [len(some_samples(torch.zeros(9, *shape))) for shape in ((), (3,), (4, 5))] == [7, 2, 1]
 
 
+def test_a_million_values_of_a_batch_are_compared_and_four_in_all() -> None:
+    """Expanded tensors, which take no memory."""
+    value = torch.zeros(1, 1)
+    assert len(some_samples(value.expand(5, 2**19))) == 2
+    assert len(some_samples(value.expand(5, 2**19 + 1))) == 1
+    pairs = [(value.expand(2**10, 2**10),) * 2] * 9
+    assert len(list(judged_pairs(pairs))) == 4
+
+
+def test_a_distance_is_over_the_outputs_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two with the same outputs it is that of one."""
+    torch.manual_seed(0)
+    pairs = [(torch.randn(7, 3), torch.randn(7, 3) + 2) for _ in range(2)]
+    alone = output_distance(pairs)
+    monkeypatch.setattr(gain_module, "total", lambda number: 2 * float(number))
+    assert output_distance(pairs) == pytest.approx(alone)
+
+
 @pytest.mark.parametrize(("method", "mode"), [("em", "matched"), ("full", "matched"), ("full", "reestimate")])
 def test_batch_norm_says_what_its_correction_gained(mode: Any, method: Any) -> None:
     """Before: the network whose norms are kept; after: the corrected one. The norm is the last layer."""
