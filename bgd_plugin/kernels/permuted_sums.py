@@ -16,6 +16,8 @@ _BYTES = 64
 """Bytes in a vector, and so the rows whose entries are looked up at once."""
 ROWS = _VECTORS * _BYTES
 """Rows computed at once."""
+_ROWS_OF_A_PASS = 2 * ROWS
+"""Rows whose codes stay in a cache while all their columns are read."""
 _LANE = 16
 """Bytes within which a vector is interleaved cheaply."""
 _TABLE = PLANES * CODEWORDS
@@ -40,14 +42,21 @@ def sums_program() -> Any:
     chunk_count = builder.sdiv(builder.add(a["blocks"], whole(CHUNK - 1)), whole(CHUNK))
     with Loop(builder, a["first"], a["last"], 16) as rows:
         store(builder, zero(16), a["output"], rows.index)
-    with Loop(builder, whole(0), chunk_count) as chunks:
-        start, done = start_of_chunk(builder, chunks.index, a["blocks"])
-        first_group = builder.sdiv(done, whole(GROUP))
-        with Loop(builder, a["first"], a["last"], ROWS) as rows:
-            _columns_of_codes(builder, a, rows.index, start)
-            with Loop(builder, first_group, whole(CHUNK // GROUP)) as group:
-                place = builder.add(builder.mul(chunks.index, whole(CHUNK // GROUP)), group.index)
-                _add_group(builder, a, rows.index, group.index, place, start)
+    with Loop(builder, a["first"], a["last"], _ROWS_OF_A_PASS) as passes:
+        stop = builder.add(passes.index, whole(_ROWS_OF_A_PASS))
+        stop = builder.select(builder.icmp_signed("<", stop, a["last"]), stop, a["last"])
+        next_pass = builder.mul(stop, a["blocks"])
+        with Loop(builder, whole(0), chunk_count, 1, [next_pass]) as chunks:
+            start, done = start_of_chunk(builder, chunks.index, a["blocks"])
+            first_group = builder.sdiv(done, whole(GROUP))
+            with Loop(builder, passes.index, stop, ROWS, chunks.values) as rows:
+                _columns_of_codes(builder, a, rows.index, start)
+                with Loop(builder, first_group, whole(CHUNK // GROUP), 1, rows.values) as group:
+                    place = builder.add(builder.mul(chunks.index, whole(CHUNK // GROUP)), group.index)
+                    _add_group(builder, a, rows.index, group.index, place, group.values[0])
+                    group.carry([builder.add(group.values[0], whole(GROUP * ROWS))])
+                rows.carry(group.values)
+            chunks.carry(rows.values)
     builder.ret_void()
     return compiled(module)
 
@@ -120,7 +129,7 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
     return rows
 
 
-def _add_group(builder: Any, a: dict[str, Any], row: Any, group: Any, place: Any, start: Any) -> None:
+def _add_group(builder: Any, a: dict[str, Any], row: Any, group: Any, place: Any, ahead: Any) -> None:
     """Add the entries of a group's positions to the outputs of `ROWS` rows."""
     from llvmlite import ir
 
@@ -132,7 +141,7 @@ def _add_group(builder: Any, a: dict[str, Any], row: Any, group: Any, place: Any
         own = builder.add(table, builder.mul(positions.index, whole(_TABLE)))
         sums = _add_entries(builder, a, own, builder.add(column, positions.index), positions.values)
         positions.carry(sums)
-        _fetch(builder, a, row, builder.add(column, positions.index), start)
+        _fetch(builder, a, builder.add(ahead, builder.mul(positions.index, whole(ROWS))))
     scale, offset = (
         builder.load(builder.gep(a[name], [place], source_etype=ir.FloatType()), typ=vector(1), align=4)
         for name in ("scales", "offsets")
@@ -142,17 +151,13 @@ def _add_group(builder: Any, a: dict[str, Any], row: Any, group: Any, place: Any
         _add_floats(builder, a, own, builder.add(row, whole(half * _BYTES)), scale, offset)
 
 
-def _fetch(builder: Any, a: dict[str, Any], row: Any, position: Any, start: Any) -> None:
-    """Prefetch the codes of two of the next `ROWS` rows, while the codes of these are worked on."""
+def _fetch(builder: Any, a: dict[str, Any], place: Any) -> None:
+    """Prefetch two lines of the next pass's codes, in the order of their addresses."""
     from llvmlite import ir
 
-    whole = ir.IntType(64)
-    per_position = ROWS // CHUNK
-    ahead = builder.add(builder.add(row, whole(ROWS)), builder.mul(position, whole(per_position)))
-    place = builder.add(builder.mul(ahead, a["blocks"]), start)
-    for _ in range(per_position):
-        fetch(builder, builder.gep(a["codes"], [place], source_etype=ir.IntType(8)))
-        place = builder.add(place, a["blocks"])
+    for offset in range(0, ROWS, _BYTES):
+        own = builder.add(place, ir.IntType(64)(offset))
+        fetch(builder, builder.gep(a["codes"], [own], source_etype=ir.IntType(8)))
 
 
 def _add_entries(builder: Any, a: dict[str, Any], table: Any, column: Any, sums: list[Any]) -> list[Any]:

@@ -45,7 +45,9 @@ class Timing:
     high: float
 
 
-def compare(subject: str, arms: dict[str, Arm], rounds: int, clock: Callable[[], float]) -> list[Timing]:
+def compare(
+    subject: str, arms: dict[str, Arm], rounds: int, clock: Callable[[], float], calls: int = 1
+) -> list[Timing]:
     """Let the arms take turns, and compare each with the arm "float".
 
     Args:
@@ -53,14 +55,16 @@ def compare(subject: str, arms: dict[str, Arm], rounds: int, clock: Callable[[],
         arms: by name, what to call; "float" among them.
         rounds: of all arms.
         clock: in seconds.
+        calls: of an arm in its turn. One finds what the arms before it have left in the caches.
     """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(rounds + 1):
         for name, call in arms.items():
             start = clock()
-            call()
+            for _ in range(calls):
+                call()
             if number:  # the first turn compiles and measures
-                seconds[name].append(clock() - start)
+                seconds[name].append((clock() - start) / calls)
     found = []
     for name, values in seconds.items():
         ratios = [base / own for base, own in zip(seconds["float"], values, strict=True)]
@@ -150,13 +154,13 @@ def timings(options: Any) -> Iterator[list[Timing]]:
             for batch in (1, 8, 64, 512):
                 name = f"linear {options.size}x{options.size}, d={block_size}, batch {batch}"
                 rounds = options.rounds if batch < 64 else max(3, options.rounds // 4)
-                yield compare(name, layer_arms(options.size, block_size, batch), rounds, clock)
+                yield compare(name, layer_arms(options.size, block_size, batch), rounds, clock, options.calls)
     for name, build in NETWORKS.items():
         if name in options.subjects:
             model, subjects = build()
             for said, inputs in subjects:
                 arms = network_arms(model, inputs, options.others)
-                yield compare(f"{name}, {said}", arms, options.rounds, clock)
+                yield compare(f"{name}, {said}", arms, options.rounds, clock, options.calls)
                 gc.collect()
 
 
@@ -166,6 +170,7 @@ def main() -> None:
     parser.add_argument("--subjects", nargs="+", default=["layers", *NETWORKS], choices=["layers", *NETWORKS])
     parser.add_argument("--size", type=int, default=4096, help="rows and columns of the layers")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--calls", type=int, default=1, help="of each arm in its turn; with one, caches are cold")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--others", action="store_true", help="torch.compile and onnxruntime, too")
