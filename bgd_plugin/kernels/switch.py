@@ -12,7 +12,7 @@ from torch import Tensor
 from bgd_plugin.jit.switch import enabled, turned_off
 from bgd_plugin.support.direct import runs_directly
 
-__all__ = ["computable", "plain_layers", "plain_path", "usable"]
+__all__ = ["computable", "needs_no_gradient_here", "plain_layers", "plain_path", "usable"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CODES = (torch.uint8, torch.int16, torch.int32)
@@ -45,8 +45,7 @@ def usable(x: Tensor, codebook: Tensor, codes: Tensor, *others: Tensor | None) -
 
     Args:
         x: the input, any shape.
-        codebook: `[codebook_size, block_size]`.
-        codes: `[rows, blocks_per_row]`.
+        codebook, codes: of the shapes of their form (`pq.forms`).
         others: the layer's other tensors, of any shape: bias and mask.
     """
     if torch.is_grad_enabled() and _need_gradient(x, codebook, *others):
@@ -67,9 +66,23 @@ def computable(x: Tensor, codebook: Tensor, codes: Tensor) -> bool:
         return False
     if x.dtype != codebook.dtype or x.dtype not in _DTYPES or codes.dtype not in _CODES:
         return False
-    if codebook.shape[1] > _LARGEST_BLOCK or not (codes.is_contiguous() and codebook.is_contiguous()):
+    if codebook.dim() > 1 and codebook.shape[1] > _LARGEST_BLOCK:
+        return False
+    if not (codes.is_contiguous() and codebook.is_contiguous()):
         return False
     return enabled() and not plain_path()
+
+
+def needs_no_gradient_here(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether operators run here and now on a CPU, neither traced nor compiled, and nobody will ask for a gradient.
+
+    Args:
+        x: the input, any shape.
+        others: the layer's tensors, of any shape.
+    """
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _need_gradient(x, *others)):
+        return False
+    return runs_directly(x)
 
 
 def _need_gradient(*tensors: Tensor | None) -> bool:

@@ -12,18 +12,26 @@ from bgd_plugin.kernels.decoding import decode_rows_into
 
 __all__ = [
     "TILE",
+    "Decoding",
     "conv_tile",
     "convolve_by_tiles",
     "decoded_tiles",
     "decoded_whole",
     "rows_of_a_tile",
     "thread_memory",
+    "tiles_by",
+    "whole_by",
 ]
+
+Decoding = Callable[[Tensor, Tensor, Tensor, int], None]
+"""Decodes rows into `[count, ...]`, from codebook, codes and the index of the first row."""
 
 TILE = 1 << 20
 """Number of weights decoded at once."""
 _ROWS = 64
 """A tile's rows are a multiple of this, for which torch's operators are fastest."""
+_FEWEST_ROWS = 4
+"""Where rows are long, a tile's rows are a multiple of this: trellis windows have four rows in a byte."""
 
 _FEW_POSITIONS = 256
 
@@ -45,7 +53,11 @@ def conv_tile(weights: int, positions: int) -> int:
 
 def rows_of_a_tile(rows: int, columns: int, tile: int = TILE) -> int:
     """How many rows of a weight `[rows, columns]` are decoded at once: about `tile` weights."""
-    return rows if rows * columns <= tile else max(1, tile // columns // _ROWS * _ROWS or tile // columns)
+    return rows if rows * columns <= tile else _whole_rows(tile // columns)
+
+
+def _whole_rows(rows: int) -> int:
+    return rows // _ROWS * _ROWS or max(1, rows // _FEWEST_ROWS) * _FEWEST_ROWS
 
 
 def decoded_whole(codebook: Tensor, codes: Tensor, mask: Tensor | None, shape: torch.Size) -> Tensor:
@@ -57,8 +69,20 @@ def decoded_whole(codebook: Tensor, codes: Tensor, mask: Tensor | None, shape: t
         mask: bool of the weight's shape, false where it is zero; None: nowhere.
         shape: the weight's, `[C_out, ...]`.
     """
+    return whole_by(decode_rows_into, codebook, codes, mask, shape)
+
+
+def whole_by(into: Decoding, codebook: Tensor, codes: Tensor, mask: Tensor | None, shape: torch.Size) -> Tensor:
+    """As `decoded_whole`, of any form of codes.
+
+    Args:
+        into: decodes the rows.
+        codebook, codes: of the form's shapes.
+        mask: bool of the weight's shape, false where it is zero; None: nowhere.
+        shape: the weight's, `[C_out, ...]`.
+    """
     weight = thread_memory(shape.numel(), codebook.dtype).view(shape)
-    decode_rows_into(weight, codebook, codes)
+    into(weight, codebook, codes, 0)
     return weight if mask is None else weight.mul_(mask)
 
 
@@ -75,12 +99,28 @@ def decoded_tiles(
         mask: bool of the weight's shape, false where it is zero; None: nowhere.
         tile: number of weights decoded at once.
     """
-    rows, columns = codes.shape[0], codes.shape[1] * codebook.shape[1]
+    shape = codes.shape[0], codes.shape[1] * codebook.shape[1]
+    return tiles_by(decode_rows_into, codebook, codes, mask, shape, tile)
+
+
+def tiles_by(
+    into: Decoding, codebook: Tensor, codes: Tensor, mask: Tensor | None, shape: tuple[int, int], tile: int
+) -> Iterator[tuple[int, Tensor]]:
+    """As `decoded_tiles`, of any form of codes.
+
+    Args:
+        into: decodes the rows.
+        codebook, codes: of the form's shapes.
+        mask: bool of the weight's shape, false where it is zero; None: nowhere.
+        shape: of the weight, `(rows, columns)`.
+        tile: number of weights decoded at once.
+    """
+    rows, columns = shape
     step = rows_of_a_tile(rows, columns, tile)
     buffer = thread_memory(step * columns, codebook.dtype).view(step, columns)
     for first in range(0, rows, step):
         part = buffer[: min(step, rows - first)]
-        decode_rows_into(part, codebook, codes, first)
+        into(part, codebook, codes, first)
         if mask is not None:
             part.mul_(mask[first : first + step].reshape(part.shape))
         yield first, part

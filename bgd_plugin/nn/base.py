@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bgd_plugin.adapters import notify_hosts
 from bgd_plugin.encoding.eight_bit import round_to_eight_bits
 from bgd_plugin.errors import ConfigError
-from bgd_plugin.kernels.operators import run_decode
+from bgd_plugin.kernels.forms import KERNELS, Kernels
 from bgd_plugin.kernels.switch import usable
 from bgd_plugin.pq.forms import BLOCKS, FORMS, Form
 from bgd_plugin.pq.masked import masked
@@ -173,8 +173,13 @@ class PQModule(nn.Module):
         return FORMS[self._form]
 
     @property
+    def kernels(self) -> Kernels:
+        """What computes on codes of this form, where kernels may be used (`kernels.switch`)."""
+        return KERNELS[self._form]
+
+    @property
     def has_blocks(self) -> bool:
-        """Whether codes are indices of codewords, as the kernels that compute on codes need them."""
+        """Whether codes are indices of codewords."""
         return self._form == BLOCKS
 
     @property
@@ -196,8 +201,8 @@ class PQModule(nn.Module):
     def matrix(self) -> Tensor:
         """The decoded weight as it is cut into blocks, of shape `matrix_shape`, rows first."""
         codebook, codes, mask = self.held()
-        if self.has_blocks and usable(codebook, codebook, codes):
-            return masked(run_decode(codebook, codes).view(self.matrix_shape), mask)
+        if usable(codebook, codebook, codes):
+            return masked(self.kernels.decode(codebook, codes).view(self.matrix_shape), mask)
         return masked(self.form.decode(codebook, codes, self.matrix_shape), mask)
 
     @property

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from bgd_plugin.kernels import tiles
-from bgd_plugin.kernels.linear import FEW_INPUTS, lookup_linear
-from bgd_plugin.kernels.operators import pq_linear
+from bgd_plugin.kernels.linear import FEW_INPUTS
 from bgd_plugin.kernels.switch import computable, usable
-from bgd_plugin.kernels.tiles import conv_tile, convolve_by_tiles, decoded_tiles, decoded_whole, rows_of_a_tile
+from bgd_plugin.kernels.tiles import conv_tile, convolve_by_tiles, rows_of_a_tile
 from bgd_plugin.nn.base import PQModule
 
 __all__ = ["PQConv", "PQConv1d", "PQConv2d", "PQConv3d"]
@@ -41,7 +40,7 @@ class PQConv(PQModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map input `[batch, in_channels, *spatial]` to `[batch, out_channels, *spatial]`, as the float convolution."""
-        if self.has_blocks and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             codebook, codes, mask = self.held()
             if usable(input, codebook, codes, self.bias):
                 return self._forward_by_kernels(input, codebook, codes, mask)
@@ -60,10 +59,10 @@ class PQConv(PQModule):
         if self.groups > 1:
             return self._convolved(input, self.weight, self.bias)
         if self._is_lookup(input):
-            return self._at_each_position(lookup_linear, input)
+            return self._at_each_position(self.kernels.lookup, input)
         if self.weight_shape.numel() <= tiles.TILE:
-            return self._convolved(input, decoded_whole(codebook, codes, mask, self.weight_shape), self.bias)
-        parts = decoded_tiles(codebook, codes, mask, self._tile(input))
+            return self._convolved(input, self.kernels.whole(codebook, codes, mask, self.weight_shape), self.bias)
+        parts = self.kernels.tiles(codebook, codes, mask, self._tile(input))
         return convolve_by_tiles(parts, self.bias, self.weight_shape, partial(self._convolved, input))
 
     def _forward_with_gradients(self, input: Tensor) -> Tensor:
@@ -71,7 +70,7 @@ class PQConv(PQModule):
         if self.groups > 1:
             return self._convolved(input, self.weight, self.bias)
         if self._is_lookup(input):
-            return self._at_each_position(pq_linear, input)
+            return self._at_each_position(self.kernels.linear_with_gradients, input)
         rows = self.weight.flatten(1)
         step = rows_of_a_tile(len(rows), rows.shape[1], self._tile(input))
         parts = ((first, rows[first : first + step]) for first in range(0, len(rows), step))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bgd_plugin.kernels.operators import pq_linear, run_linear
-from bgd_plugin.kernels.switch import computable, usable
+from bgd_plugin.kernels.plain import linear_by_tiles
+from bgd_plugin.kernels.switch import computable, needs_no_gradient_here, usable
 from bgd_plugin.nn.base import PQModule
 
 __all__ = ["PQLinear"]
@@ -23,15 +23,14 @@ class PQLinear(PQModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map input `[..., in_features]` to `[..., out_features]`."""
-        if not self.has_blocks:
-            return F.linear(input, self.weight, self.bias)
         codebook, codes, mask = self.held()
         bias = self.bias if (own := self._parameters.get("bias")) is None else own
         if usable(input, codebook, codes, bias):
-            return run_linear(input, codebook, codes, mask, bias)
+            return self.kernels.linear(input, codebook, codes, mask, bias)
         if not self.training and computable(input, codebook, codes):  # inference without torch.no_grad()
-            output: Tensor = pq_linear(input, codebook, codes, mask, bias)
-            return output
+            return self.kernels.linear_with_gradients(input, codebook, codes, mask, bias)
+        if self.form.is_wide and needs_no_gradient_here(input, codebook, bias):
+            return linear_by_tiles(self.form, input, codebook, codes, mask, bias)
         return F.linear(input, self.weight, self.bias)
 
     def to_float(self) -> nn.Linear:

@@ -59,6 +59,7 @@ class Form:
         codes_dtype: by the number of codewords.
         sizes: block size and codebook size, by the codebook's shape.
         code_bits: bits in a file of each item of `codes`, by the codebook size.
+        is_wide: whether decoding by torch's operators takes several times the memory of what is decoded.
         prepare: makes what decoding needs besides, by the codebook: before a compiler or an exporter looks at it.
     """
 
@@ -71,6 +72,7 @@ class Form:
     codes_dtype: Callable[[int], torch.dtype]
     sizes: Callable[[Sequence[int]], tuple[int, int]]
     code_bits: Callable[[int], int]
+    is_wide: bool
     prepare: Callable[[Tensor], object]
 
     def empty(self, sizes: Sizes, **options: Any) -> tuple[Tensor, Tensor]:
@@ -119,6 +121,7 @@ FORMS = {
         codes_dtype=code_dtype,
         sizes=lambda shape: (shape[1], shape[0]),
         code_bits=_block_bits,
+        is_wide=False,
         prepare=lambda _: None,
     ),
     TRELLIS: Form(
@@ -131,6 +134,7 @@ FORMS = {
         codes_dtype=lambda _: torch.uint8,
         sizes=lambda _: (1, STATES),
         code_bits=lambda _: 8,
+        is_wide=True,
         prepare=lambda scale: window_table(scale.dtype, scale.device),
     ),
 }

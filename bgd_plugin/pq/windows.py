@@ -27,6 +27,7 @@ from torch import Tensor
 __all__ = [
     "LEAST_ROWS",
     "STATES",
+    "VALUE_STEP",
     "code_bytes_per_column",
     "decode_windows",
     "decoded_rows",
@@ -42,7 +43,7 @@ LEAST_ROWS = 16
 _BRANCHES = 4
 _PER_BYTE = 4
 _MASK = STATES - 1
-_STEP = 32
+VALUE_STEP = 32
 """The table's values are multiples of one part in so many, exact in every floating-point type, bfloat16 too."""
 _BASE = (65, 505, 477)
 _TURN = (911, 150, 513)
@@ -79,7 +80,7 @@ _tables: dict[tuple[torch.dtype, str], Tensor] = {}
 @cache
 def _values_of_states() -> list[float]:
     quantiles = [NormalDist().inv_cdf((rank + 0.5) / STATES) for rank in range(STATES)]
-    return [round(quantiles[_rank(state)] * _STEP) / _STEP for state in range(STATES)]
+    return [round(quantiles[_rank(state)] * VALUE_STEP) / VALUE_STEP for state in range(STATES)]
 
 
 def _rank(state: int) -> int:

@@ -3,7 +3,8 @@
 Run `python -m tests.benchmarks.inference` (`make bench-inference`). All arms of a subject take turns in one process;
 what is reported is the ratio to float in the same turn: its median, and the quartiles as spread. Weights are quantized
 without data (`quantize_weights`, blocks of 4 and 256 codewords unless said), which is as fast as any other choice of
-codes. `--clock cpu` counts the process's CPU-seconds instead of the wall clock, for machines that others use, too.
+codes. `--trellis` gives linear layers trellis codes instead. `--clock cpu` counts the process's CPU-seconds instead of
+the wall clock, for machines that others use, too.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 import bgd_plugin as bgd
 from bgd_plugin import kernels
 from bgd_plugin.nn import PQLinear, quantized
+from bgd_plugin.pq.windows import code_bytes_per_column
 from bgd_plugin.support.tables import table
 from tests.benchmarks.inference_networks import NETWORKS
 
@@ -82,21 +84,23 @@ def compare(
     return found
 
 
-def layer_arms(size: int, block_size: int, batch: int) -> dict[str, Arm]:
-    """A square linear layer: float, quantized through the kernels, and on the plain path."""
+def layer_arms(size: int, block_size: int | None, batch: int) -> dict[str, Arm]:
+    """A square linear layer: float, quantized through the kernels, plainly; with trellis codes if no block size."""
     dense = nn.Linear(size, size).eval()
-    codes = torch.randint(0, 256, (size, size // block_size))
-    layer = quantized(dense, torch.randn(256, block_size), codes)
+    if block_size is None:
+        codes = torch.randint(0, 256, (code_bytes_per_column(size), size), dtype=torch.uint8)
+        layer = quantized(dense, torch.rand(size), codes, form="trellis").eval()
+    else:
+        layer = quantized(dense, torch.randn(256, block_size), torch.randint(0, 256, (size, size // block_size)))
     assert isinstance(layer, PQLinear)
     x = torch.randn(batch, size)
     return {"float": lambda: dense(x), "kernels": lambda: layer(x), "plain": _plain(layer, x)}
 
 
-def network_arms(model: nn.Module, inputs: Any, others: bool) -> dict[str, Arm]:
+def network_arms(model: nn.Module, inputs: Any, others: bool, codes: str) -> dict[str, Arm]:
     """A network in float, through the kernels and on the plain path; with `others`, compiled and in onnxruntime."""
-    config = bgd.BGDConfig(
-        conv=bgd.LayerConfig(block_size=9), linear=bgd.LayerConfig(block_size=4), max_divergence=None
-    )
+    linear = bgd.LayerConfig(block_size=4) if codes == "blocks" else bgd.LayerConfig(codes=codes)
+    config = bgd.BGDConfig(conv=bgd.LayerConfig(block_size=9), linear=linear, max_divergence=None)
     small = _loaded(bgd.quantize_weights(model, config).model, model)
     arms: dict[str, Arm] = {
         "float": _call(model, inputs),
@@ -150,16 +154,17 @@ def timings(options: Any) -> Iterator[list[Timing]]:
     """All subjects that were asked for, one after another."""
     clock = CLOCKS[options.clock]
     if "layers" in options.subjects:
-        for block_size in (4, 8):
+        for block_size in (None,) if options.trellis else (4, 8):
             for batch in (1, 8, 64, 512):
-                name = f"linear {options.size}x{options.size}, d={block_size}, batch {batch}"
+                form = f"d={block_size}" if block_size else "trellis"
+                name = f"linear {options.size}x{options.size}, {form}, batch {batch}"
                 rounds = options.rounds if batch < 64 else max(3, options.rounds // 4)
                 yield compare(name, layer_arms(options.size, block_size, batch), rounds, clock, options.calls)
     for name, build in NETWORKS.items():
         if name in options.subjects:
             model, subjects = build()
             for said, inputs in subjects:
-                arms = network_arms(model, inputs, options.others)
+                arms = network_arms(model, inputs, options.others, "trellis" if options.trellis else "blocks")
                 yield compare(f"{name}, {said}", arms, options.rounds, clock, options.calls)
                 gc.collect()
 
@@ -174,6 +179,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--others", action="store_true", help="torch.compile and onnxruntime, too")
+    parser.add_argument("--trellis", action="store_true", help="linear layers with trellis codes")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

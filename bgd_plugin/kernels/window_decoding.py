@@ -1,0 +1,93 @@
+"""The decode kernel of trellis windows: rows of the weight, on as many threads as torch may use."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bgd_plugin.jit.llvm import Loop, compiled, define
+from bgd_plugin.jit.threads import share_rows
+from bgd_plugin.jit.vectors import load, splat, store
+from bgd_plugin.kernels.window_pairs import ROWS, over_columns, pair_table, ring_bases, valid_rows, window_values
+from bgd_plugin.pq.windows import VALUE_STEP
+
+__all__ = ["decode_window_rows", "decode_window_rows_into", "look_ups"]
+
+_PAIRS = 2
+"""Pairs of rows in a byte."""
+
+
+def look_ups(columns: int) -> int:
+    """How many look-ups decode a byte of codes in each of `columns` columns."""
+    return _PAIRS * columns
+
+
+@cache
+def _program() -> Any:
+    """`output[r, j] = scale[r] · VALUE_STEP · table[state of row r in column j]`, in float32.
+
+    It takes the addresses of scale `[rows]`, pairs (`pair_table`), codes `[bytes, columns]` and output, of whose rows
+    it writes those that are decoded, then `first`, `last` (rows of bytes), `rows`, `bytes`, `columns`.
+    """
+    pointers, numbers = ("scale", "pairs", "codes", "output"), ("first", "last", "rows", "bytes", "columns")
+    module, builder, a = define("decode_windows", pointers, numbers)
+    with Loop(builder, a["first"], a["last"]) as byte_rows:
+        bases, rows = ring_bases(builder, a, byte_rows.index), valid_rows(builder, a, byte_rows.index)
+        scales = [load(builder, a["scale"], row, 1) for row in rows]
+        places = [builder.mul(row, a["columns"]) for row in rows]
+
+        def step(column: Any, lanes: int, _: list[Any]) -> list[Any]:
+            values = [
+                value for pair in range(_PAIRS) for value in window_values(builder, a, bases, column, lanes, pair)
+            ]
+            for value, scale, place in reversed(list(zip(values, scales, places, strict=True))):
+                found = builder.fmul(value, splat(builder, scale, lanes))
+                store(builder, found, a["output"], builder.add(place, column))
+            return []
+
+        over_columns(builder, a["columns"], step, lambda lanes: [])
+    builder.ret_void()
+    return compiled(module)
+
+
+def decode_window_rows_into(output: Tensor, scale: Tensor, codes: Tensor, first: int = 0) -> None:
+    """Decode rows `first` and following into `output` `[count, columns]`, contiguous and of the scale's type.
+
+    Args:
+        output: `[count, columns]`.
+        scale: `[rows]`, float32, bfloat16 or float16.
+        codes: uint8 `[bytes, columns]`, contiguous.
+        first: index of the first row, a multiple of four.
+    """
+    single = output if output.dtype == torch.float32 else torch.empty_like(output, dtype=torch.float32)
+    (count, columns), scales, pairs = (
+        (len(output), codes.shape[1]),
+        scale.float().contiguous() / VALUE_STEP,
+        pair_table(),
+    )
+    program, bytes_before = _program(), first // ROWS
+    target = single.data_ptr() - first * columns * single.element_size()
+    addresses = scales.data_ptr(), pairs.data_ptr(), codes.data_ptr(), target
+
+    def work(start: int, stop: int) -> None:
+        program(*addresses, bytes_before + start, bytes_before + stop, first + count, len(codes), columns)
+
+    if columns:
+        share_rows(-(-count // ROWS), look_ups(columns), work)
+    if single is not output:
+        output.copy_(single)
+
+
+def decode_window_rows(scale: Tensor, codes: Tensor) -> Tensor:
+    """All rows of the weight, `[rows, columns]`: to the bit what `pq.windows.decode_windows` gives.
+
+    Args:
+        scale: `[rows]`, float32, bfloat16 or float16.
+        codes: uint8 `[bytes, columns]`, contiguous.
+    """
+    output = scale.new_empty(len(scale), codes.shape[1])
+    decode_window_rows_into(output, scale, codes)
+    return output
