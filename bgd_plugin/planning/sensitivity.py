@@ -27,7 +27,7 @@ from bgd_plugin.planning.losses import Sensitivity
 from bgd_plugin.planning.outputs import Measure, Scale
 from bgd_plugin.planning.perturbation import Perturbation, bias_of, has_channel_rows, perturbed
 from bgd_plugin.pq.full_gram import positions_as_groups
-from bgd_plugin.pq.rate import entropy_curve, quick_fit, rate_curve, sampled_positions
+from bgd_plugin.pq.rate import RateCurve, entropy_curve, quick_fits, sampled_positions
 from bgd_plugin.support.seeds import seeded
 
 __all__ = ["Measured", "measure_layers", "measure_sensitivities"]
@@ -214,11 +214,11 @@ def _measured(
         blocks, metrics = positions_as_groups(scaled, facts.metrics(d))
         sample = sampled_positions(blocks, metrics, _SAMPLED_BLOCKS, generator)
         _require_finite(facts.layer.name, *sample)
-        curves.append(rate_curve(*sample, fitted_sizes(shape, d), generator=generator))
+        fits = quick_fits(*sample, fitted_sizes(shape, d), generator=generator)
+        curves.append(RateCurve.of(d, fits))
         entropy = entropy_curve(*sample) if d == 1 else entropy
         if d == reference:
-            k = max(k for k in codebook_sizes(shape, d) if k <= _REFERENCE_CODEBOOK)
-            fit = quick_fit(*sample, k, generator=generator)
+            fit = fits[max(k for k in fits if k <= _REFERENCE_CODEBOOK)]
     error = Perturbation.of(facts, roughly_quantized(scaled, facts, fit.codebook) / facts.scale[..., None])
     size = max(fit.error, _TINY)
     with perturbed(walk.student, error):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ __all__ = [
     "entropy_curve",
     "largest_codebook",
     "quick_fit",
+    "quick_fits",
     "rate_curve",
     "sampled_positions",
 ]
@@ -47,6 +48,19 @@ class RateCurve:
 
     block_size: int
     points: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, block_size: int, fits: Mapping[int, QuickFit]) -> RateCurve:
+        """The curve through quick fits, by their codebook sizes, ascending; the error is forced not to rise.
+
+        Args:
+            block_size: d.
+            fits: at least one.
+        """
+        points: list[tuple[int, float]] = []
+        for size, fit in fits.items():
+            points.append((size, min(fit.error, points[-1][1]) if points else fit.error))
+        return cls(block_size=block_size, points=tuple(points))
 
     def error(self, codebook_size: int) -> float:
         """The error at a codebook size, in the unit of `points`."""
@@ -153,16 +167,21 @@ def quick_fit(blocks: Tensor, metrics: Tensor, codebook_size: int, *, generator:
         codebook_size: k, at most the number of blocks.
         generator: draws the initial codewords.
     """
-    start = fit_em(
-        blocks, metrics.mean(0), codebook_size, _START_ITERATIONS, generator=generator, compiled=True
-    ).codebook
+    rounds = _START_ITERATIONS if blocks.shape[2] > 1 else _ITERATIONS  # single weights start well spread
+    start = fit_em(blocks, metrics.mean(0), codebook_size, rounds, generator=generator, compiled=True).codebook
     codebook, codes = fit_positions(blocks, metrics, start, _ITERATIONS)
     difference = blocks - functional.embedding(codes, codebook)
     error = float(((difference @ metrics.to(difference)) * difference).sum(dtype=torch.float64))
     return QuickFit(codebook=codebook, error=error / blocks.numel())
 
 
-@torch.no_grad()
+def quick_fits(
+    blocks: Tensor, metrics: Tensor, codebook_sizes: Sequence[int], *, generator: torch.Generator
+) -> dict[int, QuickFit]:
+    """Quick fits by codebook size; arguments as of `quick_fit`, with the sizes ascending."""
+    return {size: quick_fit(blocks, metrics, size, generator=generator) for size in codebook_sizes}
+
+
 def rate_curve(
     blocks: Tensor, metrics: Tensor, codebook_sizes: Sequence[int], *, generator: torch.Generator
 ) -> RateCurve:
@@ -171,14 +190,10 @@ def rate_curve(
     Args:
         blocks: `[positions, rows, d]`.
         metrics: `[positions, d, d]`.
-        codebook_sizes: ascending; the error is forced not to rise from one to the next.
+        codebook_sizes: ascending.
         generator: draws the initial codewords.
     """
-    points: list[tuple[int, float]] = []
-    for size in codebook_sizes:
-        error = quick_fit(blocks, metrics, size, generator=generator).error
-        points.append((size, min(error, points[-1][1]) if points else error))
-    return RateCurve(block_size=blocks.shape[2], points=tuple(points))
+    return RateCurve.of(blocks.shape[2], quick_fits(blocks, metrics, codebook_sizes, generator=generator))
 
 
 def sampled_positions(blocks: Tensor, metrics: Tensor, limit: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -115,6 +115,17 @@ def perplexity(model: Any, windows: Sequence[Tensor]) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
+def text_windows(options: argparse.Namespace, tokenizer: Any) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
+    """Windows of the text `[1, length]`: those that calibrate, spread over all but the last ones, which judge."""
+    tokens = tokenizer(text_in(options.text) if options.text else handbook(), return_tensors="pt").input_ids[0]
+    windows = tokens[: len(tokens) // options.length * options.length].reshape(-1, 1, options.length)
+    step = (len(windows) - options.judging) // options.windows
+    if step < 1:
+        raise SystemExit(f"the text has {len(windows)} windows of {options.length} tokens, too few")
+    calibration = [{"input_ids": window} for window in windows[: step * options.windows : step]]
+    return calibration, list(windows[-options.judging :])
+
+
 def configuration(options: argparse.Namespace) -> bgd.BGDConfig:
     """Settings of one run: default ones, a budget, or 2 bits for each weight of a linear layer."""
     common = {"rotation": options.rotation, "codes": options.codes}
@@ -151,23 +162,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rotation", action="store_true", help="fold rotations into the weights first")
     parser.add_argument("--codes", default="blocks", choices=("blocks", "entropy"))
     parser.add_argument("--target-bytes", type=int, help="a budget for the whole file")
+    parser.add_argument("--progress", action="store_true", help="show progress bars")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     config = configuration(options)
     model, tokenizer = network()
-    tokens = tokenizer(text_in(options.text) if options.text else handbook(), return_tensors="pt").input_ids[0]
-    windows = tokens[: len(tokens) // options.length * options.length].reshape(-1, 1, options.length)
-    step = (len(windows) - options.judging) // options.windows
-    if step < 1:
-        raise SystemExit(f"the text has {len(windows)} windows of {options.length} tokens, too few")
-    calibration = [{"input_ids": w} for w in windows[: step * options.windows : step]]
-    judging = list(windows[-options.judging :])
+    calibration, judging = text_windows(options, tokenizer)
     print(f"{len(calibration)} windows of {options.length} tokens; float perplexity {perplexity(model, judging):.2f}")
     with Multiplications() as once, torch.no_grad():
         model(**calibration[0])
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with counted_runs() as runs:
-        result = bgd.load_adapter("transformers").quantize_pretrained(model, calibration, config, progress=False)
+        adapter = bgd.load_adapter("transformers")
+        result = adapter.quantize_pretrained(model, calibration, config, progress=options.progress)
     seconds = time.process_time() - start
     weights = sum(layer.weights for layer in result.report.layers)
     bits = sum(layer.weights * layer.bits_per_weight for layer in result.report.layers) / weights
@@ -178,6 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"CPU-seconds: {seconds:.0f} ({seconds / 60:.1f} minutes; wall-clock seconds by step: {steps})")
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak memory: {after / 1024:.0f} MiB, {(after - before) / 1024:.0f} MiB more than before")
+    print(result.report.answers)
+    print("\n".join(note for note in result.report.notes if note.startswith(("bound", "budget"))))
+    print(f"expected divergence: {result.report.expected_divergence or 0:.3g}")
     print(f"perplexity: {perplexity(result.model, judging):.2f}")
 
 

@@ -105,6 +105,10 @@ def test_a_sensitivity_is_the_same_after_json() -> None:
         ((256, 256), 4, (16, 256, 2048)),
         ((8, 16), 4, (4,)),
         ((64, 64), 1, (16, 256)),
+        ((512, 512), 8, (256,)),  # large blocks follow the law
+        ((256, 256), 8, (256, 1024)),
+        ((16, 32), 8, (8,)),
+        ((16, 64), 8, (16,)),
     ],
 )
 def test_quick_fits_are_done_where_they_are_worth_their_time(

@@ -209,13 +209,13 @@ def test_the_cost_is_that_of_the_network_in_which_it_is_measured() -> None:
 @pytest.fixture
 def curves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor, tuple[int, ...]]]:
     """Blocks, metrics and codebook sizes of every error curve."""
-    real, seen = sensitivity.rate_curve, list[tuple[Tensor, Tensor, tuple[int, ...]]]()
+    real, seen = sensitivity.quick_fits, list[tuple[Tensor, Tensor, tuple[int, ...]]]()
 
     def watched(blocks: Tensor, metrics: Tensor, sizes: Any, **kwargs: Any) -> Any:
         seen.append((blocks.clone(), metrics.clone(), tuple(sizes)))
         return real(blocks, metrics, sizes, **kwargs)
 
-    monkeypatch.setattr(sensitivity, "rate_curve", watched)
+    monkeypatch.setattr(sensitivity, "quick_fits", watched)
     return seen
 
 

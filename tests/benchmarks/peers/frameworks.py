@@ -17,7 +17,7 @@ from bgd_plugin.calibration import LayerInputs
 from bgd_plugin.encoding.codes import pack
 from tests.benchmarks.peers.build import PackedWeight, Quantizer
 
-__all__ = ["coremltools_palettes", "quanto", "torchao_codebook"]
+__all__ = ["coremltools_palettes", "hqq", "quanto", "torchao_codebook"]
 
 
 def quanto(kind: str) -> Quantizer:
@@ -43,6 +43,24 @@ def quanto(kind: str) -> Quantizer:
 def _unpacked(packed: Tensor, bits: int) -> Tensor:
     """Codes of `bits` bits as quanto packs them: first all that lie in the lowest bits, then the next."""
     return torch.cat([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)])
+
+
+def hqq(bits: int, group_size: int = 64) -> Quantizer:
+    """HQQ: grids of groups of a row, their zero points fitted to the weights; scale and zero point for each group."""
+
+    def quantize(weight: Tensor, inputs: LayerInputs) -> PackedWeight:
+        from hqq.core.quantize import Quantizer as Library
+
+        settings = {"nbits": bits, "group_size": group_size, "axis": 1, "device": "cpu", "bitpack": False}
+        codes, meta = Library.quantize(weight, compute_dtype=torch.float32, **settings)
+        scale, zero = meta["scale"].half(), meta["zero"].half()
+        decoded = (codes.float() - zero.float()) * scale.float()
+        packed = pack(codes.flatten().to(torch.int64), bits)
+        return PackedWeight(
+            weight=decoded.reshape(weight.shape), tensors={"codes": packed, "scale": scale, "zero": zero}
+        )
+
+    return quantize
 
 
 def torchao_codebook(code_type: str, block_size: int) -> Quantizer:
