@@ -6,12 +6,20 @@ import dataclasses
 import functools
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.graph import FoundLayer
 from bgd_plugin.planning.bound import fewest_bytes, loss_by_bytes
-from bgd_plugin.planning.candidates import Option, error_of, float_options, options_of, rated, weight_sensitivity
+from bgd_plugin.planning.candidates import (
+    Option,
+    error_of,
+    float_options,
+    options_of,
+    rated,
+    weight_sensitivity,
+    worthwhile,
+)
 from bgd_plugin.planning.knapsack import Choice, choose, require_reachable
 from bgd_plugin.planning.losses import LEVEL, Sensitivity, joint_loss
 from bgd_plugin.planning.outputs import LOGITS, Scale
@@ -59,6 +67,8 @@ class Budget:
     target_bytes: int | None
     scale: Scale = LOGITS
     beside: tuple[FoundLayer, ...] = ()
+    _worthwhile: dict[str, tuple[Sensitivity, list[tuple[Option, float]]]] = field(default_factory=dict)
+    _curves: list[tuple[Mapping[str, Sensitivity], list[tuple[int, float]]]] = field(default_factory=list)
 
     @classmethod
     def of(cls, survey: Survey, sketch: Sketch | None = None) -> Budget | None:
@@ -137,15 +147,19 @@ class Budget:
             sensitivities: as in `spend`.
             realized: factor, as in `spend`.
         """
-        known = self._known(sensitivities)
+        if not self._curves or self._curves[-1][0] is not sensitivities:  # the factor changes nothing else in it
+            self._curves.append((sensitivities, self._loss_by_bytes(self._known(sensitivities))))
+        points = self._curves[-1][1]
+        return tuple(CurvePoint(file_bytes=size, expected_divergence=loss * realized) for size, loss in points)
+
+    def _loss_by_bytes(self, known: Mapping[str, Sensitivity]) -> list[tuple[int, float]]:
+        """Pairs of a file's bytes and its expected loss."""
         smallest = [layer[0] for layer in self._options]
         beside = self._file_size(smallest) - sum(option.size_bytes for option in smallest)
-        return tuple(
-            CurvePoint(file_bytes=beside + size, expected_divergence=loss * realized)
-            for size, loss in loss_by_bytes(
-                lambda level: self.rated(known, level), lambda picked: self.loss(picked, known), _CURVE_POINTS
-            )
+        points = loss_by_bytes(
+            lambda level: self.rated(known, level), lambda picked: self.loss(picked, known), _CURVE_POINTS
         )
+        return [(beside + size, loss) for size, loss in points]
 
     def rated(self, known: Mapping[str, Sensitivity], level: float = LEVEL) -> list[list[Option]]:
         """The options of each free layer that may be chosen, with their losses.
@@ -154,7 +168,15 @@ class Budget:
             known: the sensitivity of each free layer, by name.
             level: loss of all layers together, in nats, at which each one's share is told.
         """
-        return [rated(o, known[layer.name], level) for o, layer in zip(self._options, self.open, strict=True)]
+        pairs = [(options, known[layer.name]) for options, layer in zip(self._options, self.open, strict=True)]
+        names = [layer.name for layer in self.open]
+        return [rated(self._of_worth(name, *pair), pair[1], level) for name, pair in zip(names, pairs, strict=True)]
+
+    def _of_worth(self, name: str, options: Sequence[Option], known: Sensitivity) -> list[tuple[Option, float]]:
+        """A layer's options that are worth a thought; they are the same for all choices that know the same of it."""
+        if name not in self._worthwhile or self._worthwhile[name][0] is not known:
+            self._worthwhile[name] = known, worthwhile(options, known)
+        return self._worthwhile[name][1]
 
     def loss(self, picked: Sequence[Option], known: Mapping[str, Sensitivity]) -> float:
         """The expected loss in nats of options, one `picked` for each open layer; sensitivities are `known` by name."""

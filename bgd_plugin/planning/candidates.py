@@ -34,6 +34,7 @@ __all__ = [
     "options_of",
     "rated",
     "weight_sensitivity",
+    "worthwhile",
 ]
 
 _POINTWISE_BLOCKS = (1, 2, 4, 8, 16)
@@ -223,18 +224,28 @@ def error_of(option: Option, sensitivity: Sensitivity) -> float:
     return sensitivity.narrow if option.is_narrow else 0.0
 
 
-def rated(options: Sequence[Option], sensitivity: Sensitivity, level: float = LEVEL) -> list[Option]:
-    """The options with their losses, as far as they are worth a thought: each loses less than all smaller ones.
+def worthwhile(options: Sequence[Option], sensitivity: Sensitivity) -> list[tuple[Option, float]]:
+    """The options that are worth a thought, bytes ascending, each with its error: less than those of all smaller ones.
 
     Args:
         options: of a layer.
         sensitivity: of the layer.
+    """
+    pairs = [(option, error_of(option, sensitivity)) for option in options]
+    kept: list[tuple[Option, float]] = []
+    for option, error in sorted(pairs, key=lambda pair: (pair[0].size_bytes, pair[1])):
+        if math.isfinite(error) and (not kept or error < kept[-1][1]):
+            kept.append((option, error))
+    return kept
+
+
+def rated(options: Sequence[tuple[Option, float]], sensitivity: Sensitivity, level: float = LEVEL) -> list[Option]:
+    """Options with their losses.
+
+    Args:
+        options: as of `worthwhile`.
+        sensitivity: of the layer.
         level: the loss of all layers together at which each one's share is told.
     """
-    kept: list[Option] = []
-    options = [option for option in options if not option.is_narrow or math.isfinite(sensitivity.narrow)]
-    losses = [sensitivity.per_error(level) * error_of(option, sensitivity) for option in options]
-    for option, loss in sorted(zip(options, losses, strict=True), key=lambda pair: (pair[0].size_bytes, pair[1])):
-        if not kept or loss < kept[-1].loss:
-            kept.append(dataclasses.replace(option, loss=loss))
-    return kept
+    per_error = sensitivity.per_error(level)
+    return [dataclasses.replace(option, loss=per_error * error) for option, error in options]

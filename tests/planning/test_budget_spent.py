@@ -152,3 +152,22 @@ def test_shares_within_a_bound_are_told_at_the_loss_that_is_aimed_at(realized: f
     budget, sensitivities = _made_up(max_divergence=0.03)
     budget.spend(sensitivities, realized)
     assert levels == [pytest.approx(0.8 * 0.03 / realized)]
+
+
+def test_the_curve_is_computed_once_for_all_factors(levels: list[float]) -> None:
+    """Correcting what is expected changes the curve by a factor alone; other measurements make another curve."""
+    budget, sensitivities = _made_up()
+    once = budget.curve(sensitivities)
+    asked = len(levels)
+    twice = budget.curve(sensitivities, 3.0)
+    assert len(levels) == asked
+    assert [point.file_bytes for point in twice] == [point.file_bytes for point in once]
+    assert [p.expected_divergence for p in twice] == [3 * p.expected_divergence for p in once]
+    halved = {
+        name: replace(one, losses=tuple((error, loss / 2) for error, loss in one.losses))
+        for name, one in sensitivities.items()
+    }
+    other = budget.curve(halved)
+    assert len(levels) > asked
+    assert other[0].expected_divergence < once[0].expected_divergence
+    assert budget.curve(halved) == replace(budget, _worthwhile={}, _curves=[]).curve(halved)

@@ -18,6 +18,7 @@ from bgd_plugin.planning.candidates import (
     options_of,
     rated,
     weight_sensitivity,
+    worthwhile,
 )
 from bgd_plugin.planning.losses import LEVEL, Sensitivity, beside_codes, joint_loss
 from bgd_plugin.planning.types import PlannedLayer
@@ -49,7 +50,7 @@ def test_only_options_that_lose_less_than_all_smaller_ones_are_kept() -> None:
     curves = tuple(RateCurve(block_size=d, points=((16, 1.0 / d), (256, 0.1 / d))) for d in block_sizes((64, 64)))
     sensitivity = Sensitivity(curves=curves, losses=((1.0, 3.0),), reason="made up")
     options = options_of(_planned((64, 64)), float_bytes=3000)
-    kept = rated(options, sensitivity)
+    kept = rated(worthwhile(options, sensitivity), sensitivity)
     losses = {o.size_bytes: o.loss for o in kept}
     assert [o.size_bytes for o in kept] == sorted(losses) and list(losses.values()) == sorted(losses.values())[::-1]
     assert len(set(losses.values())) == len(kept) > 3
