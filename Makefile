@@ -68,9 +68,10 @@ demo-web: $(STAMP) $(FRAMEWORKS_STAMP)
 	$(RUN) examples/web/build.py demo-web
 	$(RUN) examples/web/serve.py demo-web $(DEMO_WEB_ARGS)
 
+# Processes that tests start would compile every module anew where the environment forbids to keep bytecode.
 ## make test           the tests, in minutes, those of the adapters against the real frameworks
 test: $(STAMP) $(FRAMEWORKS_STAMP)
-	$(TEST_ENVIRONMENT) OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	$(TEST_ENVIRONMENT) OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 ## make test-slow      the slow tests and the measured bounds
 test-slow: $(STAMP) $(FRAMEWORKS_STAMP)

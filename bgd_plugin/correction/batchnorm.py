@@ -201,7 +201,7 @@ def _nearest(norm: Any, shipped: Any, walk: Walk, before: fx.Node, skip: fx.Node
     s and o the least-squares solution of s z + o ≈ t: σ' = σ/s, μ' = (μ − o)/s.
     """
     sigma = (shipped.running_var.double() + shipped.eps).sqrt()
-    gain = (1.0 if norm.weight is None else norm.weight.detach().double()) / sigma
+    gain = (1.0 if norm.weight is None else norm.weight.double()) / sigma
     inverse = gain / (gain.square() + 0.01 * gain.square().mean()).clamp(min=1e-300)
     own = (norm.running_var.double() + norm.eps).sqrt()
     low, high = _SCALE_BOUNDS

@@ -34,7 +34,7 @@ class ChannelMoments:
     def add_(self, value: Tensor) -> None:
         """Add the values of some samples, `value` `[N, C, ...]`."""
         total, squares = _sums(value)
-        self._count += value.numel() // max(1, value.shape[1])
+        self._count += len(value) * math.prod(value.shape[2:])
         self._total, self._squares = self._total + total, self._squares + squares
 
     def means(self) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,7 @@ class ChannelMoments:
         total, squares = self._total.clone(), self._squares.clone()
         sum_([total, squares])
         require_finite_inputs([total, squares], self._name)
-        count = int(sum_of(self._count))
+        count = sum_of(self._count)
         mean = total / count
         return mean, (squares / count - mean.square()).clamp(min=0)
 

@@ -95,6 +95,5 @@ def _outputs(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def _centred(outputs: Tensor) -> Tensor:
-    """The values as `[positions, channels]`, centred per channel."""
-    channels = outputs.transpose(0, 1).flatten(1)
-    return channels - channels.mean(0)
+    """The values as `[positions, groups, rows_per_group]`, each channel centred."""
+    return (outputs - outputs.mean(1, keepdim=True)).transpose(0, 1)

@@ -139,7 +139,8 @@ class _Task:
         size = padded_rows(count) if is_ring else count
         rest, search = Panels(self.rows.clone(), self.inverse, 1), walk_search()
         table = window_table()
-        inverse_scale = self.scale.clamp(min=_LEAST_SCALE).reciprocal()
+        # a row whose weights are all masked has no scale, whatever it aims at
+        inverse_scale = torch.where(self.scale > 0, self.scale.reciprocal(), 0.0)
         states = torch.empty(columns, size, dtype=torch.int16)
         for column in range(columns):
             kept = None if self.mask is None else self.mask[:, :, column]
@@ -169,8 +170,7 @@ class _Task:
         values = self.decoded(states)[:, self.order].view(self.rows.shape)
         weighted = values @ self.hessian
         power = (weighted * values).sum(2)
-        solved = (weighted * self.rows).sum(2) / power.clamp(min=_LEAST_SCALE)
-        return torch.where(power > 0, solved, self.scale).flatten()
+        return torch.where(power > 0, (weighted * self.rows).sum(2) / power, self.scale).flatten()
 
 
 def _padded(values: Tensor, size: int) -> numpy.ndarray[tuple[int], numpy.dtype[numpy.float32]]:

@@ -171,3 +171,27 @@ def test_processes_solve_for_the_sums_of_all(monkeypatch: pytest.MonkeyPatch) ->
     weight = torch.randn(4, 1, 3)
     depthwise_refit.refitted(weight, _inputs_of(x + 0.1 * torch.randn_like(x), x), torch.Generator().manual_seed(0))
     assert len(shared) == 2 and shared[0] == 4 * shared[1] > 0
+
+
+def test_channels_with_several_filters_each_have_their_literal_ones() -> None:
+    """Of four channels with two filters each; both see the windows of their channel."""
+    torch.manual_seed(0)
+    theirs, weight = torch.randn(40, 4, 16), torch.randn(8, 1, 3)
+    mine = theirs + 0.3 * torch.randn_like(theirs)
+    found = depthwise_refit.refitted(weight, _inputs_of(mine, theirs), torch.Generator().manual_seed(0))
+    windows = [functional.pad(x.double(), (1, 1)).unfold(2, 3, 1).transpose(0, 1).flatten(1, 2) for x in (mine, theirs)]
+    for row in range(8):
+        x, y = windows[0][row // 2], windows[1][row // 2] @ weight[row, 0].double()
+        x, y = x - x.mean(0), y - y.mean()
+        h = x.T @ x / len(x)
+        ridge = h + 0.01 * h.diag().mean() * torch.eye(3, dtype=h.dtype)
+        expected = weight[row, 0].double() + torch.linalg.solve(ridge, x.T @ (y - x @ weight[row, 0].double()) / len(x))
+        torch.testing.assert_close(found.weight[row, 0].double(), expected, rtol=1e-3, atol=1e-4)
+    outputs = [
+        torch.conv1d(x, w, groups=4, padding=1).transpose(0, 1).flatten(1)
+        for x, w in ((mine, weight), (theirs, weight))
+    ]
+    mean = [values - values.mean(1, keepdim=True) for values in outputs]
+    assert found.gain.before == pytest.approx(
+        float((mean[0] - mean[1]).square().sum() / mean[1].square().sum()), rel=0.1
+    )

@@ -77,6 +77,7 @@ def test_a_million_values_of_a_batch_are_compared_and_four_in_all() -> None:
     value = torch.zeros(1, 1)
     assert len(some_samples(value.expand(5, 2**19))) == 2
     assert len(some_samples(value.expand(5, 2**19 + 1))) == 1
+    assert len(some_samples(torch.zeros(0, 3))) == 0 and len(some_samples(torch.zeros(4, 0))) == 4
     pairs = [(value.expand(2**10, 2**10),) * 2] * 9
     assert len(list(judged_pairs(pairs))) == 4
 

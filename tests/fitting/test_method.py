@@ -47,6 +47,7 @@ def test_a_shifts_gain_is_its_square_in_units_of_the_outputs_variance() -> None:
     )
     assert shift_gain(shift, torch.zeros(6, 5), sample) == 0.0
     assert shift_gain(shift, weight * math.inf, sample) == 0.0
+    assert shift_gain(1e200 * shift.double(), 1e30 * weight, sample) == 0.0
 
 
 def test_what_one_process_fits_is_what_all_get() -> None:

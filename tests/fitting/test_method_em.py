@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import bgd_plugin as bgd
 from bgd_plugin.fitting import fit_weight, method_em
+from bgd_plugin.fitting.trellis_windows import fit_windows
 from bgd_plugin.nn import storable
 from bgd_plugin.planning.types import PlannedLayer
 from bgd_plugin.pq.blocks import to_blocks
@@ -74,6 +75,20 @@ def test_the_number_of_iterations_is_the_settings() -> None:
         for n in (1, 30)
     )
     assert many.relative_error < 0.99 * one.relative_error
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_trellis_codes_are_fitted_to_the_weight_alone(is_masked: bool) -> None:
+    """A convolution's kernels are rows; errors of weights that are zero are not carried over."""
+    weight = torch.randn(24, 4, 2, 2)
+    mask = torch.rand(24, 4, 2, 2) > 0.4 if is_masked else None
+    found = fit_weight(weight, torch.eye(4), _layer(codes="trellis"), mask, 5, _generator())
+    expected = fit_windows(weight.flatten(1), None, mask=None if mask is None else mask.flatten(1))
+    assert found.form == "trellis"
+    assert torch.equal(found.codes, expected.codes) and torch.equal(found.codebook, expected.codebook)
+    decoded = found.decoded(weight.shape)
+    kept = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask
+    assert float((decoded - weight)[kept].square().mean()) < 0.15
 
 
 @pytest.mark.parametrize("is_masked", [False, True])

@@ -82,6 +82,18 @@ def test_masked_weights_are_zero_and_their_error_is_carried_over() -> None:
     assert _loss(weight, found, gram) < 0.8 * _loss(weight, blind, gram)
 
 
+def test_a_row_that_is_masked_everywhere_does_not_disturb_the_others() -> None:
+    """Its aim is not zero where the layers before it have lost something."""
+    weight, gram = _random(32, 24), _gram(24)
+    mask = torch.ones(32, 24, dtype=torch.bool)
+    mask[5] = False
+    weight[5] = 0
+    empty = fit_windows(weight, gram, mask=mask)
+    weight[5] = 0.1 * _random(24)
+    found = fit_windows(weight, gram, mask=mask)
+    assert torch.equal(found.codes, empty.codes) and torch.equal(found.codebook, empty.codebook)
+
+
 def test_groups_have_their_own_inputs() -> None:
     weight, grams = _random(32, 12), _gram(12, groups=2)
     found = fit_windows(weight, grams).decoded(weight.shape)
@@ -98,6 +110,29 @@ def test_the_damping_is_chosen_on_inputs_kept_aside() -> None:
     few = (inputs.T @ inputs / 24)[None].float()
     dampings = [trellis_windows._best_damping(weight, None, gram, whole) for gram in (few, whole)]
     assert dampings == [0.25, 0.03]
+
+
+@pytest.mark.parametrize(
+    ("rows", "groups", "tried"), [(200, 1, 50), (200, 2, 50), (96, 2, 48), (10, 1, 10), (60, 60, 60)]
+)
+def test_the_damping_is_tried_on_some_rows_of_each_group(
+    rows: int, groups: int, tried: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every so many rows, about 48 in all; with their own zeros."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    real = trellis_windows._Task.of
+
+    def watched(weight: Tensor, gram: Tensor, mask: Tensor, damping: float) -> Any:
+        seen.append((weight, mask))
+        return real(weight, gram, mask, damping)
+
+    monkeypatch.setattr(trellis_windows._Task, "of", watched)
+    weight, grams, mask = _random(rows, 6), _gram(6, groups), _random(rows, 6, seed=3) > 0
+    trellis_windows._best_damping(weight, mask, grams, grams)
+    step = rows // tried
+    assert len(seen) == 2
+    for found, zeros in seen:
+        assert torch.equal(found, weight[::step]) and torch.equal(zeros, mask[::step])
 
 
 def test_what_is_chosen_reaches_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
