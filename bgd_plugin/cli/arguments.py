@@ -83,7 +83,8 @@ class SettingsOptions:
         Codes | None,
         typer.Option(
             "--codes",
-            help="'entropy': codes of single weights as entropy-coded streams, the smallest file; or 'blocks'",
+            help="what a budget chooses from, beside blocks: 'trellis', two bits for each weight; 'entropy', codes of "
+            "single weights as entropy-coded streams, the smallest file; or 'blocks' alone",
         ),
     ] = None
 

@@ -40,9 +40,10 @@ class Regime(StrEnum):
 
 
 class Codes(StrEnum):
-    """How the file holds codes."""
+    """The forms of codes that a budget chooses from."""
 
     blocks = "blocks"
+    trellis = "trellis"
     entropy = "entropy"
 
 
@@ -131,7 +132,7 @@ def with_budget(
         codes: how the file holds them; None: as in the settings.
 
     Raises:
-        ConfigError: more than one of them, or entropy-coded codes without one.
+        ConfigError: more than one of them, or a form of codes that needs one without it.
     """
     settings = replace(
         settings,

@@ -83,18 +83,23 @@ def check_budget(target_bytes: Any, target_ratio: Any, max_divergence: Any, defa
 
 
 def check_codes(codes: Any, *, has_budget: bool, preserve_zeros: bool) -> None:
-    """Require a known form of codes, and for entropy-coded ones settings that suit them.
+    """Require a known form of codes, and settings that suit it.
 
     Args:
-        codes: "blocks" or "entropy".
+        codes: "blocks", "trellis" or "entropy".
         has_budget: whether bytes or a divergence are bounded, so that sizes are chosen.
         preserve_zeros: whether zeros are to be kept.
 
     Raises:
         ConfigError: saying what to give.
     """
-    check_choice("codes", codes, ("blocks", "entropy"))
+    check_choice("codes", codes, ("blocks", "trellis", "entropy"))
     is_entropy = codes == "entropy"
+    check(
+        codes != "trellis" or has_budget,
+        "codes='trellis' lets a budget choose between blocks and trellis codes: give target_bytes, target_ratio or "
+        "max_divergence, too; for trellis codes in all linear layers give linear=LayerConfig(codes='trellis')",
+    )
     check(
         not is_entropy or has_budget,
         "codes='entropy' has no fixed sizes: give target_bytes, target_ratio or max_divergence, too",

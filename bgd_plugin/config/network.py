@@ -44,8 +44,9 @@ class BGDConfig(ByKind):
             with a scale for each row being one choice, by a bound with calibration data, or by a budget; otherwise they
             stay float.
         first_layer: setting for the first layer; float by default.
-        codes: how the file holds codes. "entropy" lets a budget give layers codes of single weights as entropy-coded
+        codes: what a bound or a budget chooses from, beside blocks. "entropy": codes of single weights as entropy-coded
             streams, at any rate: the smallest file, while in memory and in exports such a layer takes a byte a weight.
+            "trellis": trellis codes, two bits for each weight in the file and in memory.
         overrides: pairs of a glob on layer names and a setting (None keeps the layer float). The first match wins; a
             glob that matches nothing is an error.
         rounds: rounds of least squares and coordinate descent in method "full".
@@ -99,7 +100,7 @@ class BGDConfig(ByKind):
     linear: LayerConfig | None = LayerConfig()
     embedding: LayerConfig | Literal["auto"] | None = "auto"
     first_layer: LayerConfig | None = None
-    codes: Literal["blocks", "entropy"] = "blocks"
+    codes: Literal["blocks", "trellis", "entropy"] = "blocks"
     overrides: tuple[Override, ...] = ()
     em_iterations: int = 100
     rounds: int = 2

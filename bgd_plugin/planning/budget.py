@@ -263,7 +263,7 @@ class Budget:
     def _by_weights(self, measured: Mapping[str, Sensitivity]) -> dict[str, Sensitivity]:
         seed = self.survey.config.seed
         return {
-            layer.name: weight_sensitivity(layer.matrix, seeded(seed, layer.name, "budget"))
+            layer.name: weight_sensitivity(layer.matrix, seeded(seed, layer.name, "budget"), self.survey.config.codes)
             for layer in self.free
             if layer.name not in measured
         }

@@ -14,7 +14,9 @@ from bgd_plugin.encoding.eight_bit import round_to_eight_bits
 from bgd_plugin.encoding.stream import is_codable
 from bgd_plugin.planning.losses import LEVEL, Sensitivity, beside_codes
 from bgd_plugin.planning.types import PlannedLayer
+from bgd_plugin.planning.window_error import window_error
 from bgd_plugin.pq.blocks import to_blocks
+from bgd_plugin.pq.forms import BLOCKS, TRELLIS
 from bgd_plugin.pq.rate import (
     EntropyCurve,
     RateCurve,
@@ -23,6 +25,7 @@ from bgd_plugin.pq.rate import (
     rate_curve,
     sampled_positions,
 )
+from bgd_plugin.pq.windows import LEAST_ROWS, STATES
 
 __all__ = [
     "Option",
@@ -47,6 +50,8 @@ _LAWFUL_BLOCK = 8
 _MOST_LEVELS = 256
 _NARROW_ERROR = 1e-4
 """Relative squared error of normally distributed weights in 8 bits with a scale for each row."""
+_WINDOWS_LAW = 0.044
+"""Error of trellis codes in the unit of the law for block codes: 0.7 times that of blocks of four at two bits."""
 _ENTROPY_BITS = tuple(bits / 16 for bits in (*range(12, 48), *range(48, 97, 4)))
 """Rates to choose from, in bits for each weight."""
 
@@ -107,12 +112,13 @@ def fitted_sizes(weight_shape: Sequence[int], block_size: int) -> tuple[int, ...
     return tuple(fitted if block_size < _LAWFUL_BLOCK else (k for k in fitted if k > 16 or k == fitted[-1]))
 
 
-def weight_sensitivity(weight: Tensor, generator: torch.Generator) -> Sensitivity:
+def weight_sensitivity(weight: Tensor, generator: torch.Generator, codes: str = BLOCKS) -> Sensitivity:
     """Sensitivity without data: the weight's own relative error, ‖W − Ŵ‖² / ‖W‖²; from the law alone on `meta`.
 
     Args:
         weight: `[C_out, ...]`.
         generator: for the quick fits.
+        codes: as in the settings.
     """
     shape = tuple(weight.shape)
     sizes = [d for d in block_sizes(shape) if codebook_sizes(shape, d)]
@@ -120,7 +126,9 @@ def weight_sensitivity(weight: Tensor, generator: torch.Generator) -> Sensitivit
         laws = tuple(RateCurve(block_size=d, points=((1, 1.0),)) for d in sizes)
         law = EntropyCurve(points=((0.0, 1.0),))
         reason = "by the layer's shape"
-        return Sensitivity(curves=laws, losses=((1.0, 1.0),), reason=reason, entropy=law, narrow=_NARROW_ERROR)
+        return Sensitivity(
+            curves=laws, losses=((1.0, 1.0),), reason=reason, entropy=law, windows=_WINDOWS_LAW, narrow=_NARROW_ERROR
+        )
     weight = weight.detach().float()
     power = float(weight.square().mean())
     rounded = round_to_eight_bits(weight.reshape(shape[0], -1)).reshape(shape)
@@ -130,11 +138,18 @@ def weight_sensitivity(weight: Tensor, generator: torch.Generator) -> Sensitivit
         sample = _sampled(weight, d, power, generator)
         curves.append(rate_curve(*sample, fitted_sizes(shape, d), generator=generator))
         entropy = entropy_curve(*sample) if d == 1 else entropy
+    matrix = weight.reshape(1, shape[0], -1)
+    windows = (
+        window_error(matrix, torch.full_like(matrix[:, 0], 1 / power if power > 0 else 1.0))
+        if codes == TRELLIS
+        else None
+    )
     return Sensitivity(
         curves=tuple(curves),
         losses=((1.0, 1.0),),
         reason="by the weight's own error",
         entropy=entropy,
+        windows=math.inf if windows is None else windows,
         narrow=float((rounded - weight).square().mean()) / power if power > 0 else 0.0,
     )
 
@@ -159,6 +174,14 @@ def _entropy_coded(planned: PlannedLayer) -> list[PlannedLayer]:
     ]
 
 
+def _windows(planned: PlannedLayer) -> list[PlannedLayer]:
+    """A layer with trellis codes, if it has rows enough."""
+    if planned.rows < LEAST_ROWS:
+        return []
+    sizes = {"block_size": 1, "codebook_size": STATES, "codebook_storage": "float16"}
+    return [dataclasses.replace(planned, **sizes, codes=TRELLIS, note="")]
+
+
 def options_of(
     planned: PlannedLayer,
     float_bytes: int,
@@ -173,7 +196,7 @@ def options_of(
         planned: the layer.
         float_bytes: of the layer in float.
         codebook_size: if it is not to be chosen: then the layer is quantized in any case.
-        codes: "entropy": entropy-coded codes at several rates are among them.
+        codes: "entropy": entropy-coded codes at several rates are among them; "trellis": trellis codes are.
         narrow_bytes: of the layer in 8 bits for each weight; None if the settings do not allow it.
     """
     shape = planned.weight_shape
@@ -186,6 +209,8 @@ def options_of(
         layers = _fixed(planned, codebook_size)
     elif codes == "entropy":
         layers += _entropy_coded(planned)
+    elif codes == TRELLIS:
+        layers += _windows(planned)
     options = [Option(layer=layer, size_bytes=layer.compressed_bytes) for layer in layers]
     options += [] if codebook_size is not None else float_options(float_bytes, narrow_bytes)
     return sorted(options, key=lambda option: option.size_bytes)

@@ -11,6 +11,7 @@ from typing import Any
 from bgd_plugin.config import DEFAULT_DIVERGENCE
 from bgd_plugin.encoding.stream import overhead_bytes
 from bgd_plugin.planning.types import PlannedLayer
+from bgd_plugin.pq.forms import TRELLIS
 from bgd_plugin.pq.rate import EntropyCurve, RateCurve
 
 __all__ = ["LEVEL", "Sensitivity", "beside_codes", "entropy_bits", "joint_loss"]
@@ -33,6 +34,7 @@ class Sensitivity:
             of the error, and next to no error proportional to it.
         reason: what was measured, as text for the report.
         entropy: the layer's error by bits for each weight where codes are entropy coded; None where they may not be.
+        windows: the layer's error with trellis codes; infinite where it may not have them.
         rounding: error that any codebook has, since its values are rounded for the file.
         narrow: error of the layer in float, with 8 bits for each weight and a scale for each row; infinite if unknown.
     """
@@ -41,6 +43,7 @@ class Sensitivity:
     losses: tuple[tuple[float, float], ...]
     reason: str
     entropy: EntropyCurve | None = None
+    windows: float = math.inf
     rounding: float = 0.0
     narrow: float = math.inf
 
@@ -63,6 +66,7 @@ class Sensitivity:
             losses=losses,
             reason=values["reason"],
             entropy=entropy,
+            windows=values.get("windows", math.inf),
             rounding=values.get("rounding", 0.0),
             narrow=values.get("narrow", math.inf),
         )
@@ -111,6 +115,8 @@ class Sensitivity:
         """The expected error, mean square per weight, of a layer quantized as planned."""
         if layer.codes == "entropy" and self.entropy is not None:
             return self.entropy.error(entropy_bits(layer))
+        if layer.codes == TRELLIS:
+            return self.windows
         return self.error(layer.block_size, layer.codebook_size)
 
 

@@ -26,6 +26,8 @@ from bgd_plugin.planning.layer_facts import LayerFacts, layer_facts, narrow_erro
 from bgd_plugin.planning.losses import Sensitivity
 from bgd_plugin.planning.outputs import Measure, Scale
 from bgd_plugin.planning.perturbation import Perturbation, bias_of, has_channel_rows, perturbed
+from bgd_plugin.planning.window_error import window_error
+from bgd_plugin.pq.forms import TRELLIS
 from bgd_plugin.pq.full_gram import positions_as_groups
 from bgd_plugin.pq.rate import RateCurve, entropy_curve, quick_fits, sampled_positions
 from bgd_plugin.support.seeds import seeded
@@ -231,10 +233,17 @@ def _measured(
         losses=losses,
         reason=reason,
         entropy=entropy,
+        windows=_windows(scaled, facts, config),
         rounding=rounding_error(scaled, facts) if config.codebook_storage == "int8" else 0.0,
         narrow=narrow_error(facts),
     )
     return Measured(sensitivity=sensitivity, error=error, size=size, loss=loss, scale=scale)
+
+
+def _windows(scaled: Tensor, facts: LayerFacts, config: BGDConfig) -> float:
+    """The layer's error with trellis codes, if the settings allow them."""
+    error = window_error(scaled, facts.metrics(1)[..., 0, 0]) if config.codes == TRELLIS else None
+    return math.inf if error is None else error
 
 
 def _require_finite(name: str, *tensors: Tensor) -> None:

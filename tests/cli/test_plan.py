@@ -44,6 +44,14 @@ def test_a_plan_takes_the_form_of_codes() -> None:
     assert sizes[1].count(1) > sizes[0].count(1)
 
 
+def test_trellis_codes_are_among_the_choices_on_demand() -> None:
+    asked = ["plan", "torchvision:resnet18", "--target-ratio", "14", "--json"]
+    forms = [json.loads(RUNNER.invoke(app, [*asked, *more]).stdout) for more in ([], ["--codes", "trellis"])]
+    assert {layer["codes"] for layer in forms[0]["layers"]} == {"blocks"}
+    assert "trellis" in {layer["codes"] for layer in forms[1]["layers"]}
+    fails(["plan", NET, "--fixed-sizes", "--codes", "trellis"], "codes='trellis' lets a budget choose")
+
+
 def test_entropy_coded_codes_with_fixed_sizes_are_an_error() -> None:
     fails(["plan", NET, "--fixed-sizes", "--codes", "entropy"], "codes='entropy' has no fixed sizes")
 

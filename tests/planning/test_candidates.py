@@ -46,6 +46,37 @@ def test_all_sizes_of_a_layer_are_options_and_so_is_float() -> None:
             assert layer.note == ""
 
 
+def test_trellis_codes_are_an_option_where_the_settings_allow_them_and_rows_suffice() -> None:
+    def forms(rows: int, **asked: Any) -> list[PlannedLayer]:
+        found = options_of(_planned((rows, 64), mask_bytes=7), float_bytes=8192, **asked)
+        return [o.layer for o in found if o.layer is not None and o.layer.codes == "trellis"]
+
+    (layer,) = forms(64, codes="trellis")
+    assert layer.compressed_bytes == 64 * 16 + 2 * 64 + 7
+    assert (layer.form, layer.codebook_storage, layer.note) == ("trellis", "float16", "")
+    assert not forms(64) and not forms(64, codes="entropy") and not forms(15, codes="trellis")
+    assert not forms(64, codes="trellis", codebook_size=16)  # of the user's
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_without_data_trellis_codes_lose_less_than_blocks_at_two_bits(device: str) -> None:
+    weight = torch.randn(256, 128, generator=torch.Generator().manual_seed(0)).to(device)
+    known = weight_sensitivity(weight, torch.Generator().manual_seed(0), "trellis")
+    assert 0.6 < known.windows / known.error(4, 256) < 0.8
+    kept = rated(worthwhile(options_of(_planned((256, 128)), float_bytes=65536, codes="trellis"), known), known)
+    assert sum(o.layer is not None and o.layer.codes == "trellis" for o in kept) == 1
+    blocks = weight_sensitivity(weight, torch.Generator().manual_seed(0))
+    assert device == "meta" or math.isinf(blocks.windows)
+
+
+def test_an_option_of_unknown_loss_is_not_chosen() -> None:
+    curves = tuple(RateCurve(block_size=d, points=((16, 1.0),)) for d in block_sizes((256, 64)))
+    known = Sensitivity(curves=curves, losses=((1.0, 3.0),), reason="made up")
+    options = options_of(_planned((256, 64)), float_bytes=32768, codes="trellis")
+    assert all(math.isfinite(o.loss) for o in rated(worthwhile(options, known), known))
+    assert all(o.layer is None or o.layer.codes == "blocks" for o in rated(worthwhile(options, known), known))
+
+
 def test_only_options_that_lose_less_than_all_smaller_ones_are_kept() -> None:
     curves = tuple(RateCurve(block_size=d, points=((16, 1.0 / d), (256, 0.1 / d))) for d in block_sizes((64, 64)))
     sensitivity = Sensitivity(curves=curves, losses=((1.0, 3.0),), reason="made up")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from typing import Any
 
@@ -73,6 +74,13 @@ def test_an_entropy_coded_layer_has_the_error_of_its_rate() -> None:
     assert entropy_bits(dataclasses.replace(coded, size_bytes=3)) == 0.0
     assert _known(entropy=curve).error_of(coded) == pytest.approx(curve.error(2.0))
     assert _known(entropy=curve).error_of(_LAYER) == pytest.approx(0.8)
+
+
+def test_a_layer_with_trellis_codes_has_their_error() -> None:
+    known = _known(windows=0.07)
+    assert known.error_of(dataclasses.replace(_LAYER, codes="trellis", block_size=1, codebook_size=4096)) == 0.07
+    assert known.error_of(_LAYER) == pytest.approx(0.8)
+    assert Sensitivity.from_dict(json.loads(json.dumps(known.to_dict()))) == known
 
 
 def test_the_loss_of_several_layers_is_exact_to_a_thousandth() -> None:

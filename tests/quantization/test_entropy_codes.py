@@ -212,7 +212,7 @@ def test_layers_of_an_override_keep_their_blocks() -> None:
     [
         ({"target_ratio": None, "max_divergence": None}, "codes='entropy' has no fixed sizes: give target_bytes"),
         ({"preserve_zeros": True}, "entropy-coded codes have no masks"),
-        ({"codes": "arithmetic"}, "codes='arithmetic': give 'blocks' or 'entropy'"),
+        ({"codes": "arithmetic"}, "codes='arithmetic': give 'blocks', 'trellis' or 'entropy'"),
     ],
 )
 def test_settings_that_do_not_suit_it_are_refused(fields: dict[str, Any], message: str) -> None:

@@ -53,6 +53,8 @@ class BGDConfig(TorchBaseConfig):
         dtype: "pq", or "fp32" to keep a layer float.
         block_size, codebook_size: of every layer, or of the layers of a local config; None: as set for each kind of
             layer.
+        form: of the codes of every layer, or of the layers of a local config, "blocks" or "trellis"; None: as set for
+            each kind of layer.
         white_list: names and types of the layers to quantize; all by default.
         **settings: any field of `bgd_plugin.BGDConfig`, or its JSON form. A list holds the choices of `autotune`.
 
@@ -255,12 +257,14 @@ class BGDConfig(TorchBaseConfig):
             if value not in (default, getattr(self, name)):
                 raise ConfigError(
                     f"BGDConfig for {self._key(asked)!r} sets {name}, which applies to the whole network: set it in "
-                    "the global config; a local one may set dtype, block_size and codebook_size"
+                    f"the global config; a local one may set {', '.join(LAYER_DEFAULTS)}"
                 )
         own = {
             name: getattr(local, name) if getattr(local, name) is not None else getattr(self, name)
             for name in LAYER_DEFAULTS
         }
+        if local.form is not None and local.form != self.form:  # sizes of the other form do not suit it
+            own |= {"block_size": local.block_size, "codebook_size": local.codebook_size}
         config = type(self)(**(self.get_params_dict() | own), white_list=None)
         config.parent, config.asked = self, None if asked is None else self._key(asked)
         return config

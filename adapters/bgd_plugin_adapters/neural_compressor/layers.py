@@ -13,6 +13,7 @@ from bgd_plugin import LayerConfig, integration
 from bgd_plugin.integration import FAMILIES, ConfigError, PlannedLayer
 from bgd_plugin_adapters.neural_compressor.config import BGDConfig
 from bgd_plugin_adapters.neural_compressor.foreign import foreign_layers
+from bgd_plugin_adapters.neural_compressor.settings import SIZES_AND_FORM, layer_setting
 
 __all__ = ["Mapping", "core_settings"]
 
@@ -44,7 +45,7 @@ def core_settings(model: nn.Module, mapping: Mapping, original_bytes: int | None
     default = _quantizable(model, base, all_families=False)
     own: dict[str, LayerConfig | None] = {}
     for name, config in wanted.items():
-        differs = (config.block_size, config.codebook_size) != (parent.block_size, parent.codebook_size)
+        differs = any(getattr(config, name) != getattr(parent, name) for name in SIZES_AND_FORM)
         kept_float = name not in default and (config.asked == name or _follows_foreign(model, known.get(name)))
         if name in known and (kept_float or (differs and name in default)):
             own[name] = _layer(known[name], config, base)
@@ -87,14 +88,16 @@ def _layer(layer: PlannedLayer, config: BGDConfig, base: bgd.BGDConfig) -> Layer
         ConfigError: its kind has no setting.
     """
     kind = base.setting_for(layer.family)
-    if kind is None and config.block_size is None:
-        raise ConfigError(f"layer {layer.name!r}: {layer.family} has no setting: give its config a block_size")
-    columns = layer.weights // layer.rows
-    own = kind or LayerConfig()
-    block_size = config.block_size or own.block_size
-    if block_size and not config.block_size:
-        block_size = max(d for d in range(1, columns + 1) if columns % d == 0 and d <= block_size)
-    return LayerConfig(block_size=block_size, codebook_size=config.codebook_size or own.codebook_size)
+    if kind is None and config.block_size is None and config.form is None:
+        raise ConfigError(
+            f"layer {layer.name!r}: {layer.family} has no setting: give its config a block_size or a form"
+        )
+    setting = layer_setting(config.get_params_dict(), kind or LayerConfig())
+    if setting.block_size and not config.block_size:
+        columns = layer.weights // layer.rows
+        fitting = max(d for d in range(1, columns + 1) if columns % d == 0 and d <= setting.block_size)
+        setting = replace(setting, block_size=fitting)
+    return setting
 
 
 def _overrides(layers: dict[str, LayerConfig | None]) -> tuple[tuple[str, LayerConfig | None], ...]:

@@ -12,10 +12,21 @@ import bgd_plugin as bgd
 from bgd_plugin import LayerConfig
 from bgd_plugin.integration import ConfigError
 
-__all__ = ["LAYER_DEFAULTS", "NETWORK_DEFAULTS", "checked", "core_config", "is_choice", "plain"]
+__all__ = [
+    "LAYER_DEFAULTS",
+    "NETWORK_DEFAULTS",
+    "SIZES_AND_FORM",
+    "checked",
+    "core_config",
+    "is_choice",
+    "layer_setting",
+    "plain",
+]
 
 DTYPES = ("pq", "fp32")
-LAYER_DEFAULTS: dict[str, Any] = {"dtype": "pq", "block_size": None, "codebook_size": None}
+FORMS = ("blocks", "trellis")
+SIZES_AND_FORM = ("block_size", "codebook_size", "form")
+LAYER_DEFAULTS: dict[str, Any] = {"dtype": "pq", **dict.fromkeys(SIZES_AND_FORM)}
 NETWORK_DEFAULTS: dict[str, Any] = {
     field.name: getattr(bgd.BGDConfig(), field.name) for field in dataclasses.fields(bgd.BGDConfig)
 }
@@ -43,6 +54,8 @@ def checked(name: str, value: Any) -> Any:
         return [checked(name, option) for option in value]
     if name == "dtype" and value not in DTYPES:
         raise ConfigError(f"dtype={value!r}: give 'pq' to quantize a layer or 'fp32' to keep it float")
+    if name == "form" and value not in (None, *FORMS):
+        raise ConfigError(f"form={value!r}: give 'blocks' or 'trellis', or None for what the kind of layer has")
     if name == "block_size" and value is not None:
         LayerConfig(block_size=value)
     if name == "codebook_size" and value is not None:
@@ -67,10 +80,10 @@ def _lists(value: Any) -> Any:
 
 
 def core_config(parameters: dict[str, Any]) -> bgd.BGDConfig:
-    """The core's settings for the whole network; block and codebook sizes apply to every kind of layer with a setting.
+    """The core's settings for the whole network; sizes and form apply to every kind of layer with a setting.
 
     Raises:
-        ConfigError: a parameter is a list of choices.
+        ConfigError: a parameter is a list of choices, or sizes are given beside trellis codes.
     """
     for name, value in parameters.items():
         if is_choice(name, value):
@@ -80,8 +93,18 @@ def core_config(parameters: dict[str, Any]) -> bgd.BGDConfig:
     fields = {name: parameters[name] for name in NETWORK_DEFAULTS}
     for name, value in fields.items():
         if isinstance(value, LayerConfig):
-            fields[name] = LayerConfig(
-                block_size=parameters["block_size"] or value.block_size,
-                codebook_size=parameters["codebook_size"] or value.codebook_size,
-            )
+            fields[name] = layer_setting(parameters, value)
     return bgd.BGDConfig(**fields)
+
+
+def layer_setting(parameters: dict[str, Any], kind: LayerConfig) -> LayerConfig:
+    """The core's setting of a layer, or of a kind of layer: the parameters of one layer, and for the rest `kind`.
+
+    Raises:
+        ConfigError: sizes are given beside trellis codes.
+    """
+    form = parameters["form"] or kind.codes
+    sizes = {name: parameters[name] for name in ("block_size", "codebook_size")}
+    if form == kind.codes:
+        sizes = {name: value or getattr(kind, name) for name, value in sizes.items()}
+    return LayerConfig(codes=form, **sizes)

@@ -16,6 +16,7 @@ from torch import fx, nn
 import bgd_plugin as bgd
 from bgd_plugin import BGDError, LayerConfig
 from bgd_plugin.errors import CalibrationError, ConfigError
+from bgd_plugin.nn import PQModule
 from bgd_plugin_adapters.neural_compressor import BGDConfig, load
 from tests.adapters.neural_compressor.networks import IMAGES, VECTORS, conv_net, feed, kinds, linears
 
@@ -46,6 +47,8 @@ CONFIGS: list[dict[str, Any]] = [
     },
     {"codebook_storage": "float16", "weight_storage": "float32", "refit_depthwise": False, "depthwise_conv": None},
     {"freeze_norms": True, "target_bytes": 9000, "batchnorm": "reestimate"},
+    {"linear": LayerConfig(codes="trellis"), "conv": LayerConfig(codes="trellis")},
+    {"target_ratio": 6.0, "codes": "trellis"},
 ]
 
 
@@ -70,6 +73,41 @@ def test_settings_survive_json_and_a_saved_folder(settings: dict[str, Any], tmp_
     assert loaded.qconfig == result.qconfig
     assert _same(loaded, result)
     assert torch.equal(loaded(IMAGES[0]), result(IMAGES[0]))
+
+
+def _forms(model: nn.Module) -> dict[str, str]:
+    return {name: module.form.name for name, module in model.named_modules() if isinstance(module, PQModule)}
+
+
+def test_the_form_of_codes_is_set_for_the_network_or_for_single_layers(tmp_path: Any) -> None:
+    trellis = LayerConfig(codes="trellis")
+    kinds_of_layer = dict.fromkeys(("conv", "pointwise_conv", "linear"), trellis)
+    expected = bgd.quantize(conv_net(), IMAGES, bgd.BGDConfig(max_divergence=None, **kinds_of_layer), progress=False)
+    result = _quantized(BGDConfig(form="trellis", max_divergence=None))
+    assert _same(result, expected.model)
+    assert set(_forms(result).values()) == {"trellis"}
+
+    config = BGDConfig(block_size=4, codebook_size=8, max_divergence=None)
+    config.set_local("fc1", BGDConfig(form="trellis"))
+    config.to_json_file(str(tmp_path / "config.json"))
+    result = _quantized(BGDConfig.from_json_file(str(tmp_path / "config.json")))
+    assert {name: form for name, form in _forms(result).items() if form == "trellis"} == {"fc1": "trellis"}
+    assert result.get_submodule("fc2").block_size == 4
+
+    config = BGDConfig(form="trellis", max_divergence=None)
+    config.set_local("fc1", BGDConfig(form="blocks", block_size=8, codebook_size=8))
+    result = _quantized(config)
+    assert {name for name, form in _forms(result).items() if form == "blocks"} == {"fc1"}
+    assert result.get_submodule("fc1").block_size == 8
+
+
+def test_sizes_beside_trellis_codes_and_unknown_forms_are_refused() -> None:
+    with pytest.raises(ConfigError, match="give 'blocks' or 'trellis'"):
+        BGDConfig(form="entropy")
+    _fails(BGDConfig(form="trellis", block_size=8, max_divergence=None), "leave both sizes out")
+    config = BGDConfig(form="trellis", max_divergence=None)
+    config.set_local("fc1", BGDConfig(block_size=8))
+    _fails(config, "leave both sizes out")
 
 
 def test_every_setting_of_the_core_is_a_parameter() -> None:
