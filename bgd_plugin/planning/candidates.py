@@ -178,8 +178,8 @@ def _windows(planned: PlannedLayer) -> list[PlannedLayer]:
     """A layer with trellis codes, if it has rows enough."""
     if planned.rows < LEAST_ROWS:
         return []
-    sizes = {"block_size": 1, "codebook_size": STATES, "codebook_storage": "float16"}
-    return [dataclasses.replace(planned, **sizes, codes=TRELLIS, note="")]
+    layer = dataclasses.replace(planned, block_size=1, codebook_size=STATES, codebook_storage="float16", note="")
+    return [dataclasses.replace(layer, codes=TRELLIS)]
 
 
 def options_of(

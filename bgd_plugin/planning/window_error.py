@@ -47,7 +47,7 @@ def _lost(values: Tensor, powers: Tensor) -> float:
     """The error of a column, in the unit of `powers`; both are `[rows]`."""
     missing = padded_rows(len(values)) - len(values)
     mean = float(powers.mean()) or 1.0
-    padded = [torch.nn.functional.pad(x, (0, missing)).numpy() for x in (values, powers / mean)]
-    states = nearest_ring(walk_search(), *padded, window_table().numpy())
+    padded, weights = (torch.nn.functional.pad(x, (0, missing)).numpy() for x in (values, powers / mean))
+    states = nearest_ring(walk_search(), padded, weights, window_table().numpy())
     found = window_table()[torch.from_numpy(states[: len(values)]).long()]
     return float(((values - found).square() * powers).sum(dtype=torch.float64))
