@@ -140,7 +140,7 @@ def _passes(copy: Path, names: Sequence[str], limit_seconds: float) -> bool:
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(silent, 2)
-        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *names])))
+        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-n", "0", *names])))
     end = time.monotonic() + limit_seconds
     while time.monotonic() < end:
         ended, status = os.waitpid(child, os.WNOHANG)

@@ -13,7 +13,9 @@ from torch.nn.utils import prune
 import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, FinetuningConfig, LayerConfig, integration
 from bgd_plugin.errors import ConfigError
+from bgd_plugin.files.same_tensor import state_bytes
 from bgd_plugin.nn import storable
+from bgd_plugin.planning.sizes import paper_bytes
 from tests.networks import FunctionalNet, PlainNet, SmallResNet, images, randomized, same_outputs, vectors
 
 
@@ -23,6 +25,8 @@ def test_the_report_and_the_plan_and_the_file_agree(tmp_path: Path) -> None:
     result = bgd.quantize_weights(model)
     written = bgd.save(result.model, tmp_path / "net")
     assert written == result.report.compressed_bytes == bgd.plan(model).compressed_bytes
+    assert result.report.memory_bytes == state_bytes(result.model.state_dict()) > written
+    assert result.report.paper_bytes == paper_bytes(result.model) < written
     assert [x.name for x in result.report.layers] == ["conv1", "conv2", "down", "fc"]
     assert {s.name for s in result.report.skipped} >= {"stem"}
     assert type(result.model) is SmallResNet

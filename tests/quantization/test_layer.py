@@ -13,12 +13,13 @@ from torch import nn
 
 import bgd_plugin as bgd
 from bgd_plugin.calibration import Rerun
+from bgd_plugin.correction import DriftedSkip
 from bgd_plugin.fitting import FittedLayer
 from bgd_plugin.planning.types import SkippedLayer
 from bgd_plugin.quantization import layer as step
 from bgd_plugin.quantization.resume import Run
 from bgd_plugin.support.log import Log
-from tests.networks import SmallResNet, em, images, randomized
+from tests.networks import SmallResNet, em, images, randomized, vectors
 
 CONFIG = bgd.BGDConfig(max_divergence=None, kept_aside=0.0)
 
@@ -223,3 +224,71 @@ def test_a_layer_is_watched_where_a_hook_may_change_what_it_reads(
     job: Any = SimpleNamespace(student=student)
     watched = "w" if is_hidden or hooked is not None else None
     assert step._inputs(job, "walk", found) == ("walk", "x", ("c",), watched)  # type: ignore[arg-type, comparison-overlap]
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_skip_is_made_good_through_the_gain_of_the_norm_in_between(affine: bool) -> None:
+    """γ / √(σ² + eps); the drift is the walk's at the node of the skip."""
+    norm = nn.BatchNorm1d(3, eps=0.5, affine=affine)
+    norm.running_var.copy_(torch.tensor([0.5, 1.5, 3.5]))  # type: ignore[union-attr]
+    if affine:
+        norm.weight.data.copy_(torch.tensor([1.0, 2.0, -3.0]))
+    job: Any = SimpleNamespace(student=nn.Sequential(norm))
+    walk: Any = SimpleNamespace(drift=lambda node, batch: (node, batch))
+    skip = DriftedSkip(norm=SimpleNamespace(target="0"), node="node")  # type: ignore[arg-type]
+    found = step._skip_for_fit(job, walk, None, skip)  # type: ignore[arg-type]
+    assert found is not None and found.drift(3) == ("node", 3) and found.stream is None  # type: ignore[comparison-overlap]
+    gamma = torch.tensor([1.0, 2.0, -3.0]) if affine else torch.ones(3)
+    torch.testing.assert_close(found.gain, gamma / torch.tensor([1.0, 2.0, 4.0]).sqrt())
+    assert step._skip_for_fit(job, walk, None, None) is None  # type: ignore[arg-type]
+
+
+class _Residual(nn.Module):
+    """Two branches that are added to what they read; no trace follows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.a, self.b = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.first(x))
+        x = x + self.a(torch.relu(x)) if float(x.abs().max()) > 0 else x
+        return x + self.b(torch.relu(x))
+
+
+def test_a_fit_and_its_shift_know_the_same_drift(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer's inputs, random numbers and plan are its own; samples are drawn apart from the fit."""
+    fits, shifts, samples = dict[str, Any](), dict[str, Any](), list[torch.Tensor]()
+    fit, judged, sampled = step._fit, step._judged_shift, step.sampled_inputs
+
+    def watched(job: Any, found: Any, planned: Any, inputs: Any, generator: Any, skip: Any) -> Any:
+        assert planned.name == inputs.name == found.name
+        assert torch.equal(generator.get_state(), job.generator(found.name).get_state())
+        fits[found.name] = skip
+        return fit(job, found, planned, inputs, generator, skip)
+
+    def watched_shift(job: Any, found: Any, fitted: Any, inputs: Any, skip: Any) -> Any:
+        shifts[found.name] = skip
+        return judged(job, found, fitted, inputs, skip)
+
+    def watched_sample(inputs: Any, rows: int, generator: torch.Generator) -> Any:
+        samples.append(generator.get_state())
+        return sampled(inputs, rows, generator)
+
+    monkeypatch.setattr(step, "_fit", watched)
+    monkeypatch.setattr(step, "_judged_shift", watched_shift)
+    monkeypatch.setattr(step, "sampled_inputs", watched_sample)
+    small = bgd.LayerConfig(block_size=4, codebook_size=4)
+    config = dataclasses.replace(CONFIG, linear=small, first_layer=small)
+    bgd.quantize(_Residual().eval(), vectors(5), config, progress=False)
+    assert fits.keys() == shifts.keys() == {"first", "a", "b"}
+    assert fits["first"] is None and fits["b"] is not None
+    assert all(shifts[name] is skip for name, skip in fits.items())
+    drawn = [
+        torch.equal(state, step.Job.generator(_seeded_job(), name).get_state()) for state in samples for name in fits
+    ]
+    assert not any(drawn)
+
+
+def _seeded_job() -> Any:
+    return SimpleNamespace(config=CONFIG)

@@ -60,7 +60,8 @@ def _depthwise() -> tuple[fx.GraphModule, fx.Node]:
 def test_small_integers_leave_their_scale_to_the_norm(is_refitted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     student, call = _depthwise()
     exact, reference = copy.deepcopy(student), student.get_parameter("0.weight")
-    gram = torch.eye(9, dtype=torch.float64).expand(6, 9, 9)
+    inputs = torch.randn(6, 20, 9, dtype=torch.float64) + 1  # that depend on each other
+    gram = inputs.mT @ inputs
     new = reference.detach() * 1.5
     fit = SimpleNamespace(weight=new, gain="gain", gram=gram)
     monkeypatch.setattr(leftovers, "LayerInputs", lambda *_: None)

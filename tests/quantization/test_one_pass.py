@@ -1,16 +1,27 @@
-"""What a further pass takes over from the one before it."""
+"""The steps of a pass: what each is given, and what a further pass takes over from the one before it."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import bgd_plugin as bgd
 from bgd_plugin.graph import front_end
+from bgd_plugin.nn import PQWeight
 from bgd_plugin.planning.survey import Survey, surveyed
-from bgd_plugin.quantization.one_pass import _begin_alike
+from bgd_plugin.quantization import one_pass
+from bgd_plugin.quantization.one_pass import Task, _begin_alike
+from bgd_plugin.support.log import Log
+from tests.networks import FunctionalNet, images, randomized
 
 
 class _Reader(nn.Module):
@@ -53,3 +64,146 @@ def test_fits_are_forgotten_where_a_table_or_a_float_weight_is_stored_otherwise(
     assert not _begin_alike(survey, narrow) and _begin_alike(narrow, narrow)
     half = survey.budgeted(rest, {}, (), None, {})
     assert not _begin_alike(narrow, half)
+
+
+# --- the steps of a pass
+
+
+def _task(kind: type[Task] = Task, **fields: Any) -> Any:
+    parts: dict[str, Any] = dict.fromkeys(
+        ("model", "calibration", "config", "teacher", "forward", "checkpoint", "progress", "batches", "ready", "learnt")
+    )
+    return kind(**(parts | fields))
+
+
+def _watch(monkeypatch: pytest.MonkeyPatch, **answers: Any) -> list[tuple[Any, ...]]:
+    """Functions of the module that only note what they are called with, and answer so."""
+    calls: list[tuple[Any, ...]] = []
+    for name, answer in answers.items():
+
+        def noted(*arguments: Any, name: str = name, answer: Any = answer, **settings: Any) -> Any:
+            calls.append((name, *arguments, *settings.items()))
+            return answer
+
+        monkeypatch.setattr(one_pass, name, noted)
+    return calls
+
+
+def test_sizes_are_chosen_by_what_the_pass_before_has_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = _watch(monkeypatch, energy_left=0.7, realized_energy=0.4, choose_sizes="survey")
+
+    @contextlib.contextmanager
+    def prepared() -> Iterator[None]:
+        calls.append(("begin",))
+        yield
+        calls.append(("end",))
+
+    measurements = SimpleNamespace(prepared=prepared)
+    task = _task(measurements=measurements)
+    before = SimpleNamespace(survey="before", report=SimpleNamespace(answers=SimpleNamespace(divergence=0.05)))
+    assert task._chosen("budget", None) == task._chosen("budget", before) == "survey"
+    assert calls == [
+        ("begin",),
+        ("energy_left", "budget"),
+        ("choose_sizes", "budget", measurements, 0.7),
+        ("end",),
+        ("begin",),
+        ("realized_energy", measurements, "before", 0.7, 0.05),
+        ("choose_sizes", "budget", measurements, 0.4),
+        ("end",),
+    ]
+
+
+@pytest.mark.parametrize("has_budget", [True, False])
+def test_samples_are_kept_aside_before_the_others_are_measured(
+    has_budget: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = _watch(monkeypatch, take_aside_="aside", measured="measurements")
+    ready = SimpleNamespace(budget="budget" if has_budget else None)
+    task = _task(ready=ready, batches="batches", progress="shown", config=bgd.BGDConfig(kept_aside=0.3))
+    task._measure()
+    assert task.aside == "aside" and calls[0] == ("take_aside_", "batches", 0.3)
+    assert task.measurements == ("measurements" if has_budget else None)
+    assert calls[1:] == [("measured", "budget", "batches", "aside", ("progress", "shown"))] * has_budget
+    assert ("budget" in task.log.seconds) == has_budget
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_each_pass_has_its_folder_in_the_first_process(is_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    monkeypatch.setattr(one_pass, "is_first", lambda: is_first)
+    monkeypatch.setattr(one_pass.Run, "open", lambda *arguments: opened.append(arguments))
+    parts = {"model": "model", "config": "config", "batches": "batches", "teacher": "teacher", "fits": "fits"}
+    task = _task(checkpoint=Path("run"), **parts)
+    task._progress(0)
+    task._progress(2)
+    folders = [Path("run"), Path("run/pass-3")] if is_first else [None, None]
+    assert opened == [(folder, "model", "config", "batches", "teacher", "fits") for folder in folders]
+
+
+@pytest.mark.parametrize(("tolerance", "expected"), [(None, 0.02), (5.0, 0.1)])
+def test_the_bound_is_in_the_measure_of_the_outputs(tolerance: float | None, expected: float) -> None:
+    measurements = None if tolerance is None else SimpleNamespace(scale=SimpleNamespace(tolerance=tolerance))
+    config = bgd.BGDConfig(max_divergence=0.02)
+    assert _task(config=config, measurements=measurements)._limit == pytest.approx(expected)
+    assert _task(config=dataclasses.replace(config, max_divergence=None), measurements=measurements)._limit == math.inf
+
+
+class _Watched(Task):
+    """Its steps only note that they are run."""
+
+    def _measure(self) -> None:
+        self.said.append("measured")  # type: ignore[attr-defined]
+        self.log.seconds["budget"] = 1000.0
+
+    def _progress(self, number: int) -> Any:
+        forget = lambda: self.said.append("forgotten")  # type: ignore[attr-defined]  # noqa: E731
+        return SimpleNamespace(fits=f"fits {number}", forget_fits=forget)
+
+    def _chosen(self, budget: Any, before: Any) -> Any:
+        assert budget == "budget"
+        self.said.append(("chosen", before))  # type: ignore[attr-defined]
+        return SimpleNamespace(notes=("chosen sizes",))
+
+    def _fitted(self, survey: Any, run: Any, log: Log) -> Any:
+        self.said.append(("fitted", self.fits))  # type: ignore[attr-defined]
+        return SimpleNamespace(survey=survey, log=log)
+
+
+@pytest.mark.parametrize("is_alike", [True, False])
+def test_data_is_measured_once_and_fits_go_to_the_next_pass(is_alike: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_pass, "_begin_alike", lambda one, other: is_alike)
+    survey = SimpleNamespace(notes=("as it is",))
+    task = _task(_Watched, ready=SimpleNamespace(survey=survey, budget="budget"), fits="none yet")
+    task.said = []
+    first = task.run(0, None)
+    second = task.run(1, first)
+    forgotten = [] if is_alike else ["forgotten"]
+    assert task.said == [
+        "measured",
+        ("chosen", None),
+        ("fitted", "none yet"),
+        ("chosen", first),
+        *forgotten,
+        ("fitted", "fits 0"),
+    ]
+    assert task.fits == "fits 1"
+    for result in (first, second):  # what is done once counts in each report
+        assert result.log.notes == ["chosen sizes"] and result.log.seconds["budget"] >= 1000
+    fixed = _task(_Watched, ready=SimpleNamespace(survey=survey, budget=None))
+    fixed.said = []
+    assert fixed.run(0, None).survey is survey and fixed.said == ["measured", ("fitted", {})]
+
+
+def test_weights_that_functions_read_are_layers_of_the_run() -> None:
+    """And parameters of the caller's network again afterwards."""
+    model = randomized(FunctionalNet())
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    data = images(3)
+    result = bgd.quantize(model, data, bgd.BGDConfig(max_divergence=None, rounds=1), progress=False)
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
+    functional = [module for module in result.model.modules() if isinstance(module, PQWeight)]
+    assert functional
+    with torch.no_grad():
+        exact, found = (torch.cat([net(x) for x in data]) for net in (model, result.model))
+    assert float((found - exact).norm() / exact.norm()) < 0.5

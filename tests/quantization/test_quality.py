@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
@@ -69,6 +70,31 @@ def test_the_passes_end_where_sizes_do_not_change(monkeypatch: pytest.MonkeyPatc
     result = within_bound(run)
     assert len(seen) == 2
     assert "missed" in result.report.notes[-1]
+
+
+@pytest.mark.parametrize("field", ["name", "block_size", "codebook_size", "compressed_bytes"])
+def test_sizes_are_the_same_if_all_of_them_are(field: str) -> None:
+    run, _ = _runs(0.3)
+    report = run(0, None).report
+    (layer,) = report.layers
+    other = dataclasses.replace(layer, **{field: "b" if field == "name" else 7})
+    assert quality._same_sizes(report, dataclasses.replace(report, notes=(), compressed_bytes=5))
+    assert not quality._same_sizes(report, dataclasses.replace(report, layers=(other,)))
+    assert not quality._same_sizes(report, dataclasses.replace(report, layers=(layer, layer)))
+
+
+def test_any_pass_before_may_have_had_the_same_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, seen = _runs(0.3, 0.3, 0.3)
+    compared: list[tuple[str, str]] = []
+
+    def same(one: Report, other: Report) -> bool:
+        compared.append((one.notes[0], other.notes[0]))
+        return False
+
+    monkeypatch.setattr(quality, "_same_sizes", same)
+    within_bound(run)
+    assert len(seen) == 3
+    assert compared == [("pass 1", "pass 0"), ("pass 2", "pass 0"), ("pass 2", "pass 1")]
 
 
 def test_of_equal_files_the_one_with_the_corrected_expectation_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,21 @@ def test_a_layer_that_differs_on_another_process_stays_float_here_too(monkeypatc
     assert found is survey and own[0] is False
 
 
+def test_a_layer_whose_module_another_process_does_not_read_stays_float_here_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[bool] = []
+
+    def largest(flag: bool) -> bool:
+        asked.append(flag)
+        return flag or len(asked) == 2  # after the trial of all layers, the first of them
+
+    monkeypatch.setattr(rehearsal, "largest", largest)
+    survey, found = _rehearsed(_Branching().eval())
+    assert [layer.name for layer in survey.found] == ["a", "b"] and [layer.name for layer in found.found] == ["b"]
+    assert next(s.reason for s in found.skipped if s.name == "a").startswith("the network's code keeps its weight")
+
+
 def test_a_network_that_fails_with_other_layers_says_how() -> None:
     class Strict(_Branching):
         def between(self, x: Tensor) -> Tensor:

@@ -69,6 +69,8 @@ def test_without_a_folder_only_an_earlier_pass_is_known() -> None:
         if fields.get("codes") == "entropy":
             fields = {"codes": "entropy", "block_size": 1}
         assert later.finished(0, dataclasses.replace(LAYER, **fields)) is None  # type: ignore[arg-type]
+    later.forget_fits()
+    assert later.finished(0, LAYER) is None
 
 
 def test_a_file_goes_before_an_earlier_pass(tmp_path: Path) -> None:

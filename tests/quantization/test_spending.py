@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 
 import bgd_plugin as bgd
 from bgd_plugin import BGDConfig
+from bgd_plugin.encoding.stream import coded_bytes
 from bgd_plugin.files.content import measured_size
+from bgd_plugin.fitting import FittedLayer
 from bgd_plugin.graph import front_end
+from bgd_plugin.nn import quantized
 from bgd_plugin.planning.survey import Survey, surveyed
 from bgd_plugin.planning.types import PlannedLayer
 from bgd_plugin.quantization import spending
@@ -151,3 +155,67 @@ def test_only_streams_get_coarser(found: Any) -> None:
     assert [planned.name for planned in survey.layers] == ["point", "head"]
     assert shorten_(survey, network, 10) == ["head"]
     assert torch.equal(network.point.codes, codes)
+
+
+class _Streams(nn.Module):
+    """Compressed linear layers, two of which are tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for number in range(6):
+            layer = nn.Linear(8, 8, bias=False)
+            codes = torch.randint(0, 16, (8, 8), dtype=torch.uint8)
+            module = quantized(layer, torch.randn(16, 1), codes)
+            module.codebook.requires_grad_(number % 2 == 0)
+            self.add_module(f"layer{number}", module)
+        self.tied = copy.deepcopy(self.layer0)
+        self.tied.codebook, self.tied.codes = self.layer0.codebook, self.layer0.codes
+
+
+def _plans(sizes: list[int]) -> Any:
+    common: dict[str, Any] = {"kind": "linear", "family": "linear", "weight_shape": (8, 8), "calls": ()}
+    coded: dict[str, Any] = {"block_size": 1, "codebook_size": 16, "codes": "entropy"}
+    plans = [
+        PlannedLayer(name=f"named {number}", target=f"layer{number}", size_bytes=size, **common, **coded)
+        for number, size in enumerate(sizes)
+    ]
+    return SimpleNamespace(layers=plans)
+
+
+def test_the_largest_streams_are_fitted_again_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four at most, each to as much less as the file is too long by, or half; the last one that is needed ends it."""
+    network, asked = _Streams(), list[tuple[str, int]]()
+
+    def coarser(layer: Any, planned: PlannedLayer) -> FittedLayer:
+        asked.append((planned.name, planned.size_bytes))
+        return FittedLayer(codebook=layer.codebook + 1, codes=layer.codes)
+
+    monkeypatch.setattr(spending, "_coarser", coarser)
+    monkeypatch.setattr(spending, "measured_size", lambda network: 1100)
+    survey = _plans([50, 20, 60, 10, 40, 30])
+    largest = ["named 2", "named 0", "named 4", "named 5"]
+    assert shorten_(survey, network, 1000) == largest
+    size = coded_bytes(network.layer2.codes, 16) + 16
+    assert [name for name, _ in asked] == largest and asked[0][1] == size // 2
+    lengths = iter([1001, 1000])
+    monkeypatch.setattr(spending, "measured_size", lambda network: next(lengths))
+    monkeypatch.setattr(spending, "_RESERVE_BYTES", 3)
+    asked.clear()
+    assert shorten_(survey, network, 1000) == ["named 2"]
+    assert asked == [("named 2", size - 1 - 3)]
+
+
+def test_layers_that_share_a_codebook_get_the_same_new_one() -> None:
+    network = _Streams()
+    before = {name: (m.codebook, m.codes) for name, m in network.named_children()}
+    fit = FittedLayer(codebook=torch.zeros(4, 1, dtype=torch.float64), codes=torch.ones(8, 8, dtype=torch.int64))
+    for number, name in ((0, "layer0"), (1, "layer1")):
+        spending._put_(network, network.get_submodule(name), fit)  # type: ignore[arg-type]
+        layer: Any = network.get_submodule(name)
+        assert torch.equal(layer.codebook, torch.zeros(4, 1)) and layer.codebook.dtype == torch.float32
+        assert torch.equal(layer.codes, torch.ones(8, 8)) and layer.codes.dtype == torch.uint8
+        assert layer.codebook.requires_grad == (number == 0)
+    assert network.tied.codebook is network.layer0.codebook and network.tied.codes is network.layer0.codes  # type: ignore[union-attr]
+    for name in ("layer2", "layer3", "layer4", "layer5"):
+        other: Any = network.get_submodule(name)
+        assert other.codebook is before[name][0] and other.codes is before[name][1]
