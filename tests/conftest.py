@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from bgd_plugin import kernels
+from bgd_plugin.fitting import trellis_windows
+from bgd_plugin.jit.llvm import AVAILABLE
+from bgd_plugin.kernels import viterbi
 
 # A test must not depend on the speed of the machine or on the day it runs.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
@@ -33,6 +36,16 @@ def _plain(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with kernels.disabled():
         yield
+
+
+@pytest.fixture
+def compiled_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search through trellis windows is compiled where it can be: the same walks to the bit, 20 times as fast.
+
+    `tests/kernels/test_viterbi.py` compares the two.
+    """
+    if AVAILABLE:
+        monkeypatch.setattr(trellis_windows, "walk_search", lambda: viterbi._compiled_walk)
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from bgd_plugin.errors import BGDError
 from bgd_plugin.exporting.coreml.write import write as write_coreml
 from tests.networks import PlainNet, randomized, vectors
 
+pytestmark = pytest.mark.usefixtures("compiled_search")
+
 
 def _network() -> Any:
     config = bgd.BGDConfig(linear=bgd.LayerConfig(codes="trellis"), max_divergence=None)

@@ -14,6 +14,8 @@ from bgd_plugin.fitting.trellis_windows import fit_windows
 from bgd_plugin.pq.feedback import damped
 from tests.networks import PlainNet, randomized, vectors
 
+pytestmark = pytest.mark.usefixtures("compiled_search")
+
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -24,6 +24,8 @@ from bgd_plugin.files.save import read_file
 from bgd_plugin.nn import PQModule
 from tests.networks import FunctionalNet, PlainNet, SmallResNet, TwiceNet, images, randomized, same_outputs, vectors
 
+pytestmark = pytest.mark.usefixtures("compiled_search")
+
 TRELLIS = bgd.LayerConfig(codes="trellis")
 ROOT = Path(bgd.__file__).parents[1]
 
