@@ -50,14 +50,14 @@ class Images:
             yield to_input(random_crop_and_flip(self._images[chosen], generator, 1))
 
 
-def config_of(name: str, seed: int) -> bgd.BGDConfig:
-    """The settings of a row, without finetuning."""
+def config_of(name: str, seed: int, codes: str = "blocks") -> bgd.BGDConfig:
+    """The settings of a row, without finetuning; `codes` is how those of a ratio are stored."""
     if name == "large":
         return bgd.BGDConfig(conv=_LARGE, freeze_norms=True, seed=seed, max_divergence=None)
     if name == "large-wide":
         first_stages = (("layer[12].*.conv?", _WIDE),)
         return bgd.BGDConfig(conv=_WIDER, overrides=first_stages, freeze_norms=True, seed=seed, max_divergence=None)
-    return bgd.BGDConfig(target_ratio=float(name), freeze_norms=True, seed=seed)
+    return bgd.BGDConfig(target_ratio=float(name), freeze_norms=True, seed=seed, codes=codes)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -67,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", nargs="+", default=["large", "43", "60", "100"])
     parser.add_argument("--data", type=Path, default=None, metavar="DIR", help="folder with the four idx files")
     parser.add_argument("--images", type=int, default=256, help="for calibration")
+    parser.add_argument("--codes", default="blocks", choices=["blocks", "entropy"], help="how a ratio's codes are stored")
     parser.add_argument("--steps", type=int, default=2400, help="of finetuning, 128 images each; 0: none")
     parser.add_argument("--learning-rate", type=float, default=None)
     parser.add_argument("--progress", action="store_true")
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for seed in options.seeds:
         network = load_or_train(seed, data)
         for size in options.sizes:
-            stages = {"fitted": config_of(size, seed)}
+            stages = {"fitted": config_of(size, seed, options.codes)}
             if finetuning:
                 stages["finetuned"] = dataclasses.replace(stages["fitted"], finetuning=finetuning)
             for stage, chosen in stages.items():
