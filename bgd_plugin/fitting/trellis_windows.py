@@ -6,6 +6,7 @@ others can compensate for their errors. How strongly the Gram is damped is chose
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -29,6 +30,8 @@ _DAMPINGS = (0.03, 0.25)
 _DAMPING = 0.08
 _TRIAL_ROWS = 48
 _LEAST_SCALE = 1e-30
+_COLUMNS = 64
+"""Columns whose weights are computed at once."""
 
 
 @torch.no_grad()
@@ -60,7 +63,7 @@ def fit_windows(
     damping = _DAMPING
     if fitted is not None and heldout is not None:
         damping = _best_damping(rows, mask, fitted, heldout)
-    task = _Task.of(rows, gram, mask, damping)
+    task = _Task.of(rows, gram, mask, [damping])
     states = task.encoded(is_ring=True)
     scale = task.solved_scale(states) * unit
     return FittedLayer(
@@ -80,13 +83,14 @@ def _best_damping(rows: Tensor, mask: Tensor | None, fitted: Tensor, heldout: Te
 
     part, kept = some(rows), None if mask is None else some(mask)
 
-    def loss(damping: float) -> float:
-        task = _Task.of(part, fitted, kept, damping)
-        states = task.encoded(is_ring=False)
-        away, grams = grouped(part - task.decoded(states) * task.solved_scale(states)[:, None], heldout)
-        return float(((away @ grams.float()) * away).sum())
-
-    return min(_DAMPINGS, key=loss)
+    task = _Task.of(part, fitted, kept, _DAMPINGS)
+    states = task.encoded(is_ring=False)
+    found = (task.decoded(states) * task.solved_scale(states)[:, None]).view(len(_DAMPINGS), *part.shape)
+    losses = []
+    for decoded in found:
+        away, grams = grouped(part - decoded, heldout)
+        losses.append(float(((away @ grams.float()) * away).sum()))
+    return _DAMPINGS[losses.index(min(losses))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +115,18 @@ class _Task:
     order: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor, gram: Tensor, mask: Tensor | None, damping: float) -> _Task:
-        """Of a weight `[rows, columns]`, a Gram `[groups, columns, columns]`, and a damping in units of its mean."""
+    def of(cls, weight: Tensor, gram: Tensor, mask: Tensor | None, dampings: Sequence[float]) -> _Task:
+        """Of a weight `[rows, columns]` and a Gram `[groups, columns, columns]`, once for each damping.
+
+        Args:
+            weight, gram: as given to `fit_windows`.
+            mask: bool of the weight's shape, or None.
+            dampings: in units of the Gram's mean. All rows and groups are there for the first one, then for the next.
+        """
+        count = len(dampings)
         rows, grams = grouped(weight, gram)
-        hessian = damped(grams, damping)
+        rows, mask = rows.repeat(count, 1, 1), None if mask is None else mask.repeat(count, 1)
+        hessian = torch.cat([damped(grams, damping) for damping in dampings])
         hessian /= power_of_two(hessian)
         order = hessian.diagonal(dim1=1, dim2=2).sum(0).argsort(descending=True, stable=True)
         hessian = hessian[:, order][:, :, order]
@@ -142,18 +154,25 @@ class _Task:
         # a row whose weights are all masked has no scale, whatever it aims at
         inverse_scale = torch.where(self.scale > 0, self.scale.reciprocal(), 0.0)
         states = torch.empty(columns, size, dtype=torch.int16)
-        for column in range(columns):
+        for column, weights in enumerate(self._weights(size)):
             kept = None if self.mask is None else self.mask[:, :, column]
             here = rest[column][:, :, 0]
-            weights = masked((self.scale * self.metrics[:, column, None]).square(), kept)
-            weights = weights / weights.mean().clamp(min=_LEAST_SCALE)
-            values = _padded(here * inverse_scale, size), _padded(weights, size), table.numpy()
+            values = _padded((here * inverse_scale).flatten(), size).numpy(), weights, table.numpy()
             walk = nearest_ring(search, *values) if is_ring else search(*values, None)
             states[self.order[column]] = own = torch.from_numpy(walk)
             found = table[own[:count].long()].to(here.device).view(groups, per_group) * self.scale
             error = here - masked(found, kept)
             rest.change_(column, (error * self.metrics[:, column, None]).unsqueeze(2))
         return states
+
+    def _weights(self, size: int) -> Iterator[numpy.ndarray[tuple[int], numpy.dtype[numpy.float32]]]:
+        """What the squared errors of each column count, relative to their mean, `[size]`, padded by zeros."""
+        for start in range(0, self.rows.shape[2], _COLUMNS):
+            metrics = self.metrics[:, start : start + _COLUMNS].T[:, :, None]
+            kept = None if self.mask is None else self.mask[:, :, start : start + _COLUMNS].permute(2, 0, 1)
+            weights = masked((self.scale * metrics).square(), kept).flatten(1)
+            weights = weights / weights.mean(1, keepdim=True).clamp(min=_LEAST_SCALE)
+            yield from _padded(weights, size).numpy()
 
     def decoded(self, states: Tensor) -> Tensor:
         """The values of the table, without scales and zero where masked, `[rows, columns]`, columns as in the layer."""
@@ -173,8 +192,6 @@ class _Task:
         return torch.where(power > 0, (weighted * self.rows).sum(2) / power, self.scale).flatten()
 
 
-def _padded(values: Tensor, size: int) -> numpy.ndarray[tuple[int], numpy.dtype[numpy.float32]]:
-    flat = values.flatten().cpu()
-    padded: numpy.ndarray[tuple[int], numpy.dtype[numpy.float32]]
-    padded = torch.nn.functional.pad(flat, (0, size - len(flat))).numpy()
-    return padded
+def _padded(values: Tensor, size: int) -> Tensor:
+    """Float32 on a CPU, filled up with zeros to this size of the last dimension."""
+    return torch.nn.functional.pad(values.cpu(), (0, size - values.shape[-1]))

@@ -53,6 +53,10 @@ class Answers:
         return dataclasses.asdict(self)
 
 
+_PIECE = 1 << 18
+"""Numbers whose squares are summed at once, in a cache: the logits of a language model are hundreds of megabytes."""
+
+
 @dataclass
 class _Sums:
     """Sums over batches."""
@@ -140,8 +144,14 @@ def _add_logits(sums: _Sums, information: Information, batch: Batch, found: Tens
 def _squares(output: Any, exact: Any) -> tuple[float, float]:
     """‖y − ŷ‖² and ‖y‖² over all floating point tensors of two outputs."""
     pairs = zip(pytree.tree_leaves(output), pytree.tree_leaves(exact), strict=True)
-    floats = [(a.double(), b.double()) for a, b in pairs if isinstance(b, Tensor) and b.is_floating_point()]
-    return sum(float((a - b).square().sum()) for a, b in floats), sum(float(b.square().sum()) for _, b in floats)
+    lost = kept = 0.0
+    for a, b in pairs:
+        if isinstance(b, Tensor) and b.is_floating_point():
+            for x, y in zip(a.reshape(-1).split(_PIECE), b.reshape(-1).split(_PIECE), strict=True):
+                exact = y.double()
+                lost += float((x.double() - exact).square().sum())
+                kept += float(exact.square().sum())
+    return lost, kept
 
 
 def _relative(lost: float, kept: float) -> float:

@@ -46,8 +46,8 @@ def nearest_ring(search: Search, values: Floats, weights: Floats, table: Floats)
         `[count]`.
     """
     side = min(_SEAM, len(values) // 2)
-    order = numpy.r_[len(values) - side : len(values), 0:side]
-    around = search(values[order], weights[order], table, None)
+    here, counts = (numpy.concatenate((array[-side:], array[:side])) for array in (values, weights))
+    around = search(here, counts, table, None)
     return search(values, weights, table, int(around[side - 1]) % _KEPT)
 
 

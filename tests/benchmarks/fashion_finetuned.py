@@ -67,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", nargs="+", default=["large", "43", "60", "100"])
     parser.add_argument("--data", type=Path, default=None, metavar="DIR", help="folder with the four idx files")
     parser.add_argument("--images", type=int, default=256, help="for calibration")
-    parser.add_argument("--codes", default="blocks", choices=["blocks", "entropy"], help="how a ratio's codes are stored")
+    parser.add_argument(
+        "--codes", default="blocks", choices=["blocks", "entropy"], help="how a ratio's codes are stored"
+    )
     parser.add_argument("--steps", type=int, default=2400, help="of finetuning, 128 images each; 0: none")
     parser.add_argument("--learning-rate", type=float, default=None)
     parser.add_argument("--progress", action="store_true")

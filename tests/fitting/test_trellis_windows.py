@@ -124,17 +124,29 @@ def test_the_damping_is_tried_on_some_rows_of_each_group(
     seen: list[tuple[Tensor, Tensor]] = []
     real = trellis_windows._Task.of
 
-    def watched(weight: Tensor, gram: Tensor, mask: Tensor, damping: float) -> Any:
+    def watched(weight: Tensor, gram: Tensor, mask: Tensor, dampings: Any) -> Any:
         seen.append((weight, mask))
-        return real(weight, gram, mask, damping)
+        return real(weight, gram, mask, dampings)
 
     monkeypatch.setattr(trellis_windows._Task, "of", watched)
     weight, grams, mask = _random(rows, 6), _gram(6, groups), _random(rows, 6, seed=3) > 0
     trellis_windows._best_damping(weight, mask, grams, grams)
     step = rows // tried
-    assert len(seen) == 2
-    for found, zeros in seen:
-        assert torch.equal(found, weight[::step]) and torch.equal(zeros, mask[::step])
+    ((found, zeros),) = seen
+    assert torch.equal(found, weight[::step]) and torch.equal(zeros, mask[::step])
+
+
+def test_dampings_that_are_tried_together_are_those_tried_alone() -> None:
+    """Each has its own Gram, feedback and scales; the search goes on from the rows of one to those of the next."""
+    weight, grams, mask = _random(48, 12), _gram(12, groups=2), _random(48, 12, seed=3) > -1
+    both = trellis_windows._Task.of(weight, grams, mask, [0.03, 0.5])
+    states = both.encoded(is_ring=False)
+    decoded, scale = both.decoded(states).view(2, 48, 12), both.solved_scale(states).view(2, 48)
+    for i, damping in enumerate((0.03, 0.5)):
+        alone = trellis_windows._Task.of(weight, grams, mask, [damping])
+        own = alone.encoded(is_ring=False)
+        expected = _loss(weight, alone.decoded(own) * alone.solved_scale(own)[:, None], grams)
+        assert _loss(weight, decoded[i] * scale[i, :, None], grams) == pytest.approx(expected, rel=0.1)
 
 
 def test_what_is_chosen_reaches_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
