@@ -147,7 +147,7 @@ def _squares(output: Any, exact: Any) -> tuple[float, float]:
     lost = kept = 0.0
     for a, b in pairs:
         if isinstance(b, Tensor) and b.is_floating_point():
-            for x, y in zip(a.reshape(-1).split(_PIECE), b.reshape(-1).split(_PIECE), strict=True):
+            for x, y in zip(torch.split(a.reshape(-1), _PIECE), torch.split(b.reshape(-1), _PIECE), strict=True):
                 exact = y.double()
                 lost += float((x.double() - exact).square().sum())
                 kept += float(exact.square().sum())
