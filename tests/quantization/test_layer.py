@@ -15,6 +15,7 @@ import bgd_plugin as bgd
 from bgd_plugin.calibration import Rerun
 from bgd_plugin.correction import DriftedSkip
 from bgd_plugin.fitting import FittedLayer
+from bgd_plugin.nn import storable
 from bgd_plugin.planning.types import SkippedLayer
 from bgd_plugin.quantization import layer as step
 from bgd_plugin.quantization.resume import Run
@@ -91,6 +92,13 @@ def test_the_error_is_that_of_the_weight_without_the_scale_that_the_norm_took(mo
         scale = scales[index]
         expected = matrix if scale is None else matrix / scale.reshape(-1, *(1 for _ in matrix.shape[1:]))
         torch.testing.assert_close(told[index], expected, rtol=1e-2, atol=1e-3)
+
+
+def test_a_row_of_the_report_has_what_the_shift_of_its_bias_gained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "shift_gain", lambda shift, decoded, sample: 0.25)
+    monkeypatch.setattr(step, "shift_helps", lambda *_: True)
+    report = bgd.quantize(randomized(SmallResNet()), images(), CONFIG, progress=False).report
+    assert {layer.name: layer.bias_gain for layer in report.layers}.items() >= {"fc": 0.25, "conv1": None}.items()
 
 
 @pytest.mark.parametrize(("columns", "rows"), [(10, 4096), (2000, 2000), (10**9, 1)])
@@ -178,11 +186,15 @@ def test_a_skip_is_asked_for_behind_plain_layers_of_the_full_method(fields: Any,
 
 
 def test_distilled_codewords_are_rounded_and_steps_of_a_finished_layer_count(tmp_path: Path) -> None:
-    config = em(distillation=bgd.DistillationConfig(steps=2, batch_size=4), codebook_storage="int8")
+    steps = bgd.DistillationConfig(steps=6, batch_size=4, learning_rate=0.05)
+    config = em(distillation=steps, codebook_storage="int8")
     model = randomized(SmallResNet())
+    undistilled = bgd.quantize(model, images(), em(codebook_storage="int8"), progress=False).model.state_dict()
     first = bgd.quantize(model, images(), config, checkpoint=tmp_path, progress=False).model.state_dict()
     again = bgd.quantize(model, images(), config, checkpoint=tmp_path, progress=False).model.state_dict()
     assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert not torch.equal(first["fc.codebook"], undistilled["fc.codebook"])
+    assert torch.equal(first["fc.codebook"], storable(first["fc.codebook"], "int8"))
 
 
 @pytest.mark.parametrize("is_hidden", [True, False])

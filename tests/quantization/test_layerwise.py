@@ -239,3 +239,40 @@ def test_depthwise_layers_that_were_refitted_are_told() -> None:
     assert any(note.startswith("1 depthwise convolutions refitted to the quantized") for note in report.notes)
     kept = bgd.quantize(model, images(), dataclasses.replace(config, refit_depthwise=False), progress=False).report
     assert not any("refitted" in note for note in kept.notes)
+
+
+class _Block(nn.Module):
+    """A branch that ends in a norm, beside a skip that runs before it, and a norm behind the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skip, self.branch = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1, bias=False)
+        self.norm, self.last = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.skip(x))
+        return self.last(x + self.norm(self.branch(x)))  # type: ignore[no-any-return]
+
+
+def test_every_norm_is_corrected_and_knows_what_the_layer_before_it_made_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[str, Any]] = []
+
+    class Watched(layerwise.NormCorrection):
+        def remember(self, skip: Any) -> None:
+            said.append(("remembered", None if skip is None else (skip.norm.target, skip.node.name)))
+            super().remember(skip)
+
+        def correct_(self, walk: Any, node: Any) -> None:
+            said.append(("corrected", node.target))
+            super().correct_(walk, node)
+
+    monkeypatch.setattr(layerwise, "NormCorrection", Watched)
+    small = bgd.LayerConfig(block_size=1, codebook_size=4)
+    config = dataclasses.replace(CONFIG, first_layer=small, pointwise_conv=small)
+    bgd.quantize(randomized(_Block()), images(), config, progress=False)
+    assert said == [
+        ("remembered", None),
+        ("remembered", ("norm", "tanh")),
+        ("corrected", "norm"),
+        ("corrected", "last"),
+    ]

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 import bgd_plugin as bgd
 from bgd_plugin.graph import front_end
+from bgd_plugin.kernels import switch
 from bgd_plugin.nn import PQWeight
 from bgd_plugin.planning.survey import Survey, surveyed
 from bgd_plugin.quantization import one_pass
 from bgd_plugin.quantization.one_pass import Task, _begin_alike
 from bgd_plugin.support.log import Log
-from tests.networks import FunctionalNet, images, randomized
+from tests.networks import FunctionalNet, PlainNet, images, randomized, vectors
 
 
 class _Reader(nn.Module):
@@ -207,3 +208,22 @@ def test_weights_that_functions_read_are_layers_of_the_run() -> None:
     with torch.no_grad():
         exact, found = (torch.cat([net(x) for x in data]) for net in (model, result.model))
     assert float((found - exact).norm() / exact.norm()) < 0.5
+
+
+@pytest.mark.parametrize("bound", [0.1, None])
+def test_answers_are_judged_in_the_measure_that_chose_the_sizes(
+    bound: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it works, layers run plainly."""
+    given: list[Any] = []
+    real = one_pass.judged
+
+    def judged(job: Any, measure: Any) -> Any:
+        given.append((measure, switch._is_plain.get()))
+        return real(job, measure)
+
+    monkeypatch.setattr(one_pass, "judged", judged)
+    model = randomized(PlainNet())
+    bgd.quantize(model, vectors(5), bgd.BGDConfig(max_divergence=bound, rounds=1), progress=False)
+    assert given and all((measure is None) == (bound is None) and is_plain for measure, is_plain in given)
+    assert not switch._is_plain.get()
