@@ -64,6 +64,8 @@ def test_the_unit_does_not_matter(unit: float) -> None:
     weight, gram = _random(20, 12), _gram(12)
     one, other = fit_windows(weight, gram), fit_windows(weight * 2.0**10, gram * 2.0**-30)
     assert torch.equal(one.codes, other.codes)
+    for scale in (2.0**-100, 2.0**100):  # squares of them are beyond single precision
+        assert torch.equal(fit_windows(weight, gram * scale).codes, one.codes)
     assert torch.isfinite(fit_windows(weight * unit, gram).codebook).all()
 
 
@@ -94,6 +96,32 @@ def test_a_row_that_is_masked_everywhere_does_not_disturb_the_others() -> None:
     weight[5] = 0.1 * _random(24)
     found = fit_windows(weight, gram, mask=mask)
     assert torch.equal(found.codes, empty.codes) and torch.equal(found.codebook, empty.codebook)
+
+
+def test_what_masked_weights_aim_at_counts_for_nothing_without_feedback() -> None:
+    weight, mask = _random(32, 24), _random(32, 24, seed=5) > -0.5
+    empty, full = (fit_windows(torch.where(mask, weight, value), None, mask=mask) for value in (0.0, 3.0))
+    assert torch.equal(empty.codes, full.codes) and torch.equal(empty.codebook, full.codebook)
+
+
+def test_errors_of_a_row_count_by_the_square_of_its_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows of a column are one walk, whose values are in units of their rows' scales; what pads it counts not."""
+    seen: list[tuple[Any, Any]] = []
+    real = trellis_windows.nearest_ring
+
+    def watched(search: Any, values: Any, weights: Any, table: Any) -> Any:
+        seen.append((torch.from_numpy(values), torch.from_numpy(weights)))
+        return real(search, values, weights, table)
+
+    monkeypatch.setattr(trellis_windows, "nearest_ring", watched)
+    weight = _random(21, 12) * torch.logspace(-1, 0, 21)[:, None]
+    fit_windows(weight, None)
+    power = weight.square().mean(1)
+    assert len(seen) == 12
+    for column, (values, weights) in enumerate(seen):
+        torch.testing.assert_close(weights[:21], power / power.mean(), rtol=2e-3, atol=0)
+        torch.testing.assert_close(values[:21], weight[:, column] / power.sqrt(), rtol=2e-3, atol=1e-5)
+        assert not values[21:].any() and not weights[21:].any()
 
 
 def test_groups_have_their_own_inputs() -> None:
@@ -147,6 +175,21 @@ def test_dampings_that_are_tried_together_are_those_tried_alone() -> None:
         own = alone.encoded(is_ring=False)
         expected = _loss(weight, alone.decoded(own) * alone.solved_scale(own)[:, None], grams)
         assert _loss(weight, decoded[i] * scale[i, :, None], grams) == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("parts", [0, 1, 2])
+def test_without_inputs_that_judge_the_damping_is_a_middle_one(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    real = trellis_windows._Task.of
+
+    def watched(weight: Tensor, gram: Tensor, mask: Tensor, damping: float) -> Any:
+        seen.append(damping)
+        return real(weight, gram, mask, damping)
+
+    monkeypatch.setattr(trellis_windows._Task, "of", watched)
+    gram = _gram(24)
+    fit_windows(_random(32, 24), gram, **dict(list({"fitted": gram, "heldout": gram}.items())[:parts]))
+    assert seen == ([0.08] if parts < 2 else [0.03, 0.25, 0.03])
 
 
 def test_what_is_chosen_reaches_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import bgd_plugin as bgd
+from bgd_plugin.calibration import CollectedInputs
+from bgd_plugin.fitting import Skip
 from bgd_plugin.fitting import method_full_gram as full_gram
+from bgd_plugin.pq.blocks import Geometry
 from bgd_plugin.support.seeds import seeded
 from tests.fitting.literal import (
     close_to,
@@ -144,3 +148,39 @@ def test_inputs_whose_squares_overflow_name_the_layer() -> None:
     model, data = nn.Sequential(nn.Linear(12, 64)).eval(), [1e25 * x for x in vectors(2)]
     with pytest.raises(bgd.BGDError, match=r"layer '0': its inputs on the calibration data contain .* or overflow"):
         bgd.quantize(model, data, fit_config(), progress=False)
+
+
+@pytest.mark.parametrize("has_stream", [True, False])
+def test_positions_count_relative_to_their_sum_in_both_parts(has_stream: bool) -> None:
+    """In the rows that are fitted and in those that judge: by the stream plus the outputs, without the drift."""
+    torch.manual_seed(0)
+    theirs, stream, drift = ([torch.randn(20, 6) for _ in range(5)] for _ in range(3))
+    mine = [x + 0.1 * torch.randn(20, 6) for x in theirs]
+    stream = [x * torch.logspace(-1, 2, 20)[:, None] for x in stream]
+    weight, gain = torch.randn(6, 6), torch.tensor([1.0, 2.0, 0.5, -1.0, 1.0, 3.0])
+    layer: Any = SimpleNamespace(block_size=2)
+    inputs = CollectedInputs("a", *([[(x, Geometry.linear())] for x in values] for values in (mine, theirs)))
+    context = full_gram.LayerContext(
+        layer=layer,
+        weight=weight,
+        inputs=inputs,
+        has_batchnorm=False,
+        has_bias=False,
+        config=bgd.BGDConfig(),
+        skip=Skip(drift=drift.__getitem__, gain=gain, stream=stream.__getitem__ if has_stream else None),
+    )
+    found = full_gram.FULL.collect(context, torch.Generator().manual_seed(0))
+    x, outputs = torch.cat(mine).double(), torch.cat(theirs).double() @ weight.double().T
+    energy = torch.stack([(s + t @ weight.T).double().square().mean(1) for s, t in zip(stream, theirs, strict=True)])
+    level = energy.median(1, keepdim=True).values
+    counts = 1 / (energy + level)
+    counts = (counts / counts.mean(1, keepdim=True)).flatten() if has_stream else torch.ones(100).double()
+    wanted = outputs + torch.cat(drift).double() * (gain / (gain.square() + 0.01 * gain.square().mean())).double()
+    for moments, rows in ((found.fitted, slice(80)), (found.heldout, slice(80, None))):
+        w = counts[rows, None] / counts[rows].sum()
+        close_to(moments.gram, (x[rows].T @ (w * x[rows]))[None])
+        close_to(moments.cross, (x[rows].T @ (w * wanted[rows]))[None])
+        close_to(moments.mean, (w * x[rows]).sum(0)[None])
+        close_to(moments.output_mean, (w * wanted[rows]).sum(0)[None])
+    assert found.share == pytest.approx(float(counts[:80].sum() / counts.sum()))
+    assert found.rows == pytest.approx(100)
