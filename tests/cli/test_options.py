@@ -47,6 +47,10 @@ def test_options_become_settings(tmp_path: Path) -> None:
     assert paper.linear == bgd.LayerConfig(block_size=4, codebook_size=1024)
     assert paper.pointwise_conv == bgd.LayerConfig(block_size=8)
     assert paper.overrides == (("fc", None), ("layer4.*", bgd.LayerConfig(block_size=18)))
+    trellis = settings_from(Regime.default, None, ["fc=trellis"], None, None)
+    assert trellis.overrides == (("fc", bgd.LayerConfig(codes="trellis")),)
+    (tmp_path / "b.json").write_text(trellis.to_json())
+    assert settings_from(Regime.default, tmp_path / "b.json", None, None, None) == trellis
     assert with_distillation(paper, 7, True).distillation == bgd.DistillationConfig(steps=7)
     assert with_distillation(paper, 7, False).distillation is None
     assert with_finetuning(paper, None, True, 10).finetuning == bgd.FinetuningConfig(steps=90, trained="codebooks")
