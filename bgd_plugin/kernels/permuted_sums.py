@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import cache
 from typing import Any
 
@@ -69,28 +70,28 @@ def _columns_of_codes(builder: Any, a: dict[str, Any], row: Any, start: Any) -> 
     from llvmlite import ir
 
     byte, whole = ir.IntType(8), ir.IntType(64)
-    kind = vector(_BYTES, byte)
-    quarters = CHUNK // _LANE
+    kind, quarters, parts = vector(_BYTES, byte), CHUNK // _LANE, whole(_VECTORS * CHUNK)
 
-    def address(place: int) -> Any:
-        return builder.gep(a["scratch"], [whole(place * _BYTES)], source_etype=byte)
+    def address(*places: Any) -> Any:
+        place = functools.reduce(builder.add, places)
+        return builder.gep(a["scratch"], [builder.mul(place, whole(_BYTES))], source_etype=byte)
 
-    for half in range(_VECTORS):
-        base, parts = half * CHUNK, _VECTORS * CHUNK
-        top = builder.add(row, whole(half * _BYTES))
-        corner = builder.gep(a["codes"], [builder.add(builder.mul(top, a["blocks"]), start)], source_etype=byte)
-        lanes = [builder.gep(corner, [builder.mul(a["blocks"], whole(_LANE * i))], source_etype=byte) for i in range(4)]
-        for i in range(_LANE):
+    with Loop(builder, whole(0), whole(_VECTORS)) as half:
+        top = builder.add(row, builder.mul(half.index, whole(_BYTES)))
+        with Loop(builder, whole(0), whole(_LANE)) as rows:
             found = []
-            for j, lane in enumerate(lanes):
-                found.append(builder.load(lane, typ=kind, align=1))
-                lanes[j] = builder.gep(lane, [a["blocks"]], source_etype=byte)
-            for quarter, value in enumerate(_quarters(builder, found)):
-                builder.store(value, address(parts + quarter * _LANE + i), align=1)
-        for quarter in range(quarters):
-            found = [builder.load(address(parts + quarter * _LANE + i), typ=kind, align=1) for i in range(_LANE)]
+            for lane in range(_BYTES // _LANE):
+                own = builder.add(builder.add(top, rows.index), whole(_LANE * lane))
+                place = builder.add(builder.mul(own, a["blocks"]), start)
+                found.append(builder.load(builder.gep(a["codes"], [place], source_etype=byte), typ=kind, align=1))
+            for i, value in enumerate(_quarters(builder, found)):
+                builder.store(value, address(parts, whole(i * _LANE), rows.index), align=1)
+        with Loop(builder, whole(0), whole(quarters)) as quarter:
+            first = builder.mul(quarter.index, whole(_LANE))
+            found = [builder.load(address(parts, first, whole(i)), typ=kind, align=1) for i in range(_LANE)]
+            base = builder.add(first, builder.mul(half.index, whole(CHUNK)))
             for i, value in enumerate(_transposed(builder, found)):
-                builder.store(value, address(base + quarter * _LANE + i), align=1)
+                builder.store(value, address(base, whole(i)), align=1)
 
 
 def _quarters(builder: Any, rows: list[Any]) -> list[Any]:
