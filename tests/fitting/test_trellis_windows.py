@@ -179,17 +179,17 @@ def test_dampings_that_are_tried_together_are_those_tried_alone() -> None:
 
 @pytest.mark.parametrize("parts", [0, 1, 2])
 def test_without_inputs_that_judge_the_damping_is_a_middle_one(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[float] = []
+    seen: list[list[float]] = []
     real = trellis_windows._Task.of
 
-    def watched(weight: Tensor, gram: Tensor, mask: Tensor, damping: float) -> Any:
-        seen.append(damping)
-        return real(weight, gram, mask, damping)
+    def watched(weight: Tensor, gram: Tensor, mask: Tensor, dampings: Any) -> Any:
+        seen.append(list(dampings))
+        return real(weight, gram, mask, dampings)
 
     monkeypatch.setattr(trellis_windows._Task, "of", watched)
     gram = _gram(24)
     fit_windows(_random(32, 24), gram, **dict(list({"fitted": gram, "heldout": gram}.items())[:parts]))
-    assert seen == ([0.08] if parts < 2 else [0.03, 0.25, 0.03])
+    assert seen == ([[0.08]] if parts < 2 else [[0.03, 0.25], [0.03]])
 
 
 def test_what_is_chosen_reaches_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:

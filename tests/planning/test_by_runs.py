@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Unreached(nn.Module):
 
 
 def test_what_counts_more_gets_more_bits() -> None:
-    result = bgd.quantize(randomized(Chain()), data(), bgd.BGDConfig(target_ratio=4), progress=False)
+    result = bgd.quantize(randomized(Chain()), data(), bgd.BGDConfig(target_ratio=4, rounds=1), progress=False)
     bits = {layer.name: layer.bits_per_weight for layer in result.report.layers}
     assert not any("weights alone" in note for note in result.report.notes)
     in_blocks = [bits.get(f"blocks.{n}.{name}", 32) for n in range(3) for name in ("a", "b", "c", "out")]
@@ -60,7 +61,7 @@ def test_what_counts_more_gets_more_bits() -> None:
 @pytest.mark.parametrize("ratio", [2.5, 3.0])
 def test_the_file_keeps_to_the_budget(build: type[nn.Module], ratio: float, tmp_path: Path) -> None:
     network = randomized(build())
-    result = bgd.quantize(network, data()[:1], bgd.BGDConfig(target_ratio=ratio), progress=False)
+    result = bgd.quantize(network, data()[:1], bgd.BGDConfig(target_ratio=ratio, rounds=1), progress=False)
     size = bgd.save(result.model, tmp_path / "n")
     assert size == result.report.compressed_bytes
     assert size * ratio <= result.report.original_bytes
@@ -77,7 +78,7 @@ def test_a_layer_out_of_reach_is_said_to_be_fitted_to_its_weight() -> None:
 
 
 def test_measuring_takes_a_few_runs_however_many_layers_there_are() -> None:
-    forwards = []
+    forwards, config = [], bgd.BGDConfig(linear=bgd.LayerConfig(block_size=8))  # fewer trials of sizes, which count too
     for depth in (3, 8):
         network = randomized(Chain(depth))
         batches = [batch.repeat(8, 1) for batch in data()]
@@ -85,7 +86,7 @@ def test_measuring_takes_a_few_runs_however_many_layers_there_are() -> None:
             for batch in batches:
                 network(batch)
         with Products() as counted:
-            bgd.plan(network, bgd.BGDConfig(target_ratio=2 if depth == 3 else 4), batches)
+            bgd.plan(network, dataclasses.replace(config, target_ratio=2 if depth == 3 else 4), batches, progress=False)
         forwards.append(counted.multiplications / once.multiplications)
     assert forwards[1] < 1.5 * forwards[0]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,9 @@ from bgd_plugin.planning.perturbation import perturbed
 from bgd_plugin.planning.sensitivity import measure_layers
 from tests.calibration.test_rerun import untraceable
 from tests.networks import randomized
+
+# One worker of pytest-xdist runs them, so that networks are quantized once.
+pytestmark = pytest.mark.xdist_group("embeddings")
 
 _WORDS, _WIDTH = 400, 24
 
@@ -44,6 +49,13 @@ def _network(*, traces: bool) -> tuple[nn.Module, list[Tensor]]:
     return model, [torch.randint(0, _WORDS, (16, 6)) for _ in range(4)]
 
 
+@functools.cache
+def _report(traces: bool, **fields: Any) -> bgd.results.Report:
+    """Of the network within a bound; several tests look at it."""
+    model, data = _network(traces=traces)
+    return bgd.quantize(model, data, bgd.BGDConfig(max_divergence=0.02, **fields), progress=False).report
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("traces", [True, False])
 def test_the_loss_is_that_of_the_network_with_other_rows(traces: bool) -> None:
@@ -70,9 +82,7 @@ def test_the_loss_is_that_of_the_network_with_other_rows(traces: bool) -> None:
 
 @pytest.mark.parametrize("traces", [True, False])
 def test_rows_that_hardly_count_take_fewer_bits(traces: bool) -> None:
-    model, data = _network(traces=traces)
-    config = bgd.BGDConfig(embedding=bgd.LayerConfig(), max_divergence=0.02)
-    report = bgd.quantize(model, data, config, progress=False).report
+    report = _report(traces, embedding=bgd.LayerConfig())
     bits = {layer.name: layer.bits_per_weight for layer in report.layers}
     assert bits["quiet"] < bits.get("loud", 16)
     assert "if only this layer is quantized" in next(layer.note for layer in report.layers if layer.name == "quiet")
@@ -81,13 +91,9 @@ def test_rows_that_hardly_count_take_fewer_bits(traces: bool) -> None:
 @pytest.mark.parametrize("traces", [True, False])
 def test_without_a_setting_a_table_takes_what_the_bound_leaves_it(traces: bool) -> None:
     """As with open sizes, and in a smaller file than with rows of 8 bits."""
-    model, data = _network(traces=traces)
-    report = bgd.quantize(model, data, bgd.BGDConfig(max_divergence=0.02), progress=False).report
-    asked = bgd.quantize(
-        model, data, bgd.BGDConfig(max_divergence=0.02, embedding=bgd.LayerConfig()), progress=False
-    ).report
+    report, asked = _report(traces), _report(traces, embedding=bgd.LayerConfig())
     assert report.layers == asked.layers and report.compressed_bytes == asked.compressed_bytes
-    float_ = bgd.quantize(model, data, bgd.BGDConfig(max_divergence=0.02, embedding=None), progress=False).report
+    float_ = _report(traces, embedding=None)
     assert report.compressed_bytes < float_.compressed_bytes
 
 
