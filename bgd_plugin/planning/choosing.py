@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from bgd_plugin.planning.budget import Budget
 from bgd_plugin.planning.measure import Measurements
 from bgd_plugin.planning.survey import Survey
 
-__all__ = ["choose_sizes", "energy_left", "realized_energy"]
+__all__ = ["choose_sizes", "energy_at", "energy_left", "realized_energy"]
 
 _TRIALS = 4
 _MADE_GOOD = 0.25
@@ -17,6 +18,7 @@ _MADE_GOOD = 0.25
 layers before it have lost."""
 _NEAR = 1.1
 """A trial that differs from what was expected by no more than this factor ends a search."""
+_TINY = 1e-30
 _FARTHEST = 32.0
 """Factor, at most, by which one pass corrects the energy."""
 
@@ -58,6 +60,24 @@ def choose_sizes(budget: Budget, measurements: Measurements, energy: float) -> S
             break
         survey = budget.spend(sensitivities, factor)
     return dataclasses.replace(survey, curve=budget.curve(sensitivities, factor))
+
+
+def energy_at(shown: Sequence[tuple[float, float]], divergence: float) -> float:
+    """The share of the errors' energy that is expected to be left where a choice comes to a divergence.
+
+    Fine codes may leave a far smaller share than coarse ones. Two passes show how it changes: their logarithms are
+    interpolated, and beyond both passes the nearer one's counts.
+
+    Args:
+        shown: pairs (measured divergence, energy realized), one for each pass so far, at least one.
+        divergence: to which the next choice is to come.
+    """
+    below = max((pair for pair in shown if pair[0] <= divergence), default=None)
+    above = min((pair for pair in shown if pair[0] >= divergence), default=None)
+    if below is None or above is None or not below[0] < above[0] or not below[0] > 0:
+        return min(shown, key=lambda pair: abs(math.log(max(pair[0], _TINY) / divergence)))[1]
+    share = math.log(divergence / below[0]) / math.log(above[0] / below[0])
+    return float(below[1] ** (1 - share) * above[1] ** share)
 
 
 def realized_energy(measurements: Measurements, survey: Survey, energy: float, divergence: float) -> float:

@@ -178,7 +178,13 @@ def quick_fit(blocks: Tensor, metrics: Tensor, codebook_size: int, *, generator:
 def quick_fits(
     blocks: Tensor, metrics: Tensor, codebook_sizes: Sequence[int], *, generator: torch.Generator
 ) -> dict[int, QuickFit]:
-    """Quick fits by codebook size; arguments as of `quick_fit`, with the sizes ascending."""
+    """Quick fits by codebook size.
+
+    Args:
+        blocks, metrics: as of `quick_fit`.
+        codebook_sizes: ascending.
+        generator: draws the initial codewords.
+    """
     return {size: quick_fit(blocks, metrics, size, generator=generator) for size in codebook_sizes}
 
 

@@ -14,8 +14,8 @@ from torch import fx, nn
 from bgd_plugin.calibration import Batch, Batches, Forward, take_aside_
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.graph import batchnorms_in_parts, copy_module, isolated_weights, untouched
-from bgd_plugin.planning.budget import Budget
-from bgd_plugin.planning.choosing import choose_sizes, energy_left, realized_energy
+from bgd_plugin.planning.budget import AIM, Budget
+from bgd_plugin.planning.choosing import choose_sizes, energy_at, energy_left, realized_energy
 from bgd_plugin.planning.measure import Measurements, measured
 from bgd_plugin.planning.survey import Survey
 from bgd_plugin.quantization.finish import restore_
@@ -51,6 +51,7 @@ class Task:
         aside: samples that judge the answers.
         measurements: of the layers whose sizes are chosen; None where none are.
         energy: share of the layers' errors that is expected to be left.
+        shown: the measured divergence of each pass, and the share that was left in it.
         fits: of the last pass, by layer name; the next one fits layers of other sizes only.
         log: the seconds of what is done once for all passes.
     """
@@ -68,6 +69,7 @@ class Task:
     aside: Sequence[Batch] = ()
     measurements: Measurements | None = None
     energy: float = 1.0
+    shown: list[tuple[float, float]] = field(default_factory=list)
     fits: Fits = field(default_factory=dict)
     log: Log = field(default_factory=Log)
 
@@ -102,7 +104,9 @@ class Task:
             if before is None or answers is None:
                 self.energy = energy_left(budget)
             else:
-                self.energy = realized_energy(self.measurements, before.survey, self.energy, answers.divergence)
+                left = realized_energy(self.measurements, before.survey, self.energy, answers.divergence)
+                self.shown.append((answers.divergence, left))
+                self.energy = energy_at(self.shown, AIM * self._limit)
             return choose_sizes(budget, self.measurements, self.energy)
 
     def _progress(self, number: int) -> Run:

@@ -16,7 +16,7 @@ import bgd_plugin as bgd
 from bgd_plugin.calibration import collect_batches
 from bgd_plugin.graph import front_end, set_modes
 from bgd_plugin.planning.budget import Budget
-from bgd_plugin.planning.choosing import choose_sizes, energy_left, realized_energy
+from bgd_plugin.planning.choosing import choose_sizes, energy_at, energy_left, realized_energy
 from bgd_plugin.planning.measure import Measurements, measured
 from bgd_plugin.planning.survey import Survey, surveyed
 from bgd_plugin.planning.types import CurvePoint
@@ -76,8 +76,8 @@ def test_energy_scales_the_errors() -> None:
     model, data = _confident()
     budget, measurements = _measurements(model, data, bgd.BGDConfig(max_divergence=0.05))
     survey = budget.spend(measurements.sensitivities, 1.0)
-    small = [measurements.joint(survey, energy) for energy in (1e-4, 2e-4)]
-    assert small[1] == pytest.approx(2 * small[0], rel=0.05)  # so small that nothing but the energy counts
+    small = [measurements.joint(survey, energy) for energy in (1.6e-3, 3.2e-3)]
+    assert small[1] == pytest.approx(2 * small[0], rel=0.05)  # small, and far above what rounding costs
 
 
 @pytest.mark.parametrize("true", [0.02, 0.25, 1.5])
@@ -235,3 +235,16 @@ def test_of_four_trials_the_nearest_is_taken() -> None:
     results = iter([0.05, 0.001, 0.025, 0.3])
     found, tried = _energy(lambda _: next(results), 0.02)
     assert len(tried) == 4 and found == tried[2]
+
+
+def test_the_energy_of_the_next_choice_lies_between_those_that_passes_have_shown() -> None:
+    """In logarithms, whatever the order of the passes; beyond both passes the nearer one's."""
+    shown = [(0.001, 0.01), (0.1, 0.16)]
+    for pairs in (shown, shown[::-1], [*shown, (0.5, 7.0)]):
+        assert energy_at(pairs, 0.01) == pytest.approx(0.04)
+        assert energy_at(pairs, 0.001) == 0.01
+        assert energy_at(pairs, 0.0001) == 0.01
+    assert energy_at(shown, 0.3) == 0.16
+    assert energy_at([(0.02, 0.3)], 0.01) == 0.3
+    assert energy_at([(0.0, 0.2)], 0.01) == 0.2
+    assert energy_at([(0.01, 0.2), (0.01, 0.4)], 0.01) in (0.2, 0.4)

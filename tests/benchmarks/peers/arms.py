@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import bgd_plugin as bgd
+from bgd_plugin.results import Report
 from tests.benchmarks.peers.build import Compressed, Quantizer, compress
 from tests.benchmarks.peers.frameworks import coremltools_palettes, quanto, torchao_codebook
 from tests.benchmarks.peers.grids import gptq, round_to_nearest
@@ -40,9 +41,18 @@ class Arm:
 def _library(config: bgd.BGDConfig) -> Callable[[Subject], Compressed]:
     def run(subject: Subject) -> Compressed:
         result = bgd.quantize(subject.model, subject.calibration, config, progress=False)
+        _say(result.report)
         return Compressed(model=result.model, bytes=result.report.compressed_bytes)
 
     return run
+
+
+def _say(report: Report) -> None:
+    """What the run says of itself: what it expected, what it measured, and the seconds of each step."""
+    expected = "" if report.expected_divergence is None else f"expected {report.expected_divergence:.3g}, "
+    seconds = ", ".join(f"{step} {spent:.0f}" for step, spent in report.seconds.items())
+    notes = "; ".join(note for note in report.notes if note.startswith(("bound", "budget")))
+    print(f"{expected}{report.answers}; {notes}; seconds by the clock: {seconds}", flush=True)
 
 
 def _peer(quantizer: Quantizer) -> Callable[[Subject], Compressed]:
@@ -67,7 +77,9 @@ _PAPER_SIZES = ((18, 8, 256), (9, 4, 256), (3, 2, 64), (3, 2, 256))
 
 
 def _arms() -> list[Arm]:
-    arms = [Arm(method=DEFAULT, setting="default", run=_library(bgd.BGDConfig(max_divergence=None)))]
+    arms = [Arm(method=DEFAULT, setting="default", run=_library(bgd.BGDConfig()))]
+    fixed = _library(bgd.BGDConfig(max_divergence=None))
+    arms.append(Arm(method=f"{DEFAULT}, sizes set", setting="max_divergence=None", run=fixed))
     for ratio in _BUDGETS:
         config = bgd.BGDConfig(target_ratio=ratio, freeze_norms=True)
         arms.append(Arm(method=DEFAULT, setting=f"target_ratio={ratio:g}", run=_library(config)))

@@ -128,7 +128,7 @@ def _curves(axis: Any, rows: Sequence[Row], field: str) -> None:
                 axis.plot(*zip(*points, strict=True), style, color=colours[method], label=name, markersize=6, **bold)
 
 
-_ALONE = {DEFAULT: "default sizes", "torchao codebook": "vectors", "coremltools": "vectors"}
+_ALONE = {DEFAULT: "default settings", "torchao codebook": "vectors", "coremltools": "vectors"}
 
 
 def _stands_alone(row: Row) -> bool:
