@@ -181,7 +181,8 @@ def quick_fits(
     """Quick fits by codebook size.
 
     Args:
-        blocks, metrics: as of `quick_fit`.
+        blocks: `[positions, rows, d]`.
+        metrics: `[positions, d, d]`.
         codebook_sizes: ascending.
         generator: draws the initial codewords.
     """

@@ -1,4 +1,8 @@
-"""MTCNN's three networks: the faces that the detector finds with a compressed one in the place of the float one."""
+"""MTCNN's three networks: the faces that the detector finds with a compressed one in the place of the float one.
+
+Run `python -m tests.benchmarks.default_faces` for what the measure itself bears: the faces in common where one network
+is in half precision, and where normally distributed noise is added to its weights, in units of their spread.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from torch import Tensor, nn
 from bgd_plugin.cli.demo import photos
 from bgd_plugin.cli.images import Preprocessing, labelled, opened
 
-__all__ = ["Detector", "cases"]
+__all__ = ["Detector", "cases", "noisy"]
 
 _NETS = "pnet", "rnet", "onet"
 _INPUTS = 512
@@ -117,3 +121,40 @@ def cases(options: argparse.Namespace) -> list[dict[str, Any]]:
         }
         for name in _NETS
     ]
+
+
+@torch.no_grad()
+def noisy(network: nn.Module, size: float, seed: int) -> nn.Module:
+    """A copy with noise in each weight, `size` times the weight's standard deviation."""
+    other = copy.deepcopy(network)
+    generator = torch.Generator().manual_seed(seed)
+    for weight in other.parameters():
+        if weight.ndim > 1:
+            weight += size * weight.std() * torch.randn(weight.shape, generator=generator)
+    return other
+
+
+def main() -> None:
+    """Print the faces in common, in percent."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("networks", nargs="*", default=_NETS)
+    parser.add_argument("--photos", type=Path, help="folder of images; else the demo's 20")
+    parser.add_argument("--split", type=int, default=0, help="seed of the photos' two halves")
+    parser.add_argument("--noise", type=float, nargs="+", default=[0.001, 0.003, 0.01])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    files = photos() if options.photos is None else [path for path, _ in labelled(options.photos)]
+    random.Random(options.split).shuffle(files)
+    detector = Detector(files[len(files) // 2 :])
+    print(f"{sum(map(len, detector.faces))} faces", flush=True)
+    for name in options.networks:
+        network = getattr(detector.float, name)
+        halved = copy.deepcopy(network).half().float()
+        print(f"{name}, half precision: {detector.kept(**{name: halved}):.1f}", flush=True)
+        for size in options.noise:
+            found = [detector.kept(**{name: noisy(network, size, seed)}) for seed in range(2)]
+            print(f"{name}, noise {size:g}: {' and '.join(f'{one:.1f}' for one in found)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
