@@ -16,6 +16,7 @@ torch.set_num_threads(1)
 __all__ = [
     "ConvOfItsOwn",
     "FunctionalNet",
+    "NormedBranch",
     "PlainNet",
     "SmallResNet",
     "TwiceNet",
@@ -56,6 +57,20 @@ class PlainNet(nn.Sequential):
 
     def __init__(self, classes: int = 5) -> None:
         super().__init__(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, classes))
+
+
+class NormedBranch(nn.Module):
+    """A branch that ends in a norm, beside a skip that runs before it, and a norm behind the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skip, self.branch = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1, bias=False)
+        self.norm, self.last = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.skip(x))
+        result: Tensor = self.last(x + self.norm(self.branch(x)))
+        return result
 
 
 class TwiceNet(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import bgd_plugin as bgd
 from bgd_plugin.correction import norms
 from bgd_plugin.correction.gain import Gain
-from tests.networks import SmallResNet, em, images, randomized
+from tests.networks import NormedBranch, SmallResNet, em, images, randomized
 
 
 class _NoGraph(SmallResNet):
@@ -56,19 +56,6 @@ def test_keep_leaves_the_statistics(build: Any) -> None:
     assert not any("batch norm" in note for note in result.report.notes)
 
 
-class _Block(nn.Module):
-    """A branch that ends in a norm, beside a skip that runs before it, and a norm behind the sum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.skip, self.branch = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1, bias=False)
-        self.norm, self.last = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.skip(x))
-        return self.last(x + self.norm(self.branch(x)))
-
-
 @pytest.mark.parametrize(("step", "has_skip"), [(0.5, True), (0.0, False)])
 def test_only_a_norm_whose_layer_was_fitted_to_the_skips_drift_is_corrected_to_it(
     step: float, has_skip: bool, monkeypatch: pytest.MonkeyPatch
@@ -82,7 +69,7 @@ def test_only_a_norm_whose_layer_was_fitted_to_the_skips_drift_is_corrected_to_i
     monkeypatch.setattr(norms, "correct_batchnorm_", watched)
     small = bgd.LayerConfig(block_size=1, codebook_size=4)
     config = bgd.BGDConfig(first_layer=small, pointwise_conv=small, asymmetric_step=step, max_divergence=None)
-    bgd.quantize(randomized(_Block()), images(), config, progress=False)
+    bgd.quantize(randomized(NormedBranch()), images(), config, progress=False)
     assert (skips["norm"] is not None) == has_skip
     assert skips["last"] is None
 

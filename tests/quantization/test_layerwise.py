@@ -17,7 +17,7 @@ from bgd_plugin.quantization import layerwise, leftovers
 from bgd_plugin.quantization.layerwise import _drifted_skip, _needs_reference
 from bgd_plugin.report.layer import LayerReport
 from bgd_plugin.support.log import Log
-from tests.networks import em, images, randomized, vectors
+from tests.networks import NormedBranch, em, images, randomized, vectors
 
 CONFIG = bgd.BGDConfig(max_divergence=None, kept_aside=0.0)
 
@@ -241,19 +241,6 @@ def test_depthwise_layers_that_were_refitted_are_told() -> None:
     assert not any("refitted" in note for note in kept.notes)
 
 
-class _Block(nn.Module):
-    """A branch that ends in a norm, beside a skip that runs before it, and a norm behind the sum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.skip, self.branch = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1, bias=False)
-        self.norm, self.last = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.skip(x))
-        return self.last(x + self.norm(self.branch(x)))  # type: ignore[no-any-return]
-
-
 def test_every_norm_is_corrected_and_knows_what_the_layer_before_it_made_good(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[tuple[str, Any]] = []
 
@@ -269,7 +256,7 @@ def test_every_norm_is_corrected_and_knows_what_the_layer_before_it_made_good(mo
     monkeypatch.setattr(layerwise, "NormCorrection", Watched)
     small = bgd.LayerConfig(block_size=1, codebook_size=4)
     config = dataclasses.replace(CONFIG, first_layer=small, pointwise_conv=small)
-    bgd.quantize(randomized(_Block()), images(), config, progress=False)
+    bgd.quantize(randomized(NormedBranch()), images(), config, progress=False)
     assert said == [
         ("remembered", None),
         ("remembered", ("norm", "tanh")),
