@@ -256,3 +256,11 @@ def test_statistics_that_the_norms_type_cannot_hold_are_an_error_that_names_it()
     norm: Any = nn.BatchNorm1d(2).half()
     with pytest.raises(CalibrationError, match=r"batch norm 'body\.norm'"):
         batchnorm._set_(norm, [torch.full((2,), 1e6, dtype=torch.float64), torch.ones(2)], "body.norm")
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_what_is_judged_is_the_norms_own_output(affine: bool) -> None:
+    norm: Any = randomized(nn.Sequential(nn.BatchNorm2d(3, eps=0.3, affine=affine)))[0]
+    x = torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(batchnorm._normalized(norm, x), norm(x))
+    torch.testing.assert_close(batchnorm._normalized(norm, x.half()), norm(x.half().float()))
