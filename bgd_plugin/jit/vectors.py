@@ -31,21 +31,28 @@ def zero(lanes: int) -> Any:
 
 
 def vector(lanes: int, kind: Any = None) -> Any:
-    """The type of a vector with this number of lanes, of float32 if no other type is given."""
+    """The type of a vector with this number of lanes, of float32 if `kind`, the type of a lane, is None."""
     from llvmlite import ir
 
     return ir.VectorType(kind or ir.FloatType(), lanes)
 
 
 def constant(kind: Any, lanes: int, value: float) -> Any:
-    """A vector of this type and number of lanes, all equal to `value`."""
+    """A vector of this number of lanes, all equal to `value`, of the type `kind`."""
     from llvmlite import ir
 
     return ir.Constant(vector(lanes, kind), [value] * lanes)
 
 
 def intrinsic(builder: Any, name: str, kind: Any, arguments: list[Any]) -> Any:
-    """Call one of LLVM's own functions, which returns this type; it is declared where it is not yet."""
+    """Call one of LLVM's own functions; it is declared where it is not yet.
+
+    Args:
+        builder: at the place of the call.
+        name: of the function.
+        kind: the type that it returns.
+        arguments: of the call, values.
+    """
     from llvmlite import ir
 
     declared = builder.module.globals.get(name)

@@ -28,12 +28,18 @@ _BOOK = GROUP * (CODEWORDS + 1)
 
 
 def scratch_floats(block_size: int) -> int:
-    """Number of float32 in the scratch of `tables_program`."""
+    """Number of float32 in the scratch of `tables_program`, for a `block_size`, the number of weights in a block."""
     return _BOOK + block_size * CODEWORDS
 
 
 def start_of_chunk(builder: Any, chunk: Any, blocks: Any) -> tuple[Any, Any]:
-    """A chunk's first block position, and how many of its positions an earlier chunk has: the last one overlaps."""
+    """A chunk's first block position, and how many of its positions an earlier chunk has: the last one overlaps.
+
+    Args:
+        builder: at the place where they are needed.
+        chunk: its index, a 64-bit integer.
+        blocks: number of block positions.
+    """
     from llvmlite import ir
 
     whole = ir.IntType(64)

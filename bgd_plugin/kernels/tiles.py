@@ -148,7 +148,15 @@ def convolve_by_tiles(
 
 
 def thread_memory(count: int, dtype: torch.dtype) -> Tensor:
-    """This thread's memory for a tile; it grows to the largest size requested."""
+    """This thread's memory for a tile; it grows to the largest size requested.
+
+    Args:
+        count: number of values.
+        dtype: of each.
+
+    Returns:
+        `[count]`, with the values that the last tile has left.
+    """
     size = count * dtype.itemsize
     held: Tensor | None = getattr(_scratch, "held", None)
     if held is None or held.numel() < size:
