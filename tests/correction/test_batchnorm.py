@@ -260,7 +260,12 @@ def test_statistics_that_the_norms_type_cannot_hold_are_an_error_that_names_it()
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_what_is_judged_is_the_norms_own_output(affine: bool) -> None:
-    norm: Any = randomized(nn.Sequential(nn.BatchNorm2d(3, eps=0.3, affine=affine)))[0]
+    norm: Any = nn.BatchNorm2d(3, eps=0.3, affine=affine).eval()
+    norm.running_mean.copy_(torch.tensor([0.5, -1.0, 2.0]))
+    norm.running_var.copy_(torch.tensor([0.1, 1.0, 4.0]))
+    if affine:
+        norm.weight.data.copy_(torch.tensor([2.0, -1.0, 0.5]))
+        norm.bias.data.copy_(torch.tensor([1.0, 0.0, -2.0]))
     x = torch.randn(4, 3, 5, 5)
     torch.testing.assert_close(batchnorm._normalized(norm, x), norm(x))
     torch.testing.assert_close(batchnorm._normalized(norm, x.half()), norm(x.half().float()))

@@ -48,6 +48,15 @@ def test_output_distance_is_the_literal_one() -> None:
     assert output_distance([(a, b)]) == pytest.approx(float(literal), rel=1e-5)
 
 
+def test_a_distance_is_exact_around_a_large_mean() -> None:
+    """Where sums in single precision would lose a percent of the variance."""
+    theirs = [300 + torch.randn(4000, 2) for _ in range(8)]
+    pairs = [(values + 0.125, values) for values in theirs]
+    b = torch.cat(theirs).double()
+    exact = len(b) * 2 * 0.125**2 / float((b - b.mean(0)).square().sum())
+    assert output_distance(pairs) == pytest.approx(exact, rel=1e-3)
+
+
 def test_of_several_gains_the_medians_are_told() -> None:
     gains = [Gain(before=b, after=a) for b, a in ((0.9, 0.5), (0.2, 0.1), (0.4, 0.01))]
     assert "median" in Gain.said(gains) and "40.00% → 10.00% of the variance" in Gain.said(gains)
