@@ -23,8 +23,8 @@ from bgd_plugin.calibration.spill import Extent, SpillFile
 
 __all__ = ["DEFAULT_BOUND_BYTES", "BatchStore", "Shelf", "give_back_memory", "memory_of"]
 
-DEFAULT_BOUND_BYTES = 1 << 30
-"""Default limit of the values held in memory: 1 GiB."""
+DEFAULT_BOUND_BYTES = 1 << 29
+"""Default limit of the values held in memory: 512 MiB."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -61,7 +61,7 @@ def quantize(
             the same arguments resumes there, and produces the same bytes as an uninterrupted one. With several
             processes only the first one reads and writes it.
         memory_bytes: limit for calibration data and the networks' values on it in memory; the rest is kept in a
-            temporary file. The result is the same. 1 GiB unless given; None: no limit.
+            temporary file. The result is the same. 512 MiB unless given; None: no limit.
         reproducible: compute on one thread with torch's deterministic algorithms, so that the file does not depend on
             the number of threads. Without it, the file is the same for the same number of threads.
         progress: show progress bars.
