@@ -142,3 +142,29 @@ def test_the_codebook_has_the_type_of_the_weight(dtype: torch.dtype, size: int) 
     first = LayerConfig(block_size=1 if size > 8 else 4, codebook_size=size)
     result = bgd.quantize(model, [x.to(dtype) for x in vectors()], fit_config(first_layer=first), progress=False)
     assert result.model.get_submodule("0").codebook.dtype == dtype
+
+
+def test_the_bias_of_an_exact_convolution_makes_good_the_shift_of_its_inputs() -> None:
+    """Weights of ±1 are exact; each input is half too large, so each output is by half the sum of its row."""
+    torch.manual_seed(0)
+    weight, theirs = torch.randn(6, 2, 3).sign(), [torch.randn(8, 2, 10) for _ in range(5)]
+    geometry = Geometry.of((3,), 1, 0, 1, 1)
+    inputs = CollectedInputs("a", *([[(x + shift, geometry)] for x in theirs] for shift in (0.5, 0.0)))
+    layer = PlannedLayer(
+        name="a",
+        target="a",
+        kind="conv1d",
+        family="conv",
+        weight_shape=(6, 2, 3),
+        block_size=1,
+        codebook_size=4,
+        calls=(),
+    )
+    context = LayerContext(
+        layer=layer, weight=weight, inputs=inputs, has_batchnorm=False, has_bias=True, config=BGDConfig()
+    )
+    generator = torch.Generator().manual_seed(0)
+    found = full_gram.FULL.solve(context, full_gram.FULL.collect(context, generator), generator)
+    assert torch.equal(found.decoded(weight.shape), weight)
+    assert found.bias_shift is not None
+    torch.testing.assert_close(found.bias_shift, -0.5 * weight.sum((1, 2)), rtol=1e-4, atol=1e-4)
