@@ -45,6 +45,15 @@ def test_codebooks_learn_if_their_weights_did(is_learnt: bool) -> None:
     assert student[2].bias.requires_grad and student[0].weight.requires_grad  # type: ignore[index,union-attr]
 
 
+def test_a_parameter_with_two_names_keeps_its_flag_under_both() -> None:
+    """Also where the compressed network has two parameters of it."""
+    model, student = _pair()
+    model[2].bias = model[0].bias  # type: ignore[index,union-attr]
+    model[0].bias.requires_grad_(False)  # type: ignore[index,operator,union-attr]
+    restore_(student, model, {})
+    assert not student[0].bias.requires_grad and not student[2].bias.requires_grad  # type: ignore[index,union-attr]
+
+
 def test_a_parameter_that_is_new_learns() -> None:
     model, student = _pair()
     student[1].extra = nn.Parameter(torch.ones(1), requires_grad=False)  # type: ignore[index]
