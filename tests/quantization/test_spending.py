@@ -219,3 +219,18 @@ def test_layers_that_share_a_codebook_get_the_same_new_one() -> None:
     for name in ("layer2", "layer3", "layer4", "layer5"):
         other: Any = network.get_submodule(name)
         assert other.codebook is before[name][0] and other.codes is before[name][1]
+
+
+def test_measuring_a_length_copies_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    survey, network = _survey(BUDGET, point=700, head=5000)
+    real, shares = spending.copy_module, list[bool]()
+
+    def watched(module: nn.Module, **settings: Any) -> Any:
+        copied = real(module, **settings)
+        pairs = zip(copied.parameters(), module.parameters(), strict=True)
+        shares.append(all(one.data_ptr() == other.data_ptr() for one, other in pairs))
+        return copied
+
+    monkeypatch.setattr(spending, "copy_module", watched)
+    spending._length(survey, network)
+    assert shares == [True]
