@@ -91,7 +91,7 @@ def _watch(monkeypatch: pytest.MonkeyPatch, **answers: Any) -> list[tuple[Any, .
 
 
 def test_sizes_are_chosen_by_what_the_pass_before_has_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = _watch(monkeypatch, energy_left=0.7, realized_energy=0.4, choose_sizes="survey")
+    calls = _watch(monkeypatch, energy_left=0.7, realized_energy=0.3, energy_at=0.4, choose_sizes="survey")
 
     @contextlib.contextmanager
     def prepared() -> Iterator[None]:
@@ -99,8 +99,8 @@ def test_sizes_are_chosen_by_what_the_pass_before_has_shown(monkeypatch: pytest.
         yield
         calls.append(("end",))
 
-    measurements = SimpleNamespace(prepared=prepared)
-    task = _task(measurements=measurements)
+    measurements = SimpleNamespace(prepared=prepared, scale=SimpleNamespace(tolerance=2.0))
+    task = _task(measurements=measurements, config=bgd.BGDConfig(max_divergence=0.02))
     before = SimpleNamespace(survey="before", report=SimpleNamespace(answers=SimpleNamespace(divergence=0.05)))
     assert task._chosen("budget", None) == task._chosen("budget", before) == "survey"
     assert calls == [
@@ -110,6 +110,7 @@ def test_sizes_are_chosen_by_what_the_pass_before_has_shown(monkeypatch: pytest.
         ("end",),
         ("begin",),
         ("realized_energy", measurements, "before", 0.7, 0.05),
+        ("energy_at", [(0.05, 0.3)], pytest.approx(one_pass.AIM * 0.04)),
         ("choose_sizes", "budget", measurements, 0.4),
         ("end",),
     ]
