@@ -46,7 +46,6 @@ _CODEBOOKS = tuple(2**bits for bits in range(4, 13))
 _MOST_BITS = 8  # for each weight; beyond that, float is no larger
 _SAMPLED_BLOCKS = 1 << 14
 """Blocks in a quick fit."""
-_LAWFUL_BLOCK = 8
 _MOST_LEVELS = 256
 _NARROW_ERROR = 1e-4
 """Relative squared error of normally distributed weights in 8 bits with a scale for each row."""
@@ -101,15 +100,12 @@ def codebook_sizes(weight_shape: Sequence[int], block_size: int) -> tuple[int, .
 def fitted_sizes(weight_shape: Sequence[int], block_size: int) -> tuple[int, ...]:
     """The codebook sizes for which a quick fit is run: 16 and 256, and the largest one of a small layer.
 
-    In blocks of eight weights and more the error follows the law `k^(-2/d)` closely: a fit at 16 is left out.
-
     Args:
         weight_shape, block_size: as in `codebook_sizes`.
     """
     sizes = codebook_sizes(weight_shape, block_size)
     blocks = math.prod(weight_shape) // block_size
-    fitted = [k for k in sizes if k in (16, 256) or (k == sizes[-1] and (blocks <= _SAMPLED_BLOCKS or k < 256))]
-    return tuple(fitted if block_size < _LAWFUL_BLOCK else (k for k in fitted if k > 16 or k == fitted[-1]))
+    return tuple(k for k in sizes if k in (16, 256) or (k == sizes[-1] and (blocks <= _SAMPLED_BLOCKS or k < 256)))
 
 
 def weight_sensitivity(weight: Tensor, generator: torch.Generator, codes: str = BLOCKS) -> Sensitivity:

@@ -18,6 +18,8 @@ _MADE_GOOD = 0.25
 layers before it have lost."""
 _NEAR = 1.1
 """A trial that differs from what was expected by no more than this factor ends a search."""
+_PATIENCE = 2
+"""Passes that may come out above what was asked for before the next ones expect worse than they have shown."""
 _TINY = 1e-30
 _FARTHEST = 32.0
 """Factor, at most, by which one pass corrects the energy."""
@@ -66,7 +68,8 @@ def energy_at(shown: Sequence[tuple[float, float]], divergence: float) -> float:
     """The share of the errors' energy that is expected to be left where a choice comes to a divergence.
 
     Fine codes may leave a far smaller share than coarse ones. Two passes show how it changes: their logarithms are
-    interpolated, and beyond both passes the nearer one's counts.
+    interpolated, and beyond both passes the nearer one's counts. Where three passes or more have all come out above
+    the divergence, the share counts more by the factor by which the nearest did, and again by it for each further pass.
 
     Args:
         shown: pairs (measured divergence, energy realized), one for each pass so far, at least one.
@@ -75,7 +78,9 @@ def energy_at(shown: Sequence[tuple[float, float]], divergence: float) -> float:
     below = max((pair for pair in shown if pair[0] <= divergence), default=None)
     above = min((pair for pair in shown if pair[0] >= divergence), default=None)
     if below is None or above is None or not below[0] < above[0] or not below[0] > 0:
-        return min(shown, key=lambda pair: abs(math.log(max(pair[0], _TINY) / divergence)))[1]
+        nearest, energy = min(shown, key=lambda pair: abs(math.log(max(pair[0], _TINY) / divergence)))
+        misses = max(0, len(shown) - _PATIENCE) if below is None else 0
+        return energy * (nearest / divergence) ** misses
     share = math.log(divergence / below[0]) / math.log(above[0] / below[0])
     return float(below[1] ** (1 - share) * above[1] ** share)
 

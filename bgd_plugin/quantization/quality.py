@@ -14,6 +14,8 @@ from bgd_plugin.report.report import Report
 __all__ = ["Pass", "within_bound"]
 
 _PASSES = 3
+_MOST_PASSES = 6
+"""Where no pass has kept the bound: each further one is more cautious."""
 _SLACK = 1.5, 2.0
 """A file whose divergence is this many times below the bound, after a pass, is larger than it need be."""
 
@@ -43,17 +45,21 @@ def within_bound(run: Callable[[int, Pass | None], Pass]) -> Pass:
             divergence corrects what is expected.
 
     Returns:
-        of at most three passes, the smallest file within the bound; if none is, the one nearest to it, and its report
-        says that the bound was missed. Where no sizes were chosen, the first pass's, as it is.
+        of three passes, or as many as six until one keeps the bound, the smallest file within it; if none is, the one
+        nearest to it, and its report says that the bound was missed. Where no sizes were chosen, the first pass's, as
+        it is.
     """
     results: list[Pass] = []
-    for number in range(_PASSES):
+    repeated = 0
+    for number in range(_MOST_PASSES):
         result = run(number, results[-1] if results else None)
         if result.report.expected_divergence is None:  # nothing was chosen
             return result
         results.append(result)
         is_enough = _is_good_enough(result.report, result.limit, _SLACK[min(number, len(_SLACK) - 1)])
-        if is_enough or any(_same_sizes(result.report, before.report) for before in results[:-1]):
+        repeated += any(_same_sizes(result.report, before.report) for before in results[:-1])
+        is_kept = any(_is_within(one) for one in results)
+        if is_enough or repeated > (0 if is_kept else 1) or (is_kept and number + 1 >= _PASSES):
             break
     return _best(results)
 
@@ -64,6 +70,12 @@ def _is_good_enough(report: Report, limit: float, slack: float) -> bool:
     if answers is None or not expected or not answers.divergence:
         return True
     return limit / slack <= answers.divergence <= limit
+
+
+def _is_within(result: Pass) -> bool:
+    """Whether a pass keeps the bound."""
+    answers = result.report.answers
+    return answers is None or answers.divergence <= result.limit
 
 
 def _same_sizes(one: Report, other: Report) -> bool:
@@ -80,7 +92,7 @@ def _best(results: list[Pass]) -> Pass:
         answers = result.report.answers
         return 0.0 if answers is None else answers.divergence
 
-    within = [result for result in results if divergence(result) <= bound]
+    within = [result for result in results if _is_within(result)]
     if within:
         best = min(
             reversed(within), key=lambda result: result.report.compressed_bytes

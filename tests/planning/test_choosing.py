@@ -243,8 +243,15 @@ def test_the_energy_of_the_next_choice_lies_between_those_that_passes_have_shown
     for pairs in (shown, shown[::-1], [*shown, (0.5, 7.0)]):
         assert energy_at(pairs, 0.01) == pytest.approx(0.04)
         assert energy_at(pairs, 0.001) == 0.01
-        assert energy_at(pairs, 0.0001) == 0.01
+    assert energy_at(shown, 0.0001) == 0.01
     assert energy_at(shown, 0.3) == 0.16
     assert energy_at([(0.02, 0.3)], 0.01) == 0.3
-    assert energy_at([(0.0, 0.2)], 0.01) == 0.2
     assert energy_at([(0.01, 0.2), (0.01, 0.4)], 0.01) in (0.2, 0.4)
+
+
+def test_where_passes_have_missed_again_and_again_more_is_expected_to_be_left() -> None:
+    shown = [(0.04, 0.2), (0.02, 0.3), (0.03, 0.4), (0.05, 0.1)]
+    found = [energy_at(shown[:count], 0.01) for count in (1, 2, 3, 4)]
+    assert found == pytest.approx([0.2, 0.3, 2 * 0.3, 4 * 0.3])
+    assert energy_at([*shown, (0.005, 0.35)], 0.01) < 0.35  # once one has come out below, it lies between two
+    assert energy_at([(0.0, 0.2)], 0.01) == 0.2
