@@ -7,7 +7,7 @@ of this package, because neural-compressor's own `load` supports only its own al
 from bgd_plugin_adapters.neural_compressor.algorithm import BGDQuantizer
 from bgd_plugin_adapters.neural_compressor.composition import install as _install_composition
 from bgd_plugin_adapters.neural_compressor.config import BGDConfig, get_default_bgd_config
-from bgd_plugin_adapters.neural_compressor.files import load
+from bgd_plugin_adapters.neural_compressor.loading import load
 from bgd_plugin_adapters.neural_compressor.model import QuantizedModel
 
 __all__ = ["BGDConfig", "BGDQuantizer", "QuantizedModel", "get_default_bgd_config", "load", "register"]

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from bgd_plugin import integration
 from bgd_plugin_adapters.neural_compressor.config import ALGORITHM
-from bgd_plugin_adapters.neural_compressor.files import save
+from bgd_plugin_adapters.neural_compressor.saving import save
 
 __all__ = ["QuantizedModel", "as_quantized_"]
 
@@ -66,7 +66,7 @@ class QuantizedModel(nn.Module):
 
     @property
     def save(self) -> Callable[..., None]:
-        """`save(checkpoint_dir)`: see `bgd_plugin_adapters.neural_compressor.files.save`."""
+        """`save(checkpoint_dir)`: see `bgd_plugin_adapters.neural_compressor.saving.save`."""
         return partial(save, self)
 
     @save.setter
