@@ -29,7 +29,7 @@ from bgd_plugin.planning.perturbation import Perturbation, bias_of, has_channel_
 from bgd_plugin.planning.window_error import window_error
 from bgd_plugin.pq.forms import TRELLIS
 from bgd_plugin.pq.full_gram import positions_as_groups
-from bgd_plugin.pq.rate import RateCurve, entropy_curve, quick_fits, sampled_positions
+from bgd_plugin.pq.rate import RateCurve, entropy_curve, quick_fit, quick_fits, sampled_positions
 from bgd_plugin.support.seeds import seeded
 
 __all__ = ["Measured", "measure_layers", "measure_sensitivities"]
@@ -220,7 +220,8 @@ def _measured(
         curves.append(RateCurve.of(d, fits))
         entropy = entropy_curve(*sample) if d == 1 else entropy
         if d == reference:
-            fit = fits[max(k for k in fits if k <= _REFERENCE_CODEBOOK)]
+            k = max(k for k in codebook_sizes(shape, d) if k <= _REFERENCE_CODEBOOK)
+            fit = quick_fit(*sample, k, generator=generator)
     error = Perturbation.of(facts, roughly_quantized(scaled, facts, fit.codebook) / facts.scale[..., None])
     size = max(fit.error, _TINY)
     with perturbed(walk.student, error):
