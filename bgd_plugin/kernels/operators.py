@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,7 +16,7 @@ from bgd_plugin.kernels.linear import lookup_linear
 from bgd_plugin.pq.blocks import decode
 from bgd_plugin.pq.masked import masked
 
-__all__ = ["pq_decode", "pq_linear", "run_decode", "run_linear"]
+__all__ = ["linear_gradients", "pq_decode", "pq_linear", "run_decode", "run_linear"]
 
 _HAS_TRITON = find_spec("triton") is not None
 
@@ -99,18 +100,34 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """The chain rule with the decoded weight."""
-    x, codebook, codes, mask = ctx.saved_tensors
+    _, codebook, codes, mask = ctx.saved_tensors
+    return linear_gradients(
+        ctx, gradient, lambda: _weight(codebook, codes, mask), lambda own: _to_codebook(own, codebook, codes)
+    )
+
+
+def linear_gradients(
+    ctx: Any, gradient: Tensor, weight: Callable[[], Tensor], to_table: Callable[[Tensor], Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The chain rule of a linear layer with the decoded weight: for x, table, codes, mask and bias.
+
+    Args:
+        ctx: holds x, table, codes and mask, and `has_bias`.
+        gradient: of the output, `[..., rows]`.
+        weight: decodes it, `[rows, columns]`, zero where it is masked.
+        to_table: from the gradient of such a weight to that of the table it is decoded from.
+    """
+    x, _, _, mask = ctx.saved_tensors
     need = ctx.needs_input_grad
-    to_x = to_codebook = to_bias = None
+    to_x = to_own = to_bias = None
     rows = gradient.reshape(-1, gradient.shape[-1])
     if need[0]:
-        to_x = gradient @ _weight(codebook, codes, mask)
+        to_x = gradient @ weight()
     if need[1]:
-        to_codebook = _to_codebook(masked(rows.mT @ x.reshape(-1, x.shape[-1]), mask), codebook, codes)
+        to_own = to_table(masked(rows.mT @ x.reshape(-1, x.shape[-1]), mask))
     if need[4] and ctx.has_bias:
         to_bias = rows.sum(0)
-    return to_x, to_codebook, None, None, to_bias
+    return to_x, to_own, None, None, to_bias
 
 
 pq_linear.register_autograd(_backward, setup_context=_setup)

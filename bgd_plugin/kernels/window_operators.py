@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.jit.llvm import AVAILABLE
+from bgd_plugin.kernels.operators import linear_gradients
 from bgd_plugin.kernels.plain import linear_by_tiles
 from bgd_plugin.kernels.window_decoding import decode_window_rows
 from bgd_plugin.kernels.window_linear import lookup_windows
@@ -88,18 +89,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """The chain rule with the decoded weight."""
-    x, scale, codes, mask = ctx.saved_tensors
-    need = ctx.needs_input_grad
-    to_x = to_scale = to_bias = None
-    rows = gradient.reshape(-1, gradient.shape[-1])
-    if need[0]:
-        to_x = gradient @ masked(window_decode(scale, codes), mask)
-    if need[1]:
-        to_scale = _to_scale(masked(rows.mT @ x.reshape(-1, x.shape[-1]), mask), scale, codes)
-    if need[4] and ctx.has_bias:
-        to_bias = rows.sum(0)
-    return to_x, to_scale, None, None, to_bias
+    _, scale, codes, mask = ctx.saved_tensors
+    return linear_gradients(
+        ctx,
+        gradient,
+        lambda: masked(window_decode(scale, codes), mask),
+        lambda own: _to_scale(own, scale, codes),
+    )
 
 
 window_linear.register_autograd(_backward, setup_context=_setup)

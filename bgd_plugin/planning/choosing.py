@@ -80,7 +80,7 @@ def energy_at(shown: Sequence[tuple[float, float]], divergence: float) -> float:
     if below is None or above is None or not below[0] < above[0] or not below[0] > 0:
         nearest, energy = min(shown, key=lambda pair: abs(math.log(max(pair[0], _TINY) / divergence)))
         misses = max(0, len(shown) - _PATIENCE) if below is None else 0
-        return energy * (nearest / divergence) ** misses
+        return energy * min(nearest / divergence, _FARTHEST) ** misses
     share = math.log(divergence / below[0]) / math.log(above[0] / below[0])
     return float(below[1] ** (1 - share) * above[1] ** share)
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 from bgd_plugin.kernels.window_operators import window_decode, window_linear
 from bgd_plugin.pq.masked import masked
 from bgd_plugin.pq.windows import decode_windows
+from tests.kernels.test_operators import assert_compiled_in_inference_only
 from tests.kernels.window_layers import scale_and_codes, window_layer
 
 
@@ -48,23 +49,7 @@ def test_their_gradients_are_those_of_the_plain_path(has_mask: bool, has_bias: b
 
 
 def test_compiled_networks_hold_them_in_inference_only() -> None:
-    """One graph, without a break; where gradients are needed it holds torch's operators."""
-    layer = window_layer(nn.Linear(32, 24)).train()
-    targets: list[str] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        targets.extend(str(node.target) for node in graph.graph.nodes)
-        return graph.forward
-
-    x = torch.randn(2, 32)
-    compiled: Any = torch.compile(layer, backend=backend, fullgraph=True)
-    with torch.no_grad():
-        assert torch.allclose(compiled(x), layer(x), atol=1e-5)
-    assert any("bgd_plugin.window_" in target for target in targets)
-    targets.clear()
-    compiled(x).sum().backward()
-    assert layer.codebook.grad is not None
-    assert not any("bgd_plugin.window_" in target for target in targets)
+    assert_compiled_in_inference_only(window_layer(nn.Linear(32, 24)).train(), "bgd_plugin.window_")
 
 
 def test_without_llvmlite_the_plain_path_remains() -> None:

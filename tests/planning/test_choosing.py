@@ -253,5 +253,6 @@ def test_where_passes_have_missed_again_and_again_more_is_expected_to_be_left() 
     shown = [(0.04, 0.2), (0.02, 0.3), (0.03, 0.4), (0.05, 0.1)]
     found = [energy_at(shown[:count], 0.01) for count in (1, 2, 3, 4)]
     assert found == pytest.approx([0.2, 0.3, 2 * 0.3, 4 * 0.3])
+    assert math.isfinite(energy_at([(math.inf, 0.25)] * 5, 0.01))  # answers that are no numbers
     assert energy_at([*shown, (0.005, 0.35)], 0.01) < 0.35  # once one has come out below, it lies between two
     assert energy_at([(0.0, 0.2)], 0.01) == 0.2

@@ -22,6 +22,7 @@ from bgd_plugin.pq.windows import (
     padded_rows,
     window_table,
 )
+from tests.kernels.window_layers import literal_weight
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,24 +36,10 @@ def _scale(rows: int) -> Tensor:
     return torch.rand(rows, generator=torch.Generator().manual_seed(1)) + 0.5
 
 
-def _literal(scale: Tensor, codes: Tensor) -> Tensor:
-    """Weight by weight: two bits a row, six of them in a window that runs around the column."""
-    rows, columns, table = len(scale), codes.shape[1], window_table()
-    weight = torch.empty(rows, columns)
-    for column in range(columns):
-        two_bits = [int(byte) >> shift & 3 for byte in codes[:, column] for shift in (6, 4, 2, 0)]
-        for row in range(rows):
-            state = 0
-            for back in range(5, -1, -1):
-                state = state * 4 + two_bits[(row - back) % len(two_bits)]
-            weight[row, column] = scale[row] * table[state]
-    return weight
-
-
 @pytest.mark.parametrize("rows", [16, 17, 18, 19, 40])
 def test_weights_are_decoded_as_the_definition_says(rows: int) -> None:
     scale, codes = _scale(rows), _codes(rows, 5)
-    assert torch.equal(decode_windows(scale, codes), _literal(scale, codes))
+    assert torch.equal(decode_windows(scale, codes), literal_weight(scale, codes))
 
 
 @pytest.mark.parametrize("rows", [16, 19, 40])
