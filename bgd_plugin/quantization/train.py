@@ -12,6 +12,7 @@ from torch import fx, nn
 from bgd_plugin.calibration import Batch, Forward, iterate_batches, logits_of
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.graph import copy_module, set_modes
+from bgd_plugin.planning.lean import coarse_weights
 from bgd_plugin.quantization.job import Job
 from bgd_plugin.support.processes import is_first, synchronize_
 from bgd_plugin.support.steps import Steps
@@ -88,7 +89,10 @@ def _along_graph(job: Job) -> Reconstruction:
     assert isinstance(job.student, fx.GraphModule) and isinstance(job.reference, fx.GraphModule)
     assert job.config.reconstruction
     generator, steps = functools.partial(_generator, job), functools.partial(_steps, job)
-    return reconstruct_(job.student, job.reference, job.batches, job.config.reconstruction, generator, steps)
+    fixed = coarse_weights(job.survey)
+    return reconstruct_(
+        job.student, job.reference, job.batches, job.config.reconstruction, generator, steps, fixed=fixed
+    )
 
 
 def _by_runs(job: Job) -> Reconstruction:
@@ -124,5 +128,13 @@ def _finetune(job: Job, calibration: Iterable[Any], forward: Forward | None) -> 
     with job.log.timed("finetune"):
         data = Epochs(epoch, can_skip=set_epoch is not None or isinstance(calibration, (list, tuple)))
         steps = job.run.steps("finetuning", job.bar.update)
-        first, last = finetune_(job.student, job.teacher, data, job.batches.given, job.config.finetuning, steps)
+        first, last = finetune_(
+            job.student,
+            job.teacher,
+            data,
+            job.batches.given,
+            job.config.finetuning,
+            steps,
+            fixed=coarse_weights(job.survey),  # small integers: a gradient step would take them off their grid
+        )
     job.log.note(f"finetuning: loss {first:.4g} → {last:.4g}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from bgd_plugin.training.adam import relative_adam
 from bgd_plugin.training.loss import codebooks, kl_to_teacher, mean_gradients_
 from bgd_plugin.training.mixing import mixed
 from bgd_plugin.training.outputs import outputs_to_teacher
+from bgd_plugin.training.own import own_parameters_
 
 __all__ = ["Epochs", "finetune_", "total_steps"]
 
@@ -88,16 +89,20 @@ def finetune_(
     batches_per_epoch: int,
     config: FinetuningConfig,
     steps: Steps | None = None,
+    *,
+    fixed: Collection[str] = (),
 ) -> tuple[float, float]:
     """Train the student to match the teacher's logits (or `outputs`); codes stay fixed.
 
     Args:
-        student: with product-quantized modules; changed in place, left in evaluation mode.
+        student: with product-quantized modules; changed in place, left in evaluation mode. Its parameters become
+            copies: other networks may share the old tensors.
         teacher: in evaluation mode.
         data: the calibration data, iterated over repeatedly.
         batches_per_epoch: number of batches in one pass over the data.
         config: the settings.
         steps: saves and reports progress.
+        fixed: names of parameters that are not trained.
 
     Returns:
         the mean loss over the first and over the last tenth of the steps.
@@ -108,6 +113,7 @@ def finetune_(
     **Source**: arXiv 1907.05686, section 3.3, "global finetuning", for `trained="codebooks"`.
     """
     total = largest(total_steps(config, batches_per_epoch))
+    own_parameters_(student)
     layers = codebooks(student.modules())
     is_papers = config.trained == "codebooks"
     student.eval()
@@ -115,7 +121,7 @@ def finetune_(
         optimizer, schedule = _papers_optimizer(layers, config, total)
         _batchnorms_train(student)
     else:
-        optimizer, schedule = relative_adam(_trainable(student), config.rate, total)
+        optimizer, schedule = relative_adam(_trainable(student, fixed), config.rate, total)
     zeros = [] if is_papers else _zeros(student, layers)
     losses: list[float] = []
     learner = parallel(student)
@@ -144,8 +150,10 @@ def finetune_(
     return sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
 
 
-def _trainable(student: nn.Module) -> list[nn.Parameter]:
-    parameters = [p for p in student.parameters() if p.is_floating_point()]
+def _trainable(student: nn.Module, fixed: Collection[str]) -> list[nn.Parameter]:
+    names = student.named_parameters(remove_duplicate=False)
+    left = {id(parameter) for name, parameter in names if name in fixed}
+    parameters = [p for p in student.parameters() if p.is_floating_point() and id(p) not in left]
     for parameter in parameters:
         parameter.requires_grad_(True)
     return parameters

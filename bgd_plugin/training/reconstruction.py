@@ -72,6 +72,8 @@ def reconstruct_(
     config: ReconstructionConfig,
     generator: Callable[[str], torch.Generator],
     steps: Callable[[int], Steps] = lambda number: Steps(),
+    *,
+    fixed: Collection[str] = (),
 ) -> Reconstruction:
     """Train every block of the student that has quantized layers, in order; codes stay fixed.
 
@@ -86,6 +88,7 @@ def reconstruct_(
         batches: calibration data.
         generator: returns the generator for a block, given its name.
         steps: returns the `Steps` that save and report a block's progress, given its number.
+        fixed: names of the student's parameters that are not trained.
 
     Raises:
         CalibrationError: the loss is not finite.
@@ -100,7 +103,7 @@ def reconstruct_(
         targets = _outputs(exact, theirs)
         if block.layers:
             chunks = [c for pair in zip(mine, targets, strict=True) for c in chunks_of(*pair, config.batch_size)]
-            training = BlockTraining(student, trained, chunks, is_last=block is blocks[-1])
+            training = BlockTraining(student, trained, chunks, is_last=block is blocks[-1], fixed=fixed)
             losses.append(training.run_(config, generator(block.layers[0]), steps(number)))
         if block is not blocks[-1]:
             mine, theirs = [Batch((value,)) for value in _outputs(trained, mine)], [Batch((t,)) for t in targets]
@@ -143,12 +146,14 @@ def chunks_of(inputs: Batch, target: Any, size: int) -> list[_Chunk]:
 class BlockTraining:
     """The training of one block on some of the samples, evaluated on the others."""
 
-    def __init__(self, student: nn.Module, block: nn.Module, chunks: list[_Chunk], *, is_last: bool) -> None:
+    def __init__(
+        self, student: nn.Module, block: nn.Module, chunks: list[_Chunk], *, is_last: bool, fixed: Collection[str] = ()
+    ) -> None:
         self._block, self._is_last = block, is_last
         self._heldout = chunks[::_HELDOUT][: len(chunks) // 2] or chunks
         aside = {id(chunk) for chunk in self._heldout}
         self._fitted = [chunk for chunk in chunks if id(chunk) not in aside] or chunks
-        self._owners = _owners(student, block)
+        self._owners = _owners(student, block, fixed)
 
     def run_(self, config: ReconstructionConfig, generator: torch.Generator, steps: Steps) -> tuple[float, float]:
         """Train the block; returns its loss on the held-out samples, before and after.
@@ -200,12 +205,13 @@ class BlockTraining:
         return error
 
 
-def _owners(student: nn.Module, block: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    """Every float parameter of a block, with all modules of the network that hold it, so that ties are preserved."""
+def _owners(student: nn.Module, block: nn.Module, fixed: Collection[str]) -> list[list[tuple[nn.Module, str]]]:
+    """Every parameter of a block that is trained, with all modules that hold it, so that ties are preserved."""
+    left = {id(p) for name, p in student.named_parameters(remove_duplicate=False) if name in fixed}
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in student.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 holders.setdefault(id(parameter), []).append((module, name))
-    wanted = {id(p): p for p in block.parameters() if p.is_floating_point()}
+    wanted = {id(p): p for p in block.parameters() if p.is_floating_point() and id(p) not in left}
     return [holders[key] for key in wanted if key in holders]

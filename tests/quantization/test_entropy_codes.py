@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import bgd_plugin as bgd
-from bgd_plugin import BGDConfig
+from bgd_plugin import BGDConfig, FinetuningConfig, ReconstructionConfig
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.files.inspection import inspected
 from bgd_plugin.files.save import read_file
@@ -139,6 +139,19 @@ def test_depthwise_weights_are_small_integers_and_norms_keep_half_precision(resu
     bgd.save(result.model, tmp_path / "net")
     others = {other["name"]: other["bytes"] for other in inspected(tmp_path / "net")["others"]}
     assert others["depthwise.weight"] <= 16 * 9 + 1
+
+
+@pytest.mark.parametrize(
+    "stage", [{"finetuning": FinetuningConfig(steps=2)}, {"reconstruction": ReconstructionConfig(steps=2)}]
+)
+def test_training_leaves_small_integers_as_they_are(stage: dict[str, Any], tmp_path: Path) -> None:
+    """Off their grid they would take two bytes each, and other layers would be made coarser to keep to the budget."""
+    found = bgd.quantize(_net(), DATA, dataclasses.replace(BUDGET, **stage), progress=False)
+    weight = found.model.depthwise.weight.detach()
+    assert torch.equal(16 * weight, (16 * weight).round()) and float(weight.abs().max()) <= 1
+    size = bgd.save(found.model, tmp_path / "net")
+    assert size <= found.report.original_bytes / 7
+    assert not any("fewer bytes" in note for note in found.report.notes)
 
 
 def test_a_stopped_run_ends_in_the_same_bytes(tmp_path: Path, result: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import bgd_plugin as bgd
 from bgd_plugin import BGDConfig, DistillationConfig, FinetuningConfig, ReconstructionConfig
 from bgd_plugin.calibration import Batch
+from bgd_plugin.planning.answers import compare_answers
+from bgd_plugin.quantization import one_pass
 from bgd_plugin.quantization import train as train_module
 from bgd_plugin.quantization.train import check_teacher, teacher_for, train
 from bgd_plugin.support.log import Log
-from tests.networks import PlainNet
+from tests.networks import PlainNet, SmallResNet, em, images, randomized
 
 CPU = torch.device("cpu")
 PLAIN = BGDConfig(max_divergence=None)
@@ -55,6 +58,7 @@ def _job(**fields: Any) -> Any:
         "config": TAUGHT[0],
         "batches": [Batch((torch.ones(2, 12),))],
         "log": Log(),
+        "survey": SimpleNamespace(config=PLAIN, network=model),
         "bar": SimpleNamespace(set_description=lambda _: None, update=lambda _: None, total=None),
     }
     return SimpleNamespace(**(parts | fields))
@@ -117,7 +121,9 @@ def test_finetuning_walks_the_data_from_epoch_one_on(has_epochs: bool, monkeypat
     given: dict[str, Any] = {}
     skips: list[bool] = []
 
-    def finetuned(student: Any, teacher: Any, walks: Any, count: int, config: Any, steps: Any) -> tuple[float, float]:
+    def finetuned(
+        student: Any, teacher: Any, walks: Any, count: int, config: Any, steps: Any, *, fixed: Any
+    ) -> tuple[float, float]:
         skips.append(walks.can_skip)
         if len(skips) == 1:
             given.update(count=count, batches=[batch.size for batch in walks.epoch(2)])
@@ -135,3 +141,35 @@ def test_finetuning_walks_the_data_from_epoch_one_on(has_epochs: bool, monkeypat
         train_module._finetune(job, other, None)  # type: ignore[arg-type]
         assert skips[-1] == can_skip
     assert job.log.notes[0] == "finetuning: loss 2 → 1"
+
+
+@pytest.mark.parametrize("trained", ["all", "codebooks"])
+def test_finetuning_writes_to_nothing_that_others_share(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The float network judges the answers afterwards, and later passes start from it and from the fits."""
+    moved: list[str] = []
+
+    def watched(job: Any, *given: Any) -> None:
+        def held() -> dict[str, Tensor]:
+            fits = {f"fit {name}": fit.codebook for name, (_, fit) in job.run.fits.items()}
+            return {**job.reference.state_dict(), **fits}
+
+        before = {name: value.detach().clone() for name, value in held().items()}
+        train(job, *given)
+        moved.extend(name for name, value in held().items() if not torch.equal(value, before[name]))
+        assert job.run.fits
+
+    monkeypatch.setattr(one_pass, "train", watched)
+    config = em(finetuning=FinetuningConfig(steps=2, trained=trained))
+    bgd.quantize(randomized(SmallResNet()), images(), config, progress=False)
+    assert moved == []
+
+
+def test_answers_after_finetuning_are_compared_with_the_float_networks() -> None:
+    model, data = randomized(SmallResNet()), images(5)
+    config = em(finetuning=FinetuningConfig(steps=20, learning_rate=0.02))
+    result = bgd.quantize(model, data, config, progress=False)
+    batches = [Batch((x,)) for x in data]
+    expected = compare_answers(
+        lambda batch: batch.call(result.model), lambda batch: batch.call(model), batches, kept_aside=False
+    )
+    assert result.report.answers.divergence == pytest.approx(expected.divergence, rel=1e-4)
