@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from bgd_plugin.config import BGDConfig
+from bgd_plugin.config import BGDConfig, given_config
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.planning.survey import is_finished
 from bgd_plugin.quantization.quantize import quantize
@@ -30,7 +30,7 @@ class BGDPass(PassBase):
     def __init__(self, config: BGDConfig | None, calibration: Iterable[Any], **options: Any) -> None:
         """Take the arguments of `quantize`, all but the network."""
         super().__init__()
-        self.config = config or BGDConfig()
+        self.config = given_config(config)
         self.calibration = calibration
         self.options = options
         self.report: Report | None = None

@@ -17,6 +17,7 @@ pytest.importorskip("torchvision", reason="the benchmarks' networks are torchvis
 
 from tests.benchmarks.layer_error import layer_errors
 from tests.benchmarks.lite0 import Crops, arms
+from tests.benchmarks.peers import language_page
 from tests.benchmarks.peers.build import PackedWeight, compress
 from tests.benchmarks.peers.frameworks import hqq
 from tests.benchmarks.peers.grids import gptq, round_to_nearest
@@ -157,6 +158,34 @@ def test_a_peer_on_a_language_model_leaves_the_head_and_the_model_alone(
         assert not torch.equal(small.one.weight, model.one.weight)
         # codes of 2 bits, for each group of 32 a zero point of 2 bits and a scale of 16
         assert size == 2 * (64 * 96 * 2 + 64 * 96 // 32 * 18) // 8
+
+
+def test_gptq_by_activation_on_columns_of_unequal_size(stack: tuple[nn.Sequential, list[Tensor]]) -> None:
+    model, batches = stack
+    scale = torch.logspace(-1, 1, 64)[torch.randperm(64, generator=torch.Generator().manual_seed(0))]
+    model.one.weight = nn.Parameter(model.one.weight.detach() / scale)
+    batches = [batch * scale for batch in batches]
+    plain, own_bytes = compressed(model, batches, gptq(2), has_inputs=True)
+    ordered, size = compressed(model, batches, gptq(2, by_activation=True), has_inputs=True)
+    assert _lost(model, ordered, batches) < _lost(model, plain, batches)
+    assert size == own_bytes + 2 * (64 + 96)  # the order of each layer's columns
+
+
+def test_rows_on_a_language_model_replace_those_of_the_same_arm(tmp_path: Path) -> None:
+    row = {"arm": "RTN g32, 2 bits", "method": "RTN g32", "bits": 2.5625, "bytes": 5_000}
+    row |= {"perplexity": 1234.5, "cpu_seconds": 4.0}
+    path = tmp_path / "rows.json"
+    for one in (row, row | {"arm": "RTN g32, 3 bits", "bytes": 4_000}, row | {"perplexity": 99.0}):
+        language_page.keep(path, one)
+    rows = language_page.read(path)
+    assert [(one["arm"], one["perplexity"]) for one in rows] == [("RTN g32, 3 bits", 1234.5), ("RTN g32, 2 bits", 99.0)]
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- language: written by the command -->\nold\n<!-- end of language -->\nb\n")
+    language_page.write_page(rows, page)
+    assert "| RTN g32, 2 bits | 2.56 | 4.88 KiB | 5,000 | 99.00 | 4 |" in page.read_text()
+    assert "old" not in page.read_text() and page.read_text().startswith("a\n") and page.read_text().endswith("b\n")
+    language_page.plot(rows, tmp_path / "rows.png")
+    assert (tmp_path / "rows.png").stat().st_size > 1000
 
 
 def test_gptq_on_a_language_model_loses_less_than_rounding(stack: tuple[nn.Sequential, list[Tensor]]) -> None:

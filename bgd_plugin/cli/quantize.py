@@ -48,7 +48,7 @@ def quantize(
     memory: Annotated[
         float,
         typer.Option(min=1, help="MiB of calibration images and values kept in memory; the rest goes to disk"),
-    ] = 1024,
+    ] = 512,
     reproducible: Annotated[
         bool,
         typer.Option("--reproducible", help="compute on one thread: the file does not depend on the number of threads"),

@@ -1,5 +1,6 @@
 """Settings for the network, for a layer, and for each training stage: frozen, and validated on creation."""
 
+from bgd_plugin.config.given import given_config
 from bgd_plugin.config.layer import BLOCK_SIZES, CODEBOOK_SIZE, FAMILIES, MAX_CODEBOOK_SIZE, LayerConfig
 from bgd_plugin.config.network import DEFAULT_DIVERGENCE, BGDConfig
 from bgd_plugin.config.training import DistillationConfig, FinetuningConfig, ReconstructionConfig
@@ -15,4 +16,5 @@ __all__ = [
     "FinetuningConfig",
     "LayerConfig",
     "ReconstructionConfig",
+    "given_config",
 ]

@@ -136,6 +136,7 @@ class BGDConfig(ByKind):
         check(counts(self.em_iterations), f"em_iterations={self.em_iterations}: give at least 1")
         check_budget(self.target_bytes, self.target_ratio, self.max_divergence, DEFAULT_DIVERGENCE)
         check_codes(self.codes, has_budget=self.has_budget, preserve_zeros=self.preserve_zeros)
+        check(isinstance(self.seed, int), f"seed={self.seed!r}: give an integer")
         check_share("kept_aside", self.kept_aside, 0.5)
         for family in FAMILIES:
             value = getattr(self, family)

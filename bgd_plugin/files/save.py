@@ -76,8 +76,11 @@ def materialize(model: nn.Module) -> nn.Module:
 
     Returns:
         the copy, which has the same outputs and no codes.
+
+    Raises:
+        ConfigError: `model` is no network.
     """
-    return materialize_(copy_module(model))
+    return materialize_(copy_module(unwrapped(model)))
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

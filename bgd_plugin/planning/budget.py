@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tqdm import tqdm
+
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.graph import FoundLayer
 from bgd_plugin.planning.bound import fewest_bytes, loss_by_bytes
@@ -106,12 +108,15 @@ class Budget:
         """The layers whose sizes are to be chosen."""
         return tuple(found for found, planned in self.survey.chosen if planned.name in self.survey.free)
 
-    def spend(self, sensitivities: Mapping[str, Sensitivity] | None, realized: float = 1.0) -> Survey:
+    def spend(
+        self, sensitivities: Mapping[str, Sensitivity] | None, realized: float = 1.0, *, progress: bool = False
+    ) -> Survey:
         """Choose.
 
         Args:
             sensitivities: of the free layers; None: by their weights alone.
             realized: measured divergence over expected loss, where an earlier fit has shown it.
+            progress: show a progress bar while layers are rated by their weights.
 
         Returns:
             the survey with the layers as chosen. With a bound, and without sensitivities, the layers as they are.
@@ -122,7 +127,7 @@ class Budget:
         if self.target_bytes is None and not sensitivities:
             return self.survey.noted(_UNMEASURED)
         names = [layer.name for layer in self.open]
-        known = self._known(sensitivities or {})
+        known = self._known(sensitivities or {}, progress=progress)
         if self.target_bytes is not None:
             choice = self._within_bytes(known, self.target_bytes)
         else:
@@ -216,9 +221,9 @@ class Budget:
     def _fixed(self) -> int:
         return len(self.survey.chosen) - len(self.free)
 
-    def _known(self, measured: Mapping[str, Sensitivity]) -> dict[str, Sensitivity]:
+    def _known(self, measured: Mapping[str, Sensitivity], *, progress: bool = False) -> dict[str, Sensitivity]:
         """What was measured; a layer that could not be measured counts as one of the measured ones in the middle."""
-        others = self._by_weights(measured)
+        others = self._by_weights(measured, progress=progress)
         if others and measured:
             middle = statistics.median(one.per_error() for one in measured.values() if one.curves)
             others = {name: dataclasses.replace(one, losses=((1.0, middle),)) for name, one in others.items()}
@@ -260,13 +265,11 @@ class Budget:
         size = layer.weight.element_size()
         return layer.weight.numel() * (min(size, 2) if self.survey.config.float_storage == "float16" else size)
 
-    def _by_weights(self, measured: Mapping[str, Sensitivity]) -> dict[str, Sensitivity]:
-        seed = self.survey.config.seed
-        return {
-            layer.name: weight_sensitivity(layer.matrix, seeded(seed, layer.name, "budget"), self.survey.config.codes)
-            for layer in self.free
-            if layer.name not in measured
-        }
+    def _by_weights(self, measured: Mapping[str, Sensitivity], *, progress: bool) -> dict[str, Sensitivity]:
+        seed, codes = self.survey.config.seed, self.survey.config.codes
+        rest = [layer for layer in self.free if layer.name not in measured]
+        bar = tqdm(rest, disable=not progress, desc="estimate", unit="layer", dynamic_ncols=True)
+        return {x.name: weight_sensitivity(x.matrix, seeded(seed, x.name, "budget"), codes) for x in bar}
 
     def _notes(
         self, choice: Choice, sensitivities: Mapping[str, Sensitivity] | None, realized: float

@@ -9,7 +9,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from bgd_plugin.calibration import Batch, Forward, checked, collect_batches, take_aside_
-from bgd_plugin.config import BGDConfig
+from bgd_plugin.config import BGDConfig, given_config
 from bgd_plugin.files.same_tensor import state_bytes
 from bgd_plugin.graph import baked, find_layers, front_end, isolated, set_modes, unwrapped
 from bgd_plugin.planning.budget import Budget
@@ -41,7 +41,7 @@ def plan(
             measured: the plan has the sizes that `quantize` would choose, and the curve of bytes against expected
             divergence. That takes a fraction of the time of `quantize`.
         forward: as in `quantize`, for batches of any other form.
-        progress: show a progress bar while the layers are measured.
+        progress: show a progress bar while the layers are measured, or without data, estimated for a budget.
         original_bytes: as in `quantize`: the bytes of the network before earlier steps such as pruning.
 
     Returns:
@@ -51,7 +51,7 @@ def plan(
         ConfigError: a block size that does not divide a layer's row, a glob that matches nothing, no layer to quantize,
             or a budget that cannot be met.
     """
-    config = (config or BGDConfig()).decided(has_data=calibration is not None)
+    config = given_config(config).decided(has_data=calibration is not None)
     model = baked(unwrapped(model))
     front = front_end(model, share_tensors=True)
     survey = surveyed(front, config, original=model, original_bytes=original_bytes)
@@ -75,7 +75,7 @@ def plan(
         with measurements.prepared():
             survey = survey if budget is None else choose_sizes(budget, measurements, energy_left(budget))
     elif budget is not None:
-        survey = budget.spend(None)
+        survey = budget.spend(None, progress=progress)
     return Plan(
         layers=survey.layers,
         skipped=survey.skipped,

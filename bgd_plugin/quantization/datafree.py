@@ -10,8 +10,9 @@ import dataclasses
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from bgd_plugin.config import BGDConfig
+from bgd_plugin.config import BGDConfig, given_config
 from bgd_plugin.errors import ConfigError
 from bgd_plugin.files.content import measured_size
 from bgd_plugin.files.same_tensor import state_bytes
@@ -37,12 +38,13 @@ _NOTE = "quantized without data, each weight by itself; calibration data would m
 
 @isolated
 @torch.no_grad()
-def quantize_weights(model: nn.Module, config: BGDConfig | None = None) -> Quantized:
+def quantize_weights(model: nn.Module, config: BGDConfig | None = None, *, progress: bool = True) -> Quantized:
     """Compress a network without data.
 
     Args:
         model: the float network; never changed.
         config: what to quantize; settings of the fit (`method`, `rounds`, `batchnorm`) do not apply.
+        progress: show progress bars.
 
     Returns:
         the compressed network, of the class of `model`, and a report whose relative errors are those of the weights.
@@ -50,7 +52,7 @@ def quantize_weights(model: nn.Module, config: BGDConfig | None = None) -> Quant
     Raises:
         ConfigError: as `quantize`; or the settings ask for distillation or finetuning, which need data.
     """
-    config = (config or BGDConfig()).decided(has_data=False)
+    config = given_config(config).decided(has_data=False)
     wanted = [name for name in ("distillation", "reconstruction", "finetuning") if getattr(config, name) is not None]
     if wanted:
         raise ConfigError(f"{' and '.join(wanted)}: training needs data: use quantize, or set None")
@@ -62,9 +64,10 @@ def quantize_weights(model: nn.Module, config: BGDConfig | None = None) -> Quant
         survey = surveyed(Front(own=student, network=student, folded=folded), config, original=model)
         survey.require_some()
         if (budget := Budget.of(survey)) is not None:
-            survey = budget.spend(None)
+            survey = budget.spend(None, progress=progress)
         reports = []
-        for layer, planned in survey.chosen:
+        bar = tqdm(survey.chosen, disable=not progress, desc="quantize", unit="layer", dynamic_ncols=True)
+        for layer, planned in bar:
             matrix = layer.matrix.detach()
             fit = _fitted(matrix, planned, config)
             modules = install_(student, layer, fit.codebook, fit.codes, planned.kept(matrix), fit.form)
@@ -106,7 +109,7 @@ def quantize_module(module: nn.Module, config: BGDConfig | None = None, *, name:
         ConfigError: the module is already quantized, is not a convolution or linear layer, or stays float under these
             settings.
     """
-    config = config or BGDConfig()
+    config = given_config(config)
     holder = nn.Module()
     holder.add_module("layer", module)
     found, left = find_layers(holder)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from bgd_plugin.calibration import DEFAULT_BOUND_BYTES, Forward, collect_batches
-from bgd_plugin.config import BGDConfig
+from bgd_plugin.config import BGDConfig, given_config
 from bgd_plugin.graph import baked, isolated, unwrapped
 from bgd_plugin.kernels.switch import plain_layers
 from bgd_plugin.quantization.checks import check_arguments
@@ -74,7 +74,7 @@ def quantize(
     Raises:
         BGDError: one of its subclasses; the message names the layer, what was found, and what to do.
     """
-    config = (config or BGDConfig()).decided(has_data=True)
+    config = given_config(config).decided(has_data=True)
     model = baked(unwrapped(model))
     check_arguments(model, calibration, config, memory_bytes)
     first = prepared(model, config, original_bytes)

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
+from typer.main import get_command
 
 import bgd_plugin as bgd
+from bgd_plugin.calibration import DEFAULT_BOUND_BYTES
 from bgd_plugin.cli.app import app
 from tests.cli.common import NET, RUNNER, SMALL, fails
 
@@ -35,6 +37,11 @@ def test_codes_are_entropy_coded_on_demand(tmp_path: Path, flat: Path) -> None:
     assert done.exit_code == 0, done.stderr
     with safe_open(output, "pt") as opened:
         assert opened.metadata()["bgd_plugin"] == '{"format":3}'
+
+
+def test_the_command_holds_as_much_in_memory_as_the_function() -> None:
+    (option,) = (one for one in get_command(app).commands["quantize"].params if one.name == "memory")  # type: ignore[attr-defined]
+    assert option.default * 2**20 == DEFAULT_BOUND_BYTES
 
 
 def test_quantize_says_json_alone_on_stdout(tmp_path: Path, flat: Path) -> None:

@@ -101,6 +101,7 @@ def test_a_newer_version_asks_for_an_upgrade() -> None:
         (BGDConfig, {"method": "magic"}, "method='magic': give "),
         (BGDConfig, {"batchnorm": "none"}, "batchnorm='none': give 'matched', 'reestimate' or 'keep'"),
         (BGDConfig, {"em_iterations": 0}, "em_iterations=0: give at least 1"),
+        (BGDConfig, {"seed": "a"}, "seed='a': give an integer"),
         (BGDConfig, {"conv": 9}, "conv=9: give a LayerConfig, or None to keep these layers float"),
         (BGDConfig, {"overrides": ("fc",)}, "overrides: found 'fc', give pairs of a glob and a LayerConfig or None"),
         (BGDConfig, {"overrides": (("fc", 4),)}, "override 'fc': found 4, give a LayerConfig, or None"),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import bgd_plugin as bgd
 from bgd_plugin import LayerConfig
-from bgd_plugin.errors import CheckpointError
+from bgd_plugin.errors import CheckpointError, ConfigError
 from bgd_plugin.nn import PQModule
 from tests.networks import (
     FunctionalNet,
@@ -371,3 +371,11 @@ def test_a_module_that_asks_for_its_version_is_loaded(tmp_path: Path) -> None:
     found = bgd.quantize(_Versioned().eval(), vectors(), em(), progress=False).model
     bgd.save(found, tmp_path / "net")
     assert same_outputs(found, bgd.load(tmp_path / "net", like=_Versioned().eval()), vectors())
+
+
+@pytest.mark.parametrize(
+    "call", [bgd.materialize, lambda net: bgd.save(net, "a.safetensors")], ids=["materialize", "save"]
+)
+def test_what_is_no_network_is_refused(call: Callable[[Any], Any]) -> None:
+    with pytest.raises(ConfigError, match="the network is a dict: give a torch"):
+        call({"weight": torch.zeros(2)})

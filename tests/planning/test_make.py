@@ -270,3 +270,12 @@ def test_memory_is_that_of_the_compressed_network_with_a_shared_weight_once() ->
     plan = bgd.plan(model.eval(), em())
     assert [layer.name for layer in plan.layers] == ["1"]
     assert plan.memory_bytes == bgd.quantize_weights(model, em()).report.memory_bytes
+
+
+def test_a_budget_without_data_shows_progress_on_demand(capsys: pytest.CaptureFixture[str]) -> None:
+    model, config = SmallResNet(), BGDConfig(target_ratio=3)
+    loud = bgd.plan(model, config)
+    shown = capsys.readouterr().err
+    assert bgd.plan(model, config, progress=False).layers == loud.layers
+    assert shown.count("estimate: 100%") == 1 and "4/4" in shown
+    assert capsys.readouterr().err == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,16 @@ def test_a_budget_is_kept_and_said(tmp_path: Path) -> None:
     assert 0.9 < bgd.save(result.model, tmp_path / "net") * 6 / result.report.original_bytes <= 1
     assert any(note.startswith("budget: ") for note in result.report.notes)
     assert "without data" in result.report.notes[-1]
+
+
+def test_progress_of_the_choice_and_of_the_fit_is_shown_on_demand(capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    config = BGDConfig(target_ratio=6)
+    bgd.quantize_weights(model, config, progress=False)
+    assert capsys.readouterr().err == ""
+    bgd.quantize_weights(model, config)
+    shown = capsys.readouterr().err
+    assert re.search(r"estimate.* 2/2 .*quantize.* [12]/[12] ", shown, flags=re.DOTALL)
 
 
 def test_pruning_masks_are_baked_in() -> None:

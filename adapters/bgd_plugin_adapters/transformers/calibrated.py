@@ -60,7 +60,7 @@ def quantize_pretrained(
     written = config if isinstance(config, BGDQuantizationConfig) else BGDQuantizationConfig(config=config)
     settings = written.settings_for(model)
     if calibration is None:
-        result = bgd.quantize_weights(model, settings)
+        result = bgd.quantize_weights(model, settings, progress=options.get("progress", True))
     else:
         result = bgd.quantize(model, calibration, settings, **options)
     made: Any = result.model if type(result.model) is type(model) else integration.transplanted(model, result.model)

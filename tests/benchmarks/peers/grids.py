@@ -28,20 +28,25 @@ def round_to_nearest(bits: int) -> Quantizer:
     return quantize
 
 
-def gptq(bits: int) -> Quantizer:
+def gptq(bits: int, *, by_activation: bool = False) -> Quantizer:
     """The same grids, with the error of each column passed on to the columns still to come.
 
-    **Source**: Frantar et al., "GPTQ", arXiv 2210.17323, algorithm 1, columns in their own order.
+    **Source**: Frantar et al., "GPTQ", arXiv 2210.17323, algorithm 1.
+
+    Args:
+        bits: of a code.
+        by_activation: columns with the largest inputs first ("act-order"), groups in that order; else their own order.
     """
 
     def quantize(weight: Tensor, inputs: LayerInputs) -> PackedWeight:
-        rest = weight.flatten(1).float().clone()
-        upper = _inverse_factor(inputs, rest.shape[1])
-        groups = []
-        for start in range(0, rest.shape[1], GROUP):
-            stop = min(start + GROUP, rest.shape[1])
-            groups.append(_feed_back(rest[:, start:stop], upper[start:stop, start:], rest[:, stop:], bits))
-        return _packed(weight, groups, bits)
+        rows = weight.flatten(1).float()
+        gram = _gram(inputs, rows.shape[1])
+        if not by_activation:
+            return _packed(weight, _fed_back(rows, gram, bits), bits)
+        order = gram.diagonal().argsort(descending=True)
+        packed = _packed(rows, _fed_back(rows[:, order], gram[order][:, order], bits), bits)
+        decoded = packed.weight[:, order.argsort()].reshape(weight.shape)
+        return PackedWeight(weight=decoded, tensors={**packed.tensors, "order": order.to(torch.int16)})
 
     return quantize
 
@@ -61,6 +66,17 @@ def _on_grid(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> _Group:
     return (values / scale + zero).round().clamp(0, 2**bits - 1), scale, zero
 
 
+def _fed_back(weight: Tensor, gram: Tensor, bits: int) -> list[_Group]:
+    """All groups of a weight `[rows, columns]` in the order of its columns."""
+    rest = weight.clone()
+    upper = _inverse_factor(gram)
+    groups = []
+    for start in range(0, rest.shape[1], GROUP):
+        stop = min(start + GROUP, rest.shape[1])
+        groups.append(_feed_back(rest[:, start:stop], upper[start:stop, start:], rest[:, stop:], bits))
+    return groups
+
+
 def _feed_back(group: Tensor, upper: Tensor, later: Tensor, bits: int) -> _Group:
     """Codes of one group's columns; what they lose is taken up by `group`'s and `later`'s columns, in place."""
     scale, zero = _grid(group, bits)
@@ -75,14 +91,18 @@ def _feed_back(group: Tensor, upper: Tensor, later: Tensor, bits: int) -> _Group
     return codes, scale, zero
 
 
-def _inverse_factor(inputs: LayerInputs, columns: int) -> Tensor:
-    """U, upper triangular, with H⁻¹ = Uᵀ U, of the damped Gram H of the compressed network's inputs."""
+def _gram(inputs: LayerInputs, columns: int) -> Tensor:
+    """The damped Gram `[columns, columns]` of the compressed network's inputs, float64."""
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros(1, columns, columns, dtype=torch.float64)
     for piece in paired_pieces(inputs, max(_ROWS, _ROWS_PER_COLUMN * columns), generator):
         assert len(piece.student) == 1, "none of the layers here is a grouped convolution"
         total += piece.student.mT @ piece.student
-    gram = damped(total, _GPTQ_DAMPING)[0]
+    return damped(total, _GPTQ_DAMPING)[0]
+
+
+def _inverse_factor(gram: Tensor) -> Tensor:
+    """U, upper triangular, with H⁻¹ = Uᵀ U."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
     return torch.linalg.cholesky(inverse, upper=True).float()
 

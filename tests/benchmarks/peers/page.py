@@ -11,7 +11,7 @@ from typing import Any
 from bgd_plugin.support.tables import mib
 from tests.benchmarks.peers.arms import ARMS, DEFAULT
 
-__all__ = ["FOLDER", "merge", "plot", "plot_one", "read", "write_page"]
+__all__ = ["FOLDER", "between", "figure", "merge", "plot", "plot_one", "read", "write_page"]
 
 FOLDER = Path(__file__).resolve().parents[3] / "docs" / "benchmarks"
 _MARKS = ("<!-- table: written by the command -->", "<!-- end of the table -->")
@@ -61,16 +61,20 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def write_page(rows: Sequence[Row], page: Path) -> None:
     """Put the tables between the page's two marks."""
-    text = page.read_text(encoding="utf-8")
-    before, rest = text.split(_MARKS[0])
-    after = rest.split(_MARKS[1])[1]
-    page.write_text(f"{before}{_MARKS[0]}\n\n{markdown(rows)}\n\n{_MARKS[1]}{after}", encoding="utf-8")
+    page.write_text(between(page.read_text(encoding="utf-8"), _MARKS, markdown(rows)), encoding="utf-8")
+
+
+def between(text: str, marks: tuple[str, str], new: str) -> str:
+    """A page with what stands between two marks replaced."""
+    before, rest = text.split(marks[0])
+    after = rest.split(marks[1])[1]
+    return f"{before}{marks[0]}\n\n{new}\n\n{marks[1]}{after}"
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Accuracy, and divergence from the float network, against bytes: a column for each network."""
     subjects = _subjects(rows)
-    with _figure(path, 2, len(subjects), (7 * len(subjects), 9.5)) as axes:
+    with figure(path, 2, len(subjects), (7 * len(subjects), 9.5)) as axes:
         for column, (network, images) in enumerate(subjects):
             _panels(rows, network, axes[0, column], axes[1, column])
             axes[0, column].set_title(f"{network}\n{images}", fontsize=10)
@@ -78,14 +82,15 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 def plot_one(rows: Sequence[Row], network: str, path: Path) -> None:
     """The two panels of one network side by side, for the README."""
-    with _figure(path, 1, 2, (11, 4.2)) as axes:
+    with figure(path, 1, 2, (11, 4.2)) as axes:
         _panels(rows, network, axes[0, 0], axes[0, 1])
         axes[0, 0].set_title("Accuracy: higher is better", fontsize=11)
         axes[0, 1].set_title("Divergence from the float network: lower is better", fontsize=11)
 
 
 @contextmanager
-def _figure(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[Any]:
+def figure(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[Any]:
+    """Axes `[rows, columns]` of a figure that is written to `path` at the end; `size` in inches."""
     import matplotlib
 
     matplotlib.use("agg")
