@@ -10,9 +10,17 @@ from torch import Tensor
 
 from bgd_plugin.jit.llvm import Loop, compiled, define
 from bgd_plugin.jit.threads import share_rows
-from bgd_plugin.jit.vectors import load, splat, store
-from bgd_plugin.kernels.window_pairs import ROWS, over_columns, pair_table, ring_bases, valid_rows, window_values
-from bgd_plugin.pq.windows import VALUE_STEP
+from bgd_plugin.jit.vectors import splat, store
+from bgd_plugin.kernels.window_pairs import (
+    LANES,
+    ROWS,
+    over_columns,
+    pair_table,
+    ring_bases,
+    unit_of_row,
+    valid_rows,
+    window_scratch,
+)
 
 __all__ = ["decode_window_rows", "decode_window_rows_into", "look_ups"]
 
@@ -27,28 +35,28 @@ def look_ups(columns: int) -> int:
 
 @cache
 def _program() -> Any:
-    """`output[r, j] = scale[r] · VALUE_STEP · table[state of row r in column j]`, in float32.
+    """`output[r, j] = scale[r] · table[state of row r in column j]`, in float32.
 
     It takes the addresses of scale `[rows]`, pairs (`pair_table`), codes `[bytes, columns]` and output, of whose rows
     it writes those that are decoded, then `first`, `last` (rows of bytes), `rows`, `bytes`, `columns`.
     """
     pointers, numbers = ("scale", "pairs", "codes", "output"), ("first", "last", "rows", "bytes", "columns")
     module, builder, a = define("decode_windows", pointers, numbers)
+    a["scratch"] = window_scratch(builder)
     with Loop(builder, a["first"], a["last"]) as byte_rows:
         bases, rows = ring_bases(builder, a, byte_rows.index), valid_rows(builder, a, byte_rows.index)
-        scales = [load(builder, a["scale"], row, 1) for row in rows]
+        single = [unit_of_row(builder, a, row) for row in rows]
+        scales = {lanes: [splat(builder, scale, lanes) for scale in single] for lanes in (1, LANES)}
         places = [builder.mul(row, a["columns"]) for row in rows]
 
-        def step(column: Any, lanes: int, _: list[Any]) -> list[Any]:
-            values = [
-                value for pair in range(_PAIRS) for value in window_values(builder, a, bases, column, lanes, pair)
-            ]
-            for value, scale, place in reversed(list(zip(values, scales, places, strict=True))):
-                found = builder.fmul(value, splat(builder, scale, lanes))
-                store(builder, found, a["output"], builder.add(place, column))
+        def step(pair: int, column: Any, values: list[Any], _: list[Any]) -> list[Any]:
+            for i in (1, 0):  # rows beyond the last are written before it
+                scale = scales[values[i].type.count][2 * pair + i]
+                place = builder.add(places[2 * pair + i], column)
+                store(builder, builder.fmul(values[i], scale), a["output"], place)
             return []
 
-        over_columns(builder, a["columns"], step, lambda lanes: [])
+        over_columns(builder, a, bases, step, lambda lanes: [])
     builder.ret_void()
     return compiled(module)
 
@@ -63,14 +71,10 @@ def decode_window_rows_into(output: Tensor, scale: Tensor, codes: Tensor, first:
         first: index of the first row, a multiple of four.
     """
     single = output if output.dtype == torch.float32 else torch.empty_like(output, dtype=torch.float32)
-    (count, columns), scales, pairs = (
-        (len(output), codes.shape[1]),
-        scale.float().contiguous() / VALUE_STEP,
-        pair_table(),
-    )
-    program, bytes_before = _program(), first // ROWS
+    count, columns = len(output), codes.shape[1]
+    scales, program, bytes_before = scale.float().contiguous(), _program(), first // ROWS
     target = single.data_ptr() - first * columns * single.element_size()
-    addresses = scales.data_ptr(), pairs.data_ptr(), codes.data_ptr(), target
+    addresses = scales.data_ptr(), pair_table().data_ptr(), codes.data_ptr(), target
 
     def work(start: int, stop: int) -> None:
         program(*addresses, bytes_before + start, bytes_before + stop, first + count, len(codes), columns)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from bgd_plugin.jit.llvm import Loop, compiled, define, vector_registers
+from bgd_plugin.jit.llvm import Loop, compiled, define
 from bgd_plugin.jit.vectors import fma, load, masked, total, zero
-from bgd_plugin.kernels.window_pairs import over_columns, ring_bases, valid_rows, window_values
+from bgd_plugin.kernels.window_pairs import over_columns, ring_bases, unit_of_row, valid_rows, window_scratch
 
 __all__ = ["MOST_INPUTS", "window_dot_program"]
 
@@ -17,48 +17,37 @@ MOST_INPUTS = 8
 
 @cache
 def window_dot_program(inputs: int, has_mask: bool) -> Any:
-    """`output[i, r] = Σ_j input[i, j] · table[state of row r in column j]` times `VALUE_STEP`, in float32.
+    """`output[i, r] = scale[r] · Σ_j input[i, j] · table[state of row r in column j]`, in float32.
 
     Args:
         inputs: their number, at most `MOST_INPUTS`.
         has_mask: whether the layer has a mask.
 
-    The function takes the addresses of input `[inputs, columns]`, pairs (`window_pairs.pair_table`), codes
-    `[bytes, columns]`, mask (bytes `[rows, columns]`, if it has one) and output `[inputs, rows]`, then `first`, `last`
-    (rows of bytes), `rows`, `bytes`, `columns`.
+    The function takes the addresses of input `[inputs, columns]`, scale `[rows]`, pairs (`window_pairs.pair_table`),
+    codes `[bytes, columns]`, mask (bytes `[rows, columns]`, if it has one) and output `[inputs, rows]`, then `first`,
+    `last` (rows of bytes), `rows`, `bytes`, `columns`.
     """
-    pointers = ("input", "pairs", "codes", "mask", "output")
+    pointers = ("input", "scale", "pairs", "codes", "mask", "output")
     module, builder, a = define("window_dot", pointers, ("first", "last", "rows", "bytes", "columns"))
-    # Sums of four rows, or of two and then of the other two, as the registers hold.
-    passes = [(0, 1)] if 4 * inputs <= vector_registers() // 2 else [(1,), (0,)]
+    a["scratch"] = window_scratch(builder)
     with Loop(builder, a["first"], a["last"]) as byte_rows:
         bases, rows = ring_bases(builder, a, byte_rows.index), valid_rows(builder, a, byte_rows.index)
-        for pairs in passes:
-            own = [rows[2 * pair + i] for pair in pairs for i in range(2)]
-            _sum_rows(builder, a, bases, own, pairs, inputs, has_mask)
+        _sum_rows(builder, a, bases, rows, inputs, has_mask)
     builder.ret_void()
     return compiled(module)
 
 
-def _sum_rows(
-    builder: Any,
-    a: dict[str, Any],
-    bases: list[Any],
-    rows: list[Any],
-    pairs: tuple[int, ...],
-    inputs: int,
-    has_mask: bool,
-) -> None:
-    """The outputs of some rows of a byte, the last one first."""
+def _sum_rows(builder: Any, a: dict[str, Any], bases: list[Any], rows: list[Any], inputs: int, has_mask: bool) -> None:
+    """The outputs of the rows of a byte; the last one is written first."""
     from llvmlite import ir
 
     whole = ir.IntType(64)
     starts = [builder.mul(row, a["columns"]) for row in rows]
 
-    def step(column: Any, lanes: int, sums: list[Any]) -> list[Any]:
-        values = [value for pair in pairs for value in window_values(builder, a, bases, column, lanes, pair)]
+    def step(pair: int, column: Any, values: list[Any], sums: list[Any]) -> list[Any]:
+        lanes = values[0].type.count
         if has_mask:
-            places = [builder.add(start, column) for start in starts]
+            places = [builder.add(start, column) for start in starts[2 * pair : 2 * pair + 2]]
             values = [
                 masked(builder, a["mask"], place, value, lanes) for place, value in zip(places, values, strict=True)
             ]
@@ -66,13 +55,16 @@ def _sum_rows(
         for i in range(inputs):
             at = builder.add(builder.mul(a["columns"], whole(i)), column)
             x = load(builder, a["input"], at, lanes)
-            result += [fma(builder, x, value, sums[i * len(rows) + j]) for j, value in enumerate(values)]
+            result += [fma(builder, x, value, sums[2 * i + j]) for j, value in enumerate(values)]
         return result
 
-    ends = over_columns(builder, a["columns"], step, lambda lanes: [zero(lanes)] * (inputs * len(rows)))
+    ends = over_columns(builder, a, bases, step, lambda lanes: [zero(lanes)] * (2 * inputs))
     for j in reversed(range(len(rows))):
+        unit = builder.extract_element(unit_of_row(builder, a, rows[j]), ir.IntType(32)(0))
         for i in range(inputs):
-            parts = [total(builder, end[i * len(rows) + j], end[i * len(rows) + j].type.count) for end in ends]
+            sums = [end[2 * i + j % 2] for end in ends[j // 2]]
+            result = builder.fmul(builder.fadd(*[total(builder, value, value.type.count) for value in sums]), unit)
             place = builder.add(builder.mul(a["rows"], whole(i)), rows[j])
-            result = builder.fadd(*parts)
-            builder.store(result, builder.gep(a["output"], [place], source_etype=ir.FloatType()), align=4)
+            builder.store(
+                builder.fmul(result, unit), builder.gep(a["output"], [place], source_etype=ir.FloatType()), align=4
+            )

@@ -12,7 +12,6 @@ from bgd_plugin.kernels.tiles import TILE, tiles_by, whole_by
 from bgd_plugin.kernels.window_decoding import decode_window_rows_into, look_ups
 from bgd_plugin.kernels.window_dot import MOST_INPUTS, window_dot_program
 from bgd_plugin.kernels.window_pairs import pair_table
-from bgd_plugin.pq.windows import VALUE_STEP
 
 __all__ = ["WAYS", "decoded_window_tiles", "decoded_windows_whole", "lookup_windows"]
 
@@ -48,19 +47,19 @@ def lookup_windows(x: Tensor, scale: Tensor, codes: Tensor, mask: Tensor | None,
 
 def _by_dots(inputs: Tensor, scale: Tensor, codes: Tensor, mask: Tensor | None) -> Tensor:
     """All inputs at once; each code is read once."""
-    single, pairs = inputs.float(), pair_table()
+    single, scales = inputs.float(), scale.float().contiguous()
     (count, columns), rows = single.shape, len(scale)
     output = single.new_empty((count, rows))
     program = window_dot_program(count, mask is not None)
     kept = None if mask is None else mask.contiguous()
     masks = 0 if kept is None else kept.data_ptr()
-    addresses = single.data_ptr(), pairs.data_ptr(), codes.data_ptr(), masks, output.data_ptr()
+    fixed = scales.data_ptr(), pair_table().data_ptr(), codes.data_ptr(), masks
+    addresses = single.data_ptr(), *fixed, output.data_ptr()
 
     def work(first: int, last: int) -> None:
         program(*addresses, first, last, rows, len(codes), columns)
 
     share_rows(len(codes), look_ups(columns), work)
-    output *= scale.float() / VALUE_STEP
     return output if inputs.dtype == torch.float32 else output.to(inputs.dtype)
 
 

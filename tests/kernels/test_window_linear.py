@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -87,16 +88,24 @@ def test_each_way_is_what_the_decoded_weight_gives(case: tuple[Any, ...], way: s
         assert_close(WAYS[way](x, scale, codes, mask), exact(x, scale, codes, mask, None))
 
 
-@pytest.mark.parametrize("registers", [16, 32])
-def test_the_number_of_registers_changes_the_code_alone(registers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(window_dot, "vector_registers", lambda: registers)
-    scale, codes = scale_and_codes(23, 37)
-    mask = torch.rand(23, 37) > 0.5
+@pytest.mark.parametrize("columns", [1, 15, 16, 112, 127, 128, 129, 144, 255, 256, 257, 300])
+def test_columns_on_both_sides_of_a_chunk(columns: int) -> None:
+    scale, codes = scale_and_codes(22, columns)
+    assert torch.equal(decode_window_rows(scale, codes), decode_windows(scale, codes))
+    mask = torch.rand(22, columns) > 0.5
     for count in range(1, window_dot.MOST_INPUTS + 1):
-        x = torch.randn(count, 37)
-        program = window_dot.window_dot_program.__wrapped__(count, True)
-        monkeypatch.setattr(window_linear, "window_dot_program", lambda *_, made=program: made)
+        x = torch.randn(count, columns)
         assert_close(WAYS["dot"](x, scale, codes, mask), exact(x, scale, codes, mask, None))
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_inputs_that_are_no_numbers_reach_the_outputs_that_torch_says(bad: float) -> None:
+    scale, codes = scale_and_codes(22, 150)
+    x = torch.randn(2, 150)
+    x[1, 140] = bad
+    found, wanted = WAYS["dot"](x, scale, codes, None), x @ decode_windows(scale, codes).T
+    assert torch.equal(found.isnan(), wanted.isnan()) and torch.equal(found.isinf(), wanted.isinf())
+    assert_close(found[:1], wanted[:1])
 
 
 @pytest.mark.parametrize("way", sorted(WAYS))
