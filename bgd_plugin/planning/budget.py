@@ -44,7 +44,8 @@ _FINEST = (
     "bound: no choice of sizes keeps within it: only the layer that bears codes best is quantized; give a larger "
     "max_divergence, or a budget"
 )
-_FLOAT = "the budget has room for it in float"
+_ROOM = "the budget has room for it in float"
+_COSTLY = "codes would add too much error for the bytes they save"
 _NARROW = "8 bits for each weight, with a scale for each row, suit it better than codes"
 _BLIND = (
     "budget: estimated from the weights alone, without data; quantize() measures what each layer's error does to the "
@@ -140,7 +141,8 @@ class Budget:
                 "quantize; give a smaller file size"
             )
         free = {layer.name for layer in self.free}
-        left = {name: _NARROW if o.is_narrow else _FLOAT for o, name in pairs if o.layer is None and name in free}
+        why = _COSTLY if self.target_bytes is None else _ROOM
+        left = {name: _NARROW if o.is_narrow else why for o, name in pairs if o.layer is None and name in free}
         notes, storages = self._notes(choice, sensitivities, realized), self._storages(choice.options)
         expected = choice.loss * realized if sensitivities else None
         return self.survey.budgeted(chosen, left, notes, expected, storages)

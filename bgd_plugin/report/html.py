@@ -13,7 +13,7 @@ from pathlib import Path
 from bgd_plugin.planning.types import SkippedLayer
 from bgd_plugin.pq.forms import TRELLIS
 from bgd_plugin.report.layer import LayerReport
-from bgd_plugin.support.tables import mib
+from bgd_plugin.support.tables import mib, percent
 
 __all__ = ["bars", "cards", "details", "layer_sections", "page", "table", "write_page"]
 
@@ -138,7 +138,7 @@ def bars(layers: Sequence[LayerReport]) -> str:
         error = error_width * x.relative_error / worst
         codes = f"blocks of {x.block_size}, {x.looked_up_in} codewords" if x.codes != TRELLIS else "trellis codes"
         before, after = mib(_FLOAT_BYTES * x.weights), mib(x.compressed_bytes)
-        tip = f"{x.name}: {before} → {after}, {codes}, error {x.relative_error:.3%}"
+        tip = f"{x.name}: {before} → {after}, {codes}, error {percent(x.relative_error)}"
         parts.append(
             f"<g><title>{escape(tip)}</title>"
             f'<text x="{bytes_left - 10}" y="{y + 11}" text-anchor="end">{escape(_shortened(x.name))}</text>'
@@ -146,7 +146,7 @@ def bars(layers: Sequence[LayerReport]) -> str:
             f'<rect class="main" x="{bytes_left}" y="{y + 1}" width="{max(packed, 1):.1f}" height="13" rx="2"/>'
             f'<text class="soft" x="{bytes_left + max(full, packed) + 6:.1f}" y="{y + 11}">{size}</text>'
             f'<rect class="warm" x="{error_left}" y="{y + 1}" width="{max(error, 0.5):.1f}" height="13" rx="2"/>'
-            f'<text class="soft" x="{error_left + error + 6:.1f}" y="{y + 11}">{x.relative_error:.2%}</text></g>'
+            f'<text class="soft" x="{error_left + error + 6:.1f}" y="{y + 11}">{percent(x.relative_error)}</text></g>'
         )
     height = top + row * len(layers) + 4
     return (
@@ -162,7 +162,7 @@ def _layer_table(layers: Sequence[LayerReport]) -> str:
     header = ["layer", "kind", "weights", "block", "codebook", "bits/weight", "size", "error", "note"]
     rows = [
         [x.name, x.kind, f"{x.weights:,}", x.block_size, x.looked_up_in, f"{x.bits_per_weight:.2f}"]
-        + [mib(x.compressed_bytes), f"{x.relative_error:.3%}", "; ".join(filter(None, (x.note, x.advice)))]
+        + [mib(x.compressed_bytes), percent(x.relative_error), "; ".join(filter(None, (x.note, x.advice)))]
         for x in layers
     ]
     return table(header, rows, numbers=range(2, 8), wrap=8)

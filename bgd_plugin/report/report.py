@@ -14,7 +14,7 @@ from bgd_plugin.planning.answers import Answers
 from bgd_plugin.planning.types import CurvePoint, SkippedLayer, curve_chart
 from bgd_plugin.report.html import write_page
 from bgd_plugin.report.layer import LayerReport
-from bgd_plugin.support.tables import mib, table
+from bgd_plugin.support.tables import mib, percent, table
 
 __all__ = ["Quantized", "Report"]
 
@@ -96,7 +96,7 @@ class Report:
         header = ["layer", "kind", "block", "codebook", "bits/weight", "size", "error", "note"]
         rows = [
             [x.name, x.kind, x.block_size, x.looked_up_in, f"{x.bits_per_weight:.2f}", mib(x.compressed_bytes)]
-            + [f"{x.relative_error:.2%}", x.note]
+            + [percent(x.relative_error), x.note]
             for x in self.layers
         ]
         lines = [table(header, rows)]

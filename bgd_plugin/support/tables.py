@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["mib", "table"]
+__all__ = ["mib", "percent", "table"]
 
 
 def mib(size_bytes: float) -> str:
@@ -17,6 +17,19 @@ def mib(size_bytes: float) -> str:
         text such as "1.485 MiB".
     """
     return f"{size_bytes / 2**20:.3f} MiB" if size_bytes >= 2**20 / 10 else f"{size_bytes / 2**10:.2f} KiB"
+
+
+def percent(share: float) -> str:
+    """Format a share in percent, with two decimals, or with two significant digits if it is small.
+
+    Args:
+        share: such as 0.25.
+
+    Returns:
+        text such as "25.00%" or "0.0031%".
+    """
+    value = 100 * share
+    return f"{value:.2f}%" if value == 0 or abs(value) >= 0.1 else f"{value:.2g}%"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

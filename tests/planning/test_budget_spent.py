@@ -171,3 +171,17 @@ def test_the_curve_is_computed_once_for_all_factors(levels: list[float]) -> None
     assert len(levels) > asked
     assert other[0].expected_divergence < once[0].expected_divergence
     assert budget.curve(halved) == replace(budget, _worthwhile={}, _curves=[]).curve(halved)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"max_divergence": 1e-4}, "codes would add too much error for the bytes they save"),
+        ({"target_bytes": 12_000, "max_divergence": None}, "the budget has room for it in float"),
+    ],
+)
+def test_why_a_layer_stays_float_is_said_of_bounds_and_budgets(fields: dict[str, Any], reason: str) -> None:
+    budget, sensitivities = _made_up(**fields)
+    survey = budget.spend({**sensitivities, "2": replace(sensitivities["2"], losses=((1.0, 300.0),))})
+    assert [p.name for p in survey.layers] == ["4"]
+    assert [s.reason for s in survey.skipped if s.name == "2"] == [reason]
