@@ -67,7 +67,7 @@ class ReconstructionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuningConfig:
-    """Training of the whole network to match the teacher's logits, after the last layer is fitted. Codes stay fixed.
+    """Training of the whole network to match the teacher's logits, after the last layer is fitted.
 
     Give `epochs` or `steps`, not both; neither means 9 epochs.
 
@@ -85,6 +85,13 @@ class FinetuningConfig:
             and other floating-point inputs.
         outputs: globs on module names. The outputs of these modules are matched to the teacher's, by relative squared
             difference, instead of the logits; for networks that do not return logits, such as detectors.
+        recode_every: steps after which codes are chosen again, along the gradient of the decoded weight (PV-tuning,
+            arXiv 2405.14852), with "all" alone. A change that raises the loss is undone. Entropy-coded codes take no
+            more bytes than before. None: codes stay fixed.
+        recode_share: largest share of a layer's codes that change at once.
+        recode_trust: largest change of a layer's weight at once, as a share of its norm.
+        recode_rate: step along the gradient, relative to the root mean square of the layer's weight; it falls with the
+            learning rate.
 
     Raises:
         ConfigError: a value is out of range, or both `epochs` and `steps` are given.
@@ -98,6 +105,10 @@ class FinetuningConfig:
     weight_decay: float = 1e-4
     mixing: bool = False
     outputs: tuple[str, ...] = ()
+    recode_every: int | None = None
+    recode_share: float = 0.01
+    recode_trust: float = 0.05
+    recode_rate: float = 0.5
 
     def __post_init__(self) -> None:
         is_names = isinstance(self.outputs, (tuple, list)) and all(isinstance(x, str) for x in self.outputs)
@@ -115,8 +126,21 @@ class FinetuningConfig:
             )
         check_choice("finetuning: trained", self.trained, ("all", "codebooks"))
         check(isinstance(self.mixing, bool), f"finetuning: mixing={self.mixing!r}: give True or False")
+        self._check_recoding()
         rate = self.learning_rate
         check(rate is None or rate > 0, f"finetuning: learning_rate={rate}: give a positive number")
+
+    def _check_recoding(self) -> None:
+        every = self.recode_every
+        check(every is None or counts(every), f"finetuning: recode_every={every!r}: give at least 1, or None for never")
+        check(
+            every is None or self.trained == "all",
+            f"finetuning: recode_every={every} with trained={self.trained!r}: codes are chosen again with 'all' alone",
+        )
+        for name in ("recode_share", "recode_trust"):
+            value = getattr(self, name)
+            check(0 < value <= 1, f"finetuning: {name}={value!r}: give a share above 0, at most 1")
+        check(self.recode_rate > 0, f"finetuning: recode_rate={self.recode_rate}: give a positive number")
 
     @property
     def rate(self) -> float:

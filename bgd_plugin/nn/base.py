@@ -60,6 +60,8 @@ class PQModule(nn.Module):
     codes: Tensor
     mask: Tensor | None
     _form = BLOCKS
+    watched_form: Form | None = None
+    """While training watches the decoded weight: the form of the codes, with decoding that tells of gradients."""
 
     def __init__(self, codebook: Tensor, codes: Tensor, weight_shape: Sequence[int]) -> None:
         nn.Module.__init__(self)  # not that of another base, which would create a weight
@@ -170,7 +172,7 @@ class PQModule(nn.Module):
     @property
     def form(self) -> Form:
         """How codebook and codes stand for the weight."""
-        return FORMS[self._form]
+        return FORMS[self._form] if self.watched_form is None else self.watched_form
 
     @property
     def kernels(self) -> Kernels:

@@ -128,7 +128,7 @@ def _finetune(job: Job, calibration: Iterable[Any], forward: Forward | None) -> 
     with job.log.timed("finetune"):
         data = Epochs(epoch, can_skip=set_epoch is not None or isinstance(calibration, (list, tuple)))
         steps = job.run.steps("finetuning", job.bar.update)
-        first, last = finetune_(
+        result = finetune_(
             job.student,
             job.teacher,
             data,
@@ -137,4 +137,4 @@ def _finetune(job: Job, calibration: Iterable[Any], forward: Forward | None) -> 
             steps,
             fixed=coarse_weights(job.survey),  # small integers: a gradient step would take them off their grid
         )
-    job.log.note(f"finetuning: loss {first:.4g} → {last:.4g}")
+    job.log.note(f"finetuning: {result}")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Collection, Iterable, Iterator
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,15 +17,16 @@ from bgd_plugin.calibration import Batch, logits_of
 from bgd_plugin.config import FinetuningConfig
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.nn import PQModule
-from bgd_plugin.support.processes import largest, parallel, processes, sum_
+from bgd_plugin.support.processes import largest, parallel, processes, sum_, total
 from bgd_plugin.support.steps import Part, Steps
 from bgd_plugin.training.adam import relative_adam
 from bgd_plugin.training.loss import codebooks, kl_to_teacher, mean_gradients_
 from bgd_plugin.training.mixing import mixed
 from bgd_plugin.training.outputs import outputs_to_teacher
 from bgd_plugin.training.own import own_parameters_
+from bgd_plugin.training.recoding import Recoding
 
-__all__ = ["Epochs", "finetune_", "total_steps"]
+__all__ = ["Epochs", "Finetuned", "finetune_", "total_steps"]
 
 _DEFAULT_EPOCHS = 9
 
@@ -82,6 +86,36 @@ class Epochs:
             next(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Finetuned:
+    """Result of finetuning.
+
+    Attributes:
+        first, last: the mean loss over the first and over the last tenth of the steps.
+        changed: codes that were chosen again and kept; one may count several times.
+        undone: how often the codes that were chosen again raised the loss.
+    """
+
+    first: float
+    last: float
+    changed: int = 0
+    undone: int = 0
+
+    @classmethod
+    def of(cls, losses: Sequence[float], recoding: Recoding | None) -> Finetuned:
+        """From the loss of each step, and the codes that were chosen again."""
+        tenth = max(1, len(losses) // 10)
+        first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+        counts = {"changed": recoding.changed, "undone": recoding.undone} if recoding else {}
+        return cls(first=first, last=last, **counts)
+
+    def __str__(self) -> str:
+        losses = f"loss {self.first:.4g} → {self.last:.4g}"
+        if not self.changed and not self.undone:
+            return losses
+        return f"{losses}; {self.changed} codes changed, changes undone {self.undone} times because the loss rose"
+
+
 def finetune_(
     student: nn.Module,
     teacher: nn.Module,
@@ -91,8 +125,8 @@ def finetune_(
     steps: Steps | None = None,
     *,
     fixed: Collection[str] = (),
-) -> tuple[float, float]:
-    """Train the student to match the teacher's logits (or `outputs`); codes stay fixed.
+) -> Finetuned:
+    """Train the student to match the teacher's logits (or `outputs`); codes are fixed unless it is set otherwise.
 
     Args:
         student: with product-quantized modules; changed in place, left in evaluation mode. Its parameters become
@@ -105,49 +139,63 @@ def finetune_(
         fixed: names of parameters that are not trained.
 
     Returns:
-        the mean loss over the first and over the last tenth of the steps.
+        the loss at the start and at the end, and what became of the codes.
 
     Raises:
         CalibrationError: the loss is not finite.
 
     **Source**: arXiv 1907.05686, section 3.3, "global finetuning", for `trained="codebooks"`.
     """
-    total = largest(total_steps(config, batches_per_epoch))
+    count = largest(total_steps(config, batches_per_epoch))
     own_parameters_(student)
     layers = codebooks(student.modules())
     is_papers = config.trained == "codebooks"
     student.eval()
     if is_papers:
-        optimizer, schedule = _papers_optimizer(layers, config, total)
+        optimizer, schedule = _papers_optimizer(layers, config, count)
         _batchnorms_train(student)
     else:
-        optimizer, schedule = relative_adam(_trainable(student, fixed), config.rate, total)
+        optimizer, schedule = relative_adam(_trainable(student, fixed), config.rate, count)
     zeros = [] if is_papers else _zeros(student, layers)
+    recoding = Recoding(student, config) if config.recode_every else None
     losses: list[float] = []
     learner = parallel(student)
+    parts: dict[str, Part] = {"student": student, "optimizer": optimizer, "schedule": schedule}
+    parts |= {"recoding": recoding} if recoding else {}
     try:
-        parts: dict[str, Part] = {"student": student, "optimizer": optimizer, "schedule": schedule}
-        for step in (steps or Steps()).run(total, **parts, data=data, losses=losses):
-            batch = mixed(next(data), step) if config.mixing else next(data)
-            optimizer.zero_grad(set_to_none=True)
-            loss = _loss(learner, teacher, batch, config)
-            if not loss.item() < float("inf"):
-                raise CalibrationError(f"finetuning: the loss is {loss.item()}; lower learning_rate={config.rate}")
-            loss.backward()  # type: ignore[no-untyped-call]
-            if is_papers:
-                mean_gradients_(layers)
-            for parameter, is_zero in zeros:
-                if parameter.grad is not None:
-                    parameter.grad.masked_fill_(is_zero, 0.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
+        with recoding.watching() if recoding else nullcontext():
+            for step in (steps or Steps()).run(count, **parts, data=data, losses=losses):
+                batch = mixed(next(data), step) if config.mixing else next(data)
+                optimizer.zero_grad(set_to_none=True)
+                losses.append(_descend(learner, teacher, batch, config))
+                if is_papers:
+                    mean_gradients_(layers)
+                _keep_zeros_(zeros)
+                optimizer.step()
+                if recoding:
+                    loss = functools.partial(_loss_of_all, student, teacher, batch, config)
+                    recoding.step(_share_of_rate(schedule), loss)
+                schedule.step()
     finally:
         student.eval()
     if is_papers:
         _share_batchnorms_(student)
-    tenth = max(1, len(losses) // 10)
-    return sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+    return Finetuned.of(losses, recoding)
+
+
+def _descend(student: nn.Module, teacher: nn.Module, batch: Batch, config: FinetuningConfig) -> float:
+    """The loss of a batch, whose gradients are added to those of the parameters."""
+    loss = _loss(student, teacher, batch, config)
+    if not loss.item() < float("inf"):
+        raise CalibrationError(f"finetuning: the loss is {loss.item()}; lower learning_rate={config.rate}")
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.item()
+
+
+@torch.no_grad()
+def _loss_of_all(student: nn.Module, teacher: nn.Module, batch: Batch, config: FinetuningConfig) -> float:
+    """The mean loss of the processes' batches."""
+    return total(_loss(student, teacher, batch, config).item()) / processes()
 
 
 def _trainable(student: nn.Module, fixed: Collection[str]) -> list[nn.Parameter]:
@@ -164,6 +212,17 @@ def _zeros(student: nn.Module, layers: list[PQModule]) -> list[tuple[nn.Paramete
     learnt = {id(layer.codebook) for layer in layers}
     weights = [p for p in student.parameters() if p.ndim > 1 and id(p) not in learnt]
     return [(p, p.detach() == 0) for p in weights]
+
+
+def _keep_zeros_(zeros: list[tuple[nn.Parameter, Tensor]]) -> None:
+    for parameter, is_zero in zeros:
+        if parameter.grad is not None:
+            parameter.grad.masked_fill_(is_zero, 0.0)
+
+
+def _share_of_rate(schedule: LRScheduler) -> float:
+    """The learning rate of the step that was just taken, as a share of the first one's."""
+    return float(schedule.get_last_lr()[0]) / float(schedule.base_lrs[0])
 
 
 def _papers_optimizer(

@@ -18,6 +18,7 @@ from bgd_plugin.quantization import one_pass
 from bgd_plugin.quantization import train as train_module
 from bgd_plugin.quantization.train import check_teacher, teacher_for, train
 from bgd_plugin.support.log import Log
+from bgd_plugin.training.finetuning import Finetuned
 from tests.networks import PlainNet, SmallResNet, em, images, randomized
 
 CPU = torch.device("cpu")
@@ -123,11 +124,11 @@ def test_finetuning_walks_the_data_from_epoch_one_on(has_epochs: bool, monkeypat
 
     def finetuned(
         student: Any, teacher: Any, walks: Any, count: int, config: Any, steps: Any, *, fixed: Any
-    ) -> tuple[float, float]:
+    ) -> Finetuned:
         skips.append(walks.can_skip)
         if len(skips) == 1:
             given.update(count=count, batches=[batch.size for batch in walks.epoch(2)])
-        return 2.0, 1.0
+        return Finetuned(first=2.0, last=1.0)
 
     monkeypatch.setattr(train_module, "finetune_", finetuned)
     monkeypatch.setattr(train_module, "Epochs", lambda epoch, can_skip: SimpleNamespace(epoch=epoch, can_skip=can_skip))
