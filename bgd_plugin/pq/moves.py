@@ -184,7 +184,8 @@ def chosen_moves(moves: Moves, most_changes: float, most_energy: float, most_bit
         moves: as found.
         most_changes: number of codes that may change.
         most_energy: sum of squares by which the decoded weight may change.
-        most_bits: number of bits that they may add, all together; at least 0. If they would add more, a bit has to gain more.
+        most_bits: number of bits that they may add, all together; at least 0. Where they would add more, a
+            bit has to gain more.
 
     Returns:
         bool `[moves]`.

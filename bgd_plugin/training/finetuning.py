@@ -103,7 +103,12 @@ class Finetuned:
 
     @classmethod
     def of(cls, losses: Sequence[float], recoding: Recoding | None) -> Finetuned:
-        """From the loss of each step, and the codes that were chosen again."""
+        """From the steps of a run.
+
+        Args:
+            losses: of each step.
+            recoding: what chose codes again; None: nothing did.
+        """
         tenth = max(1, len(losses) // 10)
         first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
         counts = {"changed": recoding.changed, "undone": recoding.undone} if recoding else {}
