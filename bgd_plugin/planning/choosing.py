@@ -13,9 +13,9 @@ from bgd_plugin.planning.survey import Survey
 __all__ = ["choose_sizes", "energy_at", "energy_left", "realized_energy"]
 
 _TRIALS = 4
-_MADE_GOOD = 0.25
+_MADE_GOOD = 1 / 3
 """Share of the errors' energy that is left where each layer's fit aims at the float outputs, and so makes good what the
-layers before it have lost."""
+layers before it have lost: the median of eleven trained networks, of which it was between 0.04 and 0.8."""
 _NEAR = 1.1
 """A trial that differs from what was expected by no more than this factor ends a search."""
 _PATIENCE = 2

@@ -125,8 +125,8 @@ class Measurements:
 def _shares(count: int, config: BGDConfig) -> list[float]:
     """How much more of the errors' energy is left in the last ones of so many layers, as few are fitted after them.
 
-    The fit of a layer aims halfway at the float network's outputs, which leaves a quarter of the energy; of the last
-    layer's error nothing is made good.
+    The fit of a layer aims halfway at the float network's outputs, which leaves about a third of the energy; of the
+    last layer's error nothing is made good.
     """
     last = _LAST if config.makes_good else (1.0, 1.0)
     return [*[1.0] * count, *last][-count:] if count else []

@@ -34,6 +34,9 @@ from bgd_plugin.support.processes import is_first
 
 __all__ = ["Task"]
 
+_SMALLER = 0.95
+"""A further pass is worth its time if the file is expected to have no more than this share of the bytes."""
+
 
 @dataclass(kw_only=True)
 class Task:
@@ -73,14 +76,23 @@ class Task:
     fits: Fits = field(default_factory=dict)
     log: Log = field(default_factory=Log)
 
-    def run(self, number: int, before: Pass | None) -> Pass:
+    def once(self) -> Pass:
+        """Compress the network in one pass."""
+        result = self.run(0, None)
+        assert result is not None
+        return result
+
+    def run(self, number: int, before: Pass | None) -> Pass | None:
         """Compress the network.
 
         Args:
             number: of the pass, from 0.
             before: the pass before this one.
+
+        Returns:
+            the pass; None if the one before it keeps the bound, and another one would hardly make its file smaller.
         """
-        run = self._progress(number)
+        run = self._progress(0) if number == 0 else None  # a folder with another run is refused at once
         if number == 0:
             self._measure()
         log = Log()
@@ -89,12 +101,23 @@ class Task:
         if self.ready.budget is not None:
             with log.timed("budget"):
                 survey = self._chosen(self.ready.budget, before)
+        if before is not None and not self._is_worth(before, survey):
+            return None
+        run = run or self._progress(number)
         if before is not None and not _begin_alike(before.survey, survey):
             run.forget_fits()
         log.note(*survey.notes)
         result = self._fitted(survey, run, log)
         self.fits = run.fits
         return result
+
+    def _is_worth(self, before: Pass, survey: Survey) -> bool:
+        """Whether a further pass is needed to keep the bound, or makes the file smaller by enough."""
+        answers, budget = before.report.answers, self.ready.budget
+        if answers is None or budget is None or not answers.divergence <= before.limit:
+            return True
+        expected, found = (budget.sketch.file_size(one.chosen, one.storages) for one in (survey, before.survey))
+        return expected <= _SMALLER * found
 
     def _chosen(self, budget: Budget, before: Pass | None) -> Survey:
         """The sizes, under what the pass before has shown of the errors that are left."""

@@ -37,12 +37,12 @@ class Pass:
     limit: float
 
 
-def within_bound(run: Callable[[int, Pass | None], Pass]) -> Pass:
+def within_bound(run: Callable[[int, Pass | None], Pass | None]) -> Pass:
     """The pass with the smallest compressed network whose measured divergence is within a bound.
 
     Args:
         run: compresses; its arguments are the number of the pass, from 0, and the pass before it, whose measured
-            divergence corrects what is expected.
+            divergence corrects what is expected. None: another pass is not worth its time.
 
     Returns:
         of three passes, or as many as six until one keeps the bound, the smallest file within it; if none is, the one
@@ -53,6 +53,8 @@ def within_bound(run: Callable[[int, Pass | None], Pass]) -> Pass:
     repeated = 0
     for number in range(_MOST_PASSES):
         result = run(number, results[-1] if results else None)
+        if result is None:
+            break
         if result.report.expected_divergence is None:  # nothing was chosen
             return result
         results.append(result)

@@ -93,5 +93,5 @@ def quantize(
         ready=ready,
         learnt={layer.target: layer.weight.requires_grad for layer in ready.survey.found},
     )
-    best = task.run(0, None) if config.bound is None else within_bound(task.run)
+    best = task.once() if config.bound is None else within_bound(task.run)
     return Quantized(best.network(), best.report)

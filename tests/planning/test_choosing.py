@@ -60,12 +60,12 @@ def test_larger_errors_diverge_more_and_none_not_at_all() -> None:
 
 @pytest.mark.parametrize("method", ["full", "em"])
 def test_the_expectation_is_what_the_trial_found(method: str) -> None:
-    """With a quarter of the energy, where the fit of a layer makes good what was lost before."""
+    """With a third of the energy, where the fit of a layer makes good what was lost before."""
     model, data = _confident()
     config = bgd.BGDConfig(max_divergence=0.05, method=method)  # type: ignore[arg-type]
     budget, measurements = _measurements(model, data, config)
     energy = energy_left(budget)
-    assert energy == (0.25 if method == "full" else 1.0)
+    assert energy == (pytest.approx(1 / 3) if method == "full" else 1.0)
     survey = choose_sizes(budget, measurements, energy)
     assert survey.expected_divergence == measurements.joint(survey, energy)
     assert survey.expected_divergence <= 0.05 * 1.2
@@ -176,11 +176,13 @@ def test_where_nothing_is_lost_nothing_is_tried() -> None:
     assert budget.factors == [0.5] and not budget.drawn and survey.curve == ()
 
 
-@pytest.mark.parametrize(("fields", "expected"), [({}, 0.25), ({"method": "em"}, 1.0), ({"asymmetric_step": 0.0}, 1.0)])
+@pytest.mark.parametrize(
+    ("fields", "expected"), [({}, 1 / 3), ({"method": "em"}, 1.0), ({"asymmetric_step": 0.0}, 1.0)]
+)
 def test_a_fit_that_aims_at_the_float_outputs_makes_most_errors_good(fields: dict[str, Any], expected: float) -> None:
     model = PlainNet().eval()
     budget: Any = SimpleNamespace(survey=surveyed(front_end(model), bgd.BGDConfig(**fields), original=model))
-    assert energy_left(budget) == expected
+    assert energy_left(budget) == pytest.approx(expected)
 
 
 def _energy(law: Any, measured: float, expected: float = 0.01, energy: float = 0.5) -> tuple[float, list[float]]:

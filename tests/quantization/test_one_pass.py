@@ -177,6 +177,7 @@ def test_data_is_measured_once_and_fits_go_to_the_next_pass(is_alike: bool, monk
     monkeypatch.setattr(one_pass, "_begin_alike", lambda one, other: is_alike)
     survey = SimpleNamespace(notes=("as it is",))
     task = _task(_Watched, ready=SimpleNamespace(survey=survey, budget="budget"), fits="none yet")
+    task._is_worth = lambda before, survey: True
     task.said = []
     first = task.run(0, None)
     second = task.run(1, first)
@@ -195,6 +196,28 @@ def test_data_is_measured_once_and_fits_go_to_the_next_pass(is_alike: bool, monk
     fixed = _task(_Watched, ready=SimpleNamespace(survey=survey, budget=None))
     fixed.said = []
     assert fixed.run(0, None).survey is survey and fixed.said == ["measured", ("fitted", {})]
+
+
+@pytest.mark.parametrize(
+    ("divergence", "expected_bytes", "is_worth"),
+    [(0.02, 960, True), (0.02, 2000, True), (0.01, 960, False), (0.01, 940, True), (None, 1000, True)],
+)
+def test_a_further_pass_is_for_the_bound_or_for_a_smaller_file(
+    divergence: float | None, expected_bytes: int, is_worth: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(one_pass, "_begin_alike", lambda one, other: True)
+    survey = SimpleNamespace(notes=(), chosen="next", storages={})
+    sizes = {"next": expected_bytes, "before": 1000}
+    budget = SimpleNamespace(sketch=SimpleNamespace(file_size=lambda chosen, storages: sizes[chosen]))
+    task = _task(_Watched, ready=SimpleNamespace(survey=survey, budget=budget), fits="none yet")
+    task.said = []
+    task._chosen = lambda budget, before: survey
+    task._fitted = lambda survey, run, log: "a pass"
+    answers = None if divergence is None else SimpleNamespace(divergence=divergence)
+    before = SimpleNamespace(
+        report=SimpleNamespace(answers=answers), limit=0.01, survey=SimpleNamespace(chosen="before", storages={})
+    )
+    assert task.run(1, before) == ("a pass" if is_worth else None)
 
 
 def test_weights_that_functions_read_are_layers_of_the_run() -> None:

@@ -15,7 +15,7 @@ import bgd_plugin as bgd
 from bgd_plugin.files.format import file_bytes, stored
 from bgd_plugin.planning.answers import Answers
 from bgd_plugin.planning.types import PlannedLayer
-from bgd_plugin.quantization import quality
+from bgd_plugin.quantization import one_pass, quality
 from bgd_plugin.quantization.quality import Pass, within_bound
 from bgd_plugin.report.layer import LayerReport
 from bgd_plugin.report.report import Report
@@ -148,7 +148,8 @@ def test_the_best_of_some_passes(divergences: tuple[float | None, ...], passes: 
 def test_an_iterator_is_walked_once_for_all_passes_and_each_has_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is always a second pass, with half of the divergence."""
+    """There is always a second pass, whatever it is worth."""
+    monkeypatch.setattr(one_pass, "_SMALLER", 2.0)
     monkeypatch.setattr(quality, "_is_good_enough", lambda report, limit, slack: slack != quality._SLACK[0])
     model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)).eval()
     data = [3 * torch.randn(16, 12) for _ in range(4)]
@@ -160,6 +161,13 @@ def test_an_iterator_is_walked_once_for_all_passes_and_each_has_its_folder(
     assert files[0] == files[1]
     assert "after 2 passes" in result.report.notes[-1]
     assert (tmp_path / "run" / "run.json").is_file() and (tmp_path / "run" / "pass-2" / "run.json").is_file()
+
+
+def test_the_passes_end_where_another_one_is_not_worth_its_time() -> None:
+    run, seen = _runs(0.02, 0.04)
+    result = within_bound(lambda number, before: run(number, before) if number < 2 else None)
+    assert len(seen) == 2 and result.report.notes[0] == "pass 1"
+    assert "kept" in result.report.notes[-1] and "after 2 passes" in result.report.notes[-1]
 
 
 def _network() -> nn.Module:
