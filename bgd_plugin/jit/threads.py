@@ -27,7 +27,9 @@ def share_rows(rows: int, blocks: int, work: Callable[[int, int], object]) -> No
         blocks: number of codes in a row.
         work: writes only the outputs of rows `first` to `last`, and holds Python's global lock only briefly.
     """
-    shares = min(torch.get_num_threads(), rows * blocks // _CODES_PER_THREAD, rows)
+    shares = min(rows * blocks // _CODES_PER_THREAD, rows)
+    if shares > 1:
+        shares = min(shares, torch.get_num_threads())
     if shares <= 1:
         work(0, rows)
         return

@@ -11,9 +11,10 @@ from functools import lru_cache
 from bgd_plugin.kernels.permuted_tables import CODEWORDS
 from bgd_plugin.kernels.table import LANES
 
-__all__ = ["cheapest"]
+__all__ = ["MOST_DOTS", "cheapest"]
 
-_MOST_DOTS = 4
+MOST_DOTS = 4
+"""Number of inputs up to which each of them may read all codes for itself."""
 _LARGEST_TABLE_BLOCK = 32
 
 # Nanoseconds on one thread of a processor with AVX-512, of which only the ratios count.
@@ -21,7 +22,7 @@ _DOT_BLOCK = 0.25
 _PERMUTED_BLOCK = 0.105
 _PERMUTED_ENTRY = 0.2
 _PERMUTED_PRODUCT = 0.0225
-_PERMUTED_CALL = 15_000.0
+_PERMUTED_CALL = 60_000.0  # a fourth of it is work; the rest is for what tables drive out of the caches
 _TABLE_BLOCK = 0.40
 _TABLE_PRODUCT = 0.32
 _TABLE_CALL = 20_000.0
@@ -51,7 +52,7 @@ def cheapest(
     """
     codes = rows * blocks
     costs = {"tiles": codes * block_size * (_DECODED_WEIGHT + _MULTIPLIED_WEIGHT * inputs)}
-    if inputs <= _MOST_DOTS:
+    if inputs <= MOST_DOTS:
         costs["dot"] = inputs * codes * _DOT_BLOCK
         if can_permute and not has_mask:
             tables = blocks * CODEWORDS * (_PERMUTED_ENTRY + _PERMUTED_PRODUCT * block_size)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.jit.threads import share_rows
-from bgd_plugin.kernels.choice import cheapest
+from bgd_plugin.kernels.choice import MOST_DOTS, cheapest
 from bgd_plugin.kernels.dot import dot_program
 from bgd_plugin.kernels.permuted import can_permute, permuted_outputs
 from bgd_plugin.kernels.table import LANES, TABLE_POSITIONS, table_program
@@ -35,36 +35,38 @@ def lookup_linear(x: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | Non
     Returns:
         `[..., rows]`, equal up to rounding to torch's result with the decoded weight.
     """
-    rows, columns = codes.shape[0], codes.shape[1] * codebook.shape[1]
-    inputs = x.reshape(-1, columns).contiguous()
-    codebook = codebook.contiguous()
-    if inputs.numel() and rows:
-        sizes = (len(inputs), *codes.shape, *codebook.shape)
-        way = cheapest(*sizes, has_mask=mask is not None, can_permute=can_permute(codes, codebook))
-        output = WAYS[way](inputs, codebook, codes, mask)
+    (rows, blocks), (codewords, size) = codes.shape, codebook.shape
+    x, codebook = x.contiguous(), codebook.contiguous()
+    count = x.numel() // (blocks * size)
+    if count and rows:
+        has_bytes = count <= MOST_DOTS and can_permute(codes, codebook)
+        way = cheapest(count, rows, blocks, codewords, size, mask is not None, has_bytes)
+        if way == "dot":
+            output = _by_dots(x, codebook, codes, mask)
+        else:
+            output = WAYS[way](x.view(count, -1), codebook, codes, mask).view(*x.shape[:-1], rows)
     else:
-        output = torch.nn.functional.linear(inputs, codebook.new_zeros(rows, columns))
-    if bias is not None:
-        output = output.add_(bias)
-    return output.view(*x.shape[:-1], rows)
+        output = torch.nn.functional.linear(x, codebook.new_zeros(rows, blocks * size))
+    return output if bias is None else output.add_(bias)
 
 
 def _by_dots(inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None) -> Tensor:
-    """One input after the other; each reads all codes."""
-    single, table = inputs.float(), codebook.float()
-    (rows, blocks), (count, columns) = codes.shape, single.shape
-    output = single.new_empty((count, rows))
+    """One input after the other; each reads all codes. The inputs may have any shape `[..., columns]`."""
+    (rows, blocks), columns = codes.shape, inputs.shape[-1]
+    is_single = inputs.dtype == torch.float32
+    single, table = (inputs, codebook) if is_single else (inputs.float(), codebook.float())
+    output = single.new_empty((*inputs.shape[:-1], rows))
     program = dot_program(codebook.shape[1], codes.element_size() * 8, mask is not None)
     kept = None if mask is None else mask.contiguous()
     fixed = (table.data_ptr(), codes.data_ptr(), 0 if kept is None else kept.data_ptr())
-    source, target = single.data_ptr(), output.data_ptr()
+    source, target, count = single.data_ptr(), output.data_ptr(), single.numel() // columns
 
     def work(first: int, last: int) -> None:
         for i in range(count):
             program(source + i * columns * 4, *fixed, target + i * rows * 4, first, last, blocks)
 
     share_rows(rows, blocks, work)
-    return output if inputs.dtype == torch.float32 else output.to(inputs.dtype)
+    return output if is_single else output.to(inputs.dtype)
 
 
 def _by_permutations(inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None) -> Tensor:

@@ -6,13 +6,15 @@ from functools import cache
 from typing import Any
 
 from bgd_plugin.jit.llvm import AVAILABLE, Loop, compiled, converts_halves, define
-from bgd_plugin.jit.vectors import fma, load, total, tree, vector, zero
+from bgd_plugin.jit.vectors import fetch, fma, load, total, tree, vector, zero
 
 __all__ = ["narrow_dot_program"]
 
 _ROWS = 4
 """Rows computed at once."""
 _LANES = 16
+_AHEAD = 8192
+"""Bytes of numbers between what is read and what is asked for."""
 _VECTORS = 2
 """Vectors of a row that are computed at once."""
 
@@ -63,6 +65,7 @@ def _sum_rows(builder: Any, a: dict[str, Any], rows: list[Any], number_bits: int
         return result
 
     with Loop(builder, whole(0), many, step, [zero(_LANES)] * (len(rows) * _VECTORS)) as wide:
+        _fetch(builder, a, [builder.add(base, wide.index) for base in bases], number_bits)
         wide.carry(products(wide.index, _LANES, _VECTORS, wide.values))
     with Loop(builder, many, a["columns"], 1, [zero(1)] * len(rows)) as single:
         single.carry(products(single.index, 1, 1, single.values))
@@ -70,6 +73,16 @@ def _sum_rows(builder: Any, a: dict[str, Any], rows: list[Any], number_bits: int
         result = total(builder, tree(builder, wide.values[k * _VECTORS : (k + 1) * _VECTORS]), _LANES)
         result = builder.fadd(result, total(builder, single.values[k], 1))
         builder.store(result, builder.gep(a["output"], [row], source_etype=ir.FloatType()), align=4)
+
+
+def _fetch(builder: Any, a: dict[str, Any], places: list[Any], bits: int) -> None:
+    """Prefetch the numbers that are read some kilobytes later: rows in turn are more than processors predict."""
+    from llvmlite import ir
+
+    whole = ir.IntType(64)
+    for place in places:
+        ahead = builder.add(builder.mul(place, whole(bits // 8)), whole(_AHEAD))
+        fetch(builder, builder.gep(a["numbers"], [ahead], source_etype=ir.IntType(8)))
 
 
 def _number(builder: Any, numbers: Any, place: Any, lanes: int, bits: int) -> Any:

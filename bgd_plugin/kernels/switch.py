@@ -9,7 +9,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from bgd_plugin.jit.switch import enabled, turned_off
+from bgd_plugin.jit.llvm import AVAILABLE
+from bgd_plugin.jit.switch import turned_off
 from bgd_plugin.support.direct import runs_directly
 
 __all__ = ["computable", "needs_no_gradient_here", "plain_layers", "plain_path", "usable"]
@@ -70,7 +71,7 @@ def computable(x: Tensor, codebook: Tensor, codes: Tensor) -> bool:
         return False
     if not (codes.is_contiguous() and codebook.is_contiguous()):
         return False
-    return enabled() and not plain_path()
+    return AVAILABLE and not plain_path()
 
 
 def needs_no_gradient_here(x: Tensor, *others: Tensor | None) -> bool:
