@@ -3,7 +3,8 @@
 Run `python -m tests.benchmarks.fashion_finetuned`. "large" has the paper's large blocks, all else of our defaults, and
 comes to 43 times less by the paper's accounting; "large-wide" has so many more codewords that the file itself is 43
 times smaller; a number is a `target_ratio`, the float network's bytes over the file's. Finetuning sees the 60,000
-training images, shifted and mirrored, and no label; accuracies are of all 10,000 test images.
+training images, shifted and mirrored unless told otherwise (`--plain`), and no label; accuracies are of all 10,000
+test images.
 """
 
 import argparse
@@ -25,15 +26,17 @@ _WIDE, _WIDER = (bgd.LayerConfig(block_size=18, codebook_size=k) for k in (512, 
 
 
 class Images:
-    """Unlabelled images: a few as they are for calibration, then all of them in random order, shifted and mirrored.
+    """Unlabelled images: a few as they are for calibration, then all of them in random order.
 
     Args:
         images: uint8 `[images, 1, 28, 28]`.
         calibration: how many of them calibrate.
+        augmented: whether those in random order are shifted and mirrored.
     """
 
-    def __init__(self, images: Tensor, calibration: int, batch_size: int) -> None:
+    def __init__(self, images: Tensor, calibration: int, batch_size: int, *, augmented: bool = True) -> None:
         self._images, self._calibration, self._batch_size = images, calibration, batch_size
+        self._augmented = augmented
         self._epoch = 0
 
     def set_epoch(self, number: int) -> None:
@@ -47,7 +50,8 @@ class Images:
             return
         generator = torch.Generator().manual_seed(self._epoch)
         for chosen in torch.randperm(len(self._images), generator=generator).split(self._batch_size):
-            yield to_input(random_crop_and_flip(self._images[chosen], generator, 1))
+            images = self._images[chosen]
+            yield to_input(random_crop_and_flip(images, generator, 1) if self._augmented else images)
 
 
 def config_of(name: str, seed: int, codes: str = "blocks") -> bgd.BGDConfig:
@@ -72,11 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--steps", type=int, default=2400, help="of finetuning, 128 images each; 0: none")
     parser.add_argument("--learning-rate", type=float, default=None)
+    parser.add_argument("--plain", action="store_true", help="finetuning sees images as they are")
+    parser.add_argument("--recode-every", type=int, default=None, metavar="STEPS", help="choose codes again")
     parser.add_argument("--progress", action="store_true")
     options = parser.parse_args(arguments)
     data = load_fashion_mnist(options.data)
     rate = options.learning_rate
-    finetuning = bgd.FinetuningConfig(steps=options.steps, learning_rate=rate) if options.steps else None
+    training = bgd.FinetuningConfig(steps=options.steps or 1, learning_rate=rate, recode_every=options.recode_every)
+    finetuning = training if options.steps else None
     rows = []
     for seed in options.seeds:
         network = load_or_train(seed, data)
@@ -85,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if finetuning:
                 stages["finetuned"] = dataclasses.replace(stages["fitted"], finetuning=finetuning)
             for stage, chosen in stages.items():
-                images = Images(data.train_images, options.images, 128)
+                images = Images(data.train_images, options.images, 128, augmented=not options.plain)
                 cpu = time.process_time()
                 result = bgd.quantize(network.model, images, chosen, progress=options.progress)
                 cpu = time.process_time() - cpu

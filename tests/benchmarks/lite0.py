@@ -68,6 +68,8 @@ def arms(
         sizes[layer.name] = bgd.LayerConfig(block_size=layer.block_size, codebook_size=layer.codebook_size)
     chosen = replace(budget, target_bytes=None, max_divergence=None, overrides=tuple(sizes.items()))
     plain = replace(chosen, asymmetric_step=0.0, refit_depthwise=False)
+    training = bgd.FinetuningConfig(steps=steps, mixing=True)
+    again = replace(training, recode_every=max(1, steps // 10))
     return {
         "uniform, EM": bgd.BGDConfig(method="em", max_divergence=None),
         "uniform": bgd.BGDConfig(max_divergence=None),
@@ -81,7 +83,9 @@ def arms(
         "budget, lean": replace(budget, weight_storage="int5"),
         "budget, entropy-coded": replace(budget, codes="entropy"),
         "budget, reconstruction": replace(budget, reconstruction=bgd.ReconstructionConfig()),
-        "budget, finetuning": replace(budget, finetuning=bgd.FinetuningConfig(steps=steps, mixing=True)),
+        "budget, finetuning": replace(budget, finetuning=training),
+        "finetuning, entropy-coded": replace(budget, codes="entropy", finetuning=training),
+        "finetuning and codes, entropy-coded": replace(budget, codes="entropy", finetuning=again),
     }
 
 
