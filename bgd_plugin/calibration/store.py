@@ -26,6 +26,9 @@ __all__ = ["DEFAULT_BOUND_BYTES", "BatchStore", "Shelf", "give_back_memory", "me
 DEFAULT_BOUND_BYTES = 1 << 29
 """Default limit of the values held in memory: 512 MiB."""
 
+_TRIMMED_BYTES = 1 << 26
+"""Values moved to the file until the memory that they took is given back to the system."""
+
 
 @dataclass(frozen=True, eq=False)
 class _OnFile:
@@ -70,6 +73,7 @@ class BatchStore:
         self._items: list[_Item] = []
         self._open: _Item | None = None
         self._resident_bytes = 0  # of the closed batches
+        self._moved_bytes = 0  # to the file, since memory was last given back
         self._exempt: dict[str, set[int]] = {}
         self._numbers = itertools.count()
         self._ended: list[str] = []
@@ -151,7 +155,10 @@ class BatchStore:
             self._resident_bytes += item.bytes
         else:
             self._spill(item)
-            give_back_memory()
+            self._moved_bytes += item.bytes
+            if self._moved_bytes >= _TRIMMED_BYTES:  # it takes a millisecond
+                self._moved_bytes = 0
+                give_back_memory()
 
     def _fits(self, item: _Item) -> bool:
         return self.bound_bytes is None or 2 * (self._resident_bytes + item.bytes) <= self.bound_bytes
