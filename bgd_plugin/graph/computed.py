@@ -2,14 +2,18 @@
 
 A module whose code reads its parameter by name (`F.linear(x, self.in_proj_weight)`), and is not a graph that could be
 rewritten, keeps its code and gets a new class in which the name is a property. The computing module is registered under
-the parameter's name, so names in a state dict keep their beginning.
+the parameter's name, so names in a state dict keep their beginning. While the module's own `forward` runs, each name is
+computed once, however often the code reads it: `nn.MultiheadAttention` reads its weight four times.
 """
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 __all__ = [
@@ -119,11 +123,47 @@ def _class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     if issubclass(base, nn.RNNBase):  # torch keeps a list of their weights, which would go on being the float ones
         content["_flat_weights"] = property(_flat_weights, lambda owner, weights: None)
     content |= {"_computed_parameters": names, "_float_class": base, "__reduce_ex__": _reduce}
+    content["forward"] = _reading_once(base.forward)
     return type(base.__name__, (base,), content | {"__module__": base.__module__, "__doc__": base.__doc__})
 
 
+class _Reads(threading.local):
+    """What the calls that run in this thread have read of computed parameters, by the owner's identity and the name."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, dict[str, Any]] = {}
+
+
+_reads = _Reads()
+
+
 def _reader(name: str) -> Callable[[nn.Module], Any]:
-    return lambda owner: owner._modules[name]()  # type: ignore[misc]
+    def read(owner: nn.Module) -> Any:
+        module: Any = owner._modules[name]
+        known = None if torch.compiler.is_compiling() else _reads.of.get(id(owner))
+        if known is None:
+            return module()
+        if name not in known:
+            known[name] = module()
+        return known[name]
+
+    return read
+
+
+def _reading_once(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A module's `forward`, during which its computed parameters are computed once; the compiler sees the original."""
+
+    @functools.wraps(forward)
+    def wrapper(owner: nn.Module, *arguments: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling() or id(owner) in _reads.of:
+            return forward(owner, *arguments, **options)
+        _reads.of[id(owner)] = {}
+        try:
+            return forward(owner, *arguments, **options)
+        finally:
+            del _reads.of[id(owner)]
+
+    return wrapper
 
 
 def _flat_weights(owner: Any) -> list[Any]:
