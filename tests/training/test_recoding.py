@@ -70,6 +70,7 @@ def _literal_codes(layer: PQModule, gradients: list[Tensor], config: FinetuningC
     count, weight = len(gradients), layer.weight.detach()
     mean, root = mean / (1 - 0.9**count), (square / (1 - 0.99**count)).sqrt()
     metric = root / root.mean() + 0.1
+    kept = torch.ones_like(weight) if layer.mask is None else layer.mask.view(weight.shape).float()
     size = weight.square().mean().sqrt()
     target = weight - config.recode_rate * size * (mean / root.mean()) / metric
     width, codes = layer.block_size, layer.codes.long().clone()
@@ -77,9 +78,10 @@ def _literal_codes(layer: PQModule, gradients: list[Tensor], config: FinetuningC
     for row in range(codes.shape[0]):
         for block in range(codes.shape[1]):
             part = slice(width * block, width * (block + 1))
-            costs = [float((metric[row, part] * (w - target[row, part]) ** 2).sum()) for w in layer.codebook]
+            own = metric[row, part] * kept[row, part]
+            costs = [float((own * (word - target[row, part]) ** 2).sum()) for word in layer.codebook]
             best, old = min(range(len(costs)), key=costs.__getitem__), int(codes[row, block])
-            energy = float((layer.codebook[best] - layer.codebook[old]).square().sum())
+            energy = float((kept[row, part] * (layer.codebook[best] - layer.codebook[old]).square()).sum())
             if best != old:
                 found.append(((costs[old] - costs[best]) / energy, energy, row, block, best))
     energy_left, codes_left = float((config.recode_trust * weight.norm()) ** 2), config.recode_share * codes.numel()
@@ -93,10 +95,15 @@ def _literal_codes(layer: PQModule, gradients: list[Tensor], config: FinetuningC
     return codes
 
 
+@pytest.mark.parametrize("is_pruned", [False, True])
 @pytest.mark.parametrize("fields", [{}, {"recode_trust": 0.03}, {"recode_share": 1.0, "recode_trust": 1.0}])
 @torch.no_grad()
-def test_the_step_is_the_literal_one(fields: dict[str, Any]) -> None:
-    student = _student(PlainNet().eval(), vectors(3))
+def test_the_step_is_the_literal_one(fields: dict[str, Any], is_pruned: bool) -> None:
+    model = PlainNet().eval()
+    if is_pruned:
+        for layer in (model[2], model[4]):
+            layer.weight *= (torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(0)) > 0.4).float()
+    student = _student(model, vectors(3), preserve_zeros=is_pruned)
     config = dataclasses.replace(AGAIN, recode_every=3, **fields)
     recoding = Recoding(student, config)
     layers = [module for module in student.modules() if isinstance(module, PQModule)]
@@ -107,7 +114,7 @@ def test_the_step_is_the_literal_one(fields: dict[str, Any]) -> None:
         for step in range(3):
             for layer in layers:
                 gradient = torch.randn(layer.weight_shape, generator=generator)
-                gradients[layer].append(gradient)
+                gradients[layer].append(gradient if layer.mask is None else gradient * layer.mask)
                 with torch.enable_grad():
                     layer.codebook.requires_grad_(True)
                     layer.weight.backward(gradient)
