@@ -65,6 +65,4 @@ def _sum_rows(builder: Any, a: dict[str, Any], bases: list[Any], rows: list[Any]
             sums = [end[2 * i + j % 2] for end in ends[j // 2]]
             result = builder.fmul(builder.fadd(*[total(builder, value, value.type.count) for value in sums]), unit)
             place = builder.add(builder.mul(a["rows"], whole(i)), rows[j])
-            builder.store(
-                builder.fmul(result, unit), builder.gep(a["output"], [place], source_etype=ir.FloatType()), align=4
-            )
+            builder.store(result, builder.gep(a["output"], [place], source_etype=ir.FloatType()), align=4)
