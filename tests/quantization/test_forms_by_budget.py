@@ -82,7 +82,7 @@ def test_a_budget_takes_them_where_they_lose_less(kind: type[Net], tmp_path: Pat
 
 
 def test_a_bound_takes_them_too() -> None:
-    bound = {"target_ratio": None, "max_divergence": 0.75}
+    bound = {"target_ratio": None, "max_divergence": 1.0}
     found = bgd.quantize(_net(), DATA, _config(**bound), progress=False)
     assert "trellis" in _forms(found.model).values()
     plans = [bgd.plan(_net(), _config(**bound, codes=codes), DATA) for codes in ("trellis", "blocks")]

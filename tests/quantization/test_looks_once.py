@@ -20,7 +20,7 @@ import bgd_plugin as bgd
 from bgd_plugin import BGDConfig
 from bgd_plugin.files import format as file_format
 from bgd_plugin.graph import finding_layers
-from bgd_plugin.quantization import prepare, quality
+from bgd_plugin.quantization import one_pass, prepare, quality
 from tests.networks import SmallResNet, images, randomized
 
 
@@ -83,6 +83,7 @@ def test_each_further_pass_for_a_bound_takes_one_more_copy(
     """And what was prepared for the first one: trace, rehearsal, survey and measurements."""
     monkeypatch.setattr(quality, "_is_good_enough", lambda report, limit, is_first: False)
     monkeypatch.setattr(quality, "_same_sizes", lambda one, other: False)
+    monkeypatch.setattr(one_pass, "_SMALLER", 2.0)
     rehearsed = Counter[str]()
     function = prepare.rehearsed
     monkeypatch.setattr(prepare, "rehearsed", lambda *given: (rehearsed.update(["it"]), function(*given))[1])
