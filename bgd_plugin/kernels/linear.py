@@ -99,7 +99,8 @@ def _by_tables(inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | N
             program(*pointers, first, last, blocks, codewords)
 
     share_rows(rows, blocks, work)
-    return output.mT.reshape(groups * LANES, rows)[: inputs.shape[0]].to(inputs.dtype)
+    found = output.mT.reshape(groups * LANES, rows)[: inputs.shape[0]]
+    return found.to(inputs.dtype).contiguous()  # torch.compile, and views of the caller's, rely on the order
 
 
 def _by_tiles(inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None) -> Tensor:
