@@ -90,7 +90,8 @@ class PQConv(PQModule):
         """The output of a function for linear layers, at each position of `[batch, in_channels, *spatial]`."""
         channels = -1 - len(self.kernel_size)
         rows = input.movedim(channels, -1)
-        return linear(rows, self.codebook, self.codes, self.mask, self.bias).movedim(-1, channels)
+        found = linear(rows, self.codebook, self.codes, self.mask, self.bias).movedim(-1, channels)
+        return found if rows.is_contiguous() else found.contiguous()  # in memory as torch's convolution has it
 
     def to_float(self) -> _Conv:
         """The float module of the same geometry, on the meta device."""

@@ -26,6 +26,7 @@ def assert_same(module: nn.Module, x: torch.Tensor, rounding: float = 1e-5) -> N
         with kernels.disabled():
             expected = module(x)
     assert found.shape == expected.shape and found.dtype == expected.dtype
+    assert found.is_contiguous() and expected.is_contiguous()
     assert (found - expected).abs().max() <= rounding * expected.abs().max().clamp(min=1)
 
 
@@ -43,6 +44,18 @@ def test_any_geometry(case: tuple[Any, list[int]]) -> None:
     module, shape = case
     assert_same(with_codes(module, 1), torch.randn(shape))
     assert_same(with_codes(module, module.weight[0].numel(), has_mask=True), torch.randn(shape))
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_outputs_lie_in_memory_as_those_of_torch(form: torch.memory_format, kernel: int, batch: int) -> None:
+    """So that code that views them in another shape goes on working."""
+    module = nn.Conv2d(12, 16, kernel, padding=kernel // 2)
+    layer, x = with_codes(module, 1), torch.randn(batch, 12, 4, 5).to(memory_format=form)
+    with torch.no_grad():
+        found, expected = layer(x), module(x)
+    assert found.stride() == expected.stride()
 
 
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
