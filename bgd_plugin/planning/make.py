@@ -18,6 +18,7 @@ from bgd_plugin.planning.measure import measured
 from bgd_plugin.planning.sizes import Sketch, planned_paper_bytes
 from bgd_plugin.planning.survey import Survey, surveyed
 from bgd_plugin.planning.types import CurvePoint, Plan
+from bgd_plugin.support.processes import is_first
 
 __all__ = ["layers_in", "plan"]
 
@@ -75,7 +76,7 @@ def plan(
         with measurements.prepared():
             survey = survey if budget is None else choose_sizes(budget, measurements, energy_left(budget))
     elif budget is not None:
-        survey = budget.spend(None, progress=progress)
+        survey = budget.spend(None, progress=progress and is_first())
     return Plan(
         layers=survey.layers,
         skipped=survey.skipped,

@@ -29,6 +29,7 @@ from bgd_plugin.quantization.finish import round_to_storage_
 from bgd_plugin.report.layer import LayerReport
 from bgd_plugin.report.report import Quantized, Report
 from bgd_plugin.support.log import Log
+from bgd_plugin.support.processes import is_first
 from bgd_plugin.support.seeds import seeded
 
 __all__ = ["quantize_module", "quantize_weights"]
@@ -53,6 +54,7 @@ def quantize_weights(model: nn.Module, config: BGDConfig | None = None, *, progr
         ConfigError: as `quantize`; or the settings ask for distillation or finetuning, which need data.
     """
     config = given_config(config).decided(has_data=False)
+    shown = progress and is_first()
     wanted = [name for name in ("distillation", "reconstruction", "finetuning") if getattr(config, name) is not None]
     if wanted:
         raise ConfigError(f"{' and '.join(wanted)}: training needs data: use quantize, or set None")
@@ -64,9 +66,9 @@ def quantize_weights(model: nn.Module, config: BGDConfig | None = None, *, progr
         survey = surveyed(Front(own=student, network=student, folded=folded), config, original=model)
         survey.require_some()
         if (budget := Budget.of(survey)) is not None:
-            survey = budget.spend(None, progress=progress)
+            survey = budget.spend(None, progress=shown)
         reports = []
-        bar = tqdm(survey.chosen, disable=not progress, desc="quantize", unit="layer", dynamic_ncols=True)
+        bar = tqdm(survey.chosen, disable=not shown, desc="quantize", unit="layer", dynamic_ncols=True)
         for layer, planned in bar:
             matrix = layer.matrix.detach()
             fit = _fitted(matrix, planned, config)
