@@ -10,9 +10,9 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 __all__ = ["AVAILABLE", "Loop", "compiled", "converts_halves", "define", "pieces", "read_codes", "vector_registers"]
@@ -20,6 +20,7 @@ __all__ = ["AVAILABLE", "Loop", "compiled", "converts_halves", "define", "pieces
 _LANES = 16
 """Floats in the widest vector; LLVM splits it if the processor's vectors are narrower."""
 _WORD = 64
+_NOTHING: Mapping[str, int] = MappingProxyType({})
 
 AVAILABLE = sys.byteorder == "little" and importlib.util.find_spec("llvmlite") is not None
 """Whether kernels can be compiled here: `llvmlite` is installed, and the machine is little-endian."""
@@ -157,18 +158,30 @@ def _target() -> Any:
     return target.create_target_machine(cpu=binding.get_host_cpu_name(), features=features, opt=3, jit=True)
 
 
-def compiled(module: Any) -> Any:
-    """Compile a module; returns its one function, which takes integers (addresses first) and is never freed."""
+def compiled(module: Any, outside: Mapping[str, int] = _NOTHING) -> Any:
+    """Compile a module; returns its first function, which takes integers (addresses first) and is never freed.
+
+    Args:
+        module: of one function, and of declarations of others.
+        outside: addresses of the functions that it only declares.
+
+    Returns:
+        the function for ctypes; its attribute `address` is where it is.
+    """
     from llvmlite import binding
 
     target = _target()
     parsed = binding.parse_assembly(str(module))
     parsed.verify()
     engine = binding.create_mcjit_compiler(parsed, target)
+    for name, address in outside.items():
+        engine.add_global_mapping(parsed.get_function(name), address)
     engine.finalize_object()
     arguments = len(module.functions[0].args)
     prototype = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arguments)
-    function = prototype(engine.get_function_address(module.functions[0].name))
+    address = engine.get_function_address(module.functions[0].name)
+    function: Any = prototype(address)
+    function.address = address
     _kept.append(engine)
     return function
 

@@ -52,12 +52,12 @@ def search(points: Tensor, codebooks: Tensor) -> Tensor:
     program, operands = _program(width), (points, words, norms, codes)
     for group in range(groups):
         addresses = [x.data_ptr() + group * x.stride(0) * x.element_size() for x in operands]
-        share_rows(count, chunks, partial(_part, program, addresses, chunks))
+        share_rows(count, chunks, program, partial(_call, addresses, chunks))
     return codes
 
 
-def _part(program: Any, addresses: list[int], chunks: int, first: int, last: int) -> None:
-    program(*addresses, first, last, chunks)
+def _call(addresses: list[int], chunks: int, first: int, last: int) -> list[tuple[int, ...]]:
+    return [(*addresses, first, last, chunks)]
 
 
 @cache

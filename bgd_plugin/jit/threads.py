@@ -1,42 +1,68 @@
-"""Distribute rows over our own threads, as many as torch may use."""
+"""Distribute rows over threads, as many as torch may use."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
+from bgd_plugin.jit.openmp import run_calls, runtime
+
 __all__ = ["share_rows"]
 
-_CODES_PER_THREAD = 1 << 17
-"""Number of codes below which another thread costs more time than it saves: about 50 µs of work."""
+Call = tuple[int, ...]
+"""The arguments of one call of a compiled function."""
+
+_CODES_PER_THREAD = 1 << 15
+"""Number of codes below which another thread costs more time than it saves: some 10 µs of work."""
 
 _pool: ThreadPoolExecutor | None = None
+_is_forked = False
 _lock = threading.Lock()
 
 
-def share_rows(rows: int, blocks: int, work: Callable[[int, int], object]) -> None:
-    """Call `work(first, last)` for all rows, on up to `torch.get_num_threads()` threads.
+def share_rows(rows: int, blocks: int, program: Any, calls: Callable[[int, int], Sequence[Call]]) -> None:
+    """Call a compiled function for all rows, on up to `torch.get_num_threads()` threads.
+
+    They are the threads of torch's own operators; where its runtime cannot be called, or the process was forked, which
+    ends them, they are threads of ours.
 
     Args:
         rows: number of rows of the codes.
         blocks: number of codes in a row.
-        work: writes only the outputs of rows `first` to `last`, and holds Python's global lock only briefly.
+        program: the function (`llvm.compiled`).
+        calls: from `first` and `last` to the calls, always as many, that write the outputs of these rows alone. The
+            memory that they use must be held by somebody else until `share_rows` returns.
     """
     shares = min(rows * blocks // _CODES_PER_THREAD, rows)
-    if shares > 1:
-        shares = min(shares, torch.get_num_threads())
+    threads = torch.get_num_threads() if shares > 1 else 1
+    shares = min(shares, threads)
     if shares <= 1:
-        work(0, rows)
+        _run(program, calls(0, rows))
         return
     bounds = [rows * i // shares for i in range(shares + 1)]
+    parts = [calls(*pair) for pair in itertools.pairwise(bounds)]
+    own = None if _is_forked else runtime()
+    if own is not None:
+        run_calls(own, program, parts, threads)
+    else:
+        _run_on_our_threads(program, parts)
+
+
+def _run(program: Any, calls: Sequence[Call]) -> None:
+    for call in calls:
+        program(*call)
+
+
+def _run_on_our_threads(program: Any, parts: list[Sequence[Call]]) -> None:
     pool = _workers()
-    others = [pool.submit(work, *pair) for pair in itertools.pairwise(bounds[1:])]
-    work(bounds[0], bounds[1])
+    others = [pool.submit(_run, program, part) for part in parts[1:]]
+    _run(program, parts[0])
     for other in others:
         other.result()
 
@@ -52,8 +78,8 @@ def _workers() -> ThreadPoolExecutor:
 
 def _forget() -> None:
     """Start afresh in a forked process: it has none of its parent's threads, and may have a lock that stays locked."""
-    global _pool, _lock
-    _pool, _lock = None, threading.Lock()
+    global _pool, _lock, _is_forked
+    _pool, _lock, _is_forked = None, threading.Lock(), True
 
 
 if hasattr(os, "register_at_fork"):

@@ -67,10 +67,10 @@ def decode_rows_into(output: Tensor, codebook: Tensor, codes: Tensor, first: int
     row_bytes = blocks * size * output.element_size()
     source, numbers, target = codebook.data_ptr(), codes.data_ptr(), output.data_ptr()
 
-    def work(start: int, stop: int) -> None:
-        program(source, numbers, target + start * row_bytes, first + start, first + stop, blocks)
+    def calls(start: int, stop: int) -> list[tuple[int, ...]]:
+        return [(source, numbers, target + start * row_bytes, first + start, first + stop, blocks)]
 
-    share_rows(output.shape[0], blocks, work)
+    share_rows(output.shape[0], blocks, program, calls)
 
 
 def decode_rows(codebook: Tensor, codes: Tensor) -> Tensor:

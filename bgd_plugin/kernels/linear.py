@@ -61,11 +61,10 @@ def _by_dots(inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | Non
     fixed = (table.data_ptr(), codes.data_ptr(), 0 if kept is None else kept.data_ptr())
     source, target, count = single.data_ptr(), output.data_ptr(), single.numel() // columns
 
-    def work(first: int, last: int) -> None:
-        for i in range(count):
-            program(source + i * columns * 4, *fixed, target + i * rows * 4, first, last, blocks)
+    def calls(first: int, last: int) -> list[tuple[int, ...]]:
+        return [(source + i * columns * 4, *fixed, target + i * rows * 4, first, last, blocks) for i in range(count)]
 
-    share_rows(rows, blocks, work)
+    share_rows(rows, blocks, program, calls)
     return output if is_single else output.to(inputs.dtype)
 
 
@@ -92,13 +91,17 @@ def _by_tables(inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | N
     program = table_program(size, codes.element_size() * 8)
     fixed = (table.data_ptr(), codes.data_ptr())
 
-    def work(first: int, last: int) -> None:
-        scratch = table.new_empty(TABLE_POSITIONS, codewords, LANES)
-        for source, target in zip(single, output, strict=True):
-            pointers = (source.data_ptr(), *fixed, target.data_ptr(), scratch.data_ptr())
-            program(*pointers, first, last, blocks, codewords)
+    held = []
 
-    share_rows(rows, blocks, work)
+    def calls(first: int, last: int) -> list[tuple[int, ...]]:
+        held.append(table.new_empty(TABLE_POSITIONS, codewords, LANES))
+        pointers = zip(single, output, strict=True)
+        return [
+            (source.data_ptr(), *fixed, target.data_ptr(), held[-1].data_ptr(), first, last, blocks, codewords)
+            for source, target in pointers
+        ]
+
+    share_rows(rows, blocks, program, calls)
     found = output.mT.reshape(groups * LANES, rows)[: inputs.shape[0]]
     return found.to(inputs.dtype).contiguous()  # torch.compile, and views of the caller's, rely on the order
 

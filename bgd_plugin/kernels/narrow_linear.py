@@ -61,11 +61,10 @@ def _by_dots(program: Any, inputs: Tensor, numbers: Tensor) -> Tensor:
     (rows, columns), output = numbers.shape, inputs.new_empty(len(inputs), len(numbers))
     places = [(x.data_ptr(), numbers.data_ptr(), y.data_ptr()) for x, y in zip(inputs, output, strict=True)]
 
-    def work(first: int, last: int) -> None:
-        for place in places:
-            program(*place, first, last, columns)
+    def calls(first: int, last: int) -> list[tuple[int, ...]]:
+        return [(*place, first, last, columns) for place in places]
 
-    share_rows(rows, columns, work)
+    share_rows(rows, columns, program, calls)
     return output
 
 

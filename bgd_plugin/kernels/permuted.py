@@ -68,17 +68,22 @@ def permuted_outputs(source: Tensor, codebook: Tensor, codes: Tensor, output: Te
     fill, add = tables_program(size), sums_program()
     addresses = source.data_ptr(), codebook.data_ptr(), codes.data_ptr(), output.data_ptr()
 
-    def make(first: int, last: int) -> None:
-        scratch = torch.empty(scratch_floats(size), dtype=torch.float32)
-        fill(*addresses[:2], scratch.data_ptr(), tables, *numbers, first, last, blocks, codewords)
+    held = []
 
-    def sum_rows(first: int, last: int) -> None:
-        scratch = torch.empty(2 * ROWS * CHUNK, dtype=torch.uint8)
-        fixed = (addresses[2], tables, *numbers[:2], scratch.data_ptr(), addresses[3])
-        add(*fixed, first * ROWS, last * ROWS, blocks)
+    def scratch(count: int, dtype: torch.dtype) -> int:
+        held.append(torch.empty(count, dtype=dtype))
+        return held[-1].data_ptr()
 
-    share_rows(chunks, _WORK * CHUNK * CODEWORDS, make)
+    def make(first: int, last: int) -> list[tuple[int, ...]]:
+        own = scratch(scratch_floats(size), torch.float32)
+        return [(*addresses[:2], own, tables, *numbers, first, last, blocks, codewords)]
+
+    def sum_rows(first: int, last: int) -> list[tuple[int, ...]]:
+        fixed = addresses[2], tables, *numbers[:2], scratch(2 * ROWS * CHUNK, torch.uint8), addresses[3]
+        return [(*fixed, first * ROWS, last * ROWS, blocks)]
+
+    share_rows(chunks, _WORK * CHUNK * CODEWORDS, fill, make)
     if not _SMALLEST < float(memory[-4 * scales :].view(torch.float32).sum()) < _LARGEST:
         return 0
-    share_rows(groups, ROWS * blocks, sum_rows)
+    share_rows(groups, ROWS * blocks, add, sum_rows)
     return groups * ROWS

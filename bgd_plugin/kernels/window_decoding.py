@@ -76,11 +76,11 @@ def decode_window_rows_into(output: Tensor, scale: Tensor, codes: Tensor, first:
     target = single.data_ptr() - first * columns * single.element_size()
     addresses = scales.data_ptr(), pair_table().data_ptr(), codes.data_ptr(), target
 
-    def work(start: int, stop: int) -> None:
-        program(*addresses, bytes_before + start, bytes_before + stop, first + count, len(codes), columns)
+    def calls(start: int, stop: int) -> list[tuple[int, ...]]:
+        return [(*addresses, bytes_before + start, bytes_before + stop, first + count, len(codes), columns)]
 
     if columns:
-        share_rows(-(-count // ROWS), look_ups(columns), work)
+        share_rows(-(-count // ROWS), look_ups(columns), program, calls)
     if single is not output:
         output.copy_(single)
 

@@ -56,10 +56,10 @@ def _by_dots(inputs: Tensor, scale: Tensor, codes: Tensor, mask: Tensor | None) 
     fixed = scales.data_ptr(), pair_table().data_ptr(), codes.data_ptr(), masks
     addresses = single.data_ptr(), *fixed, output.data_ptr()
 
-    def work(first: int, last: int) -> None:
-        program(*addresses, first, last, rows, len(codes), columns)
+    def calls(first: int, last: int) -> list[tuple[int, ...]]:
+        return [(*addresses, first, last, rows, len(codes), columns)]
 
-    share_rows(len(codes), look_ups(columns), work)
+    share_rows(len(codes), look_ups(columns), program, calls)
     return output if inputs.dtype == torch.float32 else output.to(inputs.dtype)
 
 

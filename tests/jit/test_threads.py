@@ -5,34 +5,68 @@ from __future__ import annotations
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from bgd_plugin.jit import threads as shared
+from bgd_plugin.jit.llvm import AVAILABLE, Loop, compiled, define
+from bgd_plugin.jit.openmp import runtime
 from bgd_plugin.jit.threads import share_rows
 from bgd_plugin.kernels.linear import WAYS
 from bgd_plugin.kernels.permuted import can_permute
 from tests.kernels.test_linear import assert_close, layer, plain
 
-
-def test_every_row_is_worked_on_once(two_threads: None) -> None:
-    for rows, blocks in ((1, 1 << 20), (3, 1 << 18), (1000, 1000), (7, 3), (0, 8)):
-        seen = torch.zeros(rows, dtype=torch.int64)
-
-        def work(first: int, last: int, seen: torch.Tensor = seen) -> None:
-            seen[first:last] += 1
-
-        share_rows(rows, blocks, work)
-        assert bool((seen == 1).all())
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs llvmlite")
 
 
-def test_an_error_in_a_share_is_raised(two_threads: None) -> None:
-    def work(first: int, last: int) -> None:
-        if first:
-            raise ValueError("the second share")
+@cache
+def _counting() -> Any:
+    """A compiled function that adds to the numbers of rows `first` to `last`: row by row `10 · number + step`."""
+    from llvmlite import ir
 
-    with pytest.raises(ValueError, match="second share"):
-        share_rows(1000, 1000, work)
+    module, builder, a = define("count", ("numbers",), ("first", "last", "step"))
+    whole = ir.IntType(64)
+    with Loop(builder, a["first"], a["last"]) as rows:
+        place = builder.gep(a["numbers"], [rows.index], source_etype=whole)
+        number = builder.mul(builder.load(place, typ=whole, align=8), whole(10))
+        builder.store(builder.add(number, a["step"]), place, align=8)
+    builder.ret_void()
+    return compiled(module)
+
+
+def _counted(rows: int, blocks: int) -> Tensor:
+    numbers = torch.zeros(rows, dtype=torch.int64)
+    place = numbers.data_ptr()
+    share_rows(rows, blocks, _counting(), lambda first, last: [(place, first, last, step) for step in (1, 2, 3)])
+    return numbers
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("has_runtime", [True, False])
+def test_every_row_is_worked_on_once_by_all_calls_in_turn(
+    threads: int, has_runtime: bool, two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(threads)
+    if not has_runtime:
+        monkeypatch.setattr(shared, "runtime", lambda: None)
+    for rows, blocks in ((1, 1 << 20), (2, 1 << 20), (3, 1 << 18), (1000, 1000), (7, 3), (0, 8)):
+        assert _counted(rows, blocks).tolist() == [123] * rows
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has another runtime")
+def test_the_threads_are_those_of_torch(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread of ours is started: it would compete with torch's for the cores."""
+    found = runtime()
+    assert found is not None
+    monkeypatch.setattr(shared, "_workers", None)
+    torch.mm(torch.ones(512, 512), torch.ones(512, 512))
+    before = set(os.listdir("/proc/self/task"))
+    _counted(1000, 1000)
+    assert set(os.listdir("/proc/self/task")) == before
 
 
 @pytest.mark.parametrize("way", sorted(WAYS))
