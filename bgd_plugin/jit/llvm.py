@@ -15,7 +15,17 @@ from functools import cache
 from types import MappingProxyType, TracebackType
 from typing import Any
 
-__all__ = ["AVAILABLE", "Loop", "compiled", "converts_halves", "define", "pieces", "read_codes", "vector_registers"]
+__all__ = [
+    "AVAILABLE",
+    "Loop",
+    "compiled",
+    "converts_halves",
+    "define",
+    "pieces",
+    "read_codes",
+    "vector_lanes",
+    "vector_registers",
+]
 
 _LANES = 16
 """Floats in the widest vector; LLVM splits it if the processor's vectors are narrower."""
@@ -135,6 +145,15 @@ def vector_registers() -> int:
     features = binding.get_host_cpu_features()
     is_x86 = binding.get_process_triple().startswith(("x86", "i386", "i686"))
     return 16 if is_x86 and not features.get("avx512f") else 32
+
+
+@cache
+def vector_lanes() -> int:
+    """Floats in one of the processor's vector registers: 16, 8 or 4."""
+    from llvmlite import binding
+
+    features = binding.get_host_cpu_features()
+    return 16 if features.get("avx512f") else 8 if features.get("avx") else 4
 
 
 @cache

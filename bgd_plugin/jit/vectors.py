@@ -17,6 +17,7 @@ __all__ = [
     "splat",
     "store",
     "total",
+    "transposed",
     "tree",
     "vector",
     "zero",
@@ -123,6 +124,25 @@ def total(builder: Any, vector: Any, lanes: int) -> Any:
         ]
         vector = builder.fadd(*halves)
     return builder.extract_element(vector, ir.IntType(32)(0))
+
+
+def transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """As many vectors as each has lanes, a power of two, column by column.
+
+    Interleaving each vector with that half of them behind it rotates the address of a value, [row, column], by a bit.
+    """
+    from llvmlite import ir
+
+    half, rounds = len(rows) // 2, len(rows).bit_length() - 1
+    kind = vector(len(rows), ir.IntType(32))
+    orders = [[first + i + source for i in range(half) for source in (0, len(rows))] for first in (0, half)]
+    for _ in range(rounds):
+        rows = [
+            builder.shuffle_vector(rows[i], rows[i + half], ir.Constant(kind, order))
+            for i in range(half)
+            for order in orders
+        ]
+    return rows
 
 
 def tree(builder: Any, values: list[Any]) -> Any:

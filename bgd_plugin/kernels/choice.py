@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from bgd_plugin.kernels.lanes import FEWEST_ROWS, lane_count
 from bgd_plugin.kernels.permuted_tables import CODEWORDS
 from bgd_plugin.kernels.table import LANES
 
-__all__ = ["MOST_DOTS", "cheapest"]
+__all__ = ["MOST_DOTS", "beats_convolution", "cheapest"]
 
 MOST_DOTS = 4
 """Number of inputs up to which each of them may read all codes for itself."""
@@ -26,8 +27,17 @@ _PERMUTED_CALL = 60_000.0  # a fourth of it is work; the rest is for what tables
 _TABLE_BLOCK = 0.40
 _TABLE_PRODUCT = 0.32
 _TABLE_CALL = 20_000.0
+_LANE_WEIGHT = 0.0193
+_LANE_CALL = 12_000.0
+_NARROWEST = 12  # lanes: fewer take as long
+_LANE_INPUT = 0.1  # for each number of an input
+_LANE_OUTPUT = 0.27
+_TILE_CALL = 20_000.0
 _DECODED_WEIGHT = 0.30
 _MULTIPLIED_WEIGHT = 0.0235
+_CONVOLUTION_CALL = 20_000.0
+_CONVOLVED_WEIGHT = 0.0215
+_CONVOLVED_NUMBER = 0.1  # of its input and its output
 
 
 @lru_cache(maxsize=4096)
@@ -39,6 +49,7 @@ def cheapest(
     * `dot` reads every code once for each input, and multiplies its codeword.
     * `permuted` computes the products of all codewords with an input in bytes, and looks up those of 64 rows at once.
     * `table` computes the products of all codewords with a few inputs, then reads every code once for these inputs.
+    * `lanes` multiplies a weight by many inputs at once, in the registers; it needs a few rows, and takes no mask.
     * `tiles` decodes the weight once and multiplies it with torch.
 
     Args:
@@ -50,15 +61,40 @@ def cheapest(
         has_mask: whether single weights are zero regardless of their codeword; tables do not support that.
         can_permute: whether the processor and the sizes allow `permuted`.
     """
+    costs = _costs(inputs, rows, blocks, codewords, block_size, has_mask, can_permute)
+    return min(costs, key=costs.__getitem__)
+
+
+@lru_cache(maxsize=4096)
+def beats_convolution(positions: int, rows: int, blocks: int, codewords: int, block_size: int) -> bool:
+    """Whether a 1×1 convolution of channels that lie side by side is faster as a linear layer than decoded by torch.
+
+    Args:
+        positions: of all samples.
+        rows, blocks, codewords, block_size: as in `cheapest`.
+    """
+    costs = _costs(positions, rows, blocks, codewords, block_size, False, False)
+    weights, numbers = rows * blocks * block_size, positions * (rows + blocks * block_size)
+    convolution = _CONVOLUTION_CALL + weights * (_DECODED_WEIGHT + _CONVOLVED_WEIGHT * positions)
+    return min(costs[way] for way in costs if way != "tiles") < convolution + numbers * _CONVOLVED_NUMBER
+
+
+def _costs(
+    inputs: int, rows: int, blocks: int, codewords: int, block_size: int, has_mask: bool, can_permute: bool
+) -> dict[str, float]:
+    """The estimated time of each way that can compute the layer; arguments as in `cheapest`."""
     codes = rows * blocks
-    costs = {"tiles": codes * block_size * (_DECODED_WEIGHT + _MULTIPLIED_WEIGHT * inputs)}
+    costs = {"tiles": _TILE_CALL + codes * block_size * (_DECODED_WEIGHT + _MULTIPLIED_WEIGHT * inputs)}
     if inputs <= MOST_DOTS:
         costs["dot"] = inputs * codes * _DOT_BLOCK
         if can_permute and not has_mask:
             tables = blocks * CODEWORDS * (_PERMUTED_ENTRY + _PERMUTED_PRODUCT * block_size)
             costs["permuted"] = inputs * (_PERMUTED_CALL + tables + codes * _PERMUTED_BLOCK)
+    if not has_mask and rows >= FEWEST_ROWS and block_size <= _LARGEST_TABLE_BLOCK:
+        numbers = inputs * (blocks * block_size * _LANE_INPUT + rows * _LANE_OUTPUT)
+        costs["lanes"] = _LANE_CALL + codes * block_size * max(lane_count(inputs), _NARROWEST) * _LANE_WEIGHT + numbers
     if not has_mask and inputs > 1 and block_size <= _LARGEST_TABLE_BLOCK:
         groups = -(-inputs // LANES)
         products = blocks * codewords * block_size
         costs["table"] = _TABLE_CALL + groups * (codes * _TABLE_BLOCK + products * _TABLE_PRODUCT)
-    return min(costs, key=costs.__getitem__)
+    return costs

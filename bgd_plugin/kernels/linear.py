@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from itertools import count as count_from
 
 import torch
 from torch import Tensor
@@ -10,14 +12,20 @@ from torch import Tensor
 from bgd_plugin.jit.threads import share_rows
 from bgd_plugin.kernels.choice import MOST_DOTS, cheapest
 from bgd_plugin.kernels.dot import dot_program
+from bgd_plugin.kernels.lanes import lanes_program, last_width, panel_floats, row_count, widest
 from bgd_plugin.kernels.permuted import can_permute, permuted_outputs
 from bgd_plugin.kernels.table import LANES, TABLE_POSITIONS, table_program
-from bgd_plugin.kernels.tiles import decoded_tiles
+from bgd_plugin.kernels.tiles import decoded_tiles, thread_memory
 
 __all__ = ["FEW_INPUTS", "WAYS", "lookup_linear"]
 
 FEW_INPUTS = 64
 """Maximum number of positions at which a 1×1 convolution is computed as a linear layer."""
+
+_GROUPS_PER_THREAD = 4
+"""Groups of inputs for each thread from which on threads share them, and not the rows."""
+_FASTER = 4
+"""How many inputs are multiplied by a block in the time for a code of one."""
 
 Way = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -43,6 +51,8 @@ def lookup_linear(x: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | Non
         way = cheapest(count, rows, blocks, codewords, size, mask is not None, has_bytes)
         if way == "dot":
             output = _by_dots(x, codebook, codes, mask)
+        elif way == "lanes":
+            return _by_lanes(x.view(count, -1), codebook, codes, None, bias).view(*x.shape[:-1], rows)
         else:
             output = WAYS[way](x.view(count, -1), codebook, codes, mask).view(*x.shape[:-1], rows)
     else:
@@ -114,4 +124,46 @@ def _by_tiles(inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | No
     return output
 
 
-WAYS: dict[str, Way] = {"dot": _by_dots, "permuted": _by_permutations, "table": _by_tables, "tiles": _by_tiles}
+def _by_lanes(
+    inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None, bias: Tensor | None = None
+) -> Tensor:
+    """Many inputs at a time; a thread has inputs of its own if there are many, otherwise rows."""
+    single, table = inputs.float(), codebook.float()
+    (rows, blocks), size, count = codes.shape, codebook.shape[1], len(inputs)
+    output = single.new_empty(count, rows)
+    summand = _zeros(rows) if bias is None else bias.float().contiguous()
+    program = lanes_program(size, codes.element_size() * 8, last_width(count))
+    threads, room = torch.get_num_threads(), panel_floats(size)
+    panels, step = thread_memory(threads * room, torch.float32).data_ptr(), row_count()
+    fixed = single.data_ptr(), table.data_ptr(), codes.data_ptr(), summand.data_ptr(), output.data_ptr()
+    used = count_from(0)
+
+    def some_rows(first: int, last: int) -> list[tuple[int, ...]]:
+        end = rows if last == rows // step else last * step
+        return [(*fixed, panels + 4 * room * next(used), first * step, end, 0, count, rows, blocks)]
+
+    def some_inputs(first: int, last: int) -> list[tuple[int, ...]]:
+        part = first * widest(), min(last * widest(), count)
+        return [(*fixed, panels + 4 * room * next(used), 0, rows, *part, rows, blocks)]
+
+    groups = -(-count // widest())
+    if groups >= _GROUPS_PER_THREAD * threads:
+        share_rows(groups, rows * blocks * widest() // _FASTER, program, some_inputs)
+    else:
+        share_rows(rows // step, step * blocks * count // _FASTER, program, some_rows)
+    return output if inputs.dtype == torch.float32 else output.to(inputs.dtype)
+
+
+@lru_cache(maxsize=64)
+def _zeros(count: int) -> Tensor:
+    """The bias of a layer without one."""
+    return torch.zeros(count)
+
+
+WAYS: dict[str, Way] = {
+    "dot": _by_dots,
+    "lanes": _by_lanes,
+    "permuted": _by_permutations,
+    "table": _by_tables,
+    "tiles": _by_tiles,
+}

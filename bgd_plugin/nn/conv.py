@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bgd_plugin.kernels import tiles
+from bgd_plugin.kernels.choice import beats_convolution
 from bgd_plugin.kernels.linear import FEW_INPUTS
 from bgd_plugin.kernels.switch import computable, usable
 from bgd_plugin.kernels.tiles import conv_tile, convolve_by_tiles, rows_of_a_tile
@@ -80,18 +81,33 @@ class PQConv(PQModule):
         return conv_tile(self.weight_shape.numel(), input.numel() // self.in_channels)
 
     def _is_lookup(self, input: Tensor) -> bool:
-        """Whether it is a linear layer, a 1×1 convolution, at few positions."""
-        if input.numel() > FEW_INPUTS * self.in_channels:
+        """Whether it is computed as a linear layer: a 1×1 convolution at few positions, or where that is faster."""
+        if self.weight_shape.numel() != self.out_channels * self.in_channels:
             return False
-        ones = all(size == 1 for size in (*self.kernel_size, *self.stride))
-        return ones and not any(self._reversed_padding_repeated_twice)
+        if any(size != 1 for size in self.stride) or any(self._reversed_padding_repeated_twice):
+            return False
+        positions = input.numel() // self.in_channels
+        return positions <= FEW_INPUTS or self._is_fast_lookup(input, positions)
+
+    def _keeps_channels_last(self, input: Tensor) -> bool:
+        """Whether torch's convolution gives an output whose channels lie side by side, as the input's do."""
+        is_batch = len(self.kernel_size) == 2 and input.dim() == 4
+        return is_batch and input.is_contiguous(memory_format=torch.channels_last)
+
+    def _is_fast_lookup(self, input: Tensor, positions: int) -> bool:
+        codebook, codes, mask = self.held()
+        if mask is not None or not self.has_blocks or input.dtype != torch.float32:
+            return False
+        if not self._keeps_channels_last(input):
+            return False
+        return beats_convolution(positions, *codes.shape, *codebook.shape)
 
     def _at_each_position(self, linear: Callable[..., Tensor], input: Tensor) -> Tensor:
         """The output of a function for linear layers, at each position of `[batch, in_channels, *spatial]`."""
         channels = -1 - len(self.kernel_size)
-        rows = input.movedim(channels, -1)
-        found = linear(rows, self.codebook, self.codes, self.mask, self.bias).movedim(-1, channels)
-        return found if rows.is_contiguous() else found.contiguous()  # in memory as torch's convolution has it
+        codebook, codes, mask = self.held()
+        found = linear(input.movedim(channels, -1), codebook, codes, mask, self.bias).movedim(-1, channels)
+        return found if self._keeps_channels_last(input) else found.contiguous()  # as torch's convolution has it
 
     def to_float(self) -> _Conv:
         """The float module of the same geometry, on the meta device."""

@@ -13,7 +13,7 @@ from torch import nn
 from bgd_plugin import kernels
 from bgd_plugin.kernels import linear, tiles
 from bgd_plugin.kernels.operators import pq_decode
-from bgd_plugin.nn import PQModule, quantized
+from bgd_plugin.nn import PQModule, conv, quantized
 from tests.nn.test_modules import CONVS, convolutions
 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -56,6 +56,17 @@ def test_outputs_lie_in_memory_as_those_of_torch(form: torch.memory_format, kern
     with torch.no_grad():
         found, expected = layer(x), module(x)
     assert found.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+@pytest.mark.parametrize("batch", [(), (1,), (2,)])
+def test_outputs_lie_as_those_of_torch_where_channels_lie_side_by_side(dimensions: int, batch: tuple[int, ...]) -> None:
+    """Torch keeps this order in batches of images; of volumes only now and then, depending on threads and sizes."""
+    module = CONVS[dimensions](12, 16, 1)
+    layer, x = with_codes(module, 1), torch.randn(*batch, *[3] * dimensions, 12).movedim(-1, len(batch))
+    with torch.no_grad():
+        found, expected = layer(x), module(x)
+    assert found.is_contiguous() if dimensions == 3 else found.stride() == expected.stride()
 
 
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
@@ -120,6 +131,29 @@ def test_pointwise_at_few_positions(dtype: Any, positions: int, monkeypatch: pyt
         calls.clear()
         assert_same(layer, x, ROUNDING[dtype])
         assert len(calls) == (x.numel() <= 64 * 16)
+
+
+@pytest.mark.parametrize("positions", [9, 14])
+def test_pointwise_with_channels_side_by_side(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a layer is linear at many positions, too, where that is faster; its output lies in memory as its input."""
+    calls = []
+    monkeypatch.setattr(conv, "beats_convolution", lambda *sizes: calls.append(sizes) or True)
+    module = nn.Conv2d(112, 67, 1)
+    layer, x = with_codes(module, 4), torch.randn(2, 112, positions, positions)
+    x = x.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        found, strides = layer(x), module(x).stride()
+    assert set(calls) == {(2 * positions**2, 67, 28, 8, 4)}
+    assert found.stride() == strides
+    assert_same_with_gradients(layer, x)
+    with kernels.disabled(), torch.no_grad():
+        torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_pointwise_with_a_mask_is_a_convolution_at_many_positions() -> None:
+    layer = with_codes(nn.Conv2d(12, 16, 1), 4, has_mask=True)
+    x = torch.randn(2, 12, 9, 9).to(memory_format=torch.channels_last)
+    assert_same_with_gradients(layer, x)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from bgd_plugin.encoding.codes import code_dtype
+from bgd_plugin.kernels import lanes, linear
+from bgd_plugin.kernels.lanes import FEWEST_ROWS
 from bgd_plugin.kernels.linear import WAYS, lookup_linear
 from bgd_plugin.kernels.permuted import can_permute
 from bgd_plugin.pq.blocks import decode
@@ -49,7 +51,7 @@ def layers(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tens
     codebook, codes = layer(rows, blocks, size, codewords, dtype)
     mask = torch.rand(rows, blocks * size) > 0.5 if draw(st.booleans()) else None
     bias = torch.randn(rows).to(dtype) if draw(st.booleans()) else None
-    lead = draw(st.sampled_from([(), (1,), (2,), (3, 1), (2, 5), (17,), (0,)]))
+    lead = draw(st.sampled_from([(), (1,), (2,), (3, 1), (2, 5), (17,), (0,), (53,), (30, 9)]))
     return torch.randn(*lead, blocks * size).to(dtype), codebook, codes, mask, bias
 
 
@@ -63,7 +65,9 @@ def _can(way: str, codebook: Tensor, codes: Tensor, mask: Tensor | None) -> bool
     """Whether a layer can be computed that way; the choice among the ways knows it, too."""
     if way == "permuted":
         return mask is None and can_permute(codes, codebook)
-    return way != "table" or (mask is None and codebook.shape[1] <= 32)
+    if way == "lanes" and len(codes) < FEWEST_ROWS:
+        return False
+    return way not in ("table", "lanes") or (mask is None and codebook.shape[1] <= 32)
 
 
 @given(layers(), st.sampled_from(sorted(WAYS)))
@@ -84,6 +88,22 @@ def test_many_rows_are_shared_among_threads(way: str, codewords: int, two_thread
         pytest.skip("not a way for this layer on this machine")
     x = torch.randn(3, 515 * 4)
     assert_close(WAYS[way](x, codebook, codes, None), plain(x, codebook, codes, None, None))
+
+
+@pytest.mark.parametrize(("rows", "inputs"), [(8, 48), (4, 24), (4, 8)])
+def test_many_inputs_at_once_on_other_processors(
+    rows: int, inputs: int, two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the numbers of rows and inputs that other registers have room for; many inputs are shared among threads."""
+    for module in (lanes, linear):
+        monkeypatch.setattr(module, "row_count", lambda: rows)
+        monkeypatch.setattr(module, "widest", lambda: inputs)
+    lanes.lanes_program.cache_clear()
+    for count, columns in ((5, 1030), (7 * inputs + 3, 90), (9 * inputs, 1030), (2 * inputs, 10)):
+        codebook, codes = layer(45, columns // 5, 5, 256)
+        x = torch.randn(count, columns)
+        assert_close(WAYS["lanes"](x, codebook, codes, None), plain(x, codebook, codes, None, None))
+    lanes.lanes_program.cache_clear()
 
 
 def test_more_weights_than_a_tile_holds() -> None:
