@@ -115,10 +115,16 @@ def perplexity(model: Any, windows: Sequence[Tensor]) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
+def windows_of(text: str, tokenizer: Any, length: int) -> Tensor:
+    """Windows of a text's tokens, `[windows, 1, length]`."""
+    tokens = tokenizer(text, return_tensors="pt").input_ids[0]
+    whole: Tensor = tokens[: len(tokens) // length * length].reshape(-1, 1, length)
+    return whole
+
+
 def text_windows(options: argparse.Namespace, tokenizer: Any) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
     """Windows of the text `[1, length]`: those that calibrate, spread over all but the last ones, which judge."""
-    tokens = tokenizer(text_in(options.text) if options.text else handbook(), return_tensors="pt").input_ids[0]
-    windows = tokens[: len(tokens) // options.length * options.length].reshape(-1, 1, options.length)
+    windows = windows_of(text_in(options.text) if options.text else handbook(), tokenizer, options.length)
     step = (len(windows) - options.judging) // options.windows
     if step < 1:
         raise SystemExit(f"the text has {len(windows)} windows of {options.length} tokens, too few")
@@ -149,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.smollm2", description=main.__doc__)
     parser.add_argument("--text", type=Path, help="a text file or a folder of pages")
+    parser.add_argument("--other-text", type=Path, help="its last windows judge, too; none of it calibrates")
     parser.add_argument("--windows", type=int, default=32, help="that calibrate")
     parser.add_argument("--judging", type=int, default=8, help="windows that judge")
     parser.add_argument("--length", type=int, default=512, help="tokens in a window")
@@ -168,6 +175,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = configuration(options)
     model, tokenizer = network()
     calibration, judging = text_windows(options, tokenizer)
+    other: list[Tensor] = []
+    if options.other_text:
+        other = list(windows_of(text_in(options.other_text), tokenizer, options.length)[-options.judging :])
+        print(f"{len(other)} windows of another text: float perplexity {perplexity(model, other):.2f}")
     print(f"{len(calibration)} windows of {options.length} tokens; float perplexity {perplexity(model, judging):.2f}")
     with Multiplications() as once, torch.no_grad():
         model(**calibration[0])
@@ -189,6 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("\n".join(note for note in result.report.notes if note.startswith(("bound", "budget"))))
     print(f"expected divergence: {result.report.expected_divergence or 0:.3g}")
     print(f"perplexity: {perplexity(result.model, judging):.2f}")
+    if other:
+        print(f"perplexity, another text: {perplexity(result.model, other):.2f}")
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ def _sizes(conv: int, pointwise: int, codebook_size: int) -> dict[str, Any]:
 
 # Original over compressed bytes. Not every network can be made so small, or is worth compressing so little.
 _BUDGETS = (6.0, 7.5, 11.0, 20.0, 40.0)
+_CODED_BUDGETS = (11.0, 40.0)
 # d of 3×3 convolutions, d of 1×1 convolutions and linear layers, k
 _SIZES = ((18, 8, 256), (9, 4, 64), (9, 4, 1024), (3, 2, 64), (3, 2, 256))
 _PAPER_SIZES = ((18, 8, 256), (9, 4, 256), (3, 2, 64), (3, 2, 256))
@@ -83,6 +84,9 @@ def _arms() -> list[Arm]:
     for ratio in _BUDGETS:
         config = bgd.BGDConfig(target_ratio=ratio, freeze_norms=True)
         arms.append(Arm(method=DEFAULT, setting=f"target_ratio={ratio:g}", run=_library(config)))
+    for ratio in _CODED_BUDGETS:
+        config = bgd.BGDConfig(target_ratio=ratio, freeze_norms=True, codes="entropy")
+        arms.append(Arm(method=f"{DEFAULT}, entropy-coded", setting=f"target_ratio={ratio:g}", run=_library(config)))
     for conv, pointwise, k in _SIZES:
         config = bgd.BGDConfig(**_sizes(conv, pointwise, k), freeze_norms=True, max_divergence=None)
         arms.append(Arm(method=f"{DEFAULT}, sizes set", setting=f"d={conv}/{pointwise} k={k}", run=_library(config)))
