@@ -80,7 +80,7 @@ def choose(
     require_reachable(layers, target_bytes, file_size)
     best = [options[0] for options in layers]
     best_size = file_size(best)
-    shared = target_bytes - best_size + _bytes(best)
+    shared, before = target_bytes - best_size + _bytes(best), 0
     for _ in range(_CORRECTIONS):
         picked = [options[i] for options, i in zip(layers, allocate(layers, shared), strict=True)]
         size = file_size(picked)
@@ -89,6 +89,9 @@ def choose(
         gap = target_bytes - size
         if 0 <= gap < target_bytes / 2000:
             break
+        if gap < 0 and size == before:  # since bytes are counted in steps; with fewer than it has it is no choice
+            shared = _bytes(picked)
+        before = size
         shared += gap if gap > 0 else gap - 8
     return Choice(options=tuple(best), file_bytes=best_size, loss=_loss(best))
 

@@ -54,6 +54,23 @@ def test_what_a_file_holds_beside_the_layers_is_found_out_and_kept_within() -> N
     assert 12_000 * 0.98 <= choice.file_bytes <= 12_000
 
 
+@pytest.mark.parametrize("excess", [1, 30, 90])
+@pytest.mark.parametrize("count", [1, 40])
+def test_a_choice_that_is_too_long_by_less_than_a_step_is_not_given_up(count: int, excess: int) -> None:
+    """A few bytes less gave the same choice again, eight times, and then the smallest one was taken."""
+    options = [_options([(100_003 * i, 1 / i) for i in range(1, 30)]) for _ in range(count)]
+    smallest = sum(layer[0].size_bytes for layer in options)
+    room = 4096 * count  # beyond fourteen steps up in each layer, which are taken
+    target = smallest + 14 * smallest + room
+
+    def size(picked: Any) -> int:
+        used = sum(o.size_bytes for o in picked)
+        return used + (room + excess if used > smallest else 0)
+
+    choice = choose(options, target, size)
+    assert 0.9 * target < choice.file_bytes <= target
+
+
 def _given(*pairs: tuple[int, float]) -> list[Option]:
     return [Option(layer=None, size_bytes=size, loss=loss) for size, loss in pairs]
 
