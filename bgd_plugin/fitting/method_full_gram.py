@@ -21,7 +21,7 @@ from bgd_plugin.pq.forms import TRELLIS
 from bgd_plugin.pq.full_gram import fit_full
 from bgd_plugin.pq.gram import Moments, MomentSums
 from bgd_plugin.pq.masked import masked
-from bgd_plugin.pq.target_asymmetric import asymmetric_target
+from bgd_plugin.pq.target_asymmetric import asymmetric_target, best_step, ridge_change
 from bgd_plugin.support.seeds import seeded
 
 __all__ = ["FULL"]
@@ -30,6 +30,8 @@ _MAX_COLUMNS = 8192
 _MIN_ROWS = 32768
 _ROWS_PER_COLUMN = 8
 _DAMPING = 0.2  # in units of the Gram's mean diagonal; twice as much where there are as many columns as rows
+_ENOUGH_ROWS = 2
+"""Rows for each column from which on what a target corrects is not mostly noise."""
 _HELDOUT = 5  # every fifth row is held out
 
 
@@ -172,13 +174,25 @@ class _Aim:
 def _aim(context: LayerContext, statistics: _Statistics, damping: float) -> _Aim:
     everything = Moments.pooled(statistics.fitted, statistics.heldout, statistics.share)
     gram, cross = everything.centred_() if context.takes_mean else (everything.gram, everything.cross)
-    rows, step, scale = context.rows, context.config.asymmetric_step, None
+    rows, step, scale = context.rows, _step(context, statistics, damping), None
     if step:
         rows = asymmetric_target(rows, gram, cross, step=step, damping=damping)
     if context.has_batchnorm and not context.has_bias:
         scale = equal_rows(rows, gram, context)
         rows = rows * scale[:, None]
     return _Aim(rows=rows, row_scale=scale, mean=everything.mean, output_mean=everything.output_mean)
+
+
+def _step(context: LayerContext, statistics: _Statistics, damping: float) -> float:
+    """How far to aim at the float network's outputs: not beyond where the error on held-out rows is least."""
+    step, columns = context.config.asymmetric_step, context.rows.shape[1]
+    if not step or statistics.share in (0.0, 1.0) or statistics.rows >= _ENOUGH_ROWS * columns:
+        return step
+    (gram, cross), judging = (
+        m.centred() if context.takes_mean else (m.gram, m.cross) for m in (statistics.fitted, statistics.heldout)
+    )
+    change = ridge_change(context.rows, gram, cross, damping=damping)
+    return min(step, best_step(context.rows, change, *judging))
 
 
 def _gram_(moments: Moments, *, centred: bool) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bgd_plugin.pq.feedback import damped
 
-__all__ = ["asymmetric_target"]
+__all__ = ["asymmetric_target", "best_step", "ridge_change"]
 
 
 @torch.no_grad()
@@ -38,9 +38,43 @@ def asymmetric_target(
     **Source**: ridge regression centred on W; matching the float network's outputs follows Nagel et al., AdaRound,
     arXiv 2004.10568, section 3.4 ("asymmetric reconstruction").
     """
+    current = weight.double().reshape(gram.shape[0], -1, gram.shape[1])
+    change = ridge_change(weight, gram, cross, damping=damping)
+    return (current + step * change.mT).reshape(weight.shape).to(weight.dtype)
+
+
+@torch.no_grad()
+def ridge_change(weight: Tensor, gram: Tensor, cross: Tensor, *, damping: float) -> Tensor:
+    """The whole step of `asymmetric_target`, `[groups, columns, rows_per_group]`, float64; arguments as there.
+
+    Raises:
+        ValueError: no damping; H may be singular.
+    """
     if not damping > 0:
         raise ValueError(f"the asymmetric target needs a damping above 0, not {damping}")
+    return torch.cholesky_solve(_missing(weight, gram, cross), torch.linalg.cholesky(damped(gram, damping)))
+
+
+@torch.no_grad()
+def best_step(weight: Tensor, change: Tensor, gram: Tensor, cross: Tensor) -> float:
+    """The step along a change that leaves the least error on other inputs than those it was solved for.
+
+    The error is a parabola of the step: it falls by 2 · step · tr(Dᵀ(XᵀY − H Wᵀ)) − step² · tr(Dᵀ H D).
+
+    Args:
+        weight: `[rows, columns]`.
+        change: D, `[groups, columns, rows_per_group]`, of `ridge_change`.
+        gram, cross: as for `asymmetric_target`, of the inputs that judge.
+
+    Returns:
+        from 0 to 1; 1 where the change does nothing.
+    """
+    gain = float((change * _missing(weight, gram, cross)).sum())
+    cost = float((change * (gram @ change)).sum())
+    return min(1.0, max(0.0, gain / cost)) if cost > 0 else 1.0
+
+
+def _missing(weight: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
+    """Xᵀ(Y − X W), `[groups, columns, rows_per_group]`, float64."""
     current = weight.double().reshape(gram.shape[0], -1, gram.shape[1])
-    missing = torch.baddbmm(cross, gram, current.mT, alpha=-1)
-    change = torch.cholesky_solve(missing, torch.linalg.cholesky(damped(gram, damping)))
-    return (current + step * change.mT).reshape(weight.shape).to(weight.dtype)
+    return torch.baddbmm(cross, gram, current.mT, alpha=-1)

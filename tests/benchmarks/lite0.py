@@ -68,8 +68,6 @@ def arms(
         sizes[layer.name] = bgd.LayerConfig(block_size=layer.block_size, codebook_size=layer.codebook_size)
     chosen = replace(budget, target_bytes=None, max_divergence=None, overrides=tuple(sizes.items()))
     plain = replace(chosen, asymmetric_step=0.0, refit_depthwise=False)
-    training = bgd.FinetuningConfig(steps=steps, mixing=True)
-    again = replace(training, recode_every=max(1, steps // 10))
     return {
         "uniform, EM": bgd.BGDConfig(method="em", max_divergence=None),
         "uniform": bgd.BGDConfig(max_divergence=None),
@@ -80,6 +78,14 @@ def arms(
         "sizes, full Gram, depthwise": replace(plain, refit_depthwise=True),
         "sizes, full Gram, targets": replace(chosen, refit_depthwise=False),
         "sizes, half precision": replace(chosen, codebook_storage="float16", weight_storage="float16"),
+    } | stages(steps, budget)
+
+
+def stages(steps: int, budget: bgd.BGDConfig = BUDGET) -> dict[str, bgd.BGDConfig]:
+    """Those of the settings by name that choose sizes themselves; arguments as of `arms`."""
+    training = bgd.FinetuningConfig(steps=steps, mixing=True)
+    again = replace(training, recode_every=max(1, steps // 10))
+    return {
         "budget, lean": replace(budget, weight_storage="int5"),
         "budget, entropy-coded": replace(budget, codes="entropy"),
         "budget, reconstruction": replace(budget, reconstruction=bgd.ReconstructionConfig()),
@@ -105,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="*", default=[""], help="beginnings of their names, besides the budget")
     parser.add_argument("--steps", type=int, default=100, help="of finetuning, 25 photos each")
     parser.add_argument("--bytes", type=int, default=BUDGET.target_bytes, help="of the file")
+    parser.add_argument("--no-blocks", action="store_true", help="leave out the budget of blocks, and its sizes")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -122,10 +129,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         add(
             "float", {"bytes": state_bytes(subject.model.state_dict()), "cpu_seconds": 0} | subject.judge(subject.model)
         )
-        report, row = compress(subject, budget)
-        add("budget", row)
-        names = [layer.name for layer in bgd.plan(subject.model).layers]
-        for name, config in arms(report, names, options.steps, budget).items():
+        configs = stages(options.steps, budget)
+        if not options.no_blocks:
+            report, row = compress(subject, budget)
+            add("budget", row)
+            names = [layer.name for layer in bgd.plan(subject.model).layers]
+            configs = arms(report, names, options.steps, budget)
+        for name, config in configs.items():
             if name.startswith(tuple(options.arms)):
                 add(name, compress(subject, config)[1])
     print(table(["settings", "file", "top-1", "KL to float", "agrees", "CPU-s"], [_line(*x) for x in found.items()]))

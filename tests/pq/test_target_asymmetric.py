@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bgd_plugin.fitting.row_scales_and_bias_shift import matching_bias
 from bgd_plugin.pq.gram import Moments
-from bgd_plugin.pq.target_asymmetric import asymmetric_target
+from bgd_plugin.pq.target_asymmetric import asymmetric_target, best_step, ridge_change
 
 
 def drifted_layer(groups: int = 1, positions: int = 400, columns: int = 12, rows: int = 7) -> tuple[Tensor, ...]:
@@ -72,3 +72,30 @@ def test_dead_inputs_keep_the_weight_and_its_dtype() -> None:
     assert target.dtype == torch.float32
     with pytest.raises(ValueError, match="damping above 0"):
         asymmetric_target(weight, *Moments.of(torch.zeros(1, 400, 12).double(), outputs).centred(), damping=0.0)
+
+
+def test_the_best_step_has_the_least_error_on_the_inputs_that_judge() -> None:
+    inputs, weight, outputs = drifted_layer(positions=50)
+    fitted, judging = Moments.of(inputs[:, :30], outputs[:, :30]), Moments.of(inputs[:, 30:], outputs[:, 30:])
+    change = ridge_change(weight, *fitted.centred(), damping=0.05)
+    found = best_step(weight, change, *judging.centred())
+
+    def error(step: float) -> float:
+        away = (outputs - inputs @ (weight + step * change[0].mT).T)[:, 30:]
+        return float((away - away.mean(1, keepdim=True)).square().sum())
+
+    steps = [0.01 * i for i in range(101)]
+    assert found == pytest.approx(min(steps, key=error), abs=0.006)
+    assert 0.3 < found < 1
+
+
+def test_noise_is_not_aimed_at() -> None:
+    """Outputs that have nothing to do with the inputs: what few rows seem to show does not hold for others."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(1, 200, 40, generator=generator, dtype=torch.float64)
+    weight = torch.randn(5, 40, generator=generator, dtype=torch.float64)
+    outputs = inputs @ weight.T + torch.randn(1, 200, 5, generator=generator, dtype=torch.float64)
+    fitted, judging = Moments.of(inputs[:, :50], outputs[:, :50]), Moments.of(inputs[:, 50:], outputs[:, 50:])
+    change = ridge_change(weight, *fitted.centred(), damping=0.2)
+    assert best_step(weight, change, *judging.centred()) < 0.1
+    assert best_step(weight, torch.zeros_like(change), *judging.centred()) == 1.0
