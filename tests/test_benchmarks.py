@@ -122,7 +122,7 @@ def test_single_steps_are_measured_at_the_sizes_of_the_budget() -> None:
     names = [layer.name for layer in bgd.plan(model).layers]
     chosen = {layer.name: (layer.block_size, layer.codebook_size) for layer in report.layers}
     assert chosen
-    for name, config in arms(report, names, steps=1).items():
+    for name, config in arms(report, names, bgd.FinetuningConfig(steps=1)).items():
         if name.startswith("sizes"):
             planned = bgd.plan(model, config)
             assert {layer.name: (layer.block_size, layer.codebook_size) for layer in planned.layers} == chosen

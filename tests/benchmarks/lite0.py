@@ -53,14 +53,14 @@ class Crops:
 
 
 def arms(
-    report: bgd.results.Report, names: Sequence[str], steps: int, budget: bgd.BGDConfig = BUDGET
+    report: bgd.results.Report, names: Sequence[str], training: bgd.FinetuningConfig, budget: bgd.BGDConfig = BUDGET
 ) -> dict[str, bgd.BGDConfig]:
     """Settings by name. Those of single steps have the sizes that the budget chose, and differ in nothing else.
 
     Args:
         report: of the budget alone.
         names: of all layers that could be quantized.
-        steps: of finetuning.
+        training: the finetuning.
         budget: the settings of `report`.
     """
     sizes: dict[str, bgd.LayerConfig | None] = dict.fromkeys(names)
@@ -78,13 +78,12 @@ def arms(
         "sizes, full Gram, depthwise": replace(plain, refit_depthwise=True),
         "sizes, full Gram, targets": replace(chosen, refit_depthwise=False),
         "sizes, half precision": replace(chosen, codebook_storage="float16", weight_storage="float16"),
-    } | stages(steps, budget)
+    } | stages(training, budget)
 
 
-def stages(steps: int, budget: bgd.BGDConfig = BUDGET) -> dict[str, bgd.BGDConfig]:
+def stages(training: bgd.FinetuningConfig, budget: bgd.BGDConfig = BUDGET) -> dict[str, bgd.BGDConfig]:
     """Those of the settings by name that choose sizes themselves; arguments as of `arms`."""
-    training = bgd.FinetuningConfig(steps=steps, mixing=True)
-    again = replace(training, recode_every=max(1, steps // 10))
+    again = replace(training, recode_every=max(1, (training.steps or 0) // 10))
     return {
         "budget, lean": replace(budget, weight_storage="int5"),
         "budget, entropy-coded": replace(budget, codes="entropy"),
@@ -110,12 +109,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--splits", type=int, nargs="+", default=[0, 1, 2], help="seeds of the photos' two halves")
     parser.add_argument("--arms", nargs="*", default=[""], help="beginnings of their names, besides the budget")
     parser.add_argument("--steps", type=int, default=100, help="of finetuning, 25 photos each")
+    parser.add_argument("--rate", type=float, help="of finetuning; not given: the default one")
     parser.add_argument("--bytes", type=int, default=BUDGET.target_bytes, help="of the file")
     parser.add_argument("--no-blocks", action="store_true", help="leave out the budget of blocks, and its sizes")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     budget = replace(BUDGET, target_bytes=options.bytes)
+    training = bgd.FinetuningConfig(steps=options.steps, learning_rate=options.rate, mixing=True)
     found: dict[str, list[dict[str, float]]] = {}
 
     def add(name: str, row: dict[str, float]) -> None:
@@ -129,12 +130,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         add(
             "float", {"bytes": state_bytes(subject.model.state_dict()), "cpu_seconds": 0} | subject.judge(subject.model)
         )
-        configs = stages(options.steps, budget)
+        configs = stages(training, budget)
         if not options.no_blocks:
             report, row = compress(subject, budget)
             add("budget", row)
             names = [layer.name for layer in bgd.plan(subject.model).layers]
-            configs = arms(report, names, options.steps, budget)
+            configs = arms(report, names, training, budget)
         for name, config in configs.items():
             if name.startswith(tuple(options.arms)):
                 add(name, compress(subject, config)[1])
