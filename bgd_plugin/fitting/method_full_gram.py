@@ -172,9 +172,10 @@ class _Aim:
 
 
 def _aim(context: LayerContext, statistics: _Statistics, damping: float) -> _Aim:
+    step = _step(context, statistics, damping)  # first, while no more Grams are held
     everything = Moments.pooled(statistics.fitted, statistics.heldout, statistics.share)
     gram, cross = everything.centred_() if context.takes_mean else (everything.gram, everything.cross)
-    rows, step, scale = context.rows, _step(context, statistics, damping), None
+    rows, scale = context.rows, None
     if step:
         rows = asymmetric_target(rows, gram, cross, step=step, damping=damping)
     if context.has_batchnorm and not context.has_bias:
@@ -188,11 +189,12 @@ def _step(context: LayerContext, statistics: _Statistics, damping: float) -> flo
     step, columns = context.config.asymmetric_step, context.rows.shape[1]
     if not step or statistics.share in (0.0, 1.0) or statistics.rows >= _ENOUGH_ROWS * columns:
         return step
-    (gram, cross), judging = (
-        m.centred() if context.takes_mean else (m.gram, m.cross) for m in (statistics.fitted, statistics.heldout)
-    )
-    change = ridge_change(context.rows, gram, cross, damping=damping)
-    return min(step, best_step(context.rows, change, *judging))
+
+    def second(moments: Moments) -> tuple[Tensor, Tensor]:
+        return moments.centred() if context.takes_mean else (moments.gram, moments.cross)
+
+    change = ridge_change(context.rows, *second(statistics.fitted), damping=damping)
+    return min(step, best_step(context.rows, change, *second(statistics.heldout)))
 
 
 def _gram_(moments: Moments, *, centred: bool) -> Tensor:
