@@ -18,9 +18,10 @@ def asymmetric_target(
 
     W* = W + step · (H + damping · mean(diag H) · I)⁻¹ Xᵀ(Y − X W), solved in float64. The damping pulls towards W, so
     directions without inputs keep the float weight. For a quantized layer half a step is better than a whole one: the
-    rest of the correction fits noise of the calibration set. With few inputs, no further than suits held-out ones
-    (`best_step`): a classifier with 250 inputs of 1280 columns, for one, had best keep its weight. A layer that stays float, such as a depthwise convolution
-    (one group per channel), takes the whole step. A skip connection's drift is part of Y (`fitting.target_residual`).
+    rest of the correction fits noise of the calibration set. With few inputs it is no longer than suits held-out ones
+    (`best_step`): a classifier with 250 inputs of 1280 columns had best keep its weight. A layer that stays float, such
+    as a depthwise convolution (one group per channel), takes the whole step. A skip connection's drift is part of Y
+    (`fitting.target_residual`).
 
     Args:
         weight: `[rows, columns]`, the rows of each group contiguous.
