@@ -25,6 +25,7 @@ from bgd_plugin.training.mixing import mixed
 from bgd_plugin.training.outputs import outputs_to_teacher
 from bgd_plugin.training.own import own_parameters_
 from bgd_plugin.training.recoding import Recoding
+from bgd_plugin.training.selection import trained_
 
 __all__ = ["Epochs", "Finetuned", "finetune_", "total_steps"]
 
@@ -148,6 +149,7 @@ def finetune_(
 
     Raises:
         CalibrationError: the loss is not finite.
+        ConfigError: a glob of `layers` matches nothing that can be trained.
 
     **Source**: arXiv 1907.05686, section 3.3, "global finetuning", for `trained="codebooks"`.
     """
@@ -160,7 +162,7 @@ def finetune_(
         optimizer, schedule = _papers_optimizer(layers, config, count)
         _batchnorms_train(student)
     else:
-        optimizer, schedule = relative_adam(_trainable(student, fixed), config.rate, count)
+        optimizer, schedule = relative_adam(trained_(student, fixed, config.layers), config.rate, count)
     zeros = [] if is_papers else _zeros(student, layers)
     recoding = Recoding(student, config) if config.recode_every else None
     losses: list[float] = []
@@ -201,15 +203,6 @@ def _descend(student: nn.Module, teacher: nn.Module, batch: Batch, config: Finet
 def _loss_of_all(student: nn.Module, teacher: nn.Module, batch: Batch, config: FinetuningConfig) -> float:
     """The mean loss of the processes' batches."""
     return total(_loss(student, teacher, batch, config).item()) / processes()
-
-
-def _trainable(student: nn.Module, fixed: Collection[str]) -> list[nn.Parameter]:
-    names = student.named_parameters(remove_duplicate=False)
-    left = {id(parameter) for name, parameter in names if name in fixed}
-    parameters = [p for p in student.parameters() if p.is_floating_point() and id(p) not in left]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    return parameters
 
 
 def _zeros(student: nn.Module, layers: list[PQModule]) -> list[tuple[nn.Parameter, Tensor]]:

@@ -109,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--splits", type=int, nargs="+", default=[0, 1, 2], help="seeds of the photos' two halves")
     parser.add_argument("--arms", nargs="*", default=[""], help="beginnings of their names, besides the budget")
     parser.add_argument("--steps", type=int, default=100, help="of finetuning, 25 photos each")
+    parser.add_argument("--layers", nargs="*", default=[], help="globs: only these modules are finetuned")
     parser.add_argument("--rate", type=float, help="of finetuning; not given: the default one")
     parser.add_argument("--bytes", type=int, default=BUDGET.target_bytes, help="of the file")
     parser.add_argument("--no-blocks", action="store_true", help="leave out the budget of blocks, and its sizes")
@@ -116,7 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     budget = replace(BUDGET, target_bytes=options.bytes)
-    training = bgd.FinetuningConfig(steps=options.steps, learning_rate=options.rate, mixing=True)
+    training = bgd.FinetuningConfig(
+        steps=options.steps, learning_rate=options.rate, mixing=True, layers=tuple(options.layers)
+    )
     found: dict[str, list[dict[str, float]]] = {}
 
     def add(name: str, row: dict[str, float]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import bgd_plugin as bgd
 from bgd_plugin import FinetuningConfig
 from bgd_plugin.calibration import Batch
-from bgd_plugin.errors import CalibrationError
+from bgd_plugin.errors import CalibrationError, ConfigError
 from bgd_plugin.support.steps import Steps
 from bgd_plugin.training import Epochs, finetune_, kl_to_teacher
 from bgd_plugin.training.finetuning import total_steps
@@ -59,6 +59,55 @@ def test_all_that_is_learnt_moves_and_neither_codes_nor_statistics() -> None:
     _finetune(student, teacher, data, FinetuningConfig(steps=3))
     moved = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == learnt
+
+
+@pytest.mark.parametrize(
+    ("layers", "moves"),
+    [
+        (("fc",), ("fc.",)),
+        (("conv2", "bn?"), ("conv2.", "bn1.", "bn2.", "bn3.")),
+        (("*",), ("",)),
+    ],
+)
+def test_only_the_layers_that_are_named_move(layers: tuple[str, ...], moves: tuple[str, ...]) -> None:
+    teacher, data = randomized(SmallResNet()), images()
+    student = _student(teacher, data)
+    before = {name: value.detach().clone() for name, value in student.named_parameters()}
+    _finetune(student, teacher, data, FinetuningConfig(steps=3, layers=layers))
+    moved = {name for name, value in student.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if name.startswith(moves)}
+
+
+def test_a_module_is_named_by_any_module_that_it_is_in() -> None:
+    teacher = nn.Sequential(nn.Linear(12, 16), nn.Sequential(nn.ReLU(), nn.Sequential(nn.Linear(16, 8)))).eval()
+    data = vectors(4)
+    student = _student(teacher, data)
+    before = {name: value.detach().clone() for name, value in student.named_parameters()}
+    _finetune(student, teacher, data, FinetuningConfig(steps=3, layers=("1",)))
+    moved = {name for name, value in student.named_parameters() if not torch.equal(value, before[name])}
+    assert moved and moved == {name for name in before if name.startswith("1.")}
+
+
+def test_the_backward_pass_ends_at_the_first_layer_that_is_trained() -> None:
+    teacher, data = PlainNet().eval(), vectors(1)
+    student = _student(teacher, data)
+    with_gradients: list[str] = []
+    for name in ("0", "2", "4"):
+        student.get_submodule(name).register_forward_hook(
+            lambda _module, _args, out, name=name: with_gradients.append(name) if out.requires_grad else None
+        )
+    _finetune(student, teacher, data, FinetuningConfig(steps=1, layers=("2", "4")))
+    assert with_gradients == ["2", "4"]
+
+
+def test_a_glob_that_names_nothing_that_is_trained_is_an_error() -> None:
+    teacher, data = PlainNet().eval(), vectors(1)
+    with pytest.raises(ConfigError, match="finetuning: layers: no module named 'head' has a parameter"):
+        _finetune(_student(teacher, data), teacher, data, FinetuningConfig(steps=1, layers=("2", "head")))
+    with pytest.raises(ConfigError, match=r"layers=\('2',\) with trained='codebooks'"):
+        FinetuningConfig(layers=("2",), trained="codebooks")
+    with pytest.raises(ConfigError, match="recode_every=5 with layers"):
+        FinetuningConfig(layers=("2",), recode_every=5)
 
 
 def test_a_step_moves_each_tensor_by_its_share() -> None:
