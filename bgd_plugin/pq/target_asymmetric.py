@@ -47,7 +47,13 @@ def asymmetric_target(
 
 @torch.no_grad()
 def ridge_change(weight: Tensor, gram: Tensor, cross: Tensor, *, damping: float) -> Tensor:
-    """The whole step of `asymmetric_target`, `[groups, columns, rows_per_group]`, float64; arguments as there.
+    """The whole step of `asymmetric_target`.
+
+    Args:
+        weight, gram, cross, damping: as there.
+
+    Returns:
+        `[groups, columns, rows_per_group]`, float64.
 
     Raises:
         ValueError: no damping; H may be singular.
