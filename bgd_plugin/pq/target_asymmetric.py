@@ -50,7 +50,10 @@ def ridge_change(weight: Tensor, gram: Tensor, cross: Tensor, *, damping: float)
     """The whole step of `asymmetric_target`.
 
     Args:
-        weight, gram, cross, damping: as there.
+        weight: `[rows, columns]`, as there.
+        gram: `[groups, columns, columns]`.
+        cross: `[groups, columns, rows_per_group]`.
+        damping: as there.
 
     Returns:
         `[groups, columns, rows_per_group]`, float64.
@@ -72,7 +75,8 @@ def best_step(weight: Tensor, change: Tensor, gram: Tensor, cross: Tensor) -> fl
     Args:
         weight: `[rows, columns]`.
         change: D, `[groups, columns, rows_per_group]`, of `ridge_change`.
-        gram, cross: as for `asymmetric_target`, of the inputs that judge.
+        gram: `[groups, columns, columns]`, as for `asymmetric_target`, of the inputs that judge.
+        cross: `[groups, columns, rows_per_group]`, likewise.
 
     Returns:
         from 0 to 1; 1 where the change does nothing.
