@@ -13,7 +13,7 @@ import torch
 
 from bgd_plugin.jit.openmp import run_calls, runtime
 
-__all__ = ["share_rows"]
+__all__ = ["pays", "share_rows"]
 
 Call = tuple[int, ...]
 """The arguments of one call of a compiled function."""
@@ -24,6 +24,16 @@ _CODES_PER_THREAD = 1 << 15
 _pool: ThreadPoolExecutor | None = None
 _is_forked = False
 _lock = threading.Lock()
+
+
+def pays(rows: int, blocks: int) -> bool:
+    """Whether there is work for another thread: enough codes for two of them.
+
+    Args:
+        rows: number of rows of the codes.
+        blocks: number of codes in a row.
+    """
+    return rows > 1 and rows * blocks >= 2 * _CODES_PER_THREAD
 
 
 def share_rows(rows: int, blocks: int, program: Any, calls: Callable[[int, int], Sequence[Call]]) -> None:

@@ -12,10 +12,12 @@ from bgd_plugin.kernels.lanes import FEWEST_ROWS, lane_count
 from bgd_plugin.kernels.permuted_tables import CODEWORDS
 from bgd_plugin.kernels.table import LANES
 
-__all__ = ["MOST_DOTS", "beats_convolution", "cheapest"]
+__all__ = ["FEWEST_WEIGHTS", "MOST_DOTS", "beats_convolution", "cheapest", "slides"]
 
 MOST_DOTS = 4
 """Number of inputs up to which each of them may read all codes for itself."""
+FEWEST_WEIGHTS = 1 << 18
+"""Number of a convolution's weights below which bringing them into order costs too little to be saved."""
 _LARGEST_TABLE_BLOCK = 32
 
 # Nanoseconds on one thread of a processor with AVX-512, of which only the ratios count.
@@ -38,6 +40,11 @@ _MULTIPLIED_WEIGHT = 0.0235
 _CONVOLUTION_CALL = 20_000.0
 _CONVOLVED_WEIGHT = 0.0215
 _CONVOLVED_NUMBER = 0.1  # of its input and its output
+_ORDERED_WEIGHT = 0.3  # what torch does to a weight before it convolves
+_SLIDING_CALL = 30_000.0
+_SLIDING_WEIGHT = 0.0205
+_SLIDING_INPUT = 2.0
+_SLIDING_OUTPUT = 0.5
 
 
 @lru_cache(maxsize=4096)
@@ -79,12 +86,32 @@ def beats_convolution(positions: int, rows: int, blocks: int, codewords: int, bl
     return min(costs[way] for way in costs if way != "tiles") < convolution + numbers * _CONVOLVED_NUMBER
 
 
+@lru_cache(maxsize=4096)
+def slides(weights: int, rows: int, block_size: int, inputs: int, positions: int, outputs: int, batch: int) -> bool:
+    """Whether a convolution is faster by `convolution.slide` than decoded and convolved by torch.
+
+    Args:
+        weights: number of them.
+        rows: output channels.
+        block_size: weights in a block.
+        inputs, outputs: numbers of a sample's input, and positions of its output.
+        positions: of the output, in the width of the padded input.
+        batch: number of samples.
+    """
+    if weights < FEWEST_WEIGHTS or rows < FEWEST_ROWS or block_size > _LARGEST_TABLE_BLOCK:
+        return False
+    own = weights * lane_count(positions) * _SLIDING_WEIGHT + inputs * _SLIDING_INPUT + rows * outputs * _SLIDING_OUTPUT
+    torchs = weights * (_DECODED_WEIGHT + _ORDERED_WEIGHT + batch * outputs * _CONVOLVED_WEIGHT)
+    return _SLIDING_CALL + batch * own < _CONVOLUTION_CALL + torchs
+
+
 def _costs(
     inputs: int, rows: int, blocks: int, codewords: int, block_size: int, has_mask: bool, can_permute: bool
 ) -> dict[str, float]:
     """The estimated time of each way that can compute the layer; arguments as in `cheapest`."""
     codes = rows * blocks
-    costs = {"tiles": _TILE_CALL + codes * block_size * (_DECODED_WEIGHT + _MULTIPLIED_WEIGHT * inputs)}
+    tiles = codes * block_size * (_DECODED_WEIGHT + _MULTIPLIED_WEIGHT * inputs)
+    costs = {"tiles": _TILE_CALL + tiles + inputs * (blocks * block_size + rows) * _CONVOLVED_NUMBER}
     if inputs <= MOST_DOTS:
         costs["dot"] = inputs * codes * _DOT_BLOCK
         if can_permute and not has_mask:

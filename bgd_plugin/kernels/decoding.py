@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from bgd_plugin.jit.llvm import Loop, compiled, define, pieces, read_codes
-from bgd_plugin.jit.threads import share_rows
+from bgd_plugin.jit.threads import pays, share_rows
 
 __all__ = ["decode_program", "decode_rows", "decode_rows_into"]
 
@@ -62,15 +62,18 @@ def decode_rows_into(output: Tensor, codebook: Tensor, codes: Tensor, first: int
         codes: `[rows, blocks_per_row]`, contiguous.
         first: index of the first row.
     """
-    size, blocks = codebook.shape[1], codes.shape[1]
-    program = decode_program(size, codes.element_size() * 8, codebook.element_size() * 8)
-    row_bytes = blocks * size * output.element_size()
+    size, blocks, rows, item = codebook.shape[1], codes.shape[1], output.shape[0], codebook.element_size()
+    program = decode_program(size, codes.element_size() * 8, item * 8)
     source, numbers, target = codebook.data_ptr(), codes.data_ptr(), output.data_ptr()
+    if not pays(rows, blocks):
+        program(source, numbers, target, first, first + rows, blocks)
+        return
+    row_bytes = blocks * size * item
 
     def calls(start: int, stop: int) -> list[tuple[int, ...]]:
         return [(source, numbers, target + start * row_bytes, first + start, first + stop, blocks)]
 
-    share_rows(output.shape[0], blocks, program, calls)
+    share_rows(rows, blocks, program, calls)
 
 
 def decode_rows(codebook: Tensor, codes: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ is decoded to memory, where another thread would have to fetch it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,7 +14,18 @@ from typing import Any
 from bgd_plugin.jit.llvm import Loop, compiled, define, pieces, read_codes, vector_lanes, vector_registers
 from bgd_plugin.jit.vectors import fma, load, splat, store, transposed, vector, zero
 
-__all__ = ["FEWEST_ROWS", "lane_count", "lanes_program", "last_width", "panel_floats", "row_count", "widest"]
+__all__ = [
+    "FEWEST_ROWS",
+    "Kind",
+    "cuts",
+    "lane_count",
+    "lanes_program",
+    "last_width",
+    "panel_floats",
+    "row_count",
+    "sum_rows",
+    "widest",
+]
 
 FEWEST_ROWS = 8
 """Rows of a weight that the kernel needs on any processor."""
@@ -50,7 +62,7 @@ def last_width(inputs: int) -> int:
     return -(-(inputs % widest()) // _UNIT) * _UNIT or widest()
 
 
-def _cuts(width: int) -> list[tuple[int, int]]:
+def cuts(width: int) -> list[tuple[int, int]]:
     """The vectors of a group: (offset, lanes). Three of 8 lanes are faster than one of 16 and one of 8."""
     return [(at, _UNIT) for at in range(0, width, _UNIT)] if width == 3 * _UNIT else pieces(width)
 
@@ -66,7 +78,7 @@ def _sums(block_size: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Kind:
+class Kind:
     """The function being generated, and the kind of layer that it is for."""
 
     builder: Any
@@ -93,7 +105,7 @@ def lanes_program(block_size: int, code_bits: int, tail: int) -> Any:
     pointers = ("input", "codebook", "codes", "bias", "output", "panel")
     numbers = ("first", "last", "start", "stop", "rows", "blocks")
     module, builder, a = define("lanes", pointers, numbers)
-    kind = _Kind(builder=builder, a=a, block_size=block_size, code_bits=code_bits)
+    kind = Kind(builder=builder, a=a, block_size=block_size, code_bits=code_bits)
     whole, most = ir.IntType(64), widest()
     middle = a["start"]
     if tail < most:
@@ -107,7 +119,7 @@ def lanes_program(block_size: int, code_bits: int, tail: int) -> Any:
     return compiled(module)
 
 
-def _group(kind: _Kind, start: Any, width: int) -> None:
+def _group(kind: Kind, start: Any, width: int) -> None:
     """The outputs of up to `width` inputs from index `start` on."""
     from llvmlite import ir
 
@@ -121,11 +133,11 @@ def _group(kind: _Kind, start: Any, width: int) -> None:
         with Loop(builder, a["first"], a["last"], row_count()) as rows:
             final = builder.sub(a["last"], whole(row_count()))
             row = builder.select(builder.icmp_signed("<", rows.index, final), rows.index, final)
-            found = _sum_rows(kind, row, width, panel.index, count)
+            found = sum_rows(kind, row, width, (panel.index, count), lambda column: builder.mul(column, whole(width)))
             _write(kind, found, width, start, row, builder.sub(rows.index, row), panel.index)
 
 
-def _fill_panel(kind: _Kind, start: Any, width: int, block: Any, count: Any) -> None:
+def _fill_panel(kind: Kind, start: Any, width: int, block: Any, count: Any) -> None:
     """Write columns of the inputs to the panel `[columns, width]`; what lies behind the last input repeats it."""
     from llvmlite import ir
 
@@ -154,37 +166,46 @@ def _fill_panel(kind: _Kind, start: Any, width: int, block: Any, count: Any) -> 
                 store(builder, value, a["panel"], builder.add(place(rest.index), whole(i)))
 
 
-def _sum_rows(kind: _Kind, row: Any, width: int, block: Any, count: Any) -> list[list[Any]]:
-    """The sums of some rows over the panel's columns: for each row vectors of `width` inputs in all."""
+def sum_rows(kind: Kind, row: Any, width: int, blocks: tuple[Any, Any], place: Callable[[Any], Any]) -> list[list[Any]]:
+    """The sums of `row_count()` rows over some blocks of columns, for `width` inputs.
+
+    Args:
+        kind: of the layer; the inputs are in the memory named "panel".
+        row: index of the first row.
+        width: inputs, see `last_width`.
+        blocks: index of the first one in a row, and their number.
+        place: from a column, counted from the first block, to the index of its first input in the panel.
+
+    Returns:
+        for each row vectors, which are `cuts(width)`.
+    """
     from llvmlite import ir
 
+    block, count = blocks
     builder, a, whole, rows = kind.builder, kind.a, ir.IntType(64), row_count()
-    cuts, size = _cuts(width), whole(kind.block_size)
+    parts, size = cuts(width), whole(kind.block_size)
     bases = [builder.add(builder.mul(builder.add(row, whole(k)), a["blocks"]), block) for k in range(rows)]
-    zeros = [zero(lanes) for _ in range(rows) for _, lanes in cuts]
-    with Loop(builder, whole(0), count, 1, zeros) as blocks:
-        codes = [
-            read_codes(builder, a["codes"], builder.add(base, blocks.index), 1, kind.code_bits)[0] for base in bases
-        ]
+    zeros = [zero(lanes) for _ in range(rows) for _, lanes in parts]
+    with Loop(builder, whole(0), count, 1, zeros) as loop:
+        codes = [read_codes(builder, a["codes"], builder.add(base, loop.index), 1, kind.code_bits)[0] for base in bases]
         words = [builder.mul(code, size) for code in codes]
-        column = builder.mul(blocks.index, size)
-        with Loop(
-            builder, whole(0), size, 1, blocks.values
-        ) as weights:  # one block of code: else values leave registers
-            place = builder.mul(builder.add(column, weights.index), whole(width))
-            inputs = [load(builder, a["panel"], builder.add(place, whole(at)), lanes) for at, lanes in cuts]
+        column = builder.mul(loop.index, size)
+        # A loop, though the size is known: in longer code without jumps, sums would leave the registers.
+        with Loop(builder, whole(0), size, 1, loop.values) as weights:
+            first = place(builder.add(column, weights.index))
+            inputs = [load(builder, a["panel"], builder.add(first, whole(at)), lanes) for at, lanes in parts]
             result = []
             for k, word in enumerate(words):
                 weight = load(builder, a["codebook"], builder.add(word, weights.index), 1)
-                for p, (_, lanes) in enumerate(cuts):
-                    own = weights.values[k * len(cuts) + p]
+                for p, (_, lanes) in enumerate(parts):
+                    own = weights.values[k * len(parts) + p]
                     result.append(fma(builder, splat(builder, weight, lanes), inputs[p], own))
             weights.carry(result)
-        blocks.carry(weights.values)
-    return [blocks.values[k * len(cuts) : (k + 1) * len(cuts)] for k in range(rows)]
+        loop.carry(weights.values)
+    return [loop.values[k * len(parts) : (k + 1) * len(parts)] for k in range(rows)]
 
 
-def _write(kind: _Kind, found: list[list[Any]], width: int, start: Any, row: Any, done: Any, block: Any) -> None:
+def _write(kind: Kind, found: list[list[Any]], width: int, start: Any, row: Any, done: Any, block: Any) -> None:
     """Add the sums to the outputs, and the bias once; the first `done` of the rows have been written before."""
     from llvmlite import ir
 
@@ -192,7 +213,7 @@ def _write(kind: _Kind, found: list[list[Any]], width: int, start: Any, row: Any
     rough = _sums(kind.block_size)
     sums = rough + widest() * side
     for k, values in enumerate(found):
-        for (at, _), value in zip(_cuts(width), values, strict=True):
+        for (at, _), value in zip(cuts(width), values, strict=True):
             store(builder, value, a["panel"], whole(rough + k * width + at))
     with Loop(builder, whole(0), whole(width), side) as part:
         own = [load(builder, a["panel"], builder.add(part.index, whole(rough + k * width)), side) for k in range(side)]

@@ -16,21 +16,33 @@ from bgd_plugin.kernels.linear import lookup_linear
 from bgd_plugin.pq.blocks import decode
 from bgd_plugin.pq.masked import masked
 
-__all__ = ["linear_gradients", "pq_decode", "pq_linear", "run_decode", "run_linear"]
+__all__ = ["decoded_rows", "linear_gradients", "pq_decode", "pq_linear", "run_decode", "run_linear", "to_codebook"]
 
 _HAS_TRITON = find_spec("triton") is not None
 
 
-def _decoded(codebook: Tensor, codes: Tensor) -> Tensor:
+def decoded_rows(codebook: Tensor, codes: Tensor) -> Tensor:
+    """The weight `[rows, columns]` by torch's operators.
+
+    Args:
+        codebook: `[codebook_size, block_size]`.
+        codes: `[rows, blocks_per_row]`.
+    """
     return decode(codebook, codes, (codes.shape[0], codes.shape[1] * codebook.shape[1]))
 
 
 def _weight(codebook: Tensor, codes: Tensor, mask: Tensor | None) -> Tensor:
-    return masked(_decoded(codebook, codes), mask)
+    return masked(decoded_rows(codebook, codes), mask)
 
 
-def _to_codebook(gradient: Tensor, codebook: Tensor, codes: Tensor) -> Tensor:
-    """A codeword's gradient is the sum of those of its blocks."""
+def to_codebook(gradient: Tensor, codebook: Tensor, codes: Tensor) -> Tensor:
+    """A codeword's gradient is the sum of those of its blocks.
+
+    Args:
+        gradient: of the weight, in any shape that holds its rows one after another.
+        codebook: `[codebook_size, block_size]`.
+        codes: `[rows, blocks_per_row]`.
+    """
     blocks = gradient.reshape(-1, codebook.shape[1])
     return torch.zeros_like(codebook).index_add(0, codes.reshape(-1).long(), blocks)
 
@@ -45,7 +57,7 @@ def pq_decode(codebook: Tensor, codes: Tensor) -> Tensor:
     """
     if codes.is_cpu and codes.is_contiguous() and AVAILABLE:
         return decode_rows(codebook.contiguous(), codes)
-    return _decoded(codebook, codes)
+    return decoded_rows(codebook, codes)
 
 
 @pq_decode.register_fake
@@ -59,7 +71,7 @@ def _setup_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_of_decode(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
     codebook, codes = ctx.saved_tensors
-    return _to_codebook(gradient, codebook, codes), None
+    return to_codebook(gradient, codebook, codes), None
 
 
 pq_decode.register_autograd(_backward_of_decode, setup_context=_setup_decode)
@@ -102,7 +114,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     _, codebook, codes, mask = ctx.saved_tensors
     return linear_gradients(
-        ctx, gradient, lambda: _weight(codebook, codes, mask), lambda own: _to_codebook(own, codebook, codes)
+        ctx, gradient, lambda: _weight(codebook, codes, mask), lambda own: to_codebook(own, codebook, codes)
     )
 
 

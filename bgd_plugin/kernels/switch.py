@@ -63,13 +63,14 @@ def computable(x: Tensor, codebook: Tensor, codes: Tensor) -> bool:
     Args:
         x, codebook, codes: of the shapes in `usable`.
     """
-    if not (runs_directly(x) and codebook.is_cpu and codes.is_cpu):
+    if not runs_directly(x):
         return False
-    if x.dtype != codebook.dtype or x.dtype not in _DTYPES or codes.dtype not in _CODES:
+    dtype, shape = x.dtype, codebook.shape
+    if dtype != codebook.dtype or dtype not in _DTYPES or codes.dtype not in _CODES:
         return False
-    if codebook.dim() > 1 and codebook.shape[1] > _LARGEST_BLOCK:
+    if len(shape) > 1 and shape[1] > _LARGEST_BLOCK:
         return False
-    if not (codes.is_contiguous() and codebook.is_contiguous()):
+    if not (codebook.is_cpu and codes.is_cpu and codes.is_contiguous() and codebook.is_contiguous()):
         return False
     return AVAILABLE and not plain_path()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +83,7 @@ def whole_by(into: Decoding, codebook: Tensor, codes: Tensor, mask: Tensor | Non
         mask: bool of the weight's shape, false where it is zero; None: nowhere.
         shape: the weight's, `[C_out, ...]`.
     """
-    weight = thread_memory(shape.numel(), codebook.dtype).view(shape)
+    weight = _thread_memory_of(shape, codebook.dtype)
     into(weight, codebook, codes, 0)
     return weight if mask is None else weight.mul_(mask)
 
@@ -117,7 +119,7 @@ def tiles_by(
     """
     rows, columns = shape
     step = rows_of_a_tile(rows, columns, tile)
-    buffer = thread_memory(step * columns, codebook.dtype).view(step, columns)
+    buffer = _thread_memory_of((step, columns), codebook.dtype)
     for first in range(0, rows, step):
         part = buffer[: min(step, rows - first)]
         into(part, codebook, codes, first)
@@ -162,4 +164,17 @@ def thread_memory(count: int, dtype: torch.dtype) -> Tensor:
     if held is None or held.numel() < size:
         with torch.inference_mode(False):
             held = _scratch.held = torch.empty(size, dtype=torch.uint8, device="cpu")
+            _scratch.views = {}
     return held[:size].view(dtype)
+
+
+def _thread_memory_of(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """`thread_memory` in a shape; a view that was made before is used again."""
+    key = shape, dtype
+    views: dict[Any, Tensor] | None = getattr(_scratch, "views", None)
+    found = None if views is None else views.get(key)
+    if found is None:
+        with torch.inference_mode(False):
+            found = thread_memory(math.prod(shape), dtype).view(shape)
+        _scratch.views[key] = found
+    return found

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from bgd_plugin.kernels import tiles
-from bgd_plugin.kernels.choice import beats_convolution
-from bgd_plugin.kernels.linear import FEW_INPUTS
+from bgd_plugin.kernels.choice import FEWEST_WEIGHTS
+from bgd_plugin.kernels.conv_operator import pq_convolution
+from bgd_plugin.kernels.convolution import Shape, is_faster, slide
 from bgd_plugin.kernels.switch import computable, usable
 from bgd_plugin.kernels.tiles import conv_tile, convolve_by_tiles, rows_of_a_tile
 from bgd_plugin.nn.base import PQModule
+from bgd_plugin.nn.pointwise import at_each_position, is_linear
 
 __all__ = ["PQConv", "PQConv1d", "PQConv2d", "PQConv3d"]
 
@@ -61,6 +63,8 @@ class PQConv(PQModule):
             return self._convolved(input, self.weight, self.bias)
         if self._is_lookup(input):
             return self._at_each_position(self.kernels.lookup, input)
+        if (shape := self._sliding(input, mask)) is not None:
+            return slide(input, codebook, codes, self.bias, shape)
         if self.weight_shape.numel() <= tiles.TILE:
             return self._convolved(input, self.kernels.whole(codebook, codes, mask, self.weight_shape), self.bias)
         parts = self.kernels.tiles(codebook, codes, mask, self._tile(input))
@@ -72,10 +76,22 @@ class PQConv(PQModule):
             return self._convolved(input, self.weight, self.bias)
         if self._is_lookup(input):
             return self._at_each_position(self.kernels.linear_with_gradients, input)
+        if (shape := self._sliding(input, self.mask)) is not None:
+            output: Tensor = pq_convolution(input, self.codebook, self.codes, self.bias, *map(list, shape))
+            return output
         rows = self.weight.flatten(1)
         step = rows_of_a_tile(len(rows), rows.shape[1], self._tile(input))
         parts = ((first, rows[first : first + step]) for first in range(0, len(rows), step))
         return convolve_by_tiles(parts, self.bias, self.weight_shape, partial(self._convolved, input))
+
+    def _sliding(self, input: Tensor, mask: Tensor | None) -> Shape | None:
+        """Kernel, stride, padding and dilation if `slide` computes the layer, and is faster; None if not."""
+        if self.weight_shape.numel() < FEWEST_WEIGHTS or mask is not None or not self.has_blocks:
+            return None
+        shape: Any = self.kernel_size, self.stride, self.padding, self.dilation
+        if len(self.kernel_size) != 2 or isinstance(self.padding, str) or self.padding_mode != "zeros":
+            return None
+        return shape if is_faster(input, self.codebook, self.codes, shape) else None
 
     def _tile(self, input: Tensor) -> int:
         return conv_tile(self.weight_shape.numel(), input.numel() // self.in_channels)
@@ -86,28 +102,10 @@ class PQConv(PQModule):
             return False
         if any(size != 1 for size in self.stride) or any(self._reversed_padding_repeated_twice):
             return False
-        positions = input.numel() // self.in_channels
-        return positions <= FEW_INPUTS or self._is_fast_lookup(input, positions)
-
-    def _keeps_channels_last(self, input: Tensor) -> bool:
-        """Whether torch's convolution gives an output whose channels lie side by side, as the input's do."""
-        is_batch = len(self.kernel_size) == 2 and input.dim() == 4
-        return is_batch and input.is_contiguous(memory_format=torch.channels_last)
-
-    def _is_fast_lookup(self, input: Tensor, positions: int) -> bool:
-        codebook, codes, mask = self.held()
-        if mask is not None or not self.has_blocks or input.dtype != torch.float32:
-            return False
-        if not self._keeps_channels_last(input):
-            return False
-        return beats_convolution(positions, *codes.shape, *codebook.shape)
+        return is_linear(input, self.in_channels, len(self.kernel_size), self.held(), self.has_blocks)
 
     def _at_each_position(self, linear: Callable[..., Tensor], input: Tensor) -> Tensor:
-        """The output of a function for linear layers, at each position of `[batch, in_channels, *spatial]`."""
-        channels = -1 - len(self.kernel_size)
-        codebook, codes, mask = self.held()
-        found = linear(input.movedim(channels, -1), codebook, codes, mask, self.bias).movedim(-1, channels)
-        return found if self._keeps_channels_last(input) else found.contiguous()  # as torch's convolution has it
+        return at_each_position(linear, input, len(self.kernel_size), self.held(), self.bias)
 
     def to_float(self) -> _Conv:
         """The float module of the same geometry, on the meta device."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bgd_plugin.kernels.decoding import decode_rows_into
+from bgd_plugin.kernels.switch import usable
 from bgd_plugin.nn.base import PQModule
 from bgd_plugin.pq.blocks import AS_IT_IS, Layout
 
@@ -44,7 +46,13 @@ class PQWeight(PQModule):
 
     def forward(self) -> Tensor:
         """The decoded weight `[*weight_shape]`."""
-        return self.weight
+        codebook, codes, mask = self.held()
+        is_matrix = mask is None and self.has_blocks and self.layout is AS_IT_IS
+        if not is_matrix or torch.compiler.is_compiling() or not usable(codebook, codebook, codes):
+            return self.weight
+        weight = codebook.new_empty(self.weight_shape)  # decoded into its shape at once: fewer calls for each layer
+        decode_rows_into(weight, codebook, codes)
+        return weight
 
     def extra_repr(self) -> str:
         """Shape, block size and codebook size, for `print`."""

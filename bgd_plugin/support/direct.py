@@ -1,4 +1,7 @@
-"""Whether an operator on a tensor runs here and now, so that other code may compute the same in its place."""
+"""Whether an operator on a tensor runs here and now, so that other code may compute the same in its place.
+
+This is asked before each layer, whose data drives the code out of the caches: few functions are called, and none twice.
+"""
 
 from __future__ import annotations
 
@@ -12,31 +15,28 @@ from torch.nn import Parameter
 __all__ = ["runs_directly"]
 
 _TENSORS = (Tensor, Parameter)
+_C: Any = torch._C
+_jit: Any = torch.jit
+_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+"""Older versions do not tell torch.export from compilation."""
+_any_autocast = getattr(_C, "_is_any_autocast_enabled", lambda: True)
+"""Quicker than asking for a device by name."""
 
 
 def runs_directly(x: Tensor) -> bool:
     """Whether an operator on x, of any shape, runs here and now on a CPU: not traced, not intercepted, no autocast.
 
-    The compiler may be at work: it knows our operators.
+    Calls are intercepted by a dispatch mode, a transform of torch.func, or derivatives forward. The compiler intercepts
+    them, too, but it knows our operators, so it may be at work.
     """
-    is_plain = type(x) in _TENSORS and x.is_cpu and not _is_traced()
-    return is_plain and not torch.is_autocast_enabled("cpu") and not _is_intercepted()
-
-
-def _is_traced() -> bool:
-    """Whether torch.jit.trace or torch.export is running; older versions do not tell the latter from compilation."""
-    jit: Any = torch.jit
-    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-    return bool(jit.is_tracing() or exporting())
-
-
-def _is_intercepted() -> bool:
-    """Whether operator calls are intercepted: by a dispatch mode, a transform of torch.func, or derivatives forward.
-
-    The compiler intercepts them, too, but it knows our operators.
-    """
-    return not torch.compiler.is_compiling() and bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+    if type(x) not in _TENSORS or not x.is_cpu or _exporting():
+        return False
+    if torch.compiler.is_compiling():
+        return not (_jit.is_tracing() or torch.is_autocast_enabled("cpu"))
+    return not (
+        _C._is_tracing()
+        or (_any_autocast() and torch.is_autocast_enabled("cpu"))
+        or _C._len_torch_dispatch_stack()
         or forward_ad._current_level >= 0
+        or _C._functorch.peek_interpreter_stack() is not None
     )

@@ -13,7 +13,7 @@ from torch import nn
 from bgd_plugin import kernels
 from bgd_plugin.kernels import linear, tiles
 from bgd_plugin.kernels.operators import pq_decode
-from bgd_plugin.nn import PQModule, conv, quantized
+from bgd_plugin.nn import PQModule, pointwise, quantized
 from tests.nn.test_modules import CONVS, convolutions
 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -137,7 +137,7 @@ def test_pointwise_at_few_positions(dtype: Any, positions: int, monkeypatch: pyt
 def test_pointwise_with_channels_side_by_side(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such a layer is linear at many positions, too, where that is faster; its output lies in memory as its input."""
     calls = []
-    monkeypatch.setattr(conv, "beats_convolution", lambda *sizes: calls.append(sizes) or True)
+    monkeypatch.setattr(pointwise, "beats_convolution", lambda *sizes: calls.append(sizes) or True)
     module = nn.Conv2d(112, 67, 1)
     layer, x = with_codes(module, 4), torch.randn(2, 112, positions, positions)
     x = x.to(memory_format=torch.channels_last)
