@@ -83,7 +83,7 @@ def arms(
 
 def stages(training: bgd.FinetuningConfig, budget: bgd.BGDConfig = BUDGET) -> dict[str, bgd.BGDConfig]:
     """Those of the settings by name that choose sizes themselves; arguments as of `arms`."""
-    again = replace(training, recode_every=max(1, (training.steps or 0) // 10))
+    again = replace(training, layers=(), recode_every=max(1, (training.steps or 0) // 10))
     return {
         "budget, lean": replace(budget, weight_storage="int5"),
         "budget, entropy-coded": replace(budget, codes="entropy"),
