@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from bgd_plugin.nn import PQWeight
+
 __all__ = [
     "compute_parameter_",
     "computed_parameters",
@@ -144,7 +146,7 @@ def _reader(name: str) -> Callable[[nn.Module], Any]:
         if known is None:
             return module()
         if name not in known:
-            known[name] = module()
+            known[name] = module.pending() if isinstance(module, PQWeight) else module()
         return known[name]
 
     return read

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bgd_plugin.kernels.decoding import decode_rows_into
 from bgd_plugin.kernels.switch import usable
 from bgd_plugin.nn.base import PQModule
+from bgd_plugin.nn.pending import pending
 from bgd_plugin.pq.blocks import AS_IT_IS, Layout
 
 __all__ = ["FloatWeight", "PQWeight"]
@@ -38,6 +39,11 @@ class PQWeight(PQModule):
         self.layout = like.layout
         matrix = self.layout.matrix(torch.empty(self.weight_shape, device="meta"))
         self.matrix_shape = matrix.shape
+
+    def pending(self) -> Tensor:
+        """The weight, for code that may only convolve with it: decoded when something else is done (`nn.pending`)."""
+        found = pending(self) if self.layout is AS_IT_IS else None
+        return self() if found is None else found
 
     @property
     def weight(self) -> Tensor:
