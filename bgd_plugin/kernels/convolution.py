@@ -12,7 +12,7 @@ from bgd_plugin.jit.threads import share_rows
 from bgd_plugin.kernels.choice import slides
 from bgd_plugin.kernels.lanes import last_width, row_count, widest
 from bgd_plugin.kernels.sliding import pad_program, sliding_program
-from bgd_plugin.kernels.tiles import thread_memory
+from bgd_plugin.kernels.tiles import thread_address
 
 __all__ = ["Shape", "is_faster", "slide"]
 
@@ -63,7 +63,7 @@ def slide(x: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | None, shape
     area, positions, step = math.prod(out), len(targets), row_count()
     output, image = x.new_empty(batch, rows, *out), channels * stride * stride * tall * wide
     room, scratch = -(-(batch * image + _SLACK) // 16) * 16, widest() * step
-    memory = thread_memory(room + torch.get_num_threads() * scratch, torch.float32).data_ptr()
+    memory = thread_address(4 * (room + torch.get_num_threads() * scratch))
     pad_program()(x.data_ptr(), memory, room, batch * channels, height, width, top, left, stride, tall, wide)
     summand = x.new_zeros(rows) if bias is None else bias.contiguous()
     fixed = codebook.data_ptr(), codes.data_ptr(), summand.data_ptr()

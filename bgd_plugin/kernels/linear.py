@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from itertools import count as count_from
 
 import torch
@@ -13,9 +12,9 @@ from bgd_plugin.jit.threads import share_rows
 from bgd_plugin.kernels.choice import MOST_DOTS, cheapest
 from bgd_plugin.kernels.dot import dot_program
 from bgd_plugin.kernels.lanes import lanes_program, last_width, panel_floats, row_count, widest
-from bgd_plugin.kernels.permuted import can_permute, permuted_outputs
+from bgd_plugin.kernels.permuted import can_permute, permuted_outputs, zeros
 from bgd_plugin.kernels.table import LANES, TABLE_POSITIONS, table_program
-from bgd_plugin.kernels.tiles import decoded_tiles, thread_memory
+from bgd_plugin.kernels.tiles import decoded_tiles, thread_address
 
 __all__ = ["FEW_INPUTS", "WAYS", "lookup_linear"]
 
@@ -51,8 +50,10 @@ def lookup_linear(x: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | Non
         way = cheapest(count, rows, blocks, codewords, size, mask is not None, has_bytes)
         if way == "dot":
             output = _by_dots(x, codebook, codes, mask)
-        elif way == "lanes":
-            return _by_lanes(x.view(count, -1), codebook, codes, None, bias).view(*x.shape[:-1], rows)
+        elif way in ("lanes", "permuted"):
+            compute = _by_lanes if way == "lanes" else _by_permutations
+            found = compute(x if x.dim() == 2 else x.view(count, -1), codebook, codes, None, bias)
+            return found if x.dim() == 2 else found.view(*x.shape[:-1], rows)
         else:
             output = WAYS[way](x.view(count, -1), codebook, codes, mask).view(*x.shape[:-1], rows)
     else:
@@ -78,14 +79,19 @@ def _by_dots(inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | Non
     return output if is_single else output.to(inputs.dtype)
 
 
-def _by_permutations(inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None) -> Tensor:
+def _by_permutations(
+    inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None, bias: Tensor | None = None
+) -> Tensor:
     """One input after the other, by tables in bytes; the last few rows by dot products."""
     single, table = inputs.float(), codebook.float()
+    summand = None if bias is None else bias.float().contiguous()
     output = single.new_empty((len(single), len(codes)))
-    for source, target in zip(single, output, strict=True):
-        done = permuted_outputs(source, table, codes, target)
+    pairs = [(single, output)] if len(single) == 1 else zip(single, output, strict=True)
+    for source, target in pairs:
+        done = permuted_outputs(source, table, codes, target, summand)
         if done < len(codes):
-            target[done:] = _by_dots(source[None], table, codes[done:], None)[0]
+            rest = _by_dots(source.view(1, -1), table, codes[done:], None)[0]
+            target.view(-1)[done:] = rest if summand is None else rest + summand[done:]
     return output if inputs.dtype == torch.float32 else output.to(inputs.dtype)
 
 
@@ -131,10 +137,10 @@ def _by_lanes(
     single, table = inputs.float(), codebook.float()
     (rows, blocks), size, count = codes.shape, codebook.shape[1], len(inputs)
     output = single.new_empty(count, rows)
-    summand = _zeros(rows) if bias is None else bias.float().contiguous()
+    summand = zeros(rows) if bias is None else bias.float().contiguous()
     program = lanes_program(size, codes.element_size() * 8, last_width(count))
     threads, room = torch.get_num_threads(), panel_floats(size)
-    panels, step = thread_memory(threads * room, torch.float32).data_ptr(), row_count()
+    panels, step = thread_address(4 * threads * room), row_count()
     fixed = single.data_ptr(), table.data_ptr(), codes.data_ptr(), summand.data_ptr(), output.data_ptr()
     used = count_from(0)
 
@@ -152,12 +158,6 @@ def _by_lanes(
     else:
         share_rows(rows // step, step * blocks * count // _FASTER, program, some_rows)
     return output if inputs.dtype == torch.float32 else output.to(inputs.dtype)
-
-
-@lru_cache(maxsize=64)
-def _zeros(count: int) -> Tensor:
-    """The bias of a layer without one."""
-    return torch.zeros(count)
 
 
 WAYS: dict[str, Way] = {

@@ -8,7 +8,10 @@ scan products in the same way, with 16 entries of 8 bits; 24 bits keep the outpu
 
 from __future__ import annotations
 
-from functools import cache
+import ctypes
+from array import array
+from functools import cache, lru_cache
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -16,15 +19,16 @@ from torch import Tensor
 from bgd_plugin.jit.threads import share_rows
 from bgd_plugin.kernels.permuted_sums import ROWS, sums_program
 from bgd_plugin.kernels.permuted_tables import CHUNK, CODEWORDS, GROUP, PLANES, scratch_floats, tables_program
-from bgd_plugin.kernels.tiles import thread_memory
+from bgd_plugin.kernels.tiles import thread_address
 
-__all__ = ["can_permute", "permuted_outputs"]
+__all__ = ["can_permute", "permuted_outputs", "zeros"]
 
 _LARGEST_BLOCK = 16
 _MOST_POSITIONS = 1 << 12
 """Number of block positions up to which tables take no more memory than a tile."""
 _WORK = 3
 """Time for an entry of a table, in times that for a code."""
+_LINE = 64
 _SMALLEST, _LARGEST = 1e-20, 1e30
 """Bounds on the sum of the ranges of products, within which fixed point is as exact as floats."""
 
@@ -48,7 +52,9 @@ def can_permute(codes: Tensor, codebook: Tensor) -> bool:
     return codes.dtype == torch.uint8 and fits and _has_instructions()
 
 
-def permuted_outputs(source: Tensor, codebook: Tensor, codes: Tensor, output: Tensor) -> int:
+def permuted_outputs(
+    source: Tensor, codebook: Tensor, codes: Tensor, output: Tensor, bias: Tensor | None = None
+) -> int:
     """Write the outputs of the first rows for one input; returns how many rows, a multiple of `ROWS`.
 
     It is 0 if products are too small or large for fixed point, or not finite.
@@ -58,32 +64,42 @@ def permuted_outputs(source: Tensor, codebook: Tensor, codes: Tensor, output: Te
         codebook: float32 `[codebook_size, block_size]`.
         codes: uint8 `[rows, blocks]`, contiguous; see `can_permute`.
         output: float32 `[rows]`, contiguous.
+        bias: float32 `[rows]`, contiguous; None: zeros.
     """
     (rows, blocks), (codewords, size) = codes.shape, codebook.shape
     chunks, groups = -(-blocks // CHUNK), rows // ROWS
     table, scales = chunks * CHUNK * PLANES * CODEWORDS, chunks * CHUNK // GROUP
-    memory = thread_memory(table + 3 * 4 * scales, torch.uint8)
-    start = memory.data_ptr()
-    tables, numbers = start, [start + table + 4 * scales * i for i in range(3)]
+    room = _whole_lines(max(4 * scratch_floats(size), 2 * ROWS * CHUNK))
+    behind = table + _whole_lines(3 * 4 * scales)
+    tables = thread_address(behind + torch.get_num_threads() * room)
+    numbers = [tables + table + 4 * scales * i for i in range(3)]
+    summand = (zeros(rows) if bias is None else bias).data_ptr()
     fill, add = tables_program(size), sums_program()
     addresses = source.data_ptr(), codebook.data_ptr(), codes.data_ptr(), output.data_ptr()
 
-    held = []
-
-    def scratch(count: int, dtype: torch.dtype) -> int:
-        held.append(torch.empty(count, dtype=dtype))
-        return held[-1].data_ptr()
+    used, others = count(0), count(0)
 
     def make(first: int, last: int) -> list[tuple[int, ...]]:
-        own = scratch(scratch_floats(size), torch.float32)
+        own = tables + behind + room * next(used)
         return [(*addresses[:2], own, tables, *numbers, first, last, blocks, codewords)]
 
     def sum_rows(first: int, last: int) -> list[tuple[int, ...]]:
-        fixed = addresses[2], tables, *numbers[:2], scratch(2 * ROWS * CHUNK, torch.uint8), addresses[3]
-        return [(*fixed, first * ROWS, last * ROWS, blocks)]
+        own = tables + behind + room * next(others)
+        return [(addresses[2], tables, *numbers[:2], own, summand, addresses[3], first * ROWS, last * ROWS, blocks)]
 
     share_rows(chunks, _WORK * CHUNK * CODEWORDS, fill, make)
-    if not _SMALLEST < float(memory[-4 * scales :].view(torch.float32).sum()) < _LARGEST:
+    if not _SMALLEST < sum(array("f", ctypes.string_at(numbers[2], 4 * scales))) < _LARGEST:
         return 0
     share_rows(groups, ROWS * blocks, add, sum_rows)
     return groups * ROWS
+
+
+@lru_cache(maxsize=64)
+def zeros(count: int) -> Tensor:
+    """The bias of a layer without one, `[count]`; not to be changed."""
+    with torch.inference_mode(False):
+        return torch.zeros(count, dtype=torch.float32, device="cpu")
+
+
+def _whole_lines(size: int) -> int:
+    return -(-size // _LINE) * _LINE

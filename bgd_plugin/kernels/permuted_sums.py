@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from bgd_plugin.jit.llvm import Loop, compiled, define
-from bgd_plugin.jit.vectors import constant, fetch, fma, intrinsic, load, store, vector, zero
+from bgd_plugin.jit.vectors import constant, fetch, fma, intrinsic, load, store, vector
 from bgd_plugin.kernels.permuted_tables import CHUNK, CODEWORDS, GROUP, PLANES, start_of_chunk
 
 __all__ = ["ROWS", "sums_program"]
@@ -26,23 +26,23 @@ _TABLE = PLANES * CODEWORDS
 
 @cache
 def sums_program() -> Any:
-    """`output[r] = Σ_i table_i[codes[r, i]]` for tables of `permuted_tables`.
+    """`output[r] = bias[r] + Σ_i table_i[codes[r, i]]` for tables of `permuted_tables`.
 
     A vector of codes of 64 rows at one position picks 64 bytes of the table, in one instruction for each half of it.
     Bytes of even and odd rows are summed in 16 bits, and their sums become floats for each group of positions.
 
     The function takes the addresses of codes (bytes `[rows, blocks]`), tables, scales, offsets, scratch (bytes `[ROWS /
-    64, CHUNK, 64]`, and as many again) and output `[rows]`, then `first` and `last` (a multiple of `ROWS`
+    64, CHUNK, 64]`, and as many again), bias and output `[rows]`, then `first` and `last` (a multiple of `ROWS`
     apart) and `blocks`.
     """
     from llvmlite import ir
 
-    pointers = ("codes", "tables", "scales", "offsets", "scratch", "output")
+    pointers = ("codes", "tables", "scales", "offsets", "scratch", "bias", "output")
     module, builder, a = define("permuted_sums", pointers, ("first", "last", "blocks"))
     whole = ir.IntType(64)
     chunk_count = builder.sdiv(builder.add(a["blocks"], whole(CHUNK - 1)), whole(CHUNK))
     with Loop(builder, a["first"], a["last"], 16) as rows:
-        store(builder, zero(16), a["output"], rows.index)
+        store(builder, load(builder, a["bias"], rows.index, 16), a["output"], rows.index)
     with Loop(builder, a["first"], a["last"], _ROWS_OF_A_PASS) as passes:
         stop = builder.add(passes.index, whole(_ROWS_OF_A_PASS))
         stop = builder.select(builder.icmp_signed("<", stop, a["last"]), stop, a["last"])

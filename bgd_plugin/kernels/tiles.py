@@ -20,6 +20,7 @@ __all__ = [
     "decoded_tiles",
     "decoded_whole",
     "rows_of_a_tile",
+    "thread_address",
     "thread_memory",
     "tiles_by",
     "whole_by",
@@ -160,12 +161,22 @@ def thread_memory(count: int, dtype: torch.dtype) -> Tensor:
         `[count]`, with the values that the last tile has left.
     """
     size = count * dtype.itemsize
-    held: Tensor | None = getattr(_scratch, "held", None)
-    if held is None or held.numel() < size:
-        with torch.inference_mode(False):
-            held = _scratch.held = torch.empty(size, dtype=torch.uint8, device="cpu")
-            _scratch.views = {}
+    thread_address(size)
+    held: Tensor = _scratch.held
     return held[:size].view(dtype)
+
+
+def thread_address(size: int) -> int:
+    """The address of this thread's memory for a tile, of at least this size.
+
+    Args:
+        size: number of bytes.
+    """
+    if getattr(_scratch, "size", -1) < size:
+        with torch.inference_mode(False):
+            _scratch.held = torch.empty(size, dtype=torch.uint8, device="cpu")
+        _scratch.size, _scratch.address, _scratch.views = size, _scratch.held.data_ptr(), {}
+    return _scratch.address  # type: ignore[no-any-return]
 
 
 def _thread_memory_of(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
