@@ -16,7 +16,7 @@ from tests.networks import FunctionalNet, SmallResNet, images, randomized
 pytest.importorskip("torchvision", reason="the benchmarks' networks are torchvision's")
 
 from tests.benchmarks.layer_error import layer_errors
-from tests.benchmarks.lite0 import Crops, arms
+from tests.benchmarks.lite0 import Crops, arms, stages
 from tests.benchmarks.peers import language_page
 from tests.benchmarks.peers.build import PackedWeight, compress
 from tests.benchmarks.peers.frameworks import hqq
@@ -126,6 +126,13 @@ def test_single_steps_are_measured_at_the_sizes_of_the_budget() -> None:
         if name.startswith("sizes"):
             planned = bgd.plan(model, config)
             assert {layer.name: (layer.block_size, layer.codebook_size) for layer in planned.layers} == chosen
+
+
+def test_training_of_some_layers_is_that_of_all_stages_but_codes_chosen_again() -> None:
+    found = stages(bgd.FinetuningConfig(steps=30, layers=("fc",)))
+    training = {name: config.finetuning for name, config in found.items() if config.finetuning}
+    assert {name for name, one in training.items() if one.layers != ("fc",)} == {"finetuning and codes, entropy-coded"}
+    assert [one.recode_every for one in training.values()] == [None, None, 3]
 
 
 @pytest.fixture
