@@ -127,7 +127,7 @@ def total(builder: Any, vector: Any, lanes: int) -> Any:
 
 
 def transposed(builder: Any, rows: list[Any]) -> list[Any]:
-    """As many vectors as each has lanes, a power of two, column by column.
+    """The vectors `rows`, as many as each has lanes, a power of two, column by column.
 
     Interleaving each vector with that half of them behind it rotates the address of a value, [row, column], by a bit.
     """

@@ -77,8 +77,11 @@ def beats_convolution(positions: int, rows: int, blocks: int, codewords: int, bl
     """Whether a 1×1 convolution of channels that lie side by side is faster as a linear layer than decoded by torch.
 
     Args:
-        positions: of all samples.
-        rows, blocks, codewords, block_size: as in `cheapest`.
+        positions: number of them in all samples.
+        rows: number of output channels.
+        blocks: number of blocks in a row of the weight.
+        codewords: number of codewords in the codebook.
+        block_size: weights in a block.
     """
     costs = _costs(positions, rows, blocks, codewords, block_size, False, False)
     weights, numbers = rows * blocks * block_size, positions * (rows + blocks * block_size)

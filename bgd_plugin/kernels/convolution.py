@@ -29,7 +29,10 @@ def is_faster(x: Tensor, codebook: Tensor, codes: Tensor, shape: Shape) -> bool:
     """Whether `slide` takes this input, and is estimated to be faster than torch with a decoded weight.
 
     Args:
-        x, codebook, codes, shape: as in `slide`.
+        x: `[batch, channels, height, width]`; any other shape is refused.
+        codebook: `[codebook_size, block_size]`.
+        codes: `[rows, blocks_per_row]`.
+        shape: of the convolution.
     """
     if x.dim() != 4 or x.dtype != torch.float32 or not x.is_contiguous() or not x.numel():
         return False

@@ -63,7 +63,11 @@ def last_width(inputs: int) -> int:
 
 
 def cuts(width: int) -> list[tuple[int, int]]:
-    """The vectors of a group: (offset, lanes). Three of 8 lanes are faster than one of 16 and one of 8."""
+    """The vectors of a group: (offset, lanes). Three of 8 lanes are faster than one of 16 and one of 8.
+
+    Args:
+        width: number of inputs in the group, a multiple of 8.
+    """
     return [(at, _UNIT) for at in range(0, width, _UNIT)] if width == 3 * _UNIT else pieces(width)
 
 
@@ -79,7 +83,14 @@ def _sums(block_size: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """The function being generated, and the kind of layer that it is for."""
+    """The function being generated, and the kind of layer that it is for.
+
+    Attributes:
+        builder: at the place where code is generated.
+        a: the function's arguments by name; "codes", "codebook", "panel" and "blocks" among them.
+        block_size: weights in a block.
+        code_bits: bits of a code in memory.
+    """
 
     builder: Any
     a: dict[str, Any]
@@ -172,7 +183,7 @@ def sum_rows(kind: Kind, row: Any, width: int, blocks: tuple[Any, Any], place: C
     Args:
         kind: of the layer; the inputs are in the memory named "panel".
         row: index of the first row.
-        width: inputs, see `last_width`.
+        width: number of inputs, see `last_width`.
         blocks: index of the first one in a row, and their number.
         place: from a column, counted from the first block, to the index of its first input in the panel.
 

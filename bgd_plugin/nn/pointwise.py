@@ -49,7 +49,9 @@ def at_each_position(
 
     Args:
         linear: takes inputs `[..., channels]`, codebook, codes, mask and bias.
-        input, dimensions, held: as in `is_linear`.
+        input: `[batch, channels, *spatial]` or `[channels, *spatial]`.
+        dimensions: number of spatial ones.
+        held: codebook, codes and mask of the layer.
         bias: `[rows]` or None.
 
     Returns:
