@@ -41,7 +41,7 @@ class PQWeight(PQModule):
         self.matrix_shape = matrix.shape
 
     def pending(self) -> Tensor:
-        """The weight `[*weight_shape]`, for code that may only convolve with it: decoded if more is done (`nn.pending`)."""
+        """The weight `[*weight_shape]`, decoded only if it is used for more than to convolve with it (`nn.pending`)."""
         found = pending(self) if self.layout is AS_IT_IS else None
         return self() if found is None else found
 
