@@ -218,8 +218,7 @@ def run_node(
     module = module_at(graph_module, str(node.target)) if node.op == "call_module" else None
     if _writes_in_place(node, module):
         _own_memory_(values, [n.name for n in node.all_input_nodes], protected)
-    inputs = {n: values[n.name] for n in node.all_input_nodes}
-    args, kwargs = pytree.tree_map_only(fx.Node, inputs.__getitem__, (_plain(node.args), _plain(node.kwargs)))
+    args, kwargs = _filled(node.args, values), _filled(node.kwargs, values)
     try:
         values[node.name] = _call(graph_module, node, module, args, kwargs)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -240,13 +239,24 @@ def _call(graph_module: fx.GraphModule, node: fx.Node, module: nn.Module | None,
     return node.target(*args, **kwargs)
 
 
-def _plain(arguments: Any) -> Any:
-    """Convert fx's immutable lists and dicts to plain ones, which functions expect and may write to."""
+def _filled(arguments: Any, values: Values) -> Any:
+    """A node's arguments with the values of other nodes in their places.
+
+    fx's immutable lists and dicts become plain ones, which functions expect and may write to.
+    """
+    if isinstance(arguments, fx.Node):
+        return values[arguments.name]
     if isinstance(arguments, list):
-        return [_plain(argument) for argument in arguments]
+        return [_filled(argument, values) for argument in arguments]
     if isinstance(arguments, dict):
-        return {key: _plain(argument) for key, argument in arguments.items()}
-    return tuple(map(_plain, arguments)) if type(arguments) is tuple else arguments
+        return {key: _filled(argument, values) for key, argument in arguments.items()}
+    if isinstance(arguments, slice):
+        return slice(*(_filled(part, values) for part in (arguments.start, arguments.stop, arguments.step)))
+    if type(arguments) is tuple:
+        return tuple([_filled(argument, values) for argument in arguments])
+    if isinstance(arguments, tuple) and hasattr(arguments, "_fields"):
+        return type(arguments)(*(_filled(argument, values) for argument in arguments))
+    return arguments
 
 
 def _own_memory_(values: Values, inputs: list[str], protected: tuple[Values, ...]) -> None:

@@ -17,17 +17,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from bgd_plugin.calibration.spill import Extent, SpillFile
+from bgd_plugin.calibration.trees import leaves, mapped
 
 __all__ = ["DEFAULT_BOUND_BYTES", "BatchStore", "Shelf", "give_back_memory", "memory_of"]
 
 DEFAULT_BOUND_BYTES = 1 << 29
 """Default limit of the values held in memory: 512 MiB."""
 
-_TRIMMED_BYTES = 1 << 26
-"""Values moved to the file until the memory that they took is given back to the system."""
+_TRIMMED_BYTES = 1 << 26, 1 << 28
+"""Values moved to the file, at least and at most, until the memory that they took is given back to the system.
+
+Between these, half of the bound: memory that is given back costs time when it is used again.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +77,7 @@ class BatchStore:
         self._open: _Item | None = None
         self._resident_bytes = 0  # of the closed batches
         self._moved_bytes = 0  # to the file, since memory was last given back
+        self._trimmed_bytes = min(max((bound_bytes or 0) // 2, _TRIMMED_BYTES[0]), _TRIMMED_BYTES[1])
         self._exempt: dict[str, set[int]] = {}
         self._numbers = itertools.count()
         self._ended: list[str] = []
@@ -118,7 +122,7 @@ class BatchStore:
                     self._resident_bytes += item.bytes
 
     def _bytes(self, item: _Item) -> int:
-        return sum(memory.nbytes() for memory in self._memories(item.content).values())
+        return _size(self._memories(item.content))
 
     def append(self, content: dict[str, Any]) -> None:
         """Add a batch with this content, and open it."""
@@ -149,14 +153,15 @@ class BatchStore:
         item, self._open = self._open, None
         if item is None or self.bound_bytes is None:
             return
-        item.bytes = self._bytes(item)
+        memories = self._memories(item.content)
+        item.bytes = _size(memories)
         self.peak_bytes = max(self.peak_bytes, self._resident_bytes + item.bytes)
         if self._fits(item) and not item.mapped:
             self._resident_bytes += item.bytes
         else:
-            self._spill(item)
+            self._spill(item, memories)
             self._moved_bytes += item.bytes
-            if self._moved_bytes >= _TRIMMED_BYTES:  # it takes a millisecond
+            if self._moved_bytes >= self._trimmed_bytes:  # it takes a millisecond
                 self._moved_bytes = 0
                 give_back_memory()
 
@@ -165,14 +170,13 @@ class BatchStore:
 
     def _memories(self, content: dict[str, Any]) -> dict[int, torch.UntypedStorage]:
         """The storages of the content's tensors, each once, by address."""
-        tensors = [t for t in pytree.tree_leaves(content) if _can_move(t)]
-        memories = {memory_of(t).data_ptr(): memory_of(t) for t in tensors}
+        found = [memory_of(t) for t in leaves(content) if _can_move(t)]
+        memories = {memory.data_ptr(): memory for memory in found}
         exempt = set().union(*self._exempt.values())
         return {address: memory for address, memory in memories.items() if address not in exempt and address}
 
-    def _spill(self, item: _Item) -> None:
+    def _spill(self, item: _Item, memories: dict[int, torch.UntypedStorage]) -> None:
         extents = {address: extent for address, (extent, _) in item.mapped.items()}
-        memories = self._memories(item.content)
         for address, memory in memories.items():
             if address not in extents:
                 extents[address] = self._file.write(memory)
@@ -186,7 +190,7 @@ class BatchStore:
                 moved[id(t)] = _OnFile(extent, t.device, t.dtype, t.storage_offset(), t.shape, t.stride())
             return moved[id(t)]
 
-        item.content = pytree.tree_map(out, item.content)
+        item.content = mapped(out, item.content)
         item.mapped = {}
         item.is_spilled = True
 
@@ -211,7 +215,7 @@ class BatchStore:
             return moved[id(ref)]
 
         # keep the old content until everything is moved: tensors are recognized by their identity
-        item.content = pytree.tree_map(back, item.content)
+        item.content = mapped(back, item.content)
         item.is_spilled = False
 
 
@@ -234,6 +238,10 @@ class Shelf(Sequence[Any]):
 def memory_of(tensor: Tensor) -> torch.UntypedStorage:
     """The storage of a tensor of any shape."""
     return tensor.untyped_storage()
+
+
+def _size(memories: dict[int, torch.UntypedStorage]) -> int:
+    return sum(memory.nbytes() for memory in memories.values())
 
 
 def give_back_memory() -> None:

@@ -96,12 +96,16 @@ def compare_answers(
     for batch in batches:
         exact, found = reference(batch), compressed(batch)
         is_logits = is_logits and has_logits(exact)
-        lost, kept = _squares(found, exact)
         sums.samples += batch.size
-        sums.lost += lost
-        sums.kept += kept
+        if measure != "KL" or not is_logits:
+            lost, kept = _squares(found, exact)
+            sums.lost += lost
+            sums.kept += kept
         if is_logits:
-            _add_logits(sums, information, batch, *logit_pair(found, exact))
+            pair = logit_pair(found, exact)
+            _add_logits(sums, batch, *pair)
+            if measure is None:
+                information.add(pair[1], batch.tokens(pair[1]))
     sums.informed = sums.samples if measure == "KL" or information.is_enough else 0.0
     sums = sums.shared()
     is_kl = is_logits and sums.informed > sums.samples / 2
@@ -130,9 +134,8 @@ def output_loss(output: Any, exact: Any, measure: Measure = "KL") -> tuple[float
     return _relative(*_squares(output, exact)), "relative squared difference of outputs"
 
 
-def _add_logits(sums: _Sums, information: Information, batch: Batch, found: Tensor, exact: Tensor) -> None:
+def _add_logits(sums: _Sums, batch: Batch, found: Tensor, exact: Tensor) -> None:
     tokens = batch.tokens(exact)
-    information.add(exact, tokens)
     sums.divergence += batch.size * float(kl_to_teacher(found, exact, tokens))
     dim = 1 if exact.ndim in (2, 4) else -1
     same = (found.argmax(dim) == exact.argmax(dim)).float()

@@ -27,6 +27,8 @@ _LEAST, _MOST = 1e-6, 1.0
 _NOTHING = 1e-30
 _NUMBERS = 2_000_000
 """Logits, at most, whose shifts are looked at."""
+_PIECE = 1 << 17
+"""Logits looked at at once, in a cache."""
 
 
 def loss_and_shifts(
@@ -91,10 +93,10 @@ def losses_by_error(
     """
     if not shifts:
         return ((size, max(loss, _NOTHING * size)),)
-    logits, shift = (torch.cat(parts) for parts in zip(*shifts, strict=True))
+    parts = [(logits.log_softmax(1), shift) for logits, shift in shifts]
     pairs: list[tuple[float, float]] = []
     for energy in _ENERGIES:
-        cost = _divergence(logits, math.sqrt(energy) * shift)
+        cost = _divergence(parts, math.sqrt(energy))
         if not math.isfinite(cost):
             break
         if cost > max(_LEAST, pairs[-1][1] if pairs else 0.0):
@@ -104,7 +106,17 @@ def losses_by_error(
     return tuple(pairs) or ((1.0, _NOTHING),)
 
 
-def _divergence(logits: Tensor, shift: Tensor) -> float:
-    """KL(logits ‖ logits + shift), averaged over samples."""
-    p, q = logits.log_softmax(1), (logits + shift).log_softmax(1)
-    return float((p.exp() * (p - q)).sum(1).mean())
+def _divergence(parts: Sequence[tuple[Tensor, Tensor]], factor: float) -> float:
+    """KL(p ‖ q), averaged over samples, where q ∝ p exp(s), s = factor · shift: log Σ p exp(s) − Σ p s.
+
+    Args:
+        parts: pairs (log p, shift), both `[samples, classes]`.
+        factor: on the shifts.
+    """
+    total = 0.0
+    for scores, shift in parts:
+        rows = max(1, _PIECE // scores.shape[1])
+        for p, moved in zip(scores.split(rows), shift.split(rows), strict=True):
+            moved = factor * moved
+            total += float((torch.logsumexp(p + moved, 1) - (p.exp() * moved).sum(1)).sum())
+    return total / sum(len(scores) for scores, _ in parts)

@@ -27,6 +27,8 @@ _OF_VARIANCE = 0.1
 _FEW = 8
 _ROUNDING = 1e-3
 _LEAST_PROBABILITY = 1e-12
+_PIECE = 1 << 18
+"""Logits looked at at once, in a cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,14 +115,15 @@ class Information:
             tokens: `[batch, tokens]`, true where a token counts; None: all count.
         """
         dim = 1 if logits.ndim in (2, 4) else -1
-        rows = logits.movedim(dim, -1).reshape(-1, logits.shape[dim]).float()
+        rows = logits.movedim(dim, -1).reshape(-1, logits.shape[dim])
         rows = rows if tokens is None else rows[tokens.reshape(-1)]
-        scores = rows.log_softmax(1)
-        chances = scores.exp()
         self.answers += len(rows)
-        self._entropies -= float((chances * scores).nan_to_num().sum())
-        sums = chances.sum(0).double()
-        self._chances = sums if self._chances is None else self._chances + sums
+        for piece in rows.split(max(1, _PIECE // max(1, rows.shape[1]))):
+            scores = piece.float().log_softmax(1)
+            chances = scores.exp()
+            self._entropies -= float((chances * scores).nan_to_num().sum())
+            sums = chances.sum(0).double()
+            self._chances = sums if self._chances is None else self._chances + sums
 
     @property
     def nats(self) -> float:

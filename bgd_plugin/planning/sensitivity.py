@@ -1,8 +1,9 @@
 """Sensitivity: the effect of an error in each layer on the network's output, measured for a budget before the fit.
 
-Two walks run side by side over the float network. At each layer the first one, over all calibration batches, gives the
-moments of the inputs, and from them the expected error of each block and codebook size. The second one, over a few
-samples, runs to the end of the network with only this layer roughly quantized, and shows the effect on the output.
+Two walks run side by side over the float network. At each layer the first one, over batches all over the calibration
+data, gives the moments of the inputs, and from them the expected error of each block and codebook size. The second one,
+over a few samples, runs to the end of the network with only this layer roughly quantized, and shows the effect on the
+output.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from bgd_plugin.support.seeds import seeded
 __all__ = ["Measured", "measure_layers", "measure_sensitivities"]
 
 _SAMPLES = 16  # that run to the network's end once for each layer
+_SAMPLES_OF_MOMENTS = 100  # at the least: a layer's facts are those of 4,096 rows of its inputs
+_BATCHES_OF_MOMENTS = 8  # at the least: data may be sorted by class
 _RUNS = 6  # over all batches, at most, that a network that is no graph takes to its end besides
 _SAMPLED_BLOCKS = 1 << 13
 _REFERENCE_CODEBOOK = 256
@@ -123,7 +126,7 @@ def _along_graph(
     few = _some_of(batches, _SAMPLES)
     outputs = [batch.call(network) for batch in few]
     scale = Scale.of(outputs, measure)
-    wide, narrow = Walk(network, batches), Walk(network, few)
+    wide, narrow = Walk(network, _spread(batches)), Walk(network, few)
     waiting = {_first_node(wide, layer): layer for layer in layers if not layer.hidden}
     found: dict[str, Measured] = {}
     for node, _ in zip(wide.nodes(waiting), narrow.nodes(waiting), strict=True):
@@ -167,7 +170,7 @@ def _by_runs(
     norms = batchnorms_in_parts(network) if config.batchnorm != "keep" else {}
     weights = {layer.name: layer.weight for layer in layers if layer.kind != "embedding"}
     wide, narrow = (
-        Rerun(network, network, batches, weights, []),
+        Rerun(network, network, _spread(batches), weights, []),
         Rerun(network, network, few, weights, [], finishes=True),
     )
     by_name = {layer.name: layer for layer in layers}
@@ -196,6 +199,15 @@ def _some_of(batches: Sequence[Batch], count: int) -> Batches:
     """The first samples, with values of their own: they take an eighth of what all batches may take in memory."""
     bound = Batches.of(batches).store.bound_bytes
     return Batches.of(first_samples(batches, count), None if bound is None else max(1, bound // 8))
+
+
+def _spread(batches: Sequence[Batch]) -> Sequence[Batch]:
+    """Every so manieth batch: as many as moments are taken of, all over the data."""
+    step = min(sum(batch.size for batch in batches) // _SAMPLES_OF_MOMENTS, len(batches) // _BATCHES_OF_MOMENTS)
+    if step < 2:
+        return batches
+    chosen = (batches[index] for index in range(0, len(batches), step))
+    return Batches.of(chosen, Batches.of(batches).store.bound_bytes)
 
 
 def _measured(

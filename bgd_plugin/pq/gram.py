@@ -18,6 +18,8 @@ _ROUNDING = 1e-11
 """Relative to the squared mean, a variance below this is rounding error of float32."""
 _COLUMNS = 512
 """Columns of a Gram that are computed at once."""
+_WAITING = 1 << 16
+"""Numbers, 256 KiB, that may wait to be summed even if the sums take less memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,17 +100,28 @@ class Moments:
 class MomentSums:
     """Moments accumulated piece by piece; the pieces are not kept.
 
-    The products of a piece are summed in float32, relative to one typical position: where inputs hardly vary around a
-    large mean, products of the inputs themselves would lose all their digits.
-
-    Attributes:
-        count: positions so far, or the sum of their weights.
-        sums: the sums over positions of the fields of `Moments`, in that order; empty before the first piece.
+    Small pieces wait for others, as each sum costs work on whole matrices; they take no more memory than the sums, or
+    very little. The products of what is summed at once are
+    summed in float32, relative to one typical position: where inputs hardly vary around a large mean, products of the
+    inputs themselves would lose all their digits.
     """
 
     def __init__(self) -> None:
-        self.count: float = 0
-        self.sums: list[Tensor] = []
+        self._count: float = 0
+        self._sums: list[Tensor] = []
+        self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
+
+    @property
+    def count(self) -> float:
+        """Positions so far, or the sum of their weights."""
+        self._flush()
+        return self._count
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """The sums over positions of the fields of `Moments`, in that order; empty before the first piece."""
+        self._flush()
+        return self._sums
 
     def add_(self, inputs: Tensor, outputs: Tensor, weights: Tensor | None = None) -> None:
         """Add the moments of some positions.
@@ -116,8 +129,28 @@ class MomentSums:
         Args:
             inputs: `[groups, positions, columns]`.
             outputs: `[groups, positions, rows_per_group]`.
-            weights: `[positions]`, how often each position counts; None: once.
+            weights: `[positions]`, how often each position counts; None: once. The same for all pieces: none, or some.
         """
+        (groups, _, columns), rows = inputs.shape, outputs.shape[2]
+        most = max(_WAITING, 2 * groups * columns * (columns + rows))  # what the sums take, in single precision
+        if inputs.numel() + outputs.numel() < most:
+            # copies: inputs may be views of values whose memory is used again as soon as the next batch is open
+            inputs, outputs = inputs.clone(), outputs.clone()
+        self._waiting.append((inputs, outputs, weights))
+        if sum(x.numel() + y.numel() for x, y, _ in self._waiting) >= most:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Add the pieces that wait, all at once."""
+        waiting, self._waiting = self._waiting, []
+        if len(waiting) > 1:
+            inputs, outputs = (torch.cat([piece[place] for piece in waiting], dim=1) for place in (0, 1))
+            weights = [piece[2] for piece in waiting if piece[2] is not None]
+            self._add_(inputs, outputs, torch.cat(weights) if weights else None)
+        elif waiting:
+            self._add_(*waiting[0])
+
+    def _add_(self, inputs: Tensor, outputs: Tensor, weights: Tensor | None) -> None:
         count = inputs.shape[1] if weights is None else float(weights.double().sum())
         first, first_output = (_typical(values, weights) for values in (inputs, outputs))
         inputs, outputs = inputs - first, outputs - first_output
@@ -127,12 +160,12 @@ class MomentSums:
             root, each = weights.sqrt().unsqueeze(1), weights.double().unsqueeze(1)
             cross = (inputs * root).mT @ (outputs * root)
             parts = (_gram(inputs * root), (inputs.double() * each).sum(1), cross, (outputs.double() * each).sum(1))
-        self.count += count
-        self.sums = self.sums or [torch.zeros_like(part, dtype=torch.float64) for part in parts]
-        for so_far, part in zip(self.sums, parts, strict=True):
+        self._count += count
+        self._sums = self._sums or [torch.zeros_like(part, dtype=torch.float64) for part in parts]
+        for so_far, part in zip(self._sums, parts, strict=True):
             so_far += part
         # (x + f)(y + g)ᵀ = xyᵀ + f(y + g)ᵀ + xgᵀ, summed, in double precision
-        gram, mean, cross, output_mean = self.sums
+        gram, mean, cross, output_mean = self._sums
         rest, output_rest = parts[1].unsqueeze(1), parts[3].unsqueeze(1)
         first, first_output = first.double(), first_output.double()
         gram.baddbmm_(first.mT, rest + count * first).baddbmm_(rest.mT, first)
@@ -143,13 +176,13 @@ class MomentSums:
     def share_(self) -> None:
         """Sum over all processes; every process gets the result."""
         sum_(self.sums)
-        self.count = total(self.count)
+        self._count = total(self.count)
 
     def joined(self, other: MomentSums) -> MomentSums:
         """The sums over the positions of both."""
         result = MomentSums()
-        result.count = self.count + other.count
-        result.sums = [mine + theirs for mine, theirs in zip(self.sums, other.sums, strict=True)]
+        result._count = self.count + other.count
+        result._sums = [mine + theirs for mine, theirs in zip(self.sums, other.sums, strict=True)]
         return result
 
     def means_(self) -> Moments:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from bgd_plugin.calibration import Batch, Walk
-from bgd_plugin.calibration.live_values import _own_memory_, _plain, _writes_in_place, last_uses, run_node
+from bgd_plugin.calibration.live_values import _filled, _own_memory_, _writes_in_place, last_uses, run_node
 from bgd_plugin.errors import CalibrationError
 
 
@@ -92,13 +92,41 @@ def test_each_value_is_dropped_after_its_last_use_but_not_the_answer() -> None:
 
 def test_arguments_become_lists_and_dicts_that_functions_may_write_to() -> None:
     node = _node("call_function", torch.cat, [1, [2, (3, [4])]], x={"a": [5]})
-    found = _plain(node.args[1])
+    found = _filled(node.args[1], {})
     assert found == [1, [2, (3, [4])]] and type(found) is list and type(found[1]) is list
     assert type(found[1][1]) is tuple and type(found[1][1][1]) is list
-    named = _plain(node.kwargs)
+    named = _filled(node.kwargs, {})
     assert named == {"x": {"a": [5]}} and type(named["x"]) is dict and type(named["x"]["a"]) is list
     size = torch.Size([2, 3])
-    assert _plain(size) is size
+    assert _filled(size, {}) is size
+
+
+def test_values_stand_where_nodes_stood_and_are_the_values_themselves() -> None:
+    graph = fx.Graph()
+    x, n = graph.placeholder("x"), graph.placeholder("n")
+    written = [torch.zeros(2)]
+    node = graph.create_node("call_function", operator.getitem, (x, (slice(None, n), slice(n, None, n))), {"k": [x]})
+    args, kwargs = _filled(node.args, {"x": written, "n": 2}), _filled(node.kwargs, {"x": written, "n": 2})
+    assert args == (written, (slice(None, 2), slice(2, None, 2))) and kwargs == {"k": [written]}
+    assert args[0] is written and kwargs["k"][0] is written  # a function may write to it
+
+
+def test_a_slice_as_long_as_another_value_is_walked() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 6), nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)
+            half = hidden.shape[1] // 2
+            return self.last(hidden[:, :half] * hidden[:, half:])
+
+    model, x = Halves().eval(), torch.randn(5, 8)
+    walk = Walk(fx.symbolic_trace(model), [Batch((x,))])
+    for node in walk.nodes():
+        if node.target == "last":
+            torch.testing.assert_close(walk.finish(0), model(x))
 
 
 def test_a_node_that_fails_is_named_with_its_error() -> None:

@@ -58,3 +58,21 @@ def test_a_huge_position_of_little_weight_leaves_the_digits_of_the_others() -> N
     gram = sums.means_().gram
     literal = (inputs[0].double() * weights.double()[:, None]).T @ inputs[0].double() / weights.double().sum()
     torch.testing.assert_close(gram[0], literal, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_pieces_that_wait_are_summed_as_they_were(weighted: bool) -> None:
+    generator = torch.Generator().manual_seed(7)
+    inputs, outputs = (torch.randn(2, 400, n, generator=generator) + 1 for n in (40, 30))
+    times = torch.randint(1, 4, (400,), generator=generator).float() if weighted else None
+    sums, one = MomentSums(), MomentSums()
+    one.add_(inputs, outputs, times)
+    for start in (*range(0, 400, 3), 400):
+        end = min(start + 3, 400)
+        x, y = inputs[:, start:end].clone(), outputs[:, start:end].clone()
+        sums.add_(x, y, None if times is None else times[start:end])
+        for piece in (x, y):
+            piece.fill_(float("nan"))  # as memory is that is used again
+    assert sums.count == one.count == (400 if times is None else float(times.sum()))
+    for mine, all_at_once in zip(sums.sums, one.sums, strict=True):
+        torch.testing.assert_close(mine, all_at_once, rtol=1e-5, atol=1e-3)
