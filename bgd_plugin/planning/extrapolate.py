@@ -116,7 +116,7 @@ def _divergence(parts: Sequence[tuple[Tensor, Tensor]], factor: float) -> float:
     total = 0.0
     for scores, shift in parts:
         rows = max(1, _PIECE // scores.shape[1])
-        for p, moved in zip(scores.split(rows), shift.split(rows), strict=True):
+        for p, moved in zip(torch.split(scores, rows), torch.split(shift, rows), strict=True):
             moved = factor * moved
             total += float((torch.logsumexp(p + moved, 1) - (p.exp() * moved).sum(1)).sum())
     return total / sum(len(scores) for scores, _ in parts)

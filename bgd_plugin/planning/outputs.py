@@ -118,7 +118,7 @@ class Information:
         rows = logits.movedim(dim, -1).reshape(-1, logits.shape[dim])
         rows = rows if tokens is None else rows[tokens.reshape(-1)]
         self.answers += len(rows)
-        for piece in rows.split(max(1, _PIECE // max(1, rows.shape[1]))):
+        for piece in torch.split(rows, max(1, _PIECE // max(1, rows.shape[1]))):
             scores = piece.float().log_softmax(1)
             chances = scores.exp()
             self._entropies -= float((chances * scores).nan_to_num().sum())

@@ -144,8 +144,8 @@ class MomentSums:
         """Add the pieces that wait, all at once."""
         waiting, self._waiting = self._waiting, []
         if len(waiting) > 1:
-            inputs, outputs = (torch.cat([piece[place] for piece in waiting], dim=1) for place in (0, 1))
-            weights = [piece[2] for piece in waiting if piece[2] is not None]
+            inputs, outputs = torch.cat([x for x, _, _ in waiting], 1), torch.cat([y for _, y, _ in waiting], 1)
+            weights = [w for _, _, w in waiting if w is not None]
             self._add_(inputs, outputs, torch.cat(weights) if weights else None)
         elif waiting:
             self._add_(*waiting[0])

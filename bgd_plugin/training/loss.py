@@ -45,7 +45,7 @@ def kl_to_teacher(student: Tensor, teacher: Tensor, tokens: Tensor | None = None
     rows = max(1, _PIECE // max(1, found.shape[1]))
     sums = [
         F.kl_div(F.log_softmax(q.float(), 1), F.log_softmax(p.float(), 1), reduction="sum", log_target=True)
-        for q, p in zip(found.split(rows), exact.split(rows), strict=True)
+        for q, p in zip(torch.split(found, rows), torch.split(exact, rows), strict=True)
     ]
     return torch.stack(sums).sum() / len(found)
 
