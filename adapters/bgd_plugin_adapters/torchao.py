@@ -48,7 +48,10 @@ class BGDWeightOnlyConfig(BGDConfig, AOBaseConfig):
         object.__setattr__(self, "overrides", [])  # lists, here and below: torchao's JSON has no tuples
         if self.finetuning:
             finetuning = dataclasses.replace(self.finetuning)
-            object.__setattr__(finetuning, "outputs", list(finetuning.outputs))
+            for field in dataclasses.fields(finetuning):
+                value = getattr(finetuning, field.name)
+                if isinstance(value, tuple):
+                    object.__setattr__(finetuning, field.name, list(value))
             object.__setattr__(self, "finetuning", finetuning)
 
 

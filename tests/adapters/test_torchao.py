@@ -173,7 +173,7 @@ TRAINED: dict[str, Any] = {
     "method": "em",
     "distillation": DistillationConfig(steps=2, batch_size=8),
     "reconstruction": ReconstructionConfig(steps=2),
-    "finetuning": FinetuningConfig(steps=2, outputs=("2", "4")),
+    "finetuning": FinetuningConfig(steps=2, layers=("2",), outputs=("2", "4")),
 }
 
 
