@@ -29,11 +29,15 @@ def _seeded() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _plain(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests compare bits, so they run on the plain path; the kernels have tests of their own, in `tests/kernels`."""
+def _plain(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tests compare bits, so they run on the plain path, in processes that they start, too.
+
+    The kernels have tests of their own, in `tests/kernels`.
+    """
     if request.path.parent.name in ("kernels", "jit"):
         yield
         return
+    monkeypatch.setenv("BGD_KERNELS", "off")  # read at import, so that this process keeps its own
     with kernels.disabled():
         yield
 

@@ -240,10 +240,7 @@ def _call(graph_module: fx.GraphModule, node: fx.Node, module: nn.Module | None,
 
 
 def _filled(arguments: Any, values: Values) -> Any:
-    """A node's arguments with the values of other nodes in their places.
-
-    fx's immutable lists and dicts become plain ones, which functions expect and may write to.
-    """
+    """A node's arguments with other nodes' values, in plain lists and dicts, which functions may write to."""
     if isinstance(arguments, fx.Node):
         return values[arguments.name]
     if isinstance(arguments, list):

@@ -119,7 +119,7 @@ class MomentSums:
 
     @property
     def sums(self) -> list[Tensor]:
-        """The sums over positions of the fields of `Moments`, in that order; empty before the first piece."""
+        """The sums over positions of the fields of `Moments`, in that order and shape; none before a piece."""
         self._flush()
         return self._sums
 
