@@ -70,13 +70,10 @@ def energy_at(shown: Sequence[tuple[float, float]], divergence: float) -> float:
     Fine codes may leave a far smaller share than coarse ones. Two passes show how it changes: their logarithms are
     interpolated, and beyond both passes the nearer one's counts. Where three passes or more have all come out above
     the divergence, the share counts more by the factor by which the nearest did, and again by it for each further pass.
-    Where passes on both sides are known and the last ones were all on the same side, the other side's counts more.
 
     Args:
-        shown: pairs (measured divergence, energy realized), one for each pass so far in order, at least one.
+        shown: pairs (measured divergence, energy realized), one for each pass so far, at least one.
         divergence: to which the next choice is to come.
-
-    **Source**: Dowell and Jarratt, "A modified regula falsi method", BIT 11 (1971), for the halves.
     """
     below = max((pair for pair in shown if pair[0] <= divergence), default=None)
     above = min((pair for pair in shown if pair[0] >= divergence), default=None)
@@ -85,10 +82,6 @@ def energy_at(shown: Sequence[tuple[float, float]], divergence: float) -> float:
         misses = max(0, len(shown) - _PATIENCE) if below is None else 0
         return energy * min(nearest / divergence, _FARTHEST) ** misses
     share = math.log(divergence / below[0]) / math.log(above[0] / below[0])
-    is_above = [found > divergence for found, _ in shown]
-    same = next((i for i, other in enumerate(reversed(is_above)) if other is not is_above[-1]), len(shown))
-    half = 0.5 ** (same - 1)
-    share = share * half if is_above[-1] else 1 - (1 - share) * half
     return float(below[1] ** (1 - share) * above[1] ** share)
 
 

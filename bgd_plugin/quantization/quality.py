@@ -15,8 +15,8 @@ __all__ = ["Pass", "within_bound"]
 
 _PASSES = 3
 _MOST_PASSES = 6
-"""Where no pass has kept the bound, and each further one is more cautious; or where a gap is open."""
-_GAP = 1.15
+"""Where no pass has kept the bound: each further one is more cautious."""
+_GAP = 1.25
 """A file within the bound that is larger than one beyond it by such a factor may be much too large."""
 _SLACK = 1.5, 2.0
 """A file whose divergence is this many times below the bound, after a pass, is larger than it need be."""
@@ -47,8 +47,8 @@ def within_bound(run: Callable[[int, Pass | None], Pass | None]) -> Pass:
             divergence corrects what is expected. None: another pass is not worth its time.
 
     Returns:
-        of three passes, or as many as six until one keeps the bound and not much lies between the files within it and
-        beyond it, the smallest file within it; if none is, the one nearest to it, and its report says
+        of three passes, of four where much lies between the files within the bound and beyond it, or as many as six
+        until one keeps the bound, the smallest file within it; if none is, the one nearest to it, and its report says
         that the bound was missed. Where no sizes were chosen, the first pass's, as it is.
     """
     results: list[Pass] = []
@@ -63,7 +63,7 @@ def within_bound(run: Callable[[int, Pass | None], Pass | None]) -> Pass:
         is_enough = _is_good_enough(result.report, result.limit, _SLACK[min(number, len(_SLACK) - 1)])
         repeated += any(_same_sizes(result.report, before.report) for before in results[:-1])
         is_kept = any(_is_within(one) for one in results)
-        most = _PASSES if is_kept and not _is_open(results) else _MOST_PASSES
+        most = _PASSES + _is_open(results) if is_kept else _MOST_PASSES
         if is_enough or repeated > (0 if is_kept else 1) or number + 1 >= most:
             break
     return _best(results)

@@ -240,9 +240,9 @@ def test_of_four_trials_the_nearest_is_taken() -> None:
 
 
 def test_the_energy_of_the_next_choice_lies_between_those_that_passes_have_shown() -> None:
-    """In logarithms, whatever the order of two passes; beyond both passes the nearer one's."""
+    """In logarithms, whatever the order of the passes; beyond both passes the nearer one's."""
     shown = [(0.001, 0.01), (0.1, 0.16)]
-    for pairs in (shown, shown[::-1], [(0.5, 7.0), *shown]):
+    for pairs in (shown, shown[::-1], [*shown, (0.5, 7.0)]):
         assert energy_at(pairs, 0.01) == pytest.approx(0.04)
         assert energy_at(pairs, 0.001) == 0.01
     assert energy_at(shown, 0.0001) == 0.01
@@ -258,16 +258,3 @@ def test_where_passes_have_missed_again_and_again_more_is_expected_to_be_left() 
     assert math.isfinite(energy_at([(math.inf, 0.25)] * 5, 0.01))  # answers that are no numbers
     assert energy_at([*shown, (0.005, 0.35)], 0.01) < 0.35  # once one has come out below, it lies between two
     assert energy_at([(0.0, 0.2)], 0.01) == 0.2
-
-
-@pytest.mark.parametrize("below_last", [False, True])
-def test_passes_that_come_out_on_one_side_again_move_the_next_choice_to_the_other(below_last: bool) -> None:
-    ends = [(0.04, 0.2), (0.0025, 0.8)]  # 0.01 lies halfway between their logarithms
-    ends = ends if below_last else ends[::-1]
-    (last, near) = (0.005, 0.4 * 2**0.5) if below_last else (0.02, 0.2 * 2**0.5)
-    found = [energy_at([*ends, *[(last, near)] * count], 0.01) for count in (0, 1, 2, 3)]
-    other = 0.2 if below_last else 0.8
-    assert found[0] == pytest.approx(0.4)
-    # the distance to the other end, a third of the logarithm without the rule, is halved for each pass in a row
-    shares = [math.log(one / near) / math.log(other / near) for one in found[1:]]
-    assert shares == pytest.approx([1 - 2 / 3 / 2, 1 - 2 / 3 / 4, 1 - 2 / 3 / 8])
