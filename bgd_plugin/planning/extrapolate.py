@@ -18,14 +18,14 @@ from torch.utils import _pytree as pytree
 from bgd_plugin.planning.answers import output_loss
 from bgd_plugin.planning.outputs import Measure, logit_pair
 
-__all__ = ["loss_and_shifts", "losses_by_error", "shifted_logits"]
+__all__ = ["NUMBERS", "loss_and_shifts", "losses_by_error", "shifted_logits"]
 
 _ENERGIES = tuple(4.0**step for step in range(-3, 15))
 """Factors on the energy of the shift."""
 _LEAST, _MOST = 1e-6, 1.0
 """Divergences in nats: what rounding leaves, and what no bound asks for."""
 _NOTHING = 1e-30
-_NUMBERS = 2_000_000
+NUMBERS = 2_000_000
 """Logits, at most, whose shifts are looked at."""
 _PIECE = 1 << 17
 """Logits looked at at once, in a cache."""
@@ -51,7 +51,7 @@ def loss_and_shifts(
         size = _samples_in(wanted)
         total, samples = total + size * loss, samples + size
         if measured == "KL":
-            shifts.append(shifted_logits(found, wanted, _NUMBERS // len(exact)))
+            shifts.append(shifted_logits(found, wanted, NUMBERS // len(exact)))
     return total / max(1, samples), measured, shifts
 
 

@@ -9,17 +9,18 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from bgd_plugin.calibration import Batch, first_samples
+from bgd_plugin.calibration import Batch, Batches, first_samples, logits_of
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.graph import isolated_weights, untouched
 from bgd_plugin.planning.answers import compare_answers
 from bgd_plugin.planning.budget import Budget
 from bgd_plugin.planning.losses import LEVEL, Sensitivity
-from bgd_plugin.planning.outputs import LOGITS, Scale
+from bgd_plugin.planning.outputs import LOGITS, Scale, has_logits
 from bgd_plugin.planning.perturbation import changed, changes_of
 from bgd_plugin.planning.rounded import measure_rounding, roundings
 from bgd_plugin.planning.sensitivity import Measured, measure_layers
@@ -32,8 +33,12 @@ _SAMPLES = 64
 """Calibration samples on which all errors together are tried where too few are kept aside."""
 _FEW = 16
 _LAST = 2.0, 4.0
+_TOKENS = 256
+"""Tokens with logits that are as good as so few samples."""
 _KEPT = 1 << 22
 """Numbers in the float network's answers to them, up to which they are kept from one trial to the next."""
+_KEPT_SHARE = 4
+"""The part of the memory for calibration values that more of them may take, as long as trials follow each other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,7 @@ class Measurements:
     sensitivities: Mapping[str, Sensitivity]
     layers: Mapping[str, Measured]
     scale: Scale
+    _few: list[Sequence[Batch]] = field(default_factory=list)
     _answers: list[Any] = field(default_factory=list)
     _network: list[nn.Module] = field(default_factory=list)
 
@@ -68,6 +74,8 @@ class Measurements:
                 yield
             finally:
                 self._network.clear()
+                if _numbers(self._answers) > _KEPT:
+                    self._answers.clear()
 
     def joint(self, survey: Survey, energy: float = 1.0) -> float:
         """The divergence from the float network when all layers of a survey have errors of the sizes expected.
@@ -85,7 +93,6 @@ class Measurements:
         return float(json.loads(from_first(work)[1]))
 
     def _tried(self, survey: Survey, energy: float) -> float:
-        few = self.aside if sum(batch.size for batch in self.aside) >= _FEW else first_samples(self.batches, _SAMPLES)
         errors = [
             (one, (share * energy * one.sensitivity.error_of(planned) / one.size) ** 0.5)
             for planned, share in zip(survey.layers, _shares(len(survey.layers), survey.config), strict=True)
@@ -101,6 +108,7 @@ class Measurements:
                 with changed(changes):
                     return batch.call(network)
 
+            few = self._tried_on(network)
             exact = self._exact(network, few)
             answers = compare_answers(with_errors, exact, few, kept_aside=False, measure=self.scale.measure)
         return answers.divergence
@@ -114,12 +122,36 @@ class Measurements:
 
         def answered(batch: Batch) -> Any:
             answer = batch.call(network)
-            numbers = sum(t.numel() for t in pytree.tree_leaves(answer) if isinstance(t, Tensor))
-            if numbers * len(few) <= _KEPT:
+            if _numbers(answer) * len(few) <= self._most_kept:
                 self._answers.append(answer)
             return answer
 
         return answered
+
+    @property
+    def _most_kept(self) -> int:
+        """Numbers in all answers up to which they are kept."""
+        bound = self.batches.store.bound_bytes if isinstance(self.batches, Batches) and self._network else None
+        return max(_KEPT, (bound or 0) // _KEPT_SHARE // torch.float32.itemsize)
+
+    @torch.no_grad()
+    def _tried_on(self, network: nn.Module) -> Sequence[Batch]:
+        """The samples on which errors are tried: those that will judge, if they tell enough."""
+        if not self._few:
+            samples = sum(batch.size for batch in self.aside)
+            enough = samples >= _FEW or (samples and samples * _tokens(self.aside[0].call(network)) >= _TOKENS)
+            self._few.append(self.aside if enough else first_samples(self.batches, _SAMPLES))
+        return self._few[0]
+
+
+def _numbers(answers: Any) -> int:
+    return sum(t.numel() for t in pytree.tree_leaves(answers) if isinstance(t, Tensor))
+
+
+def _tokens(answer: Any) -> int:
+    """How many tokens of a sample have logits of their own; 1 where it has no more than one answer."""
+    logits = logits_of(answer) if has_logits(answer) else None
+    return logits.shape[1] if logits is not None and logits.ndim == 3 else 1
 
 
 def _shares(count: int, config: BGDConfig) -> list[float]:

@@ -22,11 +22,12 @@ from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import FoundLayer, batchnorms_in_parts, following_batchnorm
 from bgd_plugin.planning.candidates import block_sizes, codebook_sizes, fitted_sizes
-from bgd_plugin.planning.extrapolate import loss_and_shifts, losses_by_error
+from bgd_plugin.planning.extrapolate import losses_by_error
 from bgd_plugin.planning.layer_facts import LayerFacts, layer_facts, narrow_error, roughly_quantized, rounding_error
 from bgd_plugin.planning.losses import Sensitivity
 from bgd_plugin.planning.outputs import Measure, Scale
 from bgd_plugin.planning.perturbation import Perturbation, bias_of, has_channel_rows, perturbed
+from bgd_plugin.planning.reference import Reference
 from bgd_plugin.planning.window_error import window_error
 from bgd_plugin.pq.forms import TRELLIS
 from bgd_plugin.pq.full_gram import positions_as_groups
@@ -124,8 +125,7 @@ def _along_graph(
 ) -> dict[str, Measured]:
     assert isinstance(network, fx.GraphModule)
     few = _some_of(batches, _SAMPLES)
-    outputs = [batch.call(network) for batch in few]
-    scale = Scale.of(outputs, measure)
+    reference = Reference.of(network, few, measure)
     wide, narrow = Walk(network, _spread(batches)), Walk(network, few)
     waiting = {_first_node(wide, layer): layer for layer in layers if not layer.hidden}
     found: dict[str, Measured] = {}
@@ -143,7 +143,7 @@ def _along_graph(
             norm=norm,
             has_bias=bias_of(network, layer) is not None,
         )
-        found[layer.name] = _measured(narrow, facts, outputs, config, generator, scale)
+        found[layer.name] = _measured(narrow, facts, reference, config, generator)
         step()
         if len(found) == len(waiting):
             break  # what comes after the last layer need not run
@@ -165,8 +165,7 @@ def _by_runs(
     """
     samples = sum(batch.size for batch in batches)
     few = _some_of(batches, max(1, min(_SAMPLES, 2 * _RUNS * samples // max(1, len(layers)))))
-    outputs = [batch.call(network) for batch in few]
-    scale = Scale.of(outputs, measure)
+    reference = Reference.of(network, few, measure)
     norms = batchnorms_in_parts(network) if config.batchnorm != "keep" else {}
     weights = {layer.name: layer.weight for layer in layers if layer.kind != "embedding"}
     wide, narrow = (
@@ -180,7 +179,7 @@ def _by_runs(
             generator = seeded(config.seed, layer.name, "sensitivity")
             inputs = embedding_inputs(layer.name, layer.matrix)
             facts = layer_facts(inputs, layer, config, generator, norm=None, has_bias=False)
-            found[layer.name] = _measured(narrow, facts, outputs, config, generator, scale)
+            found[layer.name] = _measured(narrow, facts, reference, config, generator)
             step()
     for name in wide.order:
         layer = by_name[name]
@@ -190,7 +189,7 @@ def _by_runs(
             norm = norms.get(layer.target) if has_channel_rows(layer) and not layer.tied else None
             inputs, has_bias = wide.inputs(name), bias_of(network, layer) is not None
             facts = layer_facts(inputs, layer, config, generator, norm=norm, has_bias=has_bias)
-            found[name] = _measured(narrow, facts, outputs, config, generator, scale)
+            found[name] = _measured(narrow, facts, reference, config, generator)
         step()
     return found
 
@@ -213,16 +212,15 @@ def _spread(batches: Sequence[Batch]) -> Sequence[Batch]:
 def _measured(
     walk: Walk | Rerun,
     facts: LayerFacts,
-    outputs: Sequence[Any],
+    reference: Reference,
     config: BGDConfig,
     generator: torch.Generator,
-    scale: Scale,
 ) -> Measured:
     """Error curves for each block size, and the loss that the reference's error brings."""
     shape = tuple(facts.layer.matrix.shape)
     sizes = [d for d in block_sizes(shape) if codebook_sizes(shape, d)]
     scaled = facts.weight * facts.scale[..., None]
-    reference = _reference_block(sizes, shape)
+    usual = _usual_block(sizes, shape)
     curves, entropy = [], None
     for d in sizes:
         blocks, metrics = positions_as_groups(scaled, facts.metrics(d))
@@ -231,15 +229,14 @@ def _measured(
         fits = quick_fits(*sample, fitted_sizes(shape, d), generator=generator)
         curves.append(RateCurve.of(d, fits))
         entropy = entropy_curve(*sample) if d == 1 else entropy
-        if d == reference:
+        if d == usual:
             k = max(k for k in codebook_sizes(shape, d) if k <= _REFERENCE_CODEBOOK)
             fit = quick_fit(*sample, k, generator=generator)
     error = Perturbation.of(facts, roughly_quantized(scaled, facts, fit.codebook) / facts.scale[..., None])
     size = max(fit.error, _TINY)
     with perturbed(walk.student, error):
-        found = (walk.finish(index) for index in range(len(outputs)))
-        loss, measured, shifts = loss_and_shifts(found, outputs, scale.measure)
-    reason = f"{measured} {loss:.2g} if only this layer is quantized, at {reference}×{len(fit.codebook)}"
+        loss, measured, shifts = reference.loss(walk)
+    reason = f"{measured} {loss:.2g} if only this layer is quantized, at {usual}×{len(fit.codebook)}"
     losses = losses_by_error(shifts, size, loss)
     sensitivity = Sensitivity(
         curves=tuple(curves),
@@ -250,7 +247,7 @@ def _measured(
         rounding=rounding_error(scaled, facts) if config.codebook_storage == "int8" else 0.0,
         narrow=narrow_error(facts),
     )
-    return Measured(sensitivity=sensitivity, error=error, size=size, loss=loss, scale=scale)
+    return Measured(sensitivity=sensitivity, error=error, size=size, loss=loss, scale=reference.scale)
 
 
 def _windows(scaled: Tensor, facts: LayerFacts, config: BGDConfig) -> float:
@@ -272,7 +269,7 @@ def _require_finite(name: str, *tensors: Tensor) -> None:
         )
 
 
-def _reference_block(sizes: Sequence[int], shape: Sequence[int]) -> int:
+def _usual_block(sizes: Sequence[int], shape: Sequence[int]) -> int:
     wanted = 4 if len(shape) == 2 or math.prod(shape[2:]) == 1 else math.prod(shape[2:])
     return min(sizes, key=lambda d: (abs(d - wanted), d))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bgd_plugin import BGDConfig
-from bgd_plugin.calibration import Batch
+from bgd_plugin.calibration import Batch, Batches
 from bgd_plugin.graph import copy_module, trace
 from bgd_plugin.planning import measure
 from bgd_plugin.planning.budget import Budget
@@ -52,6 +53,47 @@ def test_errors_are_tried_on_samples_kept_aside_if_there_are_16(
     scale = Scale(measure="squared difference")
     assert _made(budget, _batches(*aside), scale=scale).joint(budget.survey) == 0.5
     assert given == {"sizes": expected, "kept_aside": False, "measure": "squared difference"}
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(32, [4, 4]), (31, [40, 24]), (None, [40, 24])])
+def test_few_samples_are_enough_if_they_have_256_tokens(
+    tokens: int | None, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    class Language(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return {"logits": torch.zeros(len(x), 5) if tokens is None else torch.zeros(len(x), tokens, 5)}
+
+    def compared(found: Any, exact: Any, batches: Any, **fields: Any) -> Any:
+        sizes.extend(batch.size for batch in batches)
+        return SimpleNamespace(divergence=0.5)
+
+    monkeypatch.setattr(measure, "compare_answers", compared)
+    monkeypatch.setattr(measure, "_apart", lambda budget: nullcontext(Language()))
+    monkeypatch.setattr(measure, "roundings", lambda *_: {})
+    budget = _budget()
+    made = _made(budget, _batches(4, 4))
+    made.joint(budget.survey)
+    assert sizes == expected
+    made.joint(budget.survey)
+    assert sizes == 2 * expected
+
+
+@pytest.mark.parametrize(("bound", "kept"), [(4 * 4 * 2048, True), (4 * 4 * 2048 - 16, False), (None, False)])
+def test_answers_are_kept_in_memory_for_calibration_while_trials_follow_each_other(
+    bound: int | None, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "_KEPT", 1)
+    network, few, batches = nn.Linear(12, 64), _batches(16, 16), Batches.of(_batches(40), bound)
+    made = _made(_budget(), few, batches=batches)
+    with made.prepared():
+        answers = made._exact(network, few)
+        assert all(answers(batch).shape == (16, 64) for batch in few)
+        assert len(made._answers) == (2 if kept else 0)
+    assert not made._answers
+    made._exact(network, few)(few[0])
+    assert not made._answers
 
 
 def test_each_layers_error_has_the_size_expected_and_the_energy_left(monkeypatch: pytest.MonkeyPatch) -> None:
