@@ -1,8 +1,7 @@
 """Logits at some of the tokens: the last layer of a language model is run on these alone.
 
-A head of tens of thousands of words is as much work as a dozen blocks, and to estimate a loss some of the tokens do.
-That a layer is such a head is not told from its name or its place: with this layer run on some tokens alone, the network
-must give the logits that it gave at these before.
+A head of tens of thousands of words is as much work as a dozen blocks, and some of the tokens are enough to estimate a
+loss. A layer is such a head if the network gives the same logits at these tokens when the layer runs on them alone.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bgd_plugin.calibration.batches import Batch, logits_of
 from bgd_plugin.calibration.interception import intercepted, run_module

@@ -33,7 +33,7 @@ class Language(nn.Module):
 
 
 def _network() -> Language:
-    network = randomized(Language())
+    network: Language = randomized(Language())
     network.head.weight.data *= 4
     return network
 
