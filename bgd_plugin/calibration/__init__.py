@@ -21,7 +21,7 @@ from bgd_plugin.calibration.replay import Recorder, Replayer
 from bgd_plugin.calibration.rerun import Rerun
 from bgd_plugin.calibration.rows import InputSample, PairedRows, paired_pieces, sampled_inputs
 from bgd_plugin.calibration.store import DEFAULT_BOUND_BYTES, BatchStore
-from bgd_plugin.calibration.thinned import ThinHead, answers_at_some_tokens
+from bgd_plugin.calibration.thinned import ThinHead, answers_at_some_tokens, at_first_tokens
 from bgd_plugin.calibration.watch import Watch
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "answers_at_some_tokens",
     "answers_differ",
     "answers_of",
+    "at_first_tokens",
     "checked",
     "collect_batches",
     "difference",

@@ -16,7 +16,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from bgd_plugin.calibration import Batch, Batches, LayerInputs, Rerun, Walk, embedding_inputs, first_samples
+from bgd_plugin.calibration import (
+    Batch,
+    Batches,
+    LayerInputs,
+    Rerun,
+    Walk,
+    at_first_tokens,
+    embedding_inputs,
+    first_samples,
+)
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import FoundLayer, batchnorms_in_parts, following_batchnorm
@@ -38,6 +47,7 @@ __all__ = ["Measured", "measure_layers", "measure_sensitivities"]
 _SAMPLES = 16  # that run to the network's end once for each layer
 _SAMPLES_OF_MOMENTS = 100  # at the least: a layer's facts are those of 4,096 rows of its inputs
 _BATCHES_OF_MOMENTS = 8  # at the least: data may be sorted by class
+_TEXTS, _TOKENS = 2, 64  # of which only so many, where a language model's logits do not depend on later ones
 _RUNS = 6  # over all batches, at most, that a network that is no graph takes to its end besides
 _SAMPLED_BLOCKS = 1 << 13
 _REFERENCE_CODEBOOK = 256
@@ -123,7 +133,7 @@ def _along_graph(
     measure: Measure | None,
 ) -> dict[str, Measured]:
     assert isinstance(network, fx.GraphModule)
-    few = _some_of(batches, _SAMPLES)
+    few = _few(network, batches, _SAMPLES)
     reference = Reference.of(network, few, measure)
     wide, narrow = Walk(network, _spread(batches)), Walk(network, few)
     waiting = {_first_node(wide, layer): layer for layer in layers if not layer.hidden}
@@ -163,7 +173,7 @@ def _by_runs(
     of these runs come to a few runs over all batches.
     """
     samples = sum(batch.size for batch in batches)
-    few = _some_of(batches, max(1, min(_SAMPLES, 2 * _RUNS * samples // max(1, len(layers)))))
+    few = _few(network, batches, max(1, min(_SAMPLES, 2 * _RUNS * samples // max(1, len(layers)))))
     reference = Reference.of(network, few, measure)
     norms = batchnorms_in_parts(network) if config.batchnorm != "keep" else {}
     weights = {layer.name: layer.weight for layer in layers if layer.kind != "embedding"}
@@ -191,6 +201,13 @@ def _by_runs(
             found[name] = _measured(narrow, facts, reference, config, generator)
         step()
     return found
+
+
+def _few(network: nn.Module, batches: Sequence[Batch], count: int) -> Batches:
+    """The samples that run to the network's end: `count`, or where texts may end early, no less than two of them."""
+    some = _some_of(batches, max(count, _TEXTS))
+    short = at_first_tokens(network, some, _TOKENS)
+    return _some_of(batches, count) if short is None else Batches.of(short, some.store.bound_bytes)
 
 
 def _some_of(batches: Sequence[Batch], count: int) -> Batches:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bgd_plugin.calibration import Batch, answers_at_some_tokens
+from bgd_plugin.calibration import Batch, answers_at_some_tokens, at_first_tokens
 from tests.networks import randomized
 
 TOKENS, WIDTH, WORDS = 13, 8, 30
@@ -88,3 +88,30 @@ def test_logits_that_are_no_linear_layers_are_all_computed() -> None:
             return SimpleNamespace(logits=self.body(x).cumsum(1) @ self.head.weight.T)
 
     assert _thin(randomized(Tied())) is None
+
+
+def test_texts_end_early_where_no_token_reads_later_ones() -> None:
+    network, batches = randomized(Language()), _batches()
+    short = at_first_tokens(network, batches, 5)
+    assert short is not None and [batch.args[0].shape for batch in short] == [(2, 5, WIDTH), (1, 5, WIDTH)]
+    for batch, whole in zip(short, batches, strict=True):
+        assert torch.equal(batch.args[0], whole.args[0][:, :5])
+    assert at_first_tokens(network, batches, TOKENS) is None
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda logits: SimpleNamespace(logits=logits - logits.mean(1, keepdim=True)),
+        lambda logits: SimpleNamespace(logits=logits + torch.arange(TOKENS)[:, None]),
+        lambda logits: SimpleNamespace(logits=logits[:, -1]),
+        lambda logits: {"scores": logits},
+    ],
+)
+def test_texts_stay_whole_where_later_tokens_matter(after: Callable[[Tensor], Any]) -> None:
+    assert at_first_tokens(randomized(Language(after)), _batches(), 5) is None
+
+
+def test_texts_stay_whole_where_other_inputs_are_not_by_token() -> None:
+    batches = [Batch((batch.args[0],), {"other": torch.zeros(len(batch.args[0]))}) for batch in _batches()]
+    assert at_first_tokens(randomized(Language()), batches, 5) is None
