@@ -57,7 +57,7 @@ def at_first_tokens(network: nn.Module, batches: Sequence[Batch], tokens: int) -
     Args:
         network: float, in evaluation mode.
         batches: some.
-        tokens: of a sample.
+        tokens: number that each sample keeps.
 
     Returns:
         None where a sample has no more, or where the network's logits there are others without the later tokens.

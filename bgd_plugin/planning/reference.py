@@ -46,7 +46,12 @@ class Reference:
         return cls(outputs=outputs, scale=scale, head=head)
 
     def loss(self, walk: Walk | Rerun) -> tuple[float, str, list[tuple[Tensor, Tensor]]]:
-        """The loss of the network as it is now, run from the walk's place to the end; returns as `loss_and_shifts`."""
+        """The loss of the network as it is now, run from the walk's place to the end.
+
+        Returns:
+            the loss, the name of its measure, and for each batch logits and shifts `[samples, classes]`, if there are
+            some.
+        """
         with nullcontext() if self.head is None else self.head.thinned(walk.student):
             found = (walk.finish(index) for index in range(len(self.outputs)))
             return loss_and_shifts(found, self.outputs, self.scale.measure)
