@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ def losses_by_error(
     """
     if not shifts:
         return ((size, max(loss, _NOTHING * size)),)
-    parts = [(logits.log_softmax(1), shift) for logits, shift in shifts]
+    parts = [_Part.of(logits, shift) for logits, shift in shifts]
     pairs: list[tuple[float, float]] = []
     for energy in _ENERGIES:
         cost = _divergence(parts, math.sqrt(energy))
@@ -106,17 +107,43 @@ def losses_by_error(
     return tuple(pairs) or ((1.0, _NOTHING),)
 
 
-def _divergence(parts: Sequence[tuple[Tensor, Tensor]], factor: float) -> float:
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Logits and their shifts.
+
+    Attributes:
+        scores: log p, `[samples, classes]`.
+        shift: of the same shape.
+        mean: Σ p shift, of each sample.
+    """
+
+    scores: Tensor
+    shift: Tensor
+    mean: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, shift: Tensor) -> _Part:
+        """Those of logits and shifts, both `[samples, classes]`."""
+        scores = logits.log_softmax(1)
+        pieces = zip(_pieces(scores), _pieces(shift), strict=True)
+        return cls(scores=scores, shift=shift, mean=torch.cat([(p.exp() * moved).sum(1) for p, moved in pieces]))
+
+
+def _pieces(rows: Tensor) -> tuple[Tensor, ...]:
+    """Rows `[samples, classes]`, a few at once."""
+    return torch.split(rows, max(1, _PIECE // rows.shape[1]))
+
+
+def _divergence(parts: Sequence[_Part], factor: float) -> float:
     """KL(p ‖ q), averaged over samples, where q ∝ p exp(s), s = factor · shift: log Σ p exp(s) − Σ p s.
 
     Args:
-        parts: pairs (log p, shift), both `[samples, classes]`.
+        parts: of all samples.
         factor: on the shifts.
     """
     total = 0.0
-    for scores, shift in parts:
-        rows = max(1, _PIECE // scores.shape[1])
-        for p, moved in zip(torch.split(scores, rows), torch.split(shift, rows), strict=True):
-            moved = factor * moved
-            total += float((torch.logsumexp(p + moved, 1) - (p.exp() * moved).sum(1)).sum())
-    return total / sum(len(scores) for scores, _ in parts)
+    for part in parts:
+        pieces = zip(_pieces(part.scores), _pieces(part.shift), strict=True)
+        total += sum(float(torch.logsumexp(torch.add(p, moved, alpha=factor), 1).sum()) for p, moved in pieces)
+        total -= factor * float(part.mean.sum())
+    return total / sum(len(part.scores) for part in parts)
