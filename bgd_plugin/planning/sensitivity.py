@@ -205,9 +205,11 @@ def _by_runs(
 
 def _few(network: nn.Module, batches: Sequence[Batch], count: int) -> Batches:
     """The samples that run to the network's end: `count`, or where texts may end early, no less than two of them."""
-    some = _some_of(batches, max(count, _TEXTS))
+    some = _some_of(batches, count)
     short = at_first_tokens(network, some, _TOKENS)
-    return _some_of(batches, count) if short is None else Batches.of(short, some.store.bound_bytes)
+    if short is None:
+        return some
+    return Batches.of(short, some.store.bound_bytes) if count >= _TEXTS else _few(network, batches, _TEXTS)
 
 
 def _some_of(batches: Sequence[Batch], count: int) -> Batches:

@@ -60,3 +60,25 @@ def test_a_plan_runs_the_whole_network_no_more_often_than_moments_need(traced: b
     with Rows() as rows:
         found = measure_sensitivities(graph, batches, layers, BGDConfig(max_divergence=None), lambda: None)
     assert set(found) == {"last"} and 100 <= rows.count <= 300
+
+
+class _Texts(nn.Module):
+    """Logits of each token, with what was before it or with all."""
+
+    def __init__(self, *, is_causal: bool) -> None:
+        super().__init__()
+        self.body, self.head, self.is_causal = nn.Linear(8, 8), nn.Linear(8, 5), is_causal
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.body(x)
+        return {"logits": self.head(x.cumsum(1) if self.is_causal else x.cumsum(1) + x.mean(1, keepdim=True))}
+
+
+@pytest.mark.parametrize(
+    ("is_causal", "count", "expected"),
+    [(True, 1, [(1, 64, 8)] * 2), (True, 3, [(1, 64, 8)] * 3), (False, 1, [(1, 70, 8)]), (False, 3, [(1, 70, 8)] * 3)],
+)
+def test_texts_that_may_end_early_do_and_two_of_them_are_run(is_causal: bool, count: int, expected: Any) -> None:
+    batches = [Batch((x,)) for x in torch.randn(5, 1, 70, 8, generator=torch.Generator().manual_seed(0))]
+    few = sensitivity._few(randomized(_Texts(is_causal=is_causal)), batches, count)
+    assert [tuple(batch.args[0].shape) for batch in few] == expected
