@@ -150,7 +150,6 @@ def refine_codes(
     new = codes.reshape(*rows.shape[:2], -1).clone()
     slope = Panels((rows - masked(words[new].reshape(rows.shape), mask)) @ grams, grams, block_size)
     kept = None if mask is None else mask.reshape(rows.shape)
-    changed = 0
     for block in range(new.shape[2]):
         here = slice(block * block_size, (block + 1) * block_size)
         here_kept = None if kept is None else kept[:, :, here]
@@ -158,9 +157,8 @@ def refine_codes(
         choice = nearest(old + slope[block] @ inverses[:, block], roots[:, block], words, here_kept)
         moved = masked(words[choice], here_kept) - old
         lowered = (moved * (2 * slope[block] - moved @ own[:, block])).sum(2)
-        better = (lowered > 0) & (choice != new[:, :, block])
-        moved = torch.where(better.unsqueeze(2), moved, torch.zeros_like(moved))
-        changed += int(better.sum())
+        better = lowered > 0  # nothing is lowered where the choice is the old one
         new[:, :, block] = torch.where(better, choice, new[:, :, block])
-        slope.change_(block, moved)
-    return new.flatten(0, 1), changed
+        slope.change_(block, torch.where(better.unsqueeze(2), moved, 0))
+    found = new.flatten(0, 1)
+    return found, int((found != codes).sum())
