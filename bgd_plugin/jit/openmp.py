@@ -21,8 +21,10 @@ import torch
 
 from bgd_plugin.jit.llvm import Loop, compiled, define
 
-__all__ = ["run_calls", "runtime"]
+__all__ = ["BARRIER", "run_calls", "run_team", "runtime"]
 
+BARRIER = "GOMP_barrier"
+"""The name of the function that waits for all threads of a region."""
 _ASKED = "omp_get_thread_num", "omp_get_num_threads"
 
 
@@ -32,7 +34,7 @@ class Runtime:
 
     Attributes:
         parallel: `GOMP_parallel(function, data, threads, flags)`, which releases Python's global lock.
-        functions: addresses of `omp_get_thread_num` and `omp_get_num_threads`, by name.
+        functions: addresses of `omp_get_thread_num`, `omp_get_num_threads` and `BARRIER`, by name.
     """
 
     parallel: Any
@@ -45,12 +47,12 @@ def runtime() -> Runtime | None:
     for file in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.so*")):
         try:
             library = ctypes.CDLL(str(file))  # loaded already; names are looked up in what it is linked to, too
-            start, *functions = (getattr(library, name) for name in ("GOMP_parallel", *_ASKED))
+            start, *functions = (getattr(library, name) for name in ("GOMP_parallel", *_ASKED, BARRIER))
         except (OSError, AttributeError):
             continue
         start.argtypes, start.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
         addresses = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
-        return Runtime(parallel=start, functions=dict(zip(_ASKED, addresses, strict=True)))
+        return Runtime(parallel=start, functions=dict(zip((*_ASKED, BARRIER), addresses, strict=True)))
     return None
 
 
@@ -70,6 +72,46 @@ def run_calls(own: Runtime, program: Any, shares: Sequence[Sequence[tuple[int, .
     own.parallel(_region(program.address, len(program.argtypes)).address, data.buffer_info()[0], threads, 0)
 
 
+def run_team(own: Runtime, program: Any, data: int, threads: int, last: int) -> None:
+    """Call a compiled function once on each thread of a region; it may wait for the others (`BARRIER`).
+
+    Args:
+        own: the runtime.
+        program: the function; it takes `data`, the thread's number, the number of threads, and `last`.
+        data: the address of what the function reads and writes, 64-bit integers.
+        threads: of the region.
+        last: any number.
+    """
+    own.parallel(_team(program.address, last).address, data, threads, 0)
+
+
+@cache
+def _team(address: int, last: int) -> Any:
+    """What each thread of `run_team` runs, for the function at an address."""
+    from llvmlite import ir
+
+    module, builder, a = define("team", ("data",), ())
+    own, (thread, threads), whole = _functions(), _asked(module, builder), ir.IntType(64)
+    kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), whole, whole, whole])
+    builder.call(ir.Function(module, kind, "program"), [a["data"], thread, threads, whole(last)])
+    builder.ret_void()
+    return compiled(module, {"program": address, **own})
+
+
+def _asked(module: Any, builder: Any) -> list[Any]:
+    """The number of the thread that runs the code, and of all threads."""
+    from llvmlite import ir
+
+    asked = [ir.Function(module, ir.FunctionType(ir.IntType(32), []), name) for name in _ASKED]
+    return [builder.sext(builder.call(function, []), ir.IntType(64)) for function in asked]
+
+
+def _functions() -> dict[str, int]:
+    own = runtime()
+    assert own is not None
+    return {name: own.functions[name] for name in _ASKED}
+
+
 @cache
 def _region(address: int, count: int) -> Any:
     """What each thread runs: its shares of the calls of the function at an address, which takes `count` numbers.
@@ -78,23 +120,20 @@ def _region(address: int, count: int) -> Any:
     """
     from llvmlite import ir
 
-    own = runtime()
-    assert own is not None
     module, builder, a = define("region", ("data",), ())
     whole = ir.IntType(64)
     kind = ir.FunctionType(ir.VoidType(), [whole] * count)
     call = ir.Function(module, kind, "program")
-    asked = [ir.Function(module, ir.FunctionType(ir.IntType(32), []), name) for name in _ASKED]
 
     def read(place: Any) -> Any:
         return builder.load(builder.gep(a["data"], [place], source_etype=whole), typ=whole, align=8)
 
     shares, calls = read(whole(0)), read(whole(1))
-    thread, threads = (builder.sext(builder.call(function, []), whole) for function in asked)
+    thread, threads = _asked(module, builder)
     bounds = [builder.sdiv(builder.mul(shares, number), threads) for number in (thread, builder.add(thread, whole(1)))]
     with Loop(builder, *bounds) as share, Loop(builder, whole(0), calls) as turn:
         number = builder.add(builder.mul(share.index, calls), turn.index)
         first = builder.add(builder.mul(number, whole(count)), whole(2))
         builder.call(call, [read(builder.add(first, whole(i))) for i in range(count)])
     builder.ret_void()
-    return compiled(module, {"program": address, **own.functions})
+    return compiled(module, {"program": address, **_functions()})

@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 
-from bgd_plugin.jit.openmp import run_calls, runtime
+from bgd_plugin.jit.openmp import run_calls, run_team, runtime
 
-__all__ = ["pays", "share_rows"]
+__all__ = ["BOTH", "FIRST", "SECOND", "pays", "run_parts", "share_rows"]
 
 Call = tuple[int, ...]
 """The arguments of one call of a compiled function."""
 
 _CODES_PER_THREAD = 1 << 15
 """Number of codes below which another thread costs more time than it saves: some 10 µs of work."""
+
+FIRST, SECOND, BOTH = 1, 2, 3
+"""Steps of a function for `run_parts`."""
 
 _pool: ThreadPoolExecutor | None = None
 _is_forked = False
@@ -62,6 +65,26 @@ def share_rows(rows: int, blocks: int, program: Any, calls: Callable[[int, int],
         run_calls(own, program, parts, threads)
     else:
         _run_on_our_threads(program, parts)
+
+
+def run_parts(program: Any, data: int, threads: int) -> None:
+    """Call a compiled function for all parts of some work, each on a thread, as `share_rows` does.
+
+    Args:
+        program: the function. It takes `data`, the part's index, the number of parts, and the steps to do: `FIRST`,
+            `SECOND`, or `BOTH` with a barrier of the runtime between them.
+        data: the address of what the function reads and writes, 64-bit integers.
+        threads: number of parts.
+    """
+    if threads == 1:
+        program(data, 0, 1, BOTH)
+        return
+    own = None if _is_forked else runtime()
+    if own is not None:
+        run_team(own, program, data, threads, BOTH)
+        return
+    for step in (FIRST, SECOND):
+        _run_on_our_threads(program, [[(data, part, threads, step)] for part in range(threads)])
 
 
 def _run(program: Any, calls: Sequence[Call]) -> None:

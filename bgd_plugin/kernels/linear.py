@@ -83,16 +83,18 @@ def _by_permutations(
     inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None, bias: Tensor | None = None
 ) -> Tensor:
     """One input after the other, by tables in bytes; the last few rows by dot products."""
-    single, table = inputs.float(), codebook.float()
+    if inputs.dtype != torch.float32:
+        return _by_permutations(inputs.float(), codebook.float(), codes, mask, bias).to(inputs.dtype)
     summand = None if bias is None else bias.float().contiguous()
-    output = single.new_empty((len(single), len(codes)))
-    pairs = [(single, output)] if len(single) == 1 else zip(single, output, strict=True)
+    count, rows = inputs.shape[0], codes.shape[0]
+    output = torch.empty_like(zeros(rows)) if count == 1 else inputs.new_empty((count, rows))  # the first is quicker
+    pairs = [(inputs, output)] if count == 1 else zip(inputs, output, strict=True)
     for source, target in pairs:
-        done = permuted_outputs(source, table, codes, target, summand)
-        if done < len(codes):
-            rest = _by_dots(source.view(1, -1), table, codes[done:], None)[0]
+        done = permuted_outputs(source, codebook, codes, target, summand)
+        if done < rows:
+            rest = _by_dots(source.view(1, -1), codebook, codes[done:], None)[0]
             target.view(-1)[done:] = rest if summand is None else rest + summand[done:]
-    return output if inputs.dtype == torch.float32 else output.to(inputs.dtype)
+    return output
 
 
 def _by_tables(inputs: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None) -> Tensor:

@@ -8,17 +8,17 @@ scan products in the same way, with 16 entries of 8 bits; 24 bits keep the outpu
 
 from __future__ import annotations
 
-import ctypes
 from array import array
 from functools import cache, lru_cache
-from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bgd_plugin.jit.threads import share_rows
-from bgd_plugin.kernels.permuted_sums import ROWS, sums_program
-from bgd_plugin.kernels.permuted_tables import CHUNK, CODEWORDS, GROUP, PLANES, scratch_floats, tables_program
+from bgd_plugin.jit.threads import pays, run_parts
+from bgd_plugin.kernels.permuted_layer import layer_program
+from bgd_plugin.kernels.permuted_sums import MOST_ROWS, ROWS, SCRATCH
+from bgd_plugin.kernels.permuted_tables import CHUNK, CODEWORDS, GROUP, PLANES, scratch_floats
 from bgd_plugin.kernels.tiles import thread_address
 
 __all__ = ["can_permute", "permuted_outputs", "zeros"]
@@ -26,11 +26,9 @@ __all__ = ["can_permute", "permuted_outputs", "zeros"]
 _LARGEST_BLOCK = 16
 _MOST_POSITIONS = 1 << 12
 """Number of block positions up to which tables take no more memory than a tile."""
-_WORK = 3
-"""Time for an entry of a table, in times that for a code."""
 _LINE = 64
-_SMALLEST, _LARGEST = 1e-20, 1e30
-"""Bounds on the sum of the ranges of products, within which fixed point is as exact as floats."""
+_PASS = 1 << 19
+"""Bytes of codes that stay in a cache until they are used."""
 
 
 @cache
@@ -67,38 +65,41 @@ def permuted_outputs(
         bias: float32 `[rows]`, contiguous; None: zeros.
     """
     (rows, blocks), (codewords, size) = codes.shape, codebook.shape
+    program, threads, room, numbers = _layout(rows, blocks, codewords, size, torch.get_num_threads())
+    summand = zeros(rows) if bias is None else bias
+    addresses = source.data_ptr(), codebook.data_ptr(), codes.data_ptr(), summand.data_ptr(), output.data_ptr()
+    data = array("q", (*addresses, thread_address(room), *numbers, 0))
+    run_parts(program, data.buffer_info()[0], threads)
+    return rows // ROWS * ROWS if data[-1] else 0
+
+
+@lru_cache(maxsize=1024)
+def _layout(rows: int, blocks: int, codewords: int, size: int, threads: int) -> tuple[Any, int, int, tuple[int, ...]]:
+    """What does not depend on the tensors: program, number of threads, bytes of memory, and `permuted_layer.NUMBERS`.
+
+    It is computed once: with cold caches, each line of Python costs a microsecond or more.
+
+    Args:
+        rows, blocks, codewords, size: of codes and codebook.
+        threads: that torch may use.
+    """
+    threads = threads if pays(rows, blocks) else 1
     chunks, groups = -(-blocks // CHUNK), rows // ROWS
-    table, scales = chunks * CHUNK * PLANES * CODEWORDS, chunks * CHUNK // GROUP
-    room = _whole_lines(max(4 * scratch_floats(size), 2 * ROWS * CHUNK))
-    behind = table + _whole_lines(3 * 4 * scales)
-    tables = thread_address(behind + torch.get_num_threads() * room)
-    numbers = [tables + table + 4 * scales * i for i in range(3)]
-    summand = (zeros(rows) if bias is None else bias).data_ptr()
-    fill, add = tables_program(size), sums_program()
-    addresses = source.data_ptr(), codebook.data_ptr(), codes.data_ptr(), output.data_ptr()
-
-    used, others = count(0), count(0)
-
-    def make(first: int, last: int) -> list[tuple[int, ...]]:
-        own = tables + behind + room * next(used)
-        return [(*addresses[:2], own, tables, *numbers, first, last, blocks, codewords)]
-
-    def sum_rows(first: int, last: int) -> list[tuple[int, ...]]:
-        own = tables + behind + room * next(others)
-        return [(addresses[2], tables, *numbers[:2], own, summand, addresses[3], first * ROWS, last * ROWS, blocks)]
-
-    share_rows(chunks, _WORK * CHUNK * CODEWORDS, fill, make)
-    if not _SMALLEST < sum(array("f", ctypes.string_at(numbers[2], 4 * scales))) < _LARGEST:
-        return 0
-    share_rows(groups, ROWS * blocks, add, sum_rows)
-    return groups * ROWS
+    scales, figures = chunks * CHUNK // GROUP, chunks * CHUNK * PLANES * CODEWORDS
+    scratch = figures + _whole_lines(3 * 4 * scales)
+    room = _whole_lines(max(4 * scratch_floats(size), SCRATCH))
+    step = min(MOST_ROWS, max(_PASS // (blocks * ROWS), 1) * ROWS)
+    lines = min(step, -(-groups // threads) * ROWS) * blocks // _LINE  # of a thread's first pass
+    positions = max(chunks // threads, 1) * CHUNK
+    numbers = blocks, codewords, chunks, groups, scales, figures, scratch, room, step, -(-lines // positions)
+    return layer_program(size), threads, scratch + threads * room, numbers
 
 
 @lru_cache(maxsize=64)
 def zeros(count: int) -> Tensor:
-    """The bias of a layer without one, `[count]`; not to be changed."""
+    """The bias of a layer without one, `[1, count]`; not to be changed."""
     with torch.inference_mode(False):
-        return torch.zeros(count, dtype=torch.float32, device="cpu")
+        return torch.zeros(1, count, dtype=torch.float32, device="cpu")
 
 
 def _whole_lines(size: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from functools import cache
 from typing import Any
 
@@ -10,18 +9,22 @@ from bgd_plugin.jit.llvm import Loop, compiled, define
 from bgd_plugin.jit.vectors import constant, fetch, fma, intrinsic, load, store, vector
 from bgd_plugin.kernels.permuted_tables import CHUNK, CODEWORDS, GROUP, PLANES, start_of_chunk
 
-__all__ = ["ROWS", "sums_program"]
+__all__ = ["MOST_ROWS", "ROWS", "SCRATCH", "sums_program"]
 
 _VECTORS = 2
 _BYTES = 64
 """Bytes in a vector, and so the rows whose entries are looked up at once."""
 ROWS = _VECTORS * _BYTES
 """Rows computed at once."""
-_ROWS_OF_A_PASS = 2 * ROWS
-"""Rows whose codes stay in a cache while all their columns are read."""
+MOST_ROWS = 4 * ROWS
+"""Rows at most whose codes stay in a cache while all their columns are read: a pass."""
 _LANE = 16
 """Bytes within which a vector is interleaved cheaply."""
 _TABLE = PLANES * CODEWORDS
+_COLUMNS = MOST_ROWS * CHUNK
+"""Where the columns of a group lie in the scratch, behind the quarters of a pass."""
+SCRATCH = _COLUMNS + ROWS * GROUP
+"""Bytes of the scratch."""
 
 
 @cache
@@ -31,67 +34,91 @@ def sums_program() -> Any:
     A vector of codes of 64 rows at one position picks 64 bytes of the table, in one instruction for each half of it.
     Bytes of even and odd rows are summed in 16 bits, and their sums become floats for each group of positions.
 
-    The function takes the addresses of codes (bytes `[rows, blocks]`), tables, scales, offsets, scratch (bytes `[ROWS /
-    64, CHUNK, 64]`, and as many again), bias and output `[rows]`, then `first` and `last` (a multiple of `ROWS`
-    apart) and `blocks`.
+    The rows of a pass share a group's tables, which stay in the innermost cache meanwhile; the codes of the next pass
+    are prefetched in the order of their addresses.
+
+    The function takes the addresses of codes (bytes `[rows, blocks]`), tables, scales, offsets, scratch (of `SCRATCH`
+    bytes), bias and output `[rows]`, then `first` and `last` (a multiple of `ROWS` apart), `blocks`, and `step`, the
+    rows of a pass, a multiple of `ROWS` up to `MOST_ROWS`.
     """
     from llvmlite import ir
 
     pointers = ("codes", "tables", "scales", "offsets", "scratch", "bias", "output")
-    module, builder, a = define("permuted_sums", pointers, ("first", "last", "blocks"))
+    module, builder, a = define("permuted_sums", pointers, ("first", "last", "blocks", "step"))
     whole = ir.IntType(64)
-    chunk_count = builder.sdiv(builder.add(a["blocks"], whole(CHUNK - 1)), whole(CHUNK))
     with Loop(builder, a["first"], a["last"], 16) as rows:
         store(builder, load(builder, a["bias"], rows.index, 16), a["output"], rows.index)
-    with Loop(builder, a["first"], a["last"], _ROWS_OF_A_PASS) as passes:
-        stop = builder.add(passes.index, whole(_ROWS_OF_A_PASS))
-        stop = builder.select(builder.icmp_signed("<", stop, a["last"]), stop, a["last"])
-        next_pass = builder.mul(stop, a["blocks"])
-        with Loop(builder, whole(0), chunk_count, 1, [next_pass]) as chunks:
-            start, done = start_of_chunk(builder, chunks.index, a["blocks"])
-            first_group = builder.sdiv(done, whole(GROUP))
-            with Loop(builder, passes.index, stop, ROWS, chunks.values) as rows:
-                _columns_of_codes(builder, a, rows.index, start)
-                with Loop(builder, first_group, whole(CHUNK // GROUP), 1, rows.values) as group:
-                    place = builder.add(builder.mul(chunks.index, whole(CHUNK // GROUP)), group.index)
-                    _add_group(builder, a, rows.index, group.index, place, group.values[0])
-                    group.carry([builder.add(group.values[0], whole(GROUP * ROWS))])
-                rows.carry(group.values)
-            chunks.carry(rows.values)
+    rows_and_more = builder.add(builder.sub(a["last"], a["first"]), builder.sub(a["step"], whole(1)))
+    with Loop(builder, whole(0), builder.sdiv(rows_and_more, a["step"])) as passes:
+        top = builder.add(a["first"], builder.mul(passes.index, a["step"]))
+        end = builder.add(top, a["step"])
+        is_last = builder.icmp_signed(">=", end, a["last"])
+        stride = builder.select(is_last, whole(0), whole(ROWS))  # nothing is left to prefetch
+        _add_pass(builder, a, top, builder.select(is_last, a["last"], end), stride)
     builder.ret_void()
     return compiled(module)
 
 
-def _columns_of_codes(builder: Any, a: dict[str, Any], row: Any, start: Any) -> None:
-    """Write the codes of `ROWS` rows to the scratch, column by column: `[ROWS / 64, CHUNK, 64]`.
+def _add_pass(builder: Any, a: dict[str, Any], top: Any, end: Any, stride: Any) -> None:
+    """Add all entries to the outputs of rows `top` to `end`, and prefetch the next rows, `stride` bytes at a time."""
+    from llvmlite import ir
+
+    whole, per_chunk = ir.IntType(64), CHUNK // GROUP
+    chunk_count = builder.sdiv(builder.add(a["blocks"], whole(CHUNK - 1)), whole(CHUNK))
+    with Loop(builder, whole(0), chunk_count, 1, [builder.mul(end, a["blocks"])]) as chunks:
+        start, done = start_of_chunk(builder, chunks.index, a["blocks"])
+        with Loop(builder, top, end, _BYTES) as rows:
+            _quarters_of_codes(builder, a, rows.index, builder.sub(rows.index, top), start)
+        with Loop(builder, builder.sdiv(done, whole(GROUP)), whole(per_chunk), 1, chunks.values) as group:
+            place = builder.add(builder.mul(chunks.index, whole(per_chunk)), group.index)
+            with Loop(builder, top, end, ROWS, group.values) as rows:
+                _columns_of_codes(builder, a, builder.sub(rows.index, top), group.index)
+                rows.carry([_add_group(builder, a, rows.index, place, rows.values[0], stride)])
+            group.carry(rows.values)
+        chunks.carry(group.values)
+
+
+def _at(builder: Any, a: dict[str, Any], line: Any, offset: int = 0) -> Any:
+    """The address of a cache line of the scratch, behind an offset in bytes."""
+    from llvmlite import ir
+
+    whole = ir.IntType(64)
+    place = builder.add(builder.mul(line, whole(_BYTES)), whole(offset))
+    return builder.gep(a["scratch"], [place], source_etype=ir.IntType(8))
+
+
+def _quarters_of_codes(builder: Any, a: dict[str, Any], row: Any, in_pass: Any, start: Any) -> None:
+    """Write a chunk's codes of 64 rows to the scratch by quarters of its columns, `[4, 16, 64]`, four rows in a line.
 
     Each row's codes are read once, a cache line; rows are often 4096 bytes apart, so that few lines fit in a cache.
     """
     from llvmlite import ir
 
     byte, whole = ir.IntType(8), ir.IntType(64)
-    kind, quarters, parts = vector(_BYTES, byte), CHUNK // _LANE, whole(_VECTORS * CHUNK)
+    with Loop(builder, whole(0), whole(_LANE)) as rows:
+        found = []
+        for lane in range(_BYTES // _LANE):
+            own = builder.add(builder.add(row, rows.index), whole(_LANE * lane))
+            place = builder.add(builder.mul(own, a["blocks"]), start)
+            address = builder.gep(a["codes"], [place], source_etype=byte)
+            found.append(builder.load(address, typ=vector(_BYTES, byte), align=1))
+        for i, value in enumerate(_quarters(builder, found)):
+            line = builder.add(builder.add(in_pass, rows.index), whole(i * _LANE))
+            builder.store(value, _at(builder, a, line), align=1)
 
-    def address(*places: Any) -> Any:
-        place = functools.reduce(builder.add, places)
-        return builder.gep(a["scratch"], [builder.mul(place, whole(_BYTES))], source_etype=byte)
 
+def _columns_of_codes(builder: Any, a: dict[str, Any], in_pass: Any, quarter: Any) -> None:
+    """Write a quarter's codes of `ROWS` rows to the end of the scratch, column by column: `[ROWS / 64, 16, 64]`."""
+    from llvmlite import ir
+
+    whole, kind = ir.IntType(64), vector(_BYTES, ir.IntType(8))
     with Loop(builder, whole(0), whole(_VECTORS)) as half:
-        top = builder.add(row, builder.mul(half.index, whole(_BYTES)))
-        with Loop(builder, whole(0), whole(_LANE)) as rows:
-            found = []
-            for lane in range(_BYTES // _LANE):
-                own = builder.add(builder.add(top, rows.index), whole(_LANE * lane))
-                place = builder.add(builder.mul(own, a["blocks"]), start)
-                found.append(builder.load(builder.gep(a["codes"], [place], source_etype=byte), typ=kind, align=1))
-            for i, value in enumerate(_quarters(builder, found)):
-                builder.store(value, address(parts, whole(i * _LANE), rows.index), align=1)
-        with Loop(builder, whole(0), whole(quarters)) as quarter:
-            first = builder.mul(quarter.index, whole(_LANE))
-            found = [builder.load(address(parts, first, whole(i)), typ=kind, align=1) for i in range(_LANE)]
-            base = builder.add(first, builder.mul(half.index, whole(CHUNK)))
-            for i, value in enumerate(_transposed(builder, found)):
-                builder.store(value, address(base, whole(i)), align=1)
+        base = builder.add(in_pass, builder.mul(half.index, whole(_BYTES)))
+        base = builder.add(base, builder.mul(quarter, whole(_LANE)))
+        found = [builder.load(_at(builder, a, builder.add(base, whole(i))), typ=kind, align=1) for i in range(_LANE)]
+        own = builder.mul(half.index, whole(GROUP))
+        for i, value in enumerate(_transposed(builder, found)):
+            builder.store(value, _at(builder, a, builder.add(own, whole(i)), _COLUMNS), align=1)
 
 
 def _quarters(builder: Any, rows: list[Any]) -> list[Any]:
@@ -130,19 +157,19 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
     return rows
 
 
-def _add_group(builder: Any, a: dict[str, Any], row: Any, group: Any, place: Any, ahead: Any) -> None:
-    """Add the entries of a group's positions to the outputs of `ROWS` rows."""
+def _add_group(builder: Any, a: dict[str, Any], row: Any, place: Any, ahead: Any, stride: Any) -> Any:
+    """Add the entries of a group's positions to the outputs of `ROWS` rows; returns what is to be prefetched next."""
     from llvmlite import ir
 
     whole, words = ir.IntType(64), vector(_BYTES // 2, ir.IntType(16))
-    column = builder.mul(group, whole(GROUP))
     table = builder.mul(place, whole(GROUP * _TABLE))
     zeros = [ir.Constant(words, None)] * (2 * PLANES * _VECTORS)
-    with Loop(builder, whole(0), whole(GROUP), 1, zeros) as positions:
+    with Loop(builder, whole(0), whole(GROUP), 1, [*zeros, ahead]) as positions:
         own = builder.add(table, builder.mul(positions.index, whole(_TABLE)))
-        sums = _add_entries(builder, a, own, builder.add(column, positions.index), positions.values)
-        positions.carry(sums)
-        _fetch(builder, a, builder.add(ahead, builder.mul(positions.index, whole(ROWS))))
+        *sums, ahead = positions.values
+        _fetch(builder, a, ahead)
+        sums = _add_entries(builder, a, own, positions.index, sums)
+        positions.carry([*sums, builder.add(ahead, stride)])
     scale, offset = (
         builder.load(builder.gep(a[name], [place], source_etype=ir.FloatType()), typ=vector(1), align=4)
         for name in ("scales", "offsets")
@@ -150,6 +177,7 @@ def _add_group(builder: Any, a: dict[str, Any], row: Any, group: Any, place: Any
     for half in range(_VECTORS):
         own = positions.values[2 * PLANES * half : 2 * PLANES * (half + 1)]
         _add_floats(builder, a, own, builder.add(row, whole(half * _BYTES)), scale, offset)
+    return positions.values[-1]
 
 
 def _fetch(builder: Any, a: dict[str, Any], place: Any) -> None:
@@ -168,14 +196,13 @@ def _add_entries(builder: Any, a: dict[str, Any], table: Any, column: Any, sums:
     byte, whole = ir.IntType(8), ir.IntType(64)
     kind, words = vector(_BYTES, byte), vector(_BYTES // 2, ir.IntType(16))
 
-    def read(name: str, place: Any) -> Any:
-        return builder.load(builder.gep(a[name], [place], source_etype=byte), typ=kind, align=1)
-
-    quarters = [read("tables", builder.add(table, whole(_BYTES * i))) for i in range(_TABLE // _BYTES)]
+    places = [builder.add(table, whole(_BYTES * i)) for i in range(_TABLE // _BYTES)]
+    pointers = [builder.gep(a["tables"], [place], source_etype=byte) for place in places]
+    quarters = [builder.load(pointer, typ=kind, align=1) for pointer in pointers]
     result = list(sums)
     for half in range(_VECTORS):
-        place = builder.mul(builder.add(column, whole(half * CHUNK)), whole(_BYTES))
-        codes = read("scratch", place)
+        line = builder.add(column, whole(half * GROUP))
+        codes = builder.load(_at(builder, a, line, _COLUMNS), typ=kind, align=1)
         upper = builder.icmp_signed("<", codes, ir.Constant(kind, None))
         for plane in range(PLANES):
             own = quarters[4 * plane : 4 * plane + 4]

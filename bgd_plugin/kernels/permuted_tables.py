@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from bgd_plugin.jit.llvm import Loop, compiled, define
-from bgd_plugin.jit.vectors import constant, fma, intrinsic, load, store, vector
+from bgd_plugin.jit.vectors import constant, fetch, fma, intrinsic, load, store, vector
 
 __all__ = ["CHUNK", "CODEWORDS", "GROUP", "PLANES", "scratch_floats", "start_of_chunk", "tables_program"]
 
@@ -20,6 +20,7 @@ PLANES = 3
 """Number of bytes of an entry."""
 
 _LANES = 16
+_LINE = 64
 _LARGEST = float(2 ** (8 * PLANES) - 256)
 """The largest entry, with some room for rounding."""
 _SMALLEST_RANGE = 1e-30
@@ -63,25 +64,28 @@ def tables_program(block_size: int) -> Any:
     The function takes the addresses of input `[blocks · block_size]`, codebook `[codewords, block_size]`, scratch (of
     `scratch_floats`), tables (bytes `[chunks · CHUNK, PLANES, CODEWORDS]`, the low bytes first), and of scales, offsets
     and ranges (float32 `[chunks · CHUNK / GROUP]`; the ranges of a group's positions are added, and not finite if a
-    product is not), then `first` and `last` (chunks), `blocks`, at least `CHUNK`, and `codewords`.
+    product is not), then `first` and `last` (chunks), `blocks`, at least `CHUNK`, `codewords`, and what to prefetch for
+    the sums meanwhile: from the address `ahead` on so many `lines` for each position.
     """
     from llvmlite import ir
 
     pointers = ("input", "codebook", "scratch", "tables", "scales", "offsets", "ranges")
-    module, builder, a = define("permuted_tables", pointers, ("first", "last", "blocks", "codewords"))
+    module, builder, a = define("permuted_tables", pointers, ("first", "last", "blocks", "codewords", "ahead", "lines"))
     whole, single = ir.IntType(64), ir.FloatType()
     groups = CHUNK // GROUP
     _transpose(builder, a, block_size)
-    with Loop(builder, a["first"], a["last"]) as chunks:
+    with Loop(builder, a["first"], a["last"], 1, [a["ahead"]]) as chunks:
         start, done = start_of_chunk(builder, chunks.index, a["blocks"])
-        with Loop(builder, whole(0), whole(groups)) as group:
+        with Loop(builder, whole(0), whole(groups), 1, chunks.values) as group:
             in_chunk = builder.mul(group.index, whole(GROUP))
-            spread, offset, ranges = _products(builder, a, block_size, start, in_chunk, done)
+            spread, offset, ranges, ahead = _products(builder, a, block_size, start, in_chunk, done, group.values[0])
+            group.carry([ahead])
             place = builder.add(builder.mul(chunks.index, whole(groups)), group.index)
             scale = builder.fdiv(spread, single(_LARGEST))
             for name, number in (("scales", scale), ("offsets", offset), ("ranges", ranges)):
                 builder.store(number, builder.gep(a[name], [place], source_etype=single), align=4)
             _integers(builder, a, builder.fdiv(single(_LARGEST), spread), builder.mul(place, whole(GROUP)))
+        chunks.carry(group.values)
     builder.ret_void()
     return compiled(module)
 
@@ -106,18 +110,19 @@ def _transpose(builder: Any, a: dict[str, Any], block_size: int) -> None:
 
 
 def _products(
-    builder: Any, a: dict[str, Any], block_size: int, start: Any, in_chunk: Any, done: Any
-) -> tuple[Any, Any, Any]:
+    builder: Any, a: dict[str, Any], block_size: int, start: Any, in_chunk: Any, done: Any, ahead: Any
+) -> tuple[Any, ...]:
     """Write a group's products, and each position's smallest, to the scratch.
 
     Returns:
-        the largest range, the sum of the smallest, and the sum of the ranges.
+        the largest range, the sum of the smallest, the sum of the ranges, and the address that is prefetched next.
     """
     from llvmlite import ir
 
     whole, single = ir.IntType(64), ir.FloatType()
-    first = [single(_SMALLEST_RANGE), single(0.0), single(0.0)]
+    first = [single(_SMALLEST_RANGE), single(0.0), single(0.0), ahead]
     with Loop(builder, whole(0), whole(GROUP), 1, first) as positions:
+        ahead = _fetch_lines(builder, positions.values[3], a["lines"])
         number = builder.add(in_chunk, positions.index)
         fresh = builder.icmp_signed(">=", number, done)
         column = builder.mul(builder.add(start, number), whole(block_size))
@@ -147,11 +152,21 @@ def _products(
         place = builder.add(whole(GROUP * CODEWORDS), positions.index)
         builder.store(smallest, builder.gep(a["scratch"], [place], source_etype=single), align=4)
         spread = builder.fsub(largest, smallest)
-        widest, offset, ranges = positions.values
+        widest, offset, ranges, _ = positions.values
         wider = builder.select(builder.fcmp_ordered(">", spread, widest), spread, widest)
-        positions.carry([wider, builder.fadd(offset, smallest), builder.fadd(ranges, spread)])
-    widest, offset, ranges = positions.values
-    return widest, offset, ranges
+        positions.carry([wider, builder.fadd(offset, smallest), builder.fadd(ranges, spread), ahead])
+    return tuple(positions.values)
+
+
+def _fetch_lines(builder: Any, address: Any, count: Any) -> Any:
+    """Prefetch so many lines from an address on; returns that of the next one."""
+    from llvmlite import ir
+
+    whole = ir.IntType(64)
+    with Loop(builder, whole(0), count, 1, [address]) as lines:
+        fetch(builder, builder.inttoptr(lines.values[0], ir.PointerType()))
+        lines.carry([builder.add(lines.values[0], whole(_LINE))])
+    return lines.values[0]
 
 
 def _integers(builder: Any, a: dict[str, Any], per_unit: Any, table: Any) -> None:

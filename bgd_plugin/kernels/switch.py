@@ -72,7 +72,7 @@ def computable(x: Tensor, codebook: Tensor, codes: Tensor) -> bool:
         return False
     if not (codebook.is_cpu and codes.is_cpu and codes.is_contiguous() and codebook.is_contiguous()):
         return False
-    return AVAILABLE and not plain_path()
+    return AVAILABLE and not (_is_plain.get() or turned_off())
 
 
 def needs_no_gradient_here(x: Tensor, *others: Tensor | None) -> bool:

@@ -29,10 +29,10 @@ def runs_directly(x: Tensor) -> bool:
     Calls are intercepted by a dispatch mode, a transform of torch.func, or derivatives forward. The compiler intercepts
     them, too, but it knows our operators, so it may be at work.
     """
-    if type(x) not in _TENSORS or not x.is_cpu or _exporting():
+    if type(x) not in _TENSORS or not x.is_cpu:
         return False
-    if torch.compiler.is_compiling():
-        return not (_jit.is_tracing() or torch.is_autocast_enabled("cpu"))
+    if torch.compiler.is_compiling():  # true while a model is exported, too
+        return not (_exporting() or _jit.is_tracing() or torch.is_autocast_enabled("cpu"))
     return not (
         _C._is_tracing()
         or (_any_autocast() and torch.is_autocast_enabled("cpu"))

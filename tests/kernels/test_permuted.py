@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bgd_plugin.jit import threads
 from bgd_plugin.kernels import linear, permuted
 from bgd_plugin.kernels.linear import WAYS, lookup_linear
 from bgd_plugin.kernels.permuted import can_permute, permuted_outputs
@@ -65,6 +66,39 @@ def test_sizes_and_scales(rows: int, blocks: int, size: int, codewords: int, sca
     assert len(found) == rows // _ROWS * _ROWS
     expected = plain(x[None], codebook, codes, None, None)[0, : len(found)]
     assert (found - expected).abs().max() <= 5e-6 * expected.abs().max()
+
+
+@needs_instructions
+@pytest.mark.parametrize(("rows", "blocks"), [(128 * 9, 70), (128 * 5, 1024), (128 * 3, 4096), (128 * 6, 2050)])
+def test_rows_of_several_passes(rows: int, blocks: int) -> None:
+    """The last pass has fewer rows, and long rows have passes of fewer rows."""
+    codebook, codes = layer(rows, blocks, 2, 256)
+    x, bias = torch.randn(1, blocks * 2), torch.randn(rows)
+    expected = plain(x, codebook, codes, None, bias)
+    found = linear._by_permutations(x, codebook, codes, None, bias)
+    assert (found - expected).abs().max() <= 5e-6 * expected.abs().max()
+
+
+@needs_instructions
+@pytest.mark.parametrize("is_forked", [False, True])
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_threads_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, count: int, is_forked: bool) -> None:
+    """A part's tables and rows are its own, and there may be more parts than chunks."""
+    codebook, codes = layer(128 * 11, 130, 4, 256)
+    x, bias, before = torch.randn(520), torch.randn(128 * 11), torch.get_num_threads()
+    x[7], found = 1.0, []
+    monkeypatch.setattr(threads, "_is_forked", is_forked)
+    for own in (1, count):
+        torch.set_num_threads(own)
+        try:
+            found.append(torch.empty(128 * 11))
+            assert permuted_outputs(x, codebook, codes, found[-1], bias) == len(codes)
+            x[7] = float("inf")
+            assert not permuted_outputs(x, codebook, codes, torch.empty(128 * 11), bias)
+            x[7] = 1.0
+        finally:
+            torch.set_num_threads(before)
+    assert torch.equal(*found)
 
 
 @needs_instructions
