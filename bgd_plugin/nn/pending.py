@@ -40,6 +40,8 @@ class PendingWeight(Tensor):
             found = _convolved(*args, **options)
             if found is not None:
                 return found
+            if type(args[0]) is not PendingWeight and len(args) > 1:  # quicker than to look everywhere
+                return func(args[0], _decoded(args[1]), *args[2:], **options)
         args, options = tree_map_only(PendingWeight, _decoded, (args, options))
         return func(*args, **options)
 
@@ -48,7 +50,7 @@ def pending(source: PQModule) -> Tensor | None:
     """The weight of a module that returns one, not decoded; None where it has to be, or nothing is gained.
 
     Args:
-        source: its weight is its matrix in another shape.
+        source: its `forward` takes nothing, and returns its weight, which is its matrix in another shape.
     """
     if torch.compiler.is_compiling() or torch.get_num_threads() == 1 or len(source.weight_shape) != 2 + _DIMENSIONS:
         return None
@@ -73,7 +75,7 @@ def _decoded(weight: PendingWeight) -> Tensor:
     """The weight; the same tensor each time, so that a change in place stays."""
     own = vars(weight)
     if own["decoded"] is None:
-        own["decoded"] = own["source"].weight
+        own["decoded"] = own["source"].forward()
     found: Tensor = own["decoded"]
     return found
 
