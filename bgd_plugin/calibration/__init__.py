@@ -12,14 +12,16 @@ from bgd_plugin.calibration.batches import (
 )
 from bgd_plugin.calibration.collect import collect_batches
 from bgd_plugin.calibration.cutting import first_samples
+from bgd_plugin.calibration.finite import require_finite
 from bgd_plugin.calibration.form import checked, shared_difference
 from bgd_plugin.calibration.gram_pooled import PooledGram, pooled_gram
-from bgd_plugin.calibration.inputs import CollectedInputs, LayerInputs, embedding_inputs, require_finite
+from bgd_plugin.calibration.inputs import CollectedInputs, LayerInputs, embedding_inputs
 from bgd_plugin.calibration.interception import intercepted, run_module
 from bgd_plugin.calibration.live_values import Walk
 from bgd_plugin.calibration.replay import Recorder, Replayer
 from bgd_plugin.calibration.rerun import Rerun
 from bgd_plugin.calibration.rows import InputSample, PairedRows, paired_pieces, sampled_inputs
+from bgd_plugin.calibration.spread import enough_batches
 from bgd_plugin.calibration.store import DEFAULT_BOUND_BYTES, BatchStore
 from bgd_plugin.calibration.thinned import ThinHead, answers_at_some_tokens, at_first_tokens
 from bgd_plugin.calibration.watch import Watch
@@ -49,6 +51,7 @@ __all__ = [
     "collect_batches",
     "difference",
     "embedding_inputs",
+    "enough_batches",
     "first_difference",
     "first_samples",
     "given_arguments",

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from bgd_plugin.calibration.batches import Batch, given_number
-from bgd_plugin.calibration.live_values import last_uses, run_node
+from bgd_plugin.calibration.nodes import last_uses, run_node
 from bgd_plugin.calibration.store import give_back_memory
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import FROM_DATA, set_modes, untouched

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bgd_plugin.calibration.inputs import LayerInputs, require_finite
+from bgd_plugin.calibration.finite import require_finite
+from bgd_plugin.calibration.inputs import LayerInputs
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.pq.blocks import Geometry, input_blocks
 from bgd_plugin.support.processes import sum_, total

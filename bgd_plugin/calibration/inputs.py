@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from bgd_plugin.calibration.live_values import Walk
+from bgd_plugin.calibration.spread import enough_batches
 from bgd_plugin.calibration.watch import Watch
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import call_geometry, call_input
@@ -21,9 +23,10 @@ __all__ = [
     "LayerInputs",
     "SharedInputs",
     "embedding_inputs",
-    "require_finite",
 ]
 
+_SPARSE = 16
+"""A sample has so many times the rows that are drawn from it: neighbours tell much the same."""
 _EMBEDDING_ROWS = 5
 """Of a fit's inputs, one in five is held out."""
 
@@ -59,15 +62,48 @@ class LayerInputs:
         self._walk = walk
         self._hidden = hidden
         self._count: int | None = None
+        self._batches: Sequence[int] = range(walk.batch_count)
         nodes = {node.name: node for node in walk.order}
         self._calls = [nodes[call] for call in calls]
 
     def __len__(self) -> int:
         if self._hidden is None:
-            return len(self._calls) * self._walk.batch_count
+            return len(self._calls) * len(self._batches)
         if self._count is None:  # as many in each batch as in the first
-            self._count = self._walk.batch_count * sum(len(self._read(node, 0)) for node in self._calls)
+            self._count = len(self._batches) * sum(len(self._read(node, 0)) for node in self._calls)
         return self._count
+
+    @property
+    def batches(self) -> Sequence[int]:
+        """The indices of the batches whose inputs these are."""
+        return self._batches
+
+    def some(self, rows: int) -> LayerInputs:
+        """The inputs in some batches, spread over all, from which so many rows can be drawn as if from all.
+
+        Batches that are left out need not have come to the layer; their inputs are checked to be finite when they do.
+
+        Args:
+            rows: of unfolded inputs; a sample has sixteen times as many as are drawn from it.
+
+        Raises:
+            CalibrationError: the network fails on a batch.
+        """
+        if self._hidden is not None or len(self._calls) > 1 or not self._batches:
+            return self
+        value, geometry = self._read(self._calls[0], 0)[0]
+        dimensions = len(geometry.kernel_size)
+        if not isinstance(value, Tensor) or value.ndim < 2 or (dimensions and value.ndim != dimensions + 2):
+            return self
+        spatial = value.shape[2:] if dimensions else value.shape[1:-1]
+        positions = math.prod(spatial) // math.prod(geometry.stride)
+        chosen = enough_batches(len(self._batches), len(value), positions, _SPARSE * rows)
+        if len(chosen) == len(self._batches):
+            return self
+        self._walk.require_finite(self.name, self._calls)
+        result = copy.copy(self)
+        result._batches = [self._batches[place] for place in chosen]
+        return result
 
     def __iter__(self) -> Iterator[tuple[Tensor, Geometry]]:
         """Each input, and the geometry of the call.
@@ -76,7 +112,7 @@ class LayerInputs:
             CalibrationError: an input is not a tensor.
         """
         for node in self._calls:
-            for batch in range(self._walk.batch_count):
+            for batch in self._batches:
                 for value, geometry in self._read(node, batch):
                     if not isinstance(value, Tensor):
                         raise CalibrationError(
@@ -89,7 +125,7 @@ class LayerInputs:
 
         In the order of the batches, so that the last ones contain other samples than the first ones.
         """
-        for batch in range(self._walk.batch_count):
+        for batch in self._batches:
             for node in self._calls:
                 mine, theirs = self._read(node, batch), self._read(node, batch, of_reference=True)
                 if [_shape(x) for x, _ in mine] != [_shape(x) for x, _ in theirs]:
@@ -136,6 +172,16 @@ class CollectedInputs(LayerInputs):
     def __len__(self) -> int:
         return sum(len(calls) for calls in self._student)
 
+    @property
+    def batches(self) -> Sequence[int]:
+        """The indices of all batches."""
+        return range(len(self._student))
+
+    def some(self, rows: int) -> LayerInputs:
+        """All of them, as they are in memory; `rows` does not matter."""
+        del rows
+        return self
+
     def __iter__(self) -> Iterator[tuple[Tensor, Geometry]]:
         """Each input, and the geometry of the call."""
         for calls in self._student:
@@ -150,24 +196,6 @@ class CollectedInputs(LayerInputs):
 
 def _shape(value: Any) -> Any:
     return value.shape if isinstance(value, Tensor) else None
-
-
-def require_finite(statistic: Tensor, name: str) -> None:
-    """Check that a statistic of a layer's inputs is finite.
-
-    Args:
-        statistic: any shape.
-        name: the layer's, for the message.
-
-    Raises:
-        CalibrationError: it is not finite; the message names the layer.
-    """
-    # a sum is finite only if all its terms are, and is computed several times faster; a large one may overflow
-    if not (math.isfinite(float(statistic.sum())) or bool(torch.isfinite(statistic).all())):
-        raise CalibrationError(
-            f"layer {name!r}: its inputs on the calibration data contain NaN or infinite values, or overflow; "
-            "check the data and the layers before it"
-        )
 
 
 def embedding_inputs(name: str, weight: Tensor) -> CollectedInputs:

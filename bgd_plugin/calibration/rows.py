@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bgd_plugin.calibration.inputs import LayerInputs, require_finite
+from bgd_plugin.calibration.finite import require_finite
+from bgd_plugin.calibration.inputs import LayerInputs
 from bgd_plugin.pq.blocks import Geometry, sample_inputs
 from bgd_plugin.support.processes import processes, rank, total
 
@@ -49,7 +50,7 @@ def paired_pieces(
     drift: Callable[[int], Tensor] | None = None,
     stream: Callable[[int], Tensor] | None = None,
 ) -> Iterator[PairedRows]:
-    """About `rows` rows of unfolded inputs in `len(inputs)` pieces, at the same positions in student and float network.
+    """About `rows` rows of unfolded inputs, at the same positions in student and float network.
 
     If several processes share the data, `rows` is the total over all of them, and pieces alternate between processes.
     Pieces are in the order of the samples, so the last ones contain images that are not in the first ones.
@@ -62,6 +63,7 @@ def paired_pieces(
     Raises:
         CalibrationError: the layer's inputs are not finite.
     """
+    inputs = inputs.some(rows)
     pieces = int(total(len(inputs)))
     share = max(1, -(-rows // pieces))
     # each piece's draws depend on its number only, so the rows do not depend on the number of processes
@@ -77,7 +79,7 @@ def paired_pieces(
         student = drawn(mine, geometry, index)
         reference = student if theirs is mine else drawn(theirs, geometry, index)
         behind = (
-            None if values is None else drawn(values(number), geometry.pointwise(), index)[0]
+            None if values is None else drawn(values(inputs.batches[number]), geometry.pointwise(), index)[0]
             for values in (drift, stream)
         )
         lost, carried = behind
@@ -86,11 +88,12 @@ def paired_pieces(
 
 @torch.no_grad()
 def sampled_inputs(inputs: LayerInputs, rows: int, generator: torch.Generator) -> InputSample:
-    """About `rows` rows of unfolded inputs, spread over all batches and calls.
+    """About `rows` rows of unfolded inputs, spread over batches and calls.
 
     Raises:
         CalibrationError: the layer's inputs are not finite.
     """
+    inputs = inputs.some(rows)
     share = max(1, -(-rows // len(inputs)))
     samples = []
     for value, geometry in inputs:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from bgd_plugin.calibration import Rerun, Walk
+from bgd_plugin.calibration import Rerun, Walk, enough_batches
 from bgd_plugin.correction.channels import ChannelMoments, LineFit, require_finite_inputs
 from bgd_plugin.correction.gain import Gain, judged_pairs, kept_aside, output_distance, some_samples
 from bgd_plugin.graph import call_input, module_at
@@ -29,6 +29,8 @@ Statistics = Callable[[Sequence[int]], Sequence[Tensor]]
 
 # Bounds on the change of a scale: larger corrections fit noise of the calibration data.
 _SCALE_BOUNDS = (0.05, 20.0)
+_POSITIONS = 1 << 17
+"""Of which moments are taken: those of more are the same to a percent."""
 _MARGIN = 1.1
 """How far the error of a match may be above its price before it counts as harm: noise of few judging samples.
 
@@ -90,9 +92,8 @@ def correct_batchnorm_(
             None if mode == "reestimate" else lambda batch: walk.reference_value(value, batch),
         )
 
-    return _corrected(
-        norm, name, mode, walk.batch_count, statistics, lambda batches: _distance(walk, node, skip, batches)
-    )
+    chosen = _some_of(walk.batch_count, walk.student_value(value, 0))
+    return _corrected(norm, name, mode, chosen, statistics, lambda batches: _distance(walk, node, skip, batches))
 
 
 @torch.no_grad()
@@ -111,26 +112,25 @@ def correct_batchnorm_at_(rerun: Rerun, path: str, mode: Literal["matched", "ree
         pairs = (map(some_samples, (mine[batch], theirs[batch])) for batch in batches)
         return output_distance(judged_pairs((_normalized(norm, x), _normalized(shipped, y)) for x, y in pairs))
 
-    return _corrected(norm, path, mode, len(mine), statistics, distance)
+    return _corrected(norm, path, mode, range(len(mine)), statistics, distance)
 
 
 def _corrected(
     norm: Any,
     name: str,
     mode: Literal["matched", "reestimate"],
-    count: int,
+    every: Sequence[int],
     statistics: Statistics,
     distance: Callable[[Sequence[int]], float],
 ) -> Gain:
-    """Correct a batch norm by its `count` batches; a match that does harm on batches kept aside is undone.
+    """Correct a batch norm by the batches `every`; a match that does harm on those of them kept aside is undone.
 
     Args:
         statistics: the corrected ones.
         distance: the error of the norm's outputs as it is, on some of the batches.
     """
     shipped = norm.running_mean, norm.running_var
-    every = range(count)
-    tried, judges = kept_aside(count)
+    tried, judges = ([every[place] for place in places] for places in kept_aside(len(every)))
     rest = every
     before = distance(every)
     if mode == "matched":
@@ -245,6 +245,11 @@ def _by_moments(
         return _matched(norm, shipped, found.means(), wanted.means())
 
     return statistics
+
+
+def _some_of(count: int, value: Tensor) -> Sequence[int]:
+    """Of `count` batches, as many as show the moments of channels; `value` `[samples, channels, ...]` is the first."""
+    return enough_batches(count, len(value), math.prod(value.shape[2:]), _POSITIONS)
 
 
 def _channels(value: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from bgd_plugin.errors import CalibrationError
 from bgd_plugin.support.processes import sum_
 from bgd_plugin.support.processes import total as sum_of
 
-__all__ = ["ChannelMoments", "LineFit", "require_finite_inputs"]
+__all__ = ["ChannelMoments", "LineFit", "channel_sums", "require_finite_inputs"]
 
 _FEW_POSITIONS = 16
 _LEAST_VARIANCE = 1e-2
@@ -33,7 +33,7 @@ class ChannelMoments:
 
     def add_(self, value: Tensor) -> None:
         """Add the values of some samples, `value` `[N, C, ...]`."""
-        total, squares = _sums(value)
+        total, squares = channel_sums(value)
         self._count += len(value) * math.prod(value.shape[2:])
         self._total, self._squares = self._total + total, self._squares + squares
 
@@ -85,8 +85,8 @@ def require_finite_inputs(moments: Sequence[Tensor], name: str) -> None:
         )
 
 
-def _sums(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and sum of squares per channel of `[samples, channels, ...]` values, float64.
+def channel_sums(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and sum of squares per channel of a `value` `[samples, channels, ...]`, float64 `[channels]`.
 
     The values are read where they lie, channel by channel and sample by sample: a copy with all of a channel's values
     side by side costs ten times as much. Where values hardly vary around a large mean, it is made all the same.
@@ -95,7 +95,10 @@ def _sums(value: Tensor) -> tuple[Tensor, Tensor]:
     if positions < _FEW_POSITIONS:
         return _careful_sums(value)
     flat = value.float().flatten(2)
-    total, square = flat.sum(2).double(), torch.linalg.vector_norm(flat, dim=2).double().square()
+    if flat.stride(1) == 1:  # channels lie side by side
+        total, square = flat.sum(2).double(), flat.square().sum(2).double()
+    else:
+        total, square = flat.sum(2).double(), torch.linalg.vector_norm(flat, dim=2).double().square()
     if bool((square - total.square() / positions < _LEAST_VARIANCE * square).any()):
         return _careful_sums(value)
     return total.sum(0), square.sum(0)

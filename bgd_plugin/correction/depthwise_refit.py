@@ -15,7 +15,7 @@ from bgd_plugin.pq.target_asymmetric import asymmetric_target
 __all__ = ["Refit", "refitted"]
 
 _DAMPING = 0.01
-_MAX_ROWS = 32768
+_MAX_ROWS = 8192
 _MAX_ELEMENTS = 30_000_000  # of sampled inputs
 _JUDGED_SHARE = 4  # one row in so many shows what the refit gained, and another one judges it
 

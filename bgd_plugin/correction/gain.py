@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bgd_plugin.correction.channels import channel_sums
 from bgd_plugin.support.processes import total
 
 __all__ = ["Gain", "judged_pairs", "kept_aside", "output_distance", "some_samples"]
@@ -77,11 +78,11 @@ def output_distance(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     """
     distance, square, count, sums = 0.0, 0.0, 0, torch.zeros((), dtype=torch.float64)
     for mine, theirs in pairs:
-        a, b = (values.transpose(0, 1).flatten(1).float() for values in (mine, theirs))
-        distance += float((a - b).square().sum(dtype=torch.float64))
-        square += float(b.square().sum(dtype=torch.float64))
-        sums = sums + b.sum(1, dtype=torch.float64).cpu()
-        count += b.shape[1]
+        summed, squares = channel_sums(theirs)
+        distance += float(channel_sums(mine.float() - theirs.float())[1].sum())
+        square += float(squares.sum())
+        sums = sums + summed.cpu()
+        count += math.prod(theirs.shape) // theirs.shape[1]
     distance, square = total(distance), total(square)
     variance = square - total(float(sums.square().sum()) / max(1, count))
     return distance / variance if variance > _ROUNDING * square else 0.0

@@ -27,7 +27,7 @@ from bgd_plugin.support.seeds import seeded
 __all__ = ["FULL"]
 
 _MAX_COLUMNS = 8192
-_MIN_ROWS = 32768
+_MIN_ROWS = 16384
 _ROWS_PER_COLUMN = 8
 _DAMPING = 0.2  # in units of the Gram's mean diagonal; twice as much where there are as many columns as rows
 _ENOUGH_ROWS = 2

@@ -6,12 +6,13 @@ this costs nothing that could be measured; in a narrow one it can cost more than
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import fx, nn
 
-from bgd_plugin.calibration import Batch
+from bgd_plugin.calibration import Batch, Walk
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.files.rounding import as_stored
 from bgd_plugin.graph import FoundLayer
@@ -20,6 +21,7 @@ from bgd_plugin.planning.lean import coarse_weights
 from bgd_plugin.planning.losses import Sensitivity
 from bgd_plugin.planning.outputs import Scale
 from bgd_plugin.planning.perturbation import Change, changed, holders
+from bgd_plugin.planning.sensitivity import first_node
 from bgd_plugin.planning.survey import Survey, weight_name
 
 __all__ = ["can_be_narrow", "measure_rounding", "narrow_bytes", "roundings"]
@@ -75,18 +77,40 @@ def measure_rounding(
     layers = roundings(network, survey, survey.beside)
     exact = [batch.call(network) for batch in batches] if layers else []
 
-    def lost(changes: Sequence[Change]) -> tuple[float, str, list[tuple[Tensor, Tensor]]]:
-        with changed(changes):
-            return loss_and_shifts((batch.call(network) for batch in batches), exact, scale.measure)
-
-    if not layers or lost([change for changes in layers.values() for change in changes])[0] <= _MINOR * level:
+    if not layers:
+        return {}
+    with changed([change for changes in layers.values() for change in changes]):
+        loss, _, _ = loss_and_shifts((batch.call(network) for batch in batches), exact, scale.measure)
+    if loss <= _MINOR * level:
         return {}
     found = {}
-    for name, changes in layers.items():
-        loss, measure, shifts = lost(changes)
+    for name, answers in _rounded_alone(network, batches, survey.beside, layers):
+        loss, measure, shifts = loss_and_shifts(answers, exact, scale.measure)
         reason = f"{measure} {loss:.2g} if only this layer is rounded to 8 bits"
         found[name] = Sensitivity(curves=(), losses=losses_by_error(shifts, 1.0, loss), reason=reason, narrow=1.0)
     return found
+
+
+def _rounded_alone(
+    network: nn.Module,
+    batches: Sequence[Batch],
+    layers: Sequence[FoundLayer],
+    roundings: Mapping[str, Sequence[Change]],
+) -> Iterator[tuple[str, Iterator[Any]]]:
+    """The network's answers with one layer rounded, for each of these layers, by its name; a graph runs from there."""
+    waiting = dict(roundings)
+    if isinstance(network, fx.GraphModule):
+        walk = Walk(network, batches)
+        first = {first_node(walk, layer): layer.name for layer in layers if layer.name in waiting and layer.calls}
+        for _, node in zip(
+            range(len(first)), walk.nodes(first), strict=False
+        ):  # what comes after the last need not run
+            name = first[node.name]
+            with changed(waiting.pop(name)):
+                yield name, (walk.finish(index) for index in range(walk.batch_count))
+    for name, changes in waiting.items():
+        with changed(changes):
+            yield name, (batch.call(network) for batch in batches)
 
 
 def _rounding(network: nn.Module, layer: FoundLayer) -> list[Change]:

@@ -42,7 +42,7 @@ from bgd_plugin.pq.full_gram import positions_as_groups
 from bgd_plugin.pq.rate import RateCurve, entropy_curve, quick_fit, quick_fits, sampled_positions
 from bgd_plugin.support.seeds import seeded
 
-__all__ = ["Measured", "measure_layers", "measure_sensitivities"]
+__all__ = ["Measured", "first_node", "measure_layers", "measure_sensitivities"]
 
 _SAMPLES = 16  # that run to the network's end once for each layer
 _SAMPLES_OF_MOMENTS = 100  # at the least: a layer's facts are those of 4,096 rows of its inputs
@@ -136,7 +136,7 @@ def _along_graph(
     few = _few(network, batches, _SAMPLES)
     reference = Reference.of(network, few, measure)
     wide, narrow = Walk(network, _spread(batches)), Walk(network, few)
-    waiting = {_first_node(wide, layer): layer for layer in layers if not layer.hidden}
+    waiting = {first_node(wide, layer): layer for layer in layers if not layer.hidden}
     found: dict[str, Measured] = {}
     for node, _ in zip(wide.nodes(waiting), narrow.nodes(waiting), strict=True):
         layer = waiting[node.name]
@@ -292,7 +292,7 @@ def _usual_block(sizes: Sequence[int], shape: Sequence[int]) -> int:
     return min(sizes, key=lambda d: (abs(d - wanted), d))
 
 
-def _first_node(walk: Walk, layer: FoundLayer) -> str:
+def first_node(walk: Walk, layer: FoundLayer) -> str:
     """The node before which a layer is met: its first call, or the node that reads its weight for that call."""
     for node in walk.order:
         if (node.op == "call_module" and node.target == layer.target) or node.name == layer.calls[0]:

@@ -43,6 +43,7 @@ def _along_graph(job: Job, logits: list[Tensor]) -> Outcomes:
     """One walk over the graph."""
     assert isinstance(job.student, fx.GraphModule) and isinstance(job.reference, fx.GraphModule)
     walk = Walk(job.student, job.batches, job.reference if _needs_reference(job.config) else None)
+    job.log.elsewhere = lambda: walk.seconds
     first_nodes: dict[str, list[int]] = {}
     for index, found in enumerate(job.survey.found):
         first_nodes.setdefault(_first_node(walk, found), []).append(index)
@@ -64,6 +65,7 @@ def _along_graph(job: Job, logits: list[Tensor]) -> Outcomes:
         elif node.name in batchnorms:
             norms.correct_(walk, node)
     job.log.add_seconds("forward", walk.seconds)
+    job.log.elsewhere = lambda: 0.0
     if refits:
         job.log.note(
             f"{len(refits)} depthwise convolutions refitted to the quantized network's inputs, {Gain.said(refits)}"

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from bgd_plugin.calibration import Batch, LayerInputs, Walk, pooled_gram, sampled_inputs
 from bgd_plugin.calibration import gram_pooled as gram_module
-from bgd_plugin.calibration.inputs import CollectedInputs, embedding_inputs, require_finite
+from bgd_plugin.calibration.finite import require_finite
+from bgd_plugin.calibration.inputs import CollectedInputs, embedding_inputs
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import copy_module, find_layers, trace
 from bgd_plugin.pq.blocks import Geometry
@@ -185,7 +186,7 @@ def test_pairs_come_batch_by_batch_and_inputs_call_by_call() -> None:
 def test_inputs_of_other_shapes_in_the_float_network_stand_for_nothing(shapes: Any, is_paired: bool) -> None:
     """It sent its samples to other experts: then the compressed network's own stand for them."""
     inputs: Any = object.__new__(LayerInputs)
-    inputs._walk, inputs._calls, inputs._hidden = SimpleNamespace(batch_count=1), ["node"], None
+    inputs._batches, inputs._calls, inputs._hidden = range(1), ["node"], None
     own, other = [(2, 3), (1, 3)], shapes
 
     def read(node: Any, batch: int, *, of_reference: bool = False) -> Any:
@@ -209,7 +210,7 @@ def test_hidden_inputs_are_watched_in_the_network_that_is_asked() -> None:
             for _ in range(2):
                 F.linear(x, weight)
 
-    inputs._walk = SimpleNamespace(batch_count=3, run_ahead=run_ahead)
+    inputs._walk, inputs._batches = SimpleNamespace(run_ahead=run_ahead), range(3)
     assert len(inputs) == 6 and asked == [False]
     assert len(inputs) == 6 and asked == [False]  # known
     found = [(float(mine[0, 0]), float(theirs[0, 0])) for mine, theirs, _ in inputs.pairs()]

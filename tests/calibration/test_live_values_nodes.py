@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from bgd_plugin.calibration import Batch, Walk
-from bgd_plugin.calibration.live_values import _filled, _own_memory_, _writes_in_place, last_uses, run_node
+from bgd_plugin.calibration.nodes import _filled, _own_memory_, _writes_in_place, last_uses, run_node
 from bgd_plugin.errors import CalibrationError
 
 

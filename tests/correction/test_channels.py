@@ -45,6 +45,18 @@ def test_few_positions_are_summed_around_their_mean(
     assert bool(asked) == is_careful
 
 
+@pytest.mark.parametrize("shape", [(4, 6, 5, 7), (2, 3, 30, 30), (3, 40, 4, 4, 4)])
+@pytest.mark.parametrize("is_last", [False, True])
+def test_sums_are_those_of_each_channel_wherever_channels_lie(shape: tuple[int, ...], is_last: bool) -> None:
+    value = torch.randn(shape) + 0.3
+    if is_last:
+        value = value.movedim(1, -1).contiguous().movedim(-1, 1)
+    total, square = channels.channel_sums(value)
+    literal = value.double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(total, literal.sum(1), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(square, literal.square().sum(1), rtol=1e-5, atol=0)
+
+
 def test_constant_channels_have_no_variance() -> None:
     """Whatever rounding leaves of a difference of sums, it is not below zero."""
     moments, values = ChannelMoments("norm"), 1e3 * torch.rand(300, generator=torch.Generator().manual_seed(1))

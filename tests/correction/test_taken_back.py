@@ -40,7 +40,7 @@ def test_a_match_that_does_harm_is_undone(harm: float, mode: Any) -> None:
     def distance(batches: Sequence[int]) -> float:
         return 0.1 * harm if torch.equal(norm.running_mean, new) else 0.1  # type: ignore[arg-type]
 
-    gain = _corrected(norm, "norm", mode, 5, lambda batches: (new, new), distance)
+    gain = _corrected(norm, "norm", mode, range(5), lambda batches: (new, new), distance)
     is_undone = mode == "matched" and harm > 1
     assert gain.taken_back == is_undone
     assert torch.equal(norm.running_mean, torch.zeros(2) if is_undone else new)  # type: ignore[arg-type]
@@ -64,7 +64,7 @@ def test_a_match_is_tried_on_some_batches_judged_on_the_others_and_made_from_all
         asked.append(("distance", list(batches), mean()))
         return 0.1
 
-    gain = _corrected(norm, "norm", mode, 10, statistics, distance)
+    gain = _corrected(norm, "norm", mode, range(10), statistics, distance)
     every, tried, judges = list(range(10)), list(range(8)), [8, 9]
     matched = [
         ("distance", every, 7.0),
@@ -87,7 +87,7 @@ def test_only_harm_to_the_judges_counts(where: str) -> None:
         is_harmed = list(batches) == ([8, 9] if where == "judges" else list(range(8)))
         return 0.9 if is_harmed and torch.equal(norm.running_mean, new) else 0.1  # type: ignore[arg-type]
 
-    gain = _corrected(norm, "norm", "matched", 10, lambda batches: (new, new), distance)
+    gain = _corrected(norm, "norm", "matched", range(10), lambda batches: (new, new), distance)
     assert gain.taken_back == (where == "judges")
     assert (gain.before, gain.after) == (0.1, 0.1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from bgd_plugin.calibration import collect_batches
 from bgd_plugin.files.rounding import as_stored, round_weights_
 from bgd_plugin.graph import find_layers, front_end, isolated_weights
 from bgd_plugin.planning.outputs import LOGITS
-from bgd_plugin.planning.rounded import can_be_narrow, measure_rounding, narrow_bytes, roundings
+from bgd_plugin.planning.perturbation import changed, holders
+from bgd_plugin.planning.rounded import _rounded_alone, can_be_narrow, measure_rounding, narrow_bytes, roundings
 from bgd_plugin.planning.survey import surveyed
 from tests.calibration.test_rerun import untraceable
 from tests.networks import randomized
@@ -59,6 +61,31 @@ def test_the_cost_is_that_of_the_network_with_the_rounded_weight() -> None:
     kl = float((exact.exp() * (exact - rough)).sum(1).mean())
     assert found["first"].per_error(kl) == pytest.approx(kl, rel=0.02)
     assert found["first"].narrow == 1
+
+
+@torch.no_grad()
+def test_a_graph_runs_from_the_rounded_layer_on() -> None:
+    """And answers as the whole network does; another network runs from its inputs."""
+    model, data = _delicate()
+    batches = collect_batches(data, model, device=torch.device("cpu"), forward=None)
+    front = front_end(model)
+    survey = surveyed(front, bgd.BGDConfig(), original=model)
+    network: Any = front.network
+    seen: list[str] = []
+    for name in ("first", "second"):
+        network.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name))
+    with isolated_weights(network, survey.everywhere):
+        second = next(layer for layer in survey.everywhere if layer.name == "second")
+        doubled = nn.Parameter(2 * second.weight.detach())
+        changes = [(holder, name, doubled) for holder, name in holders(network, second)]
+        ((name, answers),) = (
+            (name, list(answers)) for name, answers in _rounded_alone(network, batches, [second], {"second": changes})
+        )
+        assert name == "second" and seen.count("first") == len(batches) == seen.count("second")
+        with changed(changes):
+            expected = [batch.call(network) for batch in batches]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(answers, expected, strict=True))
+    assert not torch.equal(expected[0], network(data[0]))
 
 
 def test_nothing_is_measured_where_all_of_it_is_minor() -> None:
