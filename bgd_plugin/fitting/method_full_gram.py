@@ -27,8 +27,10 @@ from bgd_plugin.support.seeds import seeded
 __all__ = ["FULL"]
 
 _MAX_COLUMNS = 8192
-_MIN_ROWS = 16384
-_ROWS_PER_COLUMN = 8
+_MIN_ROWS = 8192
+_ROWS_PER_COLUMN = 64, 8
+"""Up to 32,768 rows so many for each column, and so many beyond."""
+_MANY_ROWS = 32768
 _DAMPING = 0.2  # in units of the Gram's mean diagonal; twice as much where there are as many columns as rows
 _ENOUGH_ROWS = 2
 """Rows for each column from which on what a target corrects is not mostly noise."""
@@ -63,7 +65,7 @@ def _gathered(context: LayerContext, weight: Tensor | None, generator: torch.Gen
     fitted, heldout = MomentSums(), MomentSums()
     columns = context.weight[0].numel()
     drift, stream = (None, None) if context.skip is None else (context.skip.drift, context.skip.stream)
-    pieces = paired_pieces(context.inputs, max(_MIN_ROWS, _ROWS_PER_COLUMN * columns), generator, drift, stream)
+    pieces = paired_pieces(context.inputs, _rows_of(columns), generator, drift, stream)
     for piece in pieces:
         groups = len(piece.reference)
         outputs = piece.reference if weight is None else piece.reference @ weight.reshape(groups, -1, columns).mT
@@ -81,6 +83,12 @@ def _gathered(context: LayerContext, weight: Tensor | None, generator: torch.Gen
             require_finite(moment, context.inputs.name)
     rows = fitted.count + heldout.count
     return _Statistics(fitted=fitted.means_(), heldout=heldout.means_(), share=fitted.count / rows, rows=rows)
+
+
+def _rows_of(columns: int) -> int:
+    """How many rows of inputs a layer of so many columns is fitted to, held-out ones included."""
+    plenty, enough = _ROWS_PER_COLUMN
+    return max(_MIN_ROWS, min(_MANY_ROWS, plenty * columns), enough * columns)
 
 
 def _through(statistics: _Statistics, weight: Tensor) -> _Statistics:

@@ -101,6 +101,8 @@ class Task:
         if self.ready.budget is not None:
             with log.timed("budget"):
                 survey = self._chosen(self.ready.budget, before)
+                if before is not None and _same_sizes(before.survey, survey) and self._misses(before):
+                    survey = self._chosen(self.ready.budget, before)  # its fit would be the same, and so is known
         if before is not None and not self._is_worth(before, survey):
             return None
         run = run or self._progress(number)
@@ -110,6 +112,10 @@ class Task:
         result = self._fitted(survey, run, log)
         self.fits = run.fits
         return result
+
+    def _misses(self, before: Pass) -> bool:
+        """Whether a pass has missed the bound."""
+        return before.report.answers is not None and not before.report.answers.divergence <= before.limit
 
     def _is_worth(self, before: Pass, survey: Survey) -> bool:
         """Whether a further pass is needed to keep the bound, or makes the file smaller by enough."""
@@ -193,6 +199,12 @@ class Task:
         result = settled(self.ready.front, student, survey, self.batches)
         restore_(result, self.model, self.learnt)
         return result
+
+
+def _same_sizes(one: Survey, other: Survey) -> bool:
+    """Whether all layers take the same sizes under two choices."""
+    layers = [[(x.name, x.block_size, x.codebook_size, x.size_bytes) for x in survey.layers] for survey in (one, other)]
+    return layers[0] == layers[1] and one.storages == other.storages
 
 
 def _begin_alike(one: Survey, other: Survey) -> bool:

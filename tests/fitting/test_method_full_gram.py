@@ -248,7 +248,7 @@ def test_layers_with_one_input_are_fitted_to_the_same_rows_whoever_comes_first(
 ) -> None:
     """A sample of the rows, which depends on the seed of the run and on nothing that was done before."""
     monkeypatch.setattr(method_full_gram, "_MIN_ROWS", 40)
-    monkeypatch.setattr(method_full_gram, "_ROWS_PER_COLUMN", 1)
+    monkeypatch.setattr(method_full_gram, "_ROWS_PER_COLUMN", (1, 1))
     real, grams = method_full_gram.fit_full, list[Tensor]()
 
     def watched(weight: Tensor, gram: Tensor, *args: Any, **kwargs: Any) -> Any:

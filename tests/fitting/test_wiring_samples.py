@@ -119,7 +119,9 @@ class _Enough(Exception):
     """What was wanted has been seen."""
 
 
-@pytest.mark.parametrize(("columns", "expected"), [(64, 16384), (4096, 32768), (5000, 40000), (8192, 65536)])
+@pytest.mark.parametrize(
+    ("columns", "expected"), [(64, 8192), (200, 12800), (600, 32768), (4096, 32768), (5000, 40000), (8192, 65536)]
+)
 def test_rows_are_sampled_by_the_number_of_columns(
     monkeypatch: pytest.MonkeyPatch, columns: int, expected: int
 ) -> None:

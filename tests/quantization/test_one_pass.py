@@ -175,6 +175,7 @@ class _Watched(Task):
 @pytest.mark.parametrize("is_alike", [True, False])
 def test_data_is_measured_once_and_fits_go_to_the_next_pass(is_alike: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(one_pass, "_begin_alike", lambda one, other: is_alike)
+    monkeypatch.setattr(one_pass, "_same_sizes", lambda one, other: False)
     survey = SimpleNamespace(notes=("as it is",))
     task = _task(_Watched, ready=SimpleNamespace(survey=survey, budget="budget"), fits="none yet")
     task._is_worth = lambda before, survey: True
@@ -206,6 +207,7 @@ def test_a_further_pass_is_for_the_bound_or_for_a_smaller_file(
     divergence: float | None, expected_bytes: int, is_worth: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(one_pass, "_begin_alike", lambda one, other: True)
+    monkeypatch.setattr(one_pass, "_same_sizes", lambda one, other: False)
     survey = SimpleNamespace(notes=(), chosen="next", storages={})
     sizes = {"next": expected_bytes, "before": 1000}
     budget = SimpleNamespace(sketch=SimpleNamespace(file_size=lambda chosen, storages: sizes[chosen]))
@@ -218,6 +220,26 @@ def test_a_further_pass_is_for_the_bound_or_for_a_smaller_file(
         report=SimpleNamespace(answers=answers), limit=0.01, survey=SimpleNamespace(chosen="before", storages={})
     )
     assert task.run(1, before) == ("a pass" if is_worth else None)
+
+
+@pytest.mark.parametrize("divergence", [0.02, 0.005])
+@pytest.mark.parametrize("is_same", [True, False])
+def test_sizes_that_missed_the_bound_are_not_fitted_again(
+    divergence: float, is_same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are chosen once more, as if the same fit had been made and had missed again."""
+    survey = _survey()
+    others = [survey if is_same else _with(survey, "mix", 16), _with(survey, "mix", 32)]
+    choices = list(others)
+    task = _task(ready=SimpleNamespace(budget="budget", survey=survey))
+    monkeypatch.setattr(Task, "_chosen", lambda self, budget, before: choices.pop(0))
+    monkeypatch.setattr(Task, "_is_worth", lambda self, before, survey: True)
+    monkeypatch.setattr(Task, "_progress", lambda self, number: SimpleNamespace(fits={}, forget_fits=lambda: None))
+    monkeypatch.setattr(Task, "_fitted", lambda self, survey, run, log: survey)
+    report = SimpleNamespace(answers=SimpleNamespace(divergence=divergence))
+    before: Any = SimpleNamespace(survey=survey, report=report, limit=0.01)
+    fitted = task.run(1, before)
+    assert fitted is (others[1] if is_same and divergence > 0.01 else others[0])
 
 
 def test_weights_that_functions_read_are_layers_of_the_run() -> None:
