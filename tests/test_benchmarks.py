@@ -71,6 +71,9 @@ def test_gptq_keeps_the_outputs_better_than_rounding() -> None:
         def __len__(self) -> int:
             return 1
 
+        def some(self, rows: int) -> Any:
+            return self
+
         def pairs(self) -> Any:
             from bgd_plugin.pq.blocks import Geometry
 

@@ -92,6 +92,7 @@ def test_one_step_is_that_of_sgd_on_the_mean_gradient() -> None:
 
 def test_only_the_part_from_the_layer_on_runs() -> None:
     walk, layer, logits = _setting(vectors(4))
+    assert all(walk.student_values)  # all batches have come to the layer
     calls: list[str] = []
     for name in ("0", "4"):
         walk.student.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
