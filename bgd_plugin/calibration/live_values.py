@@ -223,7 +223,8 @@ class Walk:
             apart.update(name for name in mine if mine[name] is not theirs.get(name))
         elif self.reference is not None:
             theirs.update({name: value for name, value in mine.items() if name not in apart})
-        self._differs |= apart
+        if differs:
+            self._differs |= apart
         for dead in self._last_use.get(node.name, ()):
             mine.pop(dead, None)
             theirs.pop(dead, None)

@@ -7,6 +7,7 @@ this costs nothing that could be measured; in a narrow one it can cost more than
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -102,9 +103,7 @@ def _rounded_alone(
     if isinstance(network, fx.GraphModule):
         walk = Walk(network, batches)
         first = {first_node(walk, layer): layer.name for layer in layers if layer.name in waiting and layer.calls}
-        for _, node in zip(
-            range(len(first)), walk.nodes(first), strict=False
-        ):  # what comes after the last need not run
+        for node in islice(walk.nodes(first), len(first)):  # what comes after the last need not run
             name = first[node.name]
             with changed(waiting.pop(name)):
                 yield name, (walk.finish(index) for index in range(walk.batch_count))
