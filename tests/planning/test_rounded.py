@@ -46,12 +46,17 @@ def _delicate(**options: float) -> tuple[nn.Module, list[Tensor]]:
     return model, list(data.split(64))
 
 
+def _prepared(model: nn.Module, data: list[Tensor]) -> tuple[Any, Any, Any]:
+    """Batches, the network's form in which layers are found, and its survey under default settings."""
+    front = front_end(model)
+    batches = collect_batches(data, model, device=torch.device("cpu"), forward=None)
+    return batches, front, surveyed(front, bgd.BGDConfig(), original=model)
+
+
 @torch.no_grad()
 def test_the_cost_is_that_of_the_network_with_the_rounded_weight() -> None:
     model, data = _delicate()
-    batches = collect_batches(data, model, device=torch.device("cpu"), forward=None)
-    front = front_end(model)
-    survey = surveyed(front, bgd.BGDConfig(), original=model)
+    batches, front, survey = _prepared(model, data)
     with isolated_weights(front.network, survey.everywhere):
         found = measure_rounding(front.network, batches, survey, LOGITS, 1e-9)
         exact = torch.cat([front.network(x) for x in data]).log_softmax(1)
@@ -67,9 +72,7 @@ def test_the_cost_is_that_of_the_network_with_the_rounded_weight() -> None:
 def test_a_graph_runs_from_the_rounded_layer_on() -> None:
     """And answers as the whole network does; another network runs from its inputs."""
     model, data = _delicate()
-    batches = collect_batches(data, model, device=torch.device("cpu"), forward=None)
-    front = front_end(model)
-    survey = surveyed(front, bgd.BGDConfig(), original=model)
+    batches, front, survey = _prepared(model, data)
     network: Any = front.network
     seen: list[str] = []
     for name in ("first", "second"):
@@ -90,9 +93,7 @@ def test_a_graph_runs_from_the_rounded_layer_on() -> None:
 
 def test_nothing_is_measured_where_all_of_it_is_minor() -> None:
     model, data = _delicate(size=0.1)
-    batches = collect_batches(data, model, device=torch.device("cpu"), forward=None)
-    front = front_end(model)
-    survey = surveyed(front, bgd.BGDConfig(), original=model)
+    batches, front, survey = _prepared(model, data)
     with isolated_weights(front.network, survey.everywhere):
         assert measure_rounding(front.network, batches, survey, LOGITS, 0.01) == {}
 
