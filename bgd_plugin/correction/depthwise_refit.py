@@ -27,7 +27,7 @@ class Refit:
     Attributes:
         weight: `[C_out, C_in / groups, *kernel]`.
         gain: on a sample of the inputs, ignoring means.
-        gram: `[groups, columns, columns]`, the covariance of the student's inputs, float64.
+        gram: `[groups, columns, columns]`, the covariance of the student's inputs.
     """
 
     weight: Tensor
@@ -82,9 +82,9 @@ def _distance(weight: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> float:
 
 def _solved(weight: Tensor, sums: MomentSums, name: str) -> tuple[Tensor, Tensor]:
     """The refitted weight by some sums over all processes, and the inputs' covariance."""
-    for moment in sums.sums:
+    for moment in sums.squares:
         require_finite(moment, name)
-    gram, cross = sums.means_().centred()
+    gram, cross = sums.means_().around_mean()
     target = asymmetric_target(weight.flatten(1), gram, cross, step=1.0, damping=_DAMPING)
     return target.reshape(weight.shape), gram
 

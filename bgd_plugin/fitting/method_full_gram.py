@@ -79,7 +79,7 @@ def _gathered(context: LayerContext, weight: Tensor | None, generator: torch.Gen
         heldout.add_(piece.student[:, cut:], outputs[:, cut:], last)
     for sums in (fitted, heldout):
         sums.share_()
-        for moment in sums.sums:
+        for moment in sums.squares:
             require_finite(moment, context.inputs.name)
     rows = fitted.count + heldout.count
     return _Statistics(fitted=fitted.means_(), heldout=heldout.means_(), share=fitted.count / rows, rows=rows)
@@ -118,7 +118,7 @@ def _solve(context: LayerContext, statistics: _Statistics | PooledGram, generato
         fit = _fitted_windows(context, statistics, aim)
     elif context.layer.codes == "entropy":
         everything = Moments.pooled(statistics.fitted, statistics.heldout, statistics.share)
-        fit = fit_stream(aim.rows, _gram_(everything, centred=context.takes_mean), context.layer, damping=damping)
+        fit = fit_stream(aim.rows, _second(context, everything)[0], context.layer, damping=damping)
     else:
         fit = _fitted_blocks(context, statistics, aim, damping, generator)
     codebook = fit.codebook
@@ -133,7 +133,7 @@ def _solve(context: LayerContext, statistics: _Statistics | PooledGram, generato
 def _fitted_windows(context: LayerContext, statistics: _Statistics, aim: _Aim) -> FittedLayer:
     """Trellis codes, fitted to all inputs once it is known how strongly to damp."""
     everything = Moments.pooled(statistics.fitted, statistics.heldout, statistics.share)
-    grams = [_gram_(m, centred=context.takes_mean) for m in (everything, statistics.fitted, statistics.heldout)]
+    grams = [_second(context, m)[0] for m in (everything, statistics.fitted, statistics.heldout)]
     judged = {"fitted": grams[1], "heldout": grams[2]} if statistics.share < 1 else {}
     mask = None if context.mask is None else context.mask.flatten(1)
     return fit_windows(aim.rows, grams[0], mask=mask, **judged)
@@ -143,7 +143,7 @@ def _fitted_blocks(
     context: LayerContext, statistics: _Statistics, aim: _Aim, damping: float, generator: torch.Generator
 ) -> FittedLayer:
     """Codes of blocks, and a codebook in single precision."""
-    gram, heldout = (_gram_(m, centred=context.takes_mean) for m in (statistics.fitted, statistics.heldout))
+    gram, heldout = (_second(context, m)[0] for m in (statistics.fitted, statistics.heldout))
     fit = fit_full(
         aim.rows,
         gram,
@@ -182,7 +182,7 @@ class _Aim:
 def _aim(context: LayerContext, statistics: _Statistics, damping: float) -> _Aim:
     step = _step(context, statistics, damping)  # first, while no more Grams are held
     everything = Moments.pooled(statistics.fitted, statistics.heldout, statistics.share)
-    gram, cross = everything.centred_() if context.takes_mean else (everything.gram, everything.cross)
+    gram, cross = _second(context, everything)
     rows, scale = context.rows, None
     if step:
         rows = asymmetric_target(rows, gram, cross, step=step, damping=damping)
@@ -197,17 +197,13 @@ def _step(context: LayerContext, statistics: _Statistics, damping: float) -> flo
     step, columns = context.config.asymmetric_step, context.rows.shape[1]
     if not step or statistics.share in (0.0, 1.0) or statistics.rows >= _ENOUGH_ROWS * columns:
         return step
-
-    def second(moments: Moments) -> tuple[Tensor, Tensor]:
-        return moments.centred() if context.takes_mean else (moments.gram, moments.cross)
-
-    change = ridge_change(context.rows, *second(statistics.fitted), damping=damping)
-    return min(step, best_step(context.rows, change, *second(statistics.heldout)))
+    change = ridge_change(context.rows, *_second(context, statistics.fitted), damping=damping)
+    return min(step, best_step(context.rows, change, *_second(context, statistics.heldout)))
 
 
-def _gram_(moments: Moments, *, centred: bool) -> Tensor:
-    """The Gram, computed in the memory of the moments."""
-    return moments.centred_()[0] if centred else moments.gram
+def _second(context: LayerContext, moments: Moments) -> tuple[Tensor, Tensor]:
+    """Second moments of inputs, and of inputs and outputs, as `Moments` has them: around what nothing else fits."""
+    return moments.around_mean() if context.takes_mean else moments.around_zero()
 
 
 FULL = Method(collect=_collect, solve=_solve)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.fitting.method import LayerContext
+from bgd_plugin.pq.powers import near_one
 
 __all__ = ["equal_rows", "matching_bias"]
 
@@ -24,8 +25,10 @@ def equal_rows(target: Tensor, covariance: Tensor, context: LayerContext) -> Ten
         covariance: of the inputs, `[groups, columns, columns]`.
         context: of the layer.
     """
-    rows = target.double().reshape(covariance.shape[0], -1, covariance.shape[1])
-    deviation = ((rows @ covariance) * rows).sum(2).clamp(min=0).sqrt().flatten()
+    covariance, power = near_one(covariance)
+    (rows, unit), groups = near_one(target.to(covariance)), len(covariance)
+    rows = rows.reshape(groups, -1, covariance.shape[1])
+    deviation = ((rows @ covariance) * rows).sum(2).double().clamp(min=0).sqrt().flatten() * (unit * power**0.5)
     alive = deviation > 1e-3 * deviation.mean()
     scale = torch.where(alive, deviation, deviation.mean().clamp(min=1e-150)).reciprocal()
     if context.scale_bounds is not None:

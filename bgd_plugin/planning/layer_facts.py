@@ -14,7 +14,7 @@ from bgd_plugin.config import BGDConfig
 from bgd_plugin.encoding.eight_bit import LEVELS
 from bgd_plugin.files.rounding import as_stored
 from bgd_plugin.graph import FoundLayer
-from bgd_plugin.pq.feedback import damped, diagonal_blocks, encode_with_feedback, nearest
+from bgd_plugin.pq.feedback import cholesky, damped, diagonal_blocks, encode_with_feedback, nearest
 from bgd_plugin.pq.full_gram import positions_as_groups
 
 __all__ = ["LayerFacts", "layer_facts", "narrow_error", "roughly_quantized", "rounding_error", "spread_ratio"]
@@ -97,7 +97,7 @@ def layer_facts(
     gram = damped(second, damping)
     # With few rows feedback would hide the error on just the samples that show its cost.
     has_root = full and columns <= _MAX_COLUMNS and count >= 2 * columns
-    root = torch.linalg.cholesky(gram.flip((1, 2))).flip((1, 2)) if has_root else None
+    root = cholesky(gram.flip((1, 2))).flip((1, 2)) if has_root else None
     scale = torch.ones_like(weight[..., 0])
     power = ((weight @ second) * weight).sum(2).clamp(min=0)
     if full and norm is not None:

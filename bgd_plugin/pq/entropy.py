@@ -128,7 +128,8 @@ class _Task:
         if self.hessian is not None:
             own = codes.flatten(0, 1)
             start = levels[:, None]
-            return solve_codebook(flat, own, self.hessian, start, iterations=_LEVEL_ITERATIONS, tolerance=1e-9)[:, 0]
+            solved, _ = solve_codebook(flat, own, self.hessian, start, iterations=_LEVEL_ITERATIONS, tolerance=1e-9)
+            return solved[:, 0]
         sums = torch.zeros_like(levels).index_add_(0, codes.flatten(), flat.flatten())
         counts = torch.bincount(codes.flatten(), minlength=len(levels))
         return torch.where(counts > 0, sums / counts.clamp(min=1), levels)

@@ -12,7 +12,17 @@ from bgd_plugin.pq.line import nearest_on_a_line
 from bgd_plugin.pq.masked import masked, nearest_masked
 from bgd_plugin.pq.panels import Panels
 
-__all__ = ["damped", "diagonal_blocks", "encode_damped", "encode_with_feedback", "factors", "grouped", "nearest"]
+__all__ = [
+    "cholesky",
+    "damped",
+    "damping_of",
+    "diagonal_blocks",
+    "encode_damped",
+    "encode_with_feedback",
+    "factors",
+    "grouped",
+    "nearest",
+]
 
 _LEAST_SHARE = 1e-4
 _MOST_TIMES = 100.0
@@ -34,7 +44,7 @@ def encode_with_feedback(weight: Tensor, codebook: Tensor, gram: Tensor, *, damp
       w_I after both are multiplied by V_II;
     * the later blocks J become w_J ← w_J − e_I (H⁻¹_II)⁻¹ H⁻¹_IJ = w_J − e_I V_II U_IJ, with e_I = w_I − c.
 
-    Both factors come from one Cholesky factorization in float64; the row operations are in the weight's dtype.
+    Both factors come from one Cholesky factorization; all is computed in the weight's dtype.
 
     Args:
         weight: `[rows, columns]`, float32 or float64; the rows of each group are contiguous.
@@ -77,7 +87,7 @@ def encode_damped(weight: Tensor, codebook: Tensor, gram: Tensor, mask: Tensor |
     block_size = codebook.shape[1]
     if rows.shape[2] % block_size:
         raise ValueError(f"{rows.shape[2]} weights per row do not divide into blocks of {block_size}")
-    metrics, inverse = (factor.to(weight) for factor in factors(grams, block_size))
+    metrics, inverse = (factor.to(weight) for factor in factors(grams.to(weight), block_size))
     rest, kept = Panels(rows.clone(), inverse, block_size), None if mask is None else mask.reshape(rows.shape)
     codes = torch.empty(*rows.shape[:2], rows.shape[2] // block_size, dtype=torch.int64, device=weight.device)
     for block in range(codes.shape[2]):
@@ -108,21 +118,33 @@ def grouped(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
-    """H + damping · mean(diag H) · I per group, symmetric, float64; the identity for a group without input.
+    """H + damping · mean(diag H) · I per group, symmetric, in H's dtype; the identity for a group without input.
+
+    Args:
+        gram: `[groups, columns, columns]`.
+        damping: see `damping_of`.
+    """
+    symmetric = (gram + gram.mT).div_(2)
+    diagonal = symmetric.diagonal(dim1=1, dim2=2)
+    diagonal += damping_of(diagonal, damping).to(diagonal)
+    return symmetric
+
+
+def damping_of(diagonal: Tensor, damping: float) -> Tensor:
+    """What `damped` adds to a Gram's diagonal: float64, of its shape.
 
     Columns that are almost always zero, such as kernel weights that only see padding, are damped by a hundred times
     their own power where that is less: otherwise the damping alone would give them weight in the fit. One part in
     10,000 of the mean remains, which keeps H invertible.
 
     Args:
-        gram: `[groups, columns, columns]`.
+        diagonal: `[groups, columns]`.
+        damping: as a factor of the diagonal's mean.
     """
-    symmetric = (gram.double() + gram.double().mT).div_(2)
-    diagonal = symmetric.diagonal(dim1=1, dim2=2)
-    level = diagonal.mean(1, keepdim=True).clamp(min=0)
-    added = torch.minimum(level, _MOST_TIMES * diagonal.clamp(min=0)) + _LEAST_SHARE * level
-    diagonal += torch.where(level > 0, damping * added, torch.ones_like(added))
-    return symmetric
+    power = diagonal.double().clamp(min=0)
+    level = power.mean(1, keepdim=True)
+    added = torch.minimum(level, _MOST_TIMES * power) + _LEAST_SHARE * level
+    return torch.where(level > 0, damping * added, torch.ones_like(added))
 
 
 def diagonal_blocks(gram: Tensor, block_size: int) -> Tensor:
@@ -180,6 +202,25 @@ def _pieces(groups: int, rows: int, codewords: int) -> Iterator[tuple[slice, sli
             yield slice(group, group + group_step), slice(row, row + row_step)
 
 
+def cholesky(gram: Tensor) -> Tensor:
+    """The lower factor L of H = L Lᵀ, `[..., columns, columns]`, in H's dtype.
+
+    A damped Gram is far from singular, whatever the scale of its columns, so that single precision does; where it does
+    not, the factor is computed, and returned, in float64.
+
+    Args:
+        gram: H, `[..., columns, columns]`, symmetric and positive definite.
+
+    Raises:
+        LinAlgError: H is not positive definite.
+    """
+    if gram.dtype != torch.float64:
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if not bool(failed.any()):
+            return factor
+    return torch.linalg.cholesky(gram.double())
+
+
 def factors(gram: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """With gram = V Vᵀ, V upper triangular: V's diagonal blocks `[groups, blocks_per_row, d, d]`, and the whole V⁻¹.
 
@@ -188,15 +229,18 @@ def factors(gram: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     T, and X the inverse of the triangle to the left of B: the inverse is T⁻¹ on the diagonal and −X B T⁻¹ above.
 
     Args:
-        gram: `[groups, columns, columns]`, float64, symmetric and positive definite (damped).
+        gram: `[groups, columns, columns]`, symmetric and positive definite (damped).
         block_size: d, a divisor of the columns.
+
+    Returns:
+        both in the Gram's dtype; in float64 where rounding to single precision leaves it not positive definite.
     """
-    root = torch.linalg.cholesky(gram.flip((1, 2))).flip((1, 2))
+    root = cholesky(gram.flip((1, 2))).flip((1, 2))
     metrics = diagonal_blocks(root, block_size).clone()
     for start in range(0, gram.shape[1], _COLUMNS):
         end = min(start + _COLUMNS, gram.shape[1])
         above, own = root[:, :start, start:end], root[:, start:end, start:end]
-        identity = torch.eye(end - start, dtype=gram.dtype, device=gram.device).expand(len(gram), -1, -1)
+        identity = torch.eye(end - start, dtype=root.dtype, device=gram.device).expand(len(gram), -1, -1)
         own.copy_(torch.linalg.solve_triangular(own, identity, upper=True))
         above.copy_((root[:, :start, :start] @ above) @ own.neg())
     return metrics, root

@@ -82,14 +82,14 @@ def fit_full(
     rows, unit = near_one(rows if rows.dtype == torch.float64 else rows.float())
     flat = rows.flatten(0, 1)
     hessian = damped(grams, damping)
-    hessian /= power_of_two(hessian)
+    hessian = hessian.div_(power_of_two(hessian)).to(rows)
     codebook = _start(rows, hessian, mask, codebook_size, block_size, generator)
     codes = encode_damped(flat, codebook, hessian, mask)
     heldout = None if heldout_gram is None else grouped(weight, heldout_gram)[1]
     trail = _Trail(flat, hessian if heldout is None else heldout, mask)
     trail.add(codebook, codes)
     for _ in range(rounds):
-        codebook = solve_codebook(
+        codebook, slope = solve_codebook(
             flat,
             codes,
             hessian,
@@ -99,7 +99,7 @@ def fit_full(
             mask=mask,
         )
         trail.add(codebook, codes)
-        codes, changed = refine_codes(flat, codebook, codes, hessian, mask)
+        codes, changed = refine_codes(flat, codebook, codes, hessian, mask, slope)
         trail.add(codebook, codes)
         if not changed or trail.is_done():
             break
@@ -126,14 +126,16 @@ class _Trail:
     """
 
     def __init__(self, weight: Tensor, gram: Tensor, mask: Tensor | None = None) -> None:
-        self._weight, self._gram, self._mask = weight, gram, mask
+        gram, self._power = near_one(gram)
+        self._weight, self._gram, self._mask = weight, gram.to(weight), mask
         self.history: list[float] = []
         self.chosen = -1
         self.best: tuple[Tensor, Tensor]
 
     def add(self, codebook: Tensor, codes: Tensor) -> None:
         """Add a point."""
-        self.history.append(output_objective(self._weight, codebook, codes, self._gram, self._mask))
+        loss = output_objective(self._weight, codebook, codes, self._gram, self._mask)
+        self.history.append(self._power * loss)
         if self.chosen < 0 or self.history[-1] < self.history[self.chosen]:
             self.chosen, self.best = len(self.history) - 1, (codebook, codes)
 

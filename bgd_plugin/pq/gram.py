@@ -1,6 +1,8 @@
-"""The Gram of a layer's inputs, with their means and their products with the wanted outputs: sums over positions.
+"""The covariance of a layer's inputs, their means, and their covariance with the wanted outputs, over all positions.
 
-Everything here is streamed: the sums add up over batches and processes.
+Everything here is streamed: moments add up over batches and processes. Second moments are kept around the means, where
+single precision is enough: products of the inputs themselves would lose all their digits where inputs hardly vary
+around a large mean.
 """
 
 from __future__ import annotations
@@ -10,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bgd_plugin.support.processes import sum_, total
+from bgd_plugin.support.processes import processes, sum_, total
 
 __all__ = ["MomentSums", "Moments"]
 
 _ROUNDING = 1e-11
 """Relative to the squared mean, a variance below this is rounding error of float32."""
-_COLUMNS = 512
+_COLUMNS = 192
 """Columns of a Gram that are computed at once."""
 _WAITING = 1 << 16
 """Numbers, 256 KiB, that may wait to be summed even if the sums take less memory."""
@@ -24,17 +26,17 @@ _WAITING = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Means over the same positions of a layer's student inputs x and its wanted (float network's) outputs y.
+    """Moments over the same positions of a layer's student inputs x and its wanted (float network's) outputs y.
 
-    A group's outputs are its rows of the weight. Use float64: `centred` takes differences.
+    A group's outputs are its rows of the weight. Covariances have the inputs' dtype, means are float64.
     """
 
-    gram: Tensor
-    """`[groups, columns, columns]`, mean of x xᵀ."""
+    covariance: Tensor
+    """`[groups, columns, columns]`, mean of (x − E x)(x − E x)ᵀ."""
     mean: Tensor
     """`[groups, columns]`, mean of x."""
     cross: Tensor
-    """`[groups, columns, rows_per_group]`, mean of x yᵀ."""
+    """`[groups, columns, rows_per_group]`, mean of (x − E x)(y − E y)ᵀ."""
     output_mean: Tensor
     """`[groups, rows_per_group]`, mean of y."""
 
@@ -48,66 +50,58 @@ class Moments:
     @classmethod
     def pooled(cls, first: Moments, second: Moments, share: float) -> Moments:
         """The moments of the union of two sets of positions; `share` (0 to 1) of them are in the first."""
-
-        def mean(a: Tensor, b: Tensor) -> Tensor:
-            return torch.lerp(b, a, share)  # a weighted sum would allocate two more Grams
-
+        apart, outputs_apart = first.mean - second.mean, first.output_mean - second.output_mean
+        between = share * (1 - share)
         return cls(
-            gram=mean(first.gram, second.gram),
-            mean=mean(first.mean, second.mean),
-            cross=mean(first.cross, second.cross),
-            output_mean=mean(first.output_mean, second.output_mean),
+            covariance=_add_outer_(torch.lerp(second.covariance, first.covariance, share), between * apart, apart),
+            mean=torch.lerp(second.mean, first.mean, share),
+            cross=_add_outer_(torch.lerp(second.cross, first.cross, share), between * apart, outputs_apart),
+            output_mean=torch.lerp(second.output_mean, first.output_mean, share),
         )
 
     def through(self, weight: Tensor) -> Moments:
-        """Moments with the outputs `y Wᵀ` in place of y; the result has a Gram of its own.
+        """Moments with the outputs `y Wᵀ` in place of y.
 
         Args:
             weight: `[rows, columns]`, groups' rows one after another.
         """
         groups, columns = self.output_mean.shape
-        matrix = weight.double().reshape(groups, -1, columns).mT
+        matrix = weight.reshape(groups, -1, columns).mT
         return Moments(
-            gram=self.gram.clone(),
+            covariance=self.covariance,
             mean=self.mean,
-            cross=self.cross.double() @ matrix,
-            output_mean=(self.output_mean.double().unsqueeze(1) @ matrix).squeeze(1),
+            cross=self.cross @ matrix.to(self.cross),
+            output_mean=(self.output_mean.unsqueeze(1) @ matrix.double()).squeeze(1),
         )
 
-    def centred(self) -> tuple[Tensor, Tensor]:
-        """The covariances of x with itself and with y, float64: what the weight has to fit if a bias fits the means.
+    def around_mean(self) -> tuple[Tensor, Tensor]:
+        """`covariance` and `cross`: what the weight has to fit if a bias or a batch norm fits the means."""
+        return self.covariance, self.cross
+
+    def around_zero(self) -> tuple[Tensor, Tensor]:
+        """The means of x xᵀ and x yᵀ: what the weight has to fit if nothing else fits the means.
 
         Returns:
             `[groups, columns, columns]` and `[groups, columns, rows_per_group]`.
         """
-        copied = Moments(
-            gram=self.gram.to(torch.float64, copy=True),
-            mean=self.mean.double(),
-            cross=self.cross.to(torch.float64, copy=True),
-            output_mean=self.output_mean.double(),
+        return (
+            _add_outer_(self.covariance.clone(), self.mean, self.mean),
+            _add_outer_(self.cross.clone(), self.mean, self.output_mean),
         )
-        return copied.centred_()
-
-    def centred_(self) -> tuple[Tensor, Tensor]:
-        """`centred`, of the same shapes, computed in place: `gram` and `cross` are overwritten, the means are kept."""
-        mean, output_mean = self.mean.unsqueeze(2), self.output_mean.unsqueeze(1)
-        self.gram.baddbmm_(mean, mean.mT, alpha=-1)
-        self.gram.diagonal(dim1=1, dim2=2).add_(self.mean.square(), alpha=_ROUNDING)
-        self.cross.baddbmm_(mean, output_mean, alpha=-1)
-        return self.gram, self.cross
 
 
 class MomentSums:
     """Moments accumulated piece by piece; the pieces are not kept.
 
     Small pieces wait for others, as each sum costs work on whole matrices; they take no more memory than the sums, or
-    very little. The products of what is summed at once are
-    summed in float32, relative to one typical position: where inputs hardly vary around a large mean, products of the
-    inputs themselves would lose all their digits.
+    very little. What is summed at once is summed around its own mean.
+
+    **Source**: Chan, Golub and LeVeque, The American Statistician 37 (1983), for the moments of a union.
     """
 
     def __init__(self) -> None:
         self._count: float = 0
+        self._means: list[Tensor] = []
         self._sums: list[Tensor] = []
         self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
@@ -119,9 +113,14 @@ class MomentSums:
 
     @property
     def sums(self) -> list[Tensor]:
-        """The sums over positions of the fields of `Moments`, in that order and shape; none before a piece."""
+        """The sums over positions of `covariance` and `cross` of `Moments`, in their shapes; none before a piece."""
         self._flush()
         return self._sums
+
+    @property
+    def squares(self) -> list[Tensor]:
+        """What overflows where squares of inputs or outputs do: `sums`, and the squared means in their dtype."""
+        return [*self.sums, *(mean.to(self._sums[0]).square() for mean in self._means)]
 
     def add_(self, inputs: Tensor, outputs: Tensor, weights: Tensor | None = None) -> None:
         """Add the moments of some positions.
@@ -132,7 +131,7 @@ class MomentSums:
             weights: `[positions]`, how often each position counts; None: once. The same for all pieces: none, or some.
         """
         (groups, _, columns), rows = inputs.shape, outputs.shape[2]
-        most = max(_WAITING, 2 * groups * columns * (columns + rows))  # what the sums take, in single precision
+        most = max(_WAITING, 2 * groups * columns * (columns + rows))  # twice what the sums take
         if inputs.numel() + outputs.numel() < most:
             # copies: inputs may be views of values whose memory is used again as soon as the next batch is open
             inputs, outputs = inputs.clone(), outputs.clone()
@@ -151,55 +150,84 @@ class MomentSums:
             self._add_(*waiting[0])
 
     def _add_(self, inputs: Tensor, outputs: Tensor, weights: Tensor | None) -> None:
+        """Add the moments of some positions, computed around their own mean."""
         count = inputs.shape[1] if weights is None else float(weights.double().sum())
-        first, first_output = (_typical(values, weights) for values in (inputs, outputs))
-        inputs, outputs = inputs - first, outputs - first_output
-        if weights is None:
-            parts = (_gram(inputs), inputs.double().sum(1), inputs.mT @ outputs, outputs.double().sum(1))
-        else:
-            root, each = weights.sqrt().unsqueeze(1), weights.double().unsqueeze(1)
-            cross = (inputs * root).mT @ (outputs * root)
-            parts = (_gram(inputs * root), (inputs.double() * each).sum(1), cross, (outputs.double() * each).sum(1))
-        self._count += count
-        self._sums = self._sums or [torch.zeros_like(part, dtype=torch.float64) for part in parts]
-        for so_far, part in zip(self._sums, parts, strict=True):
-            so_far += part
-        # (x + f)(y + g)ᵀ = xyᵀ + f(y + g)ᵀ + xgᵀ, summed, in double precision
-        gram, mean, cross, output_mean = self._sums
-        rest, output_rest = parts[1].unsqueeze(1), parts[3].unsqueeze(1)
-        first, first_output = first.double(), first_output.double()
-        gram.baddbmm_(first.mT, rest + count * first).baddbmm_(rest.mT, first)
-        cross.baddbmm_(first.mT, output_rest + count * first_output).baddbmm_(rest.mT, first_output)
-        mean += count * first.sum(1)
-        output_mean += count * first_output.sum(1)
+        roots = None if weights is None else weights.sqrt().to(inputs).unsqueeze(1)
+        (x, first, rest), (y, first_output, output_rest) = (_centred(v, roots, count) for v in (inputs, outputs))
+        sums = [_gram(x), x.mT @ y]
+        for part, other in zip(sums, (rest, output_rest), strict=True):
+            _add_outer_(part, -count * rest, other)
+        self._join_(count, [first.double() + rest, first_output.double() + output_rest], sums)
+
+    def _join_(self, count: float, means: list[Tensor], sums: list[Tensor]) -> None:
+        """Add moments of other positions; `sums` is kept or read, not both."""
+        if not self._sums:
+            self._count, self._means, self._sums = count, means, sums
+            return
+        whole = self._count + count
+        share = count / whole if whole else 0.0
+        apart = [theirs - mine for mine, theirs in zip(self._means, means, strict=True)]
+        for mine, theirs, other in zip(self._sums, sums, apart, strict=True):
+            _add_outer_(mine.add_(theirs), self._count * share * apart[0], other)
+        self._means = [mine + share * other for mine, other in zip(self._means, apart, strict=True)]
+        self._count = whole
 
     def share_(self) -> None:
         """Sum over all processes; every process gets the result."""
-        sum_(self.sums)
-        self._count = total(self.count)
+        self._flush()
+        whole = total(self._count)
+        if processes() > 1 and self._sums:
+            means = [self._count / (whole or 1) * mean for mean in self._means]
+            sum_(means)
+            apart = [mine - mean for mine, mean in zip(self._means, means, strict=True)]
+            for mine, other in zip(self._sums, apart, strict=True):
+                _add_outer_(mine, self._count * apart[0], other)
+            sum_(self._sums)
+            self._means = means
+        self._count = whole
 
     def joined(self, other: MomentSums) -> MomentSums:
         """The sums over the positions of both."""
         result = MomentSums()
-        result._count = self.count + other.count
-        result._sums = [mine + theirs for mine, theirs in zip(self.sums, other.sums, strict=True)]
+        for one in (self, other):
+            one._flush()
+            result._join_(one._count, one._means, [part.clone() for part in one._sums])
         return result
 
     def means_(self) -> Moments:
         """The moments, computed in place: the sums are overwritten."""
-        gram, mean, cross, output_mean = (sums.div_(self.count or 1) for sums in self.sums)
-        return Moments(gram=gram, mean=mean, cross=cross, output_mean=output_mean)
+        covariance, cross = (sums.div_(self._count or 1) for sums in self.sums)
+        mean, output_mean = self._means
+        covariance.diagonal(dim1=1, dim2=2).add_(mean.square().to(covariance), alpha=_ROUNDING)
+        return Moments(covariance=covariance, mean=mean, cross=cross, output_mean=output_mean)
 
 
-def _typical(values: Tensor, weights: Tensor | None) -> Tensor:
-    """The first position, or the weighted mean, because a position of little weight may be far from all others.
+def _centred(values: Tensor, roots: Tensor | None, count: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Values less their mean, times the roots of their weights; this mean; and what rounding has left of the mean.
+
+    Args:
+        values: `[groups, positions, columns]`.
+        roots: `[positions, 1]`; None: all weigh 1.
+        count: sum of the weights.
 
     Returns:
-        `[groups, 1, columns]`; zeros if there are no positions.
+        of the values' shape, and twice `[groups, columns]`; zeros if there are no positions.
     """
-    if weights is None or not len(weights):
-        return values[:, :1].sum(1, keepdim=True)
-    return torch.einsum("p,gpc->gc", weights / weights.sum(), values).unsqueeze(1)
+
+    def mean_of(rooted: Tensor) -> Tensor:
+        summed = rooted.sum(1) if roots is None else (roots.mT @ rooted).squeeze(1)
+        return summed / (count or 1)
+
+    first = mean_of(values if roots is None else values * roots)
+    centred = values - first.unsqueeze(1)
+    if roots is not None:
+        centred *= roots
+    return centred, first, mean_of(centred)
+
+
+def _add_outer_(matrices: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`matrices` `[groups, m, n]` plus the outer products of `left` `[groups, m]` and `right` `[groups, n]`."""
+    return matrices.baddbmm_(left.to(matrices).unsqueeze(2), right.to(matrices).unsqueeze(1))
 
 
 def _gram(inputs: Tensor) -> Tensor:

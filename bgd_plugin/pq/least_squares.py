@@ -53,7 +53,7 @@ def solve_codebook(
     iterations: int = 30,
     tolerance: float = 1e-6,
     mask: Tensor | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The codebook that minimizes `output_objective` for fixed codes, by conjugate gradients from `start`.
 
     All codebook_size · block_size numbers are solved together, because H couples the blocks of a row. With S the
@@ -71,7 +71,8 @@ def solve_codebook(
         mask: bool `[rows, columns]`, false where Ŵ is zero; none if not given.
 
     Returns:
-        `[codebook_size, block_size]`, in `start`'s dtype: `start` itself where the steps lower nothing.
+        `[codebook_size, block_size]`, in `start`'s dtype: `start` itself where the steps lower nothing; and
+        (W − Ŵ) H with it, `[groups, rows_per_group, columns]`, where `refine_codes` starts.
 
     **Source**: Hestenes and Stiefel, J. Res. NBS 49 (1952), for the conjugate gradients.
     """
@@ -79,30 +80,40 @@ def solve_codebook(
     grams = grams.to(rows)
     flat_codes, block_size = codes.flatten(), start.shape[1]
 
-    def collect(outputs: Tensor) -> Tensor:
-        """Sᵀ(A H), `[codebook_size, block_size]`, for A `[groups, rows_per_group, columns]`."""
-        product = masked(outputs @ grams, mask)
-        return torch.zeros_like(change).index_add_(0, flat_codes, product.reshape(-1, block_size))
+    def times_gram(codebook: Tensor) -> Tensor:
+        """S(C) H, `[groups, rows_per_group, columns]`."""
+        return masked(codebook[codes].to(rows).reshape(rows.shape), mask) @ grams
+
+    def collect(product: Tensor) -> Tensor:
+        """Sᵀ of it, `[codebook_size, block_size]`."""
+        return torch.zeros_like(change).index_add_(0, flat_codes, masked(product, mask).reshape(-1, block_size))
 
     change = torch.zeros_like(start, dtype=rows.dtype)
-    slope = collect(rows - masked(start[codes].to(rows).reshape(rows.shape), mask))
+    before = (rows - masked(start[codes].to(rows).reshape(rows.shape), mask)) @ grams
+    after = before.clone()
+    slope = collect(before)
     residual = slope.clone()
     precondition = _Preconditioner(grams, flat_codes, start)
     direction = precondition(residual)
     norm = first = float((residual * direction).sum())
     for _ in range(iterations):
-        image = collect(masked(direction[codes].reshape(rows.shape), mask))
-        curvature = float((direction * image).sum())
-        if not norm > tolerance * first or not curvature > 0:
+        if not norm > tolerance * first:
             break
-        change += norm / curvature * direction
-        residual -= norm / curvature * image
+        product = times_gram(direction)
+        image = collect(product)
+        curvature = float((direction * image).sum())
+        if not curvature > 0:
+            break
+        step = norm / curvature
+        change += step * direction
+        residual -= step * image
+        after.sub_(product, alpha=step)
         conditioned = precondition(residual)
         previous, norm = norm, float((residual * conditioned).sum())
         direction = conditioned + norm / previous * direction
     # A change x lowers the objective, which is quadratic, by ⟨x, slope before + slope after⟩.
     lowered = float((change.double() * (slope.double() + residual.double())).sum())
-    return (start.to(change) + change).to(start.dtype) if lowered > 0 else start.clone()
+    return ((start.to(change) + change).to(start.dtype), after) if lowered > 0 else (start.clone(), before)
 
 
 class _Preconditioner:
@@ -123,7 +134,12 @@ class _Preconditioner:
 
 @torch.no_grad()
 def refine_codes(
-    weight: Tensor, codebook: Tensor, codes: Tensor, gram: Tensor, mask: Tensor | None = None
+    weight: Tensor,
+    codebook: Tensor,
+    codes: Tensor,
+    gram: Tensor,
+    mask: Tensor | None = None,
+    slope: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """One sweep of coordinate descent: block by block, the best codeword of each row with its other blocks fixed.
 
@@ -137,28 +153,31 @@ def refine_codes(
         codes: int64 `[rows, blocks_per_row]`.
         gram: `[groups, columns, columns]` or `[columns, columns]`, with positive definite diagonal blocks (damped).
         mask: bool `[rows, columns]`, false where Ŵ is zero; none if not given.
+        slope: G, `[groups, rows_per_group, columns]`, of `solve_codebook`, which is overwritten; computed if None.
 
     Returns:
         the new codes, int64 `[rows, blocks_per_row]`, and the number of codes that changed.
     """
     rows, grams = grouped(weight, gram)
     block_size, words = codebook.shape[1], codebook.to(rows)
-    own = diagonal_blocks(grams.double(), block_size)
+    own = diagonal_blocks(grams, block_size).double()
     roots = torch.linalg.cholesky(own)
     inverses, roots, own = (matrices.to(rows) for matrices in (torch.cholesky_inverse(roots), roots, own))
     grams = grams.to(rows)
     new = codes.reshape(*rows.shape[:2], -1).clone()
-    slope = Panels((rows - masked(words[new].reshape(rows.shape), mask)) @ grams, grams, block_size)
+    if slope is None:
+        slope = (rows - masked(words[new].reshape(rows.shape), mask)) @ grams
+    panels = Panels(slope, grams, block_size)
     kept = None if mask is None else mask.reshape(rows.shape)
     for block in range(new.shape[2]):
         here = slice(block * block_size, (block + 1) * block_size)
         here_kept = None if kept is None else kept[:, :, here]
         old = masked(words[new[:, :, block]], here_kept)
-        choice = nearest(old + slope[block] @ inverses[:, block], roots[:, block], words, here_kept)
+        choice = nearest(old + panels[block] @ inverses[:, block], roots[:, block], words, here_kept)
         moved = masked(words[choice], here_kept) - old
-        lowered = (moved * (2 * slope[block] - moved @ own[:, block])).sum(2)
+        lowered = (moved * (2 * panels[block] - moved @ own[:, block])).sum(2)
         better = lowered > 0  # nothing is lowered where the choice is the old one
         new[:, :, block] = torch.where(better, choice, new[:, :, block])
-        slope.change_(block, torch.where(better.unsqueeze(2), moved, 0))
+        panels.change_(block, torch.where(better.unsqueeze(2), moved, 0))
     found = new.flatten(0, 1)
     return found, int((found != codes).sum())

@@ -16,11 +16,13 @@ _EXPONENTS = {torch.float64: 1022, torch.float32: 126}
 def near_one(values: Tensor) -> tuple[Tensor, float]:
     """Divide values of any shape by the power of two that scales the largest to about 1; returns both.
 
+    The values themselves are returned where that is 1.
+
     Division by a power of two is exact: results computed from the scaled values have the same digits as results
     computed from the values themselves in a type with unlimited range.
     """
     scale = power_of_two(values)
-    return values / scale, scale
+    return (values if scale == 1.0 else values / scale), scale
 
 
 def power_of_two(values: Tensor) -> float:

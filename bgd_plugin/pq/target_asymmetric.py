@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bgd_plugin.pq.feedback import damped
+from bgd_plugin.pq.feedback import cholesky, damping_of
 
 __all__ = ["asymmetric_target", "best_step", "ridge_change"]
 
@@ -16,7 +16,8 @@ def asymmetric_target(
 ) -> Tensor:
     """The weight to quantize instead of W, so that the layer also compensates for errors in its inputs.
 
-    W* = W + step · (H + damping · mean(diag H) · I)⁻¹ Xᵀ(Y − X W), solved in float64. The damping pulls towards W, so
+    W* = W + step · (H + damping · mean(diag H) · I)⁻¹ Xᵀ(Y − X W), computed in H's dtype, with all columns scaled so that
+    the diagonal is 1: the equations are the same in any units, and single precision does. The damping pulls towards W, so
     directions without inputs keep the float weight. For a quantized layer half a step is better than a whole one: the
     rest of the correction fits noise of the calibration set. With few inputs it is no longer than suits held-out ones
     (`best_step`): a classifier with 250 inputs of 1280 columns had best keep its weight. A layer that stays float, such
@@ -25,8 +26,8 @@ def asymmetric_target(
 
     Args:
         weight: `[rows, columns]`, the rows of each group contiguous.
-        gram: H, `[groups, columns, columns]`, float64, of the compressed network's inputs, centred where a bias takes
-            the means (`Moments.centred`).
+        gram: H, `[groups, columns, columns]`, of the compressed network's inputs: their covariance where a bias takes
+            the means (`Moments`).
         cross: XᵀY, `[groups, columns, rows_per_group]`, of these inputs and the float network's outputs, likewise.
         step: 0 gives W itself, 1 the (ridge) least squares solution.
         damping: as a factor of the mean diagonal of the Gram.
@@ -56,14 +57,22 @@ def ridge_change(weight: Tensor, gram: Tensor, cross: Tensor, *, damping: float)
         damping: as there.
 
     Returns:
-        `[groups, columns, rows_per_group]`, float64.
+        `[groups, columns, rows_per_group]`, in the Gram's dtype.
 
     Raises:
         ValueError: no damping; H may be singular.
     """
     if not damping > 0:
         raise ValueError(f"the asymmetric target needs a damping above 0, not {damping}")
-    return torch.cholesky_solve(_missing(weight, gram, cross), torch.linalg.cholesky(damped(gram, damping)))
+    power = gram.diagonal(dim1=1, dim2=2).double()
+    added = damping_of(power, damping)
+    scale = (power + added).rsqrt().unsqueeze(2)
+    unit = (gram * scale.to(gram)).mul_(scale.mT.to(gram))
+    current = weight.to(gram).reshape(len(gram), -1, gram.shape[1]).mT
+    missing = torch.baddbmm(cross * scale.to(cross), unit, current / scale.to(current), alpha=-1)
+    unit.diagonal(dim1=1, dim2=2).add_((added.unsqueeze(2) * scale.square()).squeeze(2).to(unit))
+    root = cholesky(unit)
+    return torch.cholesky_solve(missing.to(root), root) * scale.to(root)
 
 
 @torch.no_grad()
@@ -81,12 +90,9 @@ def best_step(weight: Tensor, change: Tensor, gram: Tensor, cross: Tensor) -> fl
     Returns:
         from 0 to 1; 1 where the change does nothing.
     """
-    gain = float((change * _missing(weight, gram, cross)).sum())
+    gram, change = gram.double(), change.double()
+    current = weight.double().reshape(len(gram), -1, gram.shape[1])
+    missing = torch.baddbmm(cross.double(), gram, current.mT, alpha=-1)  # Xᵀ(Y − X W)
+    gain = float((change * missing).sum())
     cost = float((change * (gram @ change)).sum())
     return min(1.0, max(0.0, gain / cost)) if cost > 0 else 1.0
-
-
-def _missing(weight: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
-    """Xᵀ(Y − X W), `[groups, columns, rows_per_group]`, float64."""
-    current = weight.double().reshape(gram.shape[0], -1, gram.shape[1])
-    return torch.baddbmm(cross, gram, current.mT, alpha=-1)

@@ -70,7 +70,7 @@ class Sketches(MomentSums):
         """As ever."""
         super().share_()
         gram = self.sums[0] / max(1, self.count)
-        vectors = torch.randn(gram.shape[2], 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        vectors = torch.randn(gram.shape[2], 16, generator=torch.Generator().manual_seed(0))
         self.noted[str(len(self.noted))] = gram @ vectors
 
 

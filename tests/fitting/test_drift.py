@@ -118,5 +118,5 @@ def test_the_target_has_a_constant_only_where_a_bias_can_take_it(
     rows, outputs = x.double(), x.double() @ model[0].weight.detach().double().T
     if bias:
         rows, outputs = rows - rows.mean(0), outputs - outputs.mean(0)
-    torch.testing.assert_close(gram[0], rows.T @ rows / 4096, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(cross[0], rows.T @ outputs / 4096, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gram[0].double(), rows.T @ rows / 4096, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cross[0].double(), rows.T @ outputs / 4096, rtol=1e-4, atol=1e-4)

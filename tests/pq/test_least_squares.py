@@ -48,7 +48,7 @@ def test_the_codebook_is_lstsqs(groups: int) -> None:
     start = random_codebook(8, 4)
     codes = torch.randint(0, 8, (len(weight), 3), generator=torch.Generator().manual_seed(2))
     assert set(codes.flatten().tolist()) == set(range(8))
-    found = solve_codebook(weight, codes, gram, start, iterations=500, tolerance=1e-24)
+    found, _ = solve_codebook(weight, codes, gram, start, iterations=500, tolerance=1e-24)
     expected = stacked_least_squares(weight, codes, gram, 8)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
@@ -65,7 +65,7 @@ def test_an_unused_codeword_stays_where_it_is() -> None:
     weight, gram = layer(1, 20, 8)
     start = random_codebook(6, 4)
     codes = torch.randint(0, 5, (20, 2), generator=torch.Generator().manual_seed(0))
-    found = solve_codebook(weight, codes, gram, start)
+    found, _ = solve_codebook(weight, codes, gram, start)
     assert torch.equal(found[5], start[5])
     assert not torch.equal(found[0], start[0])
 
@@ -74,7 +74,7 @@ def test_a_silent_layer_keeps_its_codebook() -> None:
     weight, gram = layer(1, 20, 8)
     start = random_codebook(6, 4)
     codes = torch.randint(0, 6, (20, 2), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(solve_codebook(weight, codes, torch.zeros_like(gram), start), start)
+    assert torch.equal(solve_codebook(weight, codes, torch.zeros_like(gram), start)[0], start)
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -106,7 +106,7 @@ def test_the_objective_never_rises(dtype: torch.dtype) -> None:
     codes = encode_with_feedback(weight, codebook, gram, damping=0.01)
     losses = [output_objective(weight, codebook, codes, gram)]
     for _ in range(12):
-        codebook = solve_codebook(weight, codes, gram, codebook)
+        codebook, _ = solve_codebook(weight, codes, gram, codebook)
         losses.append(output_objective(weight, codebook, codes, gram))
         codes, changed = refine_codes(weight, codebook, codes, gram)
         losses.append(output_objective(weight, codebook, codes, gram))

@@ -25,7 +25,7 @@ def drifted_layer(groups: int = 1, positions: int = 400, columns: int = 12, rows
 @pytest.mark.parametrize("groups", [1, 3])
 def test_it_is_ridge_regression_centred_on_the_weight(groups: int) -> None:
     inputs, weight, outputs = drifted_layer(groups)
-    target = asymmetric_target(weight, *Moments.of(inputs, outputs).centred(), step=1.0, damping=0.05).reshape(
+    target = asymmetric_target(weight, *Moments.of(inputs, outputs).around_mean(), step=1.0, damping=0.05).reshape(
         groups, 7, 12
     )
     for group, rows in enumerate(weight.reshape(groups, 7, 12)):
@@ -42,9 +42,9 @@ def test_it_is_ridge_regression_centred_on_the_weight(groups: int) -> None:
 def test_the_step_is_a_fraction_of_the_way() -> None:
     inputs, weight, outputs = drifted_layer()
     moments = Moments.of(inputs, outputs)
-    whole, half = (asymmetric_target(weight, *moments.centred(), step=step) for step in (1.0, 0.5))
+    whole, half = (asymmetric_target(weight, *moments.around_mean(), step=step) for step in (1.0, 0.5))
     torch.testing.assert_close(half, (weight + whole) / 2)
-    assert torch.equal(asymmetric_target(weight, *moments.centred(), step=0.0), weight)
+    assert torch.equal(asymmetric_target(weight, *moments.around_mean(), step=0.0), weight)
 
 
 def test_it_brings_the_outputs_nearer_on_unseen_positions() -> None:
@@ -55,30 +55,30 @@ def test_it_brings_the_outputs_nearer_on_unseen_positions() -> None:
         bias = matching_bias(candidate, moments.mean, moments.output_mean)
         return float((inputs[:, 600:] @ candidate.T + bias - outputs[:, 600:]).square().sum())
 
-    half, whole = (asymmetric_target(weight, *moments.centred(), step=step) for step in (0.5, 1.0))
+    half, whole = (asymmetric_target(weight, *moments.around_mean(), step=step) for step in (0.5, 1.0))
     assert error(whole) < error(half) < 0.6 * error(weight)
 
 
 def test_without_drift_it_is_the_weight() -> None:
     inputs, weight, _ = drifted_layer()
     outputs = inputs @ weight.T + 5
-    torch.testing.assert_close(asymmetric_target(weight, *Moments.of(inputs, outputs).centred(), step=1.0), weight)
+    torch.testing.assert_close(asymmetric_target(weight, *Moments.of(inputs, outputs).around_mean(), step=1.0), weight)
 
 
 def test_dead_inputs_keep_the_weight_and_its_dtype() -> None:
     _, weight, outputs = drifted_layer()
-    target = asymmetric_target(weight.float(), *Moments.of(torch.zeros(1, 400, 12).double(), outputs).centred())
+    target = asymmetric_target(weight.float(), *Moments.of(torch.zeros(1, 400, 12).double(), outputs).around_mean())
     assert torch.equal(target, weight.float())
     assert target.dtype == torch.float32
     with pytest.raises(ValueError, match="damping above 0"):
-        asymmetric_target(weight, *Moments.of(torch.zeros(1, 400, 12).double(), outputs).centred(), damping=0.0)
+        asymmetric_target(weight, *Moments.of(torch.zeros(1, 400, 12).double(), outputs).around_mean(), damping=0.0)
 
 
 def test_the_best_step_has_the_least_error_on_the_inputs_that_judge() -> None:
     inputs, weight, outputs = drifted_layer(positions=50)
     fitted, judging = Moments.of(inputs[:, :30], outputs[:, :30]), Moments.of(inputs[:, 30:], outputs[:, 30:])
-    change = ridge_change(weight, *fitted.centred(), damping=0.05)
-    found = best_step(weight, change, *judging.centred())
+    change = ridge_change(weight, *fitted.around_mean(), damping=0.05)
+    found = best_step(weight, change, *judging.around_mean())
 
     def error(step: float) -> float:
         away = (outputs - inputs @ (weight + step * change[0].mT).T)[:, 30:]
@@ -96,6 +96,6 @@ def test_noise_is_not_aimed_at() -> None:
     weight = torch.randn(5, 40, generator=generator, dtype=torch.float64)
     outputs = inputs @ weight.T + torch.randn(1, 200, 5, generator=generator, dtype=torch.float64)
     fitted, judging = Moments.of(inputs[:, :50], outputs[:, :50]), Moments.of(inputs[:, 50:], outputs[:, 50:])
-    change = ridge_change(weight, *fitted.centred(), damping=0.2)
-    assert best_step(weight, change, *judging.centred()) < 0.1
-    assert best_step(weight, torch.zeros_like(change), *judging.centred()) == 1.0
+    change = ridge_change(weight, *fitted.around_mean(), damping=0.2)
+    assert best_step(weight, change, *judging.around_mean()) < 0.1
+    assert best_step(weight, torch.zeros_like(change), *judging.around_mean()) == 1.0

@@ -127,11 +127,11 @@ def test_moments_around_a_large_mean(seed: int, mean: float, deviation: float, c
     for start in range(0, count, 7):
         sums.add_(inputs[:, start : start + 7], outputs[:, start : start + 7])
     sums.add_(inputs[:, :0], outputs[:, :0])
-    gram, _ = sums.means_().centred()
-    exact, _ = Moments.of(inputs.double(), outputs.double()).centred()
+    gram, _ = sums.means_().around_mean()
+    exact, _ = Moments.of(inputs.double(), outputs.double()).around_mean()
     scale = float(exact.diagonal(dim1=1, dim2=2).mean()) + 1e-11 * mean**2 + 1e-30
     assert (gram - exact).abs().max() <= 1e-4 * scale
-    target = asymmetric_target(weight, *Moments.of(inputs, outputs).centred(), step=1.0, damping=0.2)
+    target = asymmetric_target(weight, *Moments.of(inputs, outputs).around_mean(), step=1.0, damping=0.2)
     assert torch.isfinite(target).all()
 
 
