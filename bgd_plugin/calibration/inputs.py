@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from bgd_plugin.calibration.live_values import Walk
 from bgd_plugin.calibration.spread import enough_batches
 from bgd_plugin.calibration.watch import Watch
 from bgd_plugin.errors import CalibrationError
-from bgd_plugin.graph import call_geometry, call_input
+from bgd_plugin.graph import call_geometry, call_input, module_at
 from bgd_plugin.pq.blocks import Geometry
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
 
 _SPARSE = 16
 """A sample has so many times the rows that are drawn from it: neighbours tell much the same."""
+_PLAIN = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear
 _EMBEDDING_ROWS = 5
 """Of a fit's inputs, one in five is held out."""
 
@@ -133,6 +135,21 @@ class LayerInputs:
                 for (own, geometry), (other, _) in zip(mine, theirs, strict=True):
                     yield own, other, geometry
 
+    @property
+    def outputs(self) -> Callable[[int], Tensor] | None:
+        """The float network's outputs in a batch; None where they may be others than those of inputs and weight.
+
+        That is, where the layer's module is no plain one of torch, has a bias or hooks, or is called several times.
+        """
+        node = self._calls[0]
+        if self._hidden is not None or len(self._calls) > 1 or node.op != "call_module" or self._walk.reference is None:
+            return None
+        module: Any = module_at(self._walk.reference, str(node.target))
+        is_plain = type(module) in _PLAIN and module.bias is None
+        if not is_plain or module._forward_hooks or module._forward_pre_hooks or self._walk.current is not node:
+            return None
+        return functools.partial(self._walk.reference_output, node)
+
     def _read(self, node: fx.Node, batch: int, *, of_reference: bool = False) -> list[tuple[Tensor, Geometry]]:
         """The inputs that meet the layer's weight in a node, and their geometries."""
         if self._hidden is None:
@@ -171,6 +188,11 @@ class CollectedInputs(LayerInputs):
 
     def __len__(self) -> int:
         return sum(len(calls) for calls in self._student)
+
+    @property
+    def outputs(self) -> None:
+        """The float network's outputs are not at hand."""
+        return None
 
     @property
     def batches(self) -> Sequence[int]:

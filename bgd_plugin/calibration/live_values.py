@@ -83,9 +83,14 @@ class Walk:
         return len(self._places)
 
     @property
+    def current(self) -> fx.Node:
+        """The current node."""
+        return self.order[self.position]
+
+    @property
     def place(self) -> str:
-        """The current node, for error messages."""
-        return str(self.order[self.position].target)
+        """Its target, for error messages."""
+        return str(self.current.target)
 
     def nodes(self, stops: Collection[str] | None = None) -> Iterator[fx.Node]:
         """Yield each node that computes something, before it runs; it runs when the next one is requested.
@@ -150,6 +155,22 @@ class Walk:
         """The reference's value at `node` in a batch (by index): live, or computed ahead."""
         assert self.reference is not None
         return self._value(self.reference, node, self.reference_values[batch], batch)
+
+    @torch.no_grad()
+    def reference_output(self, node: fx.Node, batch: int) -> Any:
+        """The reference's value at the current node, which runs in the reference now, and not once more afterwards.
+
+        Args:
+            node: the current one, which writes to no memory but its own.
+            batch: index of the batch.
+        """
+        assert self.reference is not None and node is self.current
+        self.reach(batch)
+        start, theirs = time.perf_counter(), self._reference[batch]
+        if node.name not in theirs:
+            run_node(self.reference, node, theirs)
+        self.seconds += time.perf_counter() - start
+        return theirs[node.name]
 
     def _value(self, network: fx.GraphModule, node: fx.Node, values: Values, batch: int) -> Any:
         if node.name in values:
@@ -218,7 +239,8 @@ class Walk:
         if differs:
             apart.add(node.name)
         if self.reference is not None and differs:
-            run_node(self.reference, node, theirs, protected=(given, mine))
+            if node.name not in theirs:  # it may have run before, for its outputs
+                run_node(self.reference, node, theirs, protected=(given, mine))
             # a value written in place is now two values as well
             apart.update(name for name in mine if mine[name] is not theirs.get(name))
         elif self.reference is not None:

@@ -28,7 +28,8 @@ class PairedRows:
     """Rows of unfolded inputs at the same positions in both networks.
 
     Attributes:
-        student, reference: unfolded inputs, both `[groups, positions, columns]`.
+        student: unfolded inputs, `[groups, positions, columns]`.
+        reference: the float network's; or its outputs `[groups, positions, rows_per_group]`, if they are asked for.
         drift: additional target for the layer's outputs there, `[positions, rows]`; None: none.
         stream: what the float network adds the layer's outputs to there, `[positions, rows]`; None: not known.
         index: number of this piece among all `pieces`, including those of other processes.
@@ -49,6 +50,7 @@ def paired_pieces(
     generator: torch.Generator,
     drift: Callable[[int], Tensor] | None = None,
     stream: Callable[[int], Tensor] | None = None,
+    outputs: Callable[[int], Tensor] | None = None,
 ) -> Iterator[PairedRows]:
     """About `rows` rows of unfolded inputs, at the same positions in student and float network.
 
@@ -59,6 +61,7 @@ def paired_pieces(
         drift: for each batch a tensor of the shape of the layer's output, sampled at the same positions; only for
             layers with one call.
         stream: the same of what the float network adds the outputs to.
+        outputs: the same of the float network's outputs, which are drawn in place of its inputs.
 
     Raises:
         CalibrationError: the layer's inputs are not finite.
@@ -77,12 +80,14 @@ def paired_pieces(
     for number, (mine, theirs, geometry) in enumerate(inputs.pairs()):
         index = number * processes() + rank()
         student = drawn(mine, geometry, index)
-        reference = student if theirs is mine else drawn(theirs, geometry, index)
-        behind = (
+        lost, carried, wanted = (
             None if values is None else drawn(values(inputs.batches[number]), geometry.pointwise(), index)[0]
-            for values in (drift, stream)
+            for values in (drift, stream, outputs)
         )
-        lost, carried = behind
+        if wanted is not None:
+            reference = wanted.unflatten(1, (len(student), -1)).transpose(0, 1)
+        else:
+            reference = student if theirs is mine else drawn(theirs, geometry, index)
         yield PairedRows(student=student, reference=reference, index=index, pieces=pieces, drift=lost, stream=carried)
 
 

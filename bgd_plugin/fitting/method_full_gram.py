@@ -65,10 +65,11 @@ def _gathered(context: LayerContext, weight: Tensor | None, generator: torch.Gen
     fitted, heldout = MomentSums(), MomentSums()
     columns = context.weight[0].numel()
     drift, stream = (None, None) if context.skip is None else (context.skip.drift, context.skip.stream)
-    pieces = paired_pieces(context.inputs, _rows_of(columns), generator, drift, stream)
-    for piece in pieces:
-        groups = len(piece.reference)
-        outputs = piece.reference if weight is None else piece.reference @ weight.reshape(groups, -1, columns).mT
+    known = None if weight is None else context.inputs.outputs
+    for piece in paired_pieces(context.inputs, _rows_of(columns), generator, drift, stream, known):
+        outputs = piece.reference
+        if weight is not None and known is None:
+            outputs = outputs @ weight.reshape(len(outputs), -1, columns).mT
         weights = None if piece.stream is None else relative_weights(sum_behind(outputs, piece.stream))
         if context.skip is not None:
             assert piece.drift is not None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bgd_plugin.graph.layer import FoundLayer, LeftLayer
-from bgd_plugin.pq.blocks import AS_IT_IS, Layout
+from bgd_plugin.pq.layout import AS_IT_IS, Layout
 
 __all__ = ["bare_layers", "bias_of", "multiplies_by_columns"]
 

@@ -25,7 +25,7 @@ from bgd_plugin.graph.inside import bias_of, find_inside, unfit
 from bgd_plugin.graph.kinds import FUNCTIONS, MODULES, family_of, kind_of, layout_of
 from bgd_plugin.graph.layer import FoundLayer, LeftLayer
 from bgd_plugin.graph.own_bias import with_own_bias
-from bgd_plugin.pq.blocks import AS_IT_IS
+from bgd_plugin.pq.layout import AS_IT_IS
 
 __all__ = ["find_layers"]
 

@@ -14,7 +14,7 @@ from bgd_plugin.graph.kinds import FUNCTIONS, family_of, kind_of, layout_of, run
 from bgd_plugin.graph.layer import FoundLayer, LeftLayer
 from bgd_plugin.graph.tracer import is_quantized_elsewhere
 from bgd_plugin.nn import FloatWeight, PQModule
-from bgd_plugin.pq.blocks import AS_IT_IS
+from bgd_plugin.pq.layout import AS_IT_IS
 
 __all__ = ["bias_of", "find_inside", "unfit"]
 

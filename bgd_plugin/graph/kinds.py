@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bgd_plugin.pq.blocks import AS_IT_IS, Layout
+from bgd_plugin.pq.layout import AS_IT_IS, Layout
 
 __all__ = ["FUNCTIONS", "MODULES", "family_of", "kind_of", "layout_of", "runs_its_parents_forward"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from bgd_plugin.pq.blocks import AS_IT_IS, Layout, from_transposed_matrix, transposed_matrix
+from bgd_plugin.pq.layout import AS_IT_IS, Layout, from_transposed_matrix, transposed_matrix
 
 __all__ = ["FoundLayer", "LeftLayer"]
 

@@ -11,7 +11,7 @@ from bgd_plugin.graph.bare import bare_layers, bias_of
 from bgd_plugin.graph.computed import module_or_none
 from bgd_plugin.graph.kinds import family_of, kind_of, layout_of, runs_its_parents_forward
 from bgd_plugin.graph.layer import FoundLayer
-from bgd_plugin.pq.blocks import AS_IT_IS
+from bgd_plugin.pq.layout import AS_IT_IS
 
 __all__ = ["layer_at"]
 

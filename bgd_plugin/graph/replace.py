@@ -23,8 +23,8 @@ from bgd_plugin.nn import (
     take_hooks_,
     widened,
 )
-from bgd_plugin.pq.blocks import AS_IT_IS, Layout
 from bgd_plugin.pq.forms import BLOCKS
+from bgd_plugin.pq.layout import AS_IT_IS, Layout
 
 __all__ = [
     "become_",

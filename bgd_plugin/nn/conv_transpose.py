@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from bgd_plugin.nn.base import PQModule
-from bgd_plugin.pq.blocks import from_transposed_matrix
+from bgd_plugin.pq.layout import from_transposed_matrix
 
 __all__ = ["PQConvTranspose", "PQConvTranspose1d", "PQConvTranspose2d", "PQConvTranspose3d"]
 

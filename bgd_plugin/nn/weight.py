@@ -13,7 +13,7 @@ from bgd_plugin.kernels.decoding import decode_rows_into
 from bgd_plugin.kernels.switch import usable
 from bgd_plugin.nn.base import PQModule
 from bgd_plugin.nn.pending import pending
-from bgd_plugin.pq.blocks import AS_IT_IS, Layout
+from bgd_plugin.pq.layout import AS_IT_IS, Layout
 
 __all__ = ["FloatWeight", "PQWeight"]
 

@@ -1,4 +1,4 @@
-"""Cut weights and inputs into blocks, and reassemble them. All such reshaping is in this file.
+"""Cut weights and inputs into blocks, and reassemble them. All such reshaping is in this file and in `pq.layout`.
 
 A layer's weight `[C_out, ...]` is read as a matrix `[rows = C_out, D]`, D = (C_in / groups) · prod(kernel_size), and
 each row is cut into runs of `block_size` weights, the blocks. Inputs are unfolded to `[positions, D]` with the same
@@ -19,16 +19,12 @@ from torch.nn import functional
 from bgd_plugin.pq.copied import can_copy, copied
 
 __all__ = [
-    "AS_IT_IS",
     "Geometry",
-    "Layout",
     "decode",
     "from_blocks",
-    "from_transposed_matrix",
     "input_blocks",
     "sample_inputs",
     "to_blocks",
-    "transposed_matrix",
     "unfold_inputs",
 ]
 
@@ -44,54 +40,6 @@ def to_blocks(weight: Tensor, block_size: int) -> Tensor:
     if block_size < 1 or per_row % block_size:
         raise ValueError(f"{per_row} weights per row do not divide into blocks of {block_size}")
     return weight.reshape(rows, per_row // block_size, block_size)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How a weight that code reads as a tensor stands for a matrix `[rows, columns]` whose rows are cut into blocks.
-
-    Attributes:
-        transposed: its last two dimensions are `[columns, rows]`, as in transformers' `Conv1D`.
-        columns: of a matrix into which its dimensions are folded: several matrices one below the other, such as the
-            experts' of a mixture; 0 where the weight is the matrix.
-        groups: of a transposed convolution, whose weight is `[C_in, C_out / groups, *kernel]`; 0 for any other layer.
-    """
-
-    transposed: bool = False
-    columns: int = 0
-    groups: int = 0
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        """The matrix `[rows, columns]` of a weight of the layer's own shape; a view where that is possible."""
-        if self.groups:
-            return transposed_matrix(weight, self.groups)
-        turned = weight.mT if self.transposed else weight
-        return turned.reshape(-1, self.columns) if self.columns else turned
-
-    def weight(self, matrix: Tensor, shape: Sequence[int]) -> Tensor:
-        """Undo `matrix`: a weight of the given shape from its matrix `[rows, columns]`."""
-        if self.groups:
-            return from_transposed_matrix(matrix, shape, self.groups)
-        turned = [*shape[:-2], shape[-1], shape[-2]] if self.transposed else [*shape]
-        return matrix.reshape(turned).mT if self.transposed else matrix.reshape(turned)
-
-
-AS_IT_IS = Layout()
-"""The weight is the matrix."""
-
-
-def transposed_matrix(weight: Tensor, groups: int) -> Tensor:
-    """The weight of a transposed convolution, `[C_in, C_out / groups, *kernel]`, as the matrix `[rows, C_in / groups]`.
-
-    A transposed convolution multiplies each input position by this matrix and sums the results that land on the same
-    output position. A row is one output channel at one kernel offset; the rows of each group are contiguous.
-    """
-    return weight.reshape(groups, weight.shape[0] // groups, -1).mT.flatten(0, 1)
-
-
-def from_transposed_matrix(matrix: Tensor, shape: Sequence[int], groups: int) -> Tensor:
-    """Inverse of `transposed_matrix`: from the matrix `[rows, C_in / groups]` to the weight of shape `shape`."""
-    return matrix.reshape(groups, -1, matrix.shape[1]).mT.reshape(tuple(shape))
 
 
 def from_blocks(blocks: Tensor, shape: Sequence[int]) -> Tensor:
@@ -220,7 +168,7 @@ def unfold_inputs(x: Tensor, geometry: Geometry) -> Tensor:
     Raises:
         ValueError: the input's shape does not suit the geometry.
     """
-    windows = _windows(x, geometry)
+    windows = _copied(_windows(x, geometry), (), geometry.kernel_size)
     channel = len(geometry.kernel_size) + 1
     positions, columns = math.prod(windows.shape[:channel]), math.prod(windows.shape[channel:]) // geometry.groups
     per_group = windows.shape[channel] // geometry.groups
@@ -246,11 +194,23 @@ def sample_inputs(x: Tensor, geometry: Geometry, count: int, generator: torch.Ge
     if (positions := math.prod(places)) <= count:
         return unfold_inputs(x, geometry)
     chosen = torch.randperm(positions, generator=generator, device=generator.device)[:count].sort().values
-    where = torch.unravel_index(chosen.to(x.device), places)
-    rows = windows.new_empty(count, *windows.shape[len(places) :])
-    for offset in itertools.product(*map(range, geometry.kernel_size)):  # several times as fast as whole windows
-        rows[(..., *offset)] = windows[(..., *offset)][where]
+    rows = _copied(windows, torch.unravel_index(chosen.to(x.device), places), geometry.kernel_size)
     return rows.reshape(count, geometry.groups, -1).movedim(1, 0).contiguous()
+
+
+def _copied(windows: Tensor, where: tuple[Tensor, ...], kernel_size: Sequence[int]) -> Tensor:
+    """`windows[where]` of `[..., *kernel_size]`, one offset of the kernel at a time: several times as fast as at once.
+
+    Where nothing is chosen (`()`), and the kernel is a single position, no copy is needed.
+    """
+    if math.prod(kernel_size) == 1 and not where:
+        return windows
+    shape = (len(where[0]), *windows.shape[len(where) :]) if where else windows.shape
+    result = windows.new_empty(shape)
+    for offset in itertools.product(*map(range, kernel_size)):
+        part = windows[(..., *offset)]
+        result[(..., *offset)] = part[where] if where else part
+    return result
 
 
 def input_blocks(x: Tensor, geometry: Geometry, block_size: int) -> Tensor:

@@ -16,8 +16,8 @@ def asymmetric_target(
 ) -> Tensor:
     """The weight to quantize instead of W, so that the layer also compensates for errors in its inputs.
 
-    W* = W + step · (H + damping · mean(diag H) · I)⁻¹ Xᵀ(Y − X W), computed in H's dtype, with all columns scaled so that
-    the diagonal is 1: the equations are the same in any units, and single precision does. The damping pulls towards W, so
+    W* = W + step · (H + damping · mean(diag H) · I)⁻¹ Xᵀ(Y − X W), computed in H's dtype, with all columns scaled to a
+    diagonal of 1: the equations are the same in any units, and single precision does. The damping pulls towards W, so
     directions without inputs keep the float weight. For a quantized layer half a step is better than a whole one: the
     rest of the correction fits noise of the calibration set. With few inputs it is no longer than suits held-out ones
     (`best_step`): a classifier with 250 inputs of 1280 columns had best keep its weight. A layer that stays float, such

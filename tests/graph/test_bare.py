@@ -15,7 +15,7 @@ from torch.nn import functional
 import bgd_plugin as bgd
 from bgd_plugin.graph import find_layers
 from bgd_plugin.graph.bare import multiplies_by_columns
-from bgd_plugin.pq.blocks import Layout
+from bgd_plugin.pq.layout import Layout
 from tests.networks import randomized, same_outputs, vectors
 
 WIDTH = 16

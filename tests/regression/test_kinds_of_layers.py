@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import bgd_plugin as bgd
 from bgd_plugin import LayerConfig
-from bgd_plugin.pq.blocks import from_transposed_matrix, transposed_matrix
+from bgd_plugin.pq.layout import from_transposed_matrix, transposed_matrix
 from tests.networks import em, same_outputs
 from tests.regression.fine import quantize_finely
 
