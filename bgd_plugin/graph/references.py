@@ -9,6 +9,7 @@ import functools
 import sys
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,8 @@ Memo = dict[int, Any]
 _DEPTH = 4
 _TABLES = frozenset(("_parameters", "_buffers", "_modules"))
 _OF_A_GRAPH = frozenset(("_graph", "_code", "_tracer_cls", "_tracer_extras", "meta"))
+_PLAIN = frozenset((type(None), bool, int, float, str))
+_CONTAINERS = frozenset((dict, list, OrderedDict))
 _LIBRARIES = frozenset(("torch", "builtins", "numpy", "bgd_plugin"))
 
 
@@ -34,8 +37,9 @@ def redirect_(network: nn.Module, memo: Memo) -> None:
         network: changed in place, with the lists, dicts and objects that it holds.
         memo: what takes the place of an object.
     """
+    seen: dict[int, int] = {}  # settings that all layers share are looked through once
     for module in network.modules():
-        rebind_(module, memo)
+        _rebind_(module, memo, seen)
 
 
 @contextmanager
@@ -61,35 +65,45 @@ def rebind_(module: nn.Module, memo: Memo) -> None:
         module: changed in place, with its lists, dicts and objects.
         memo: what takes the place of an object.
     """
+    _rebind_(module, memo, {})
+
+
+def _rebind_(module: nn.Module, memo: Memo, seen: dict[int, int]) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         return
     attributes = vars(module)
     is_graph = isinstance(module, fx.GraphModule)
     for name, value in attributes.items():
-        if name in _TABLES or (is_graph and name in _OF_A_GRAPH) or _is_plain(value):
+        if _is_plain(value) or name in _TABLES or (is_graph and name in _OF_A_GRAPH):
             continue
-        attributes[name] = _followed(value, memo, set(), _DEPTH)
+        attributes[name] = _followed(value, memo, seen, _DEPTH)
 
 
 def _is_plain(value: Any) -> bool:
     """Whether a value refers to nothing; said at once of what most attributes are."""
-    return (
-        value is None or isinstance(value, (bool, int, float, str)) or (isinstance(value, (dict, list)) and not value)
-    )
+    kind = type(value)
+    return kind in _PLAIN or (kind in _CONTAINERS and not value)
 
 
-def _followed(value: Any, memo: Memo, seen: set[int], depth: int) -> Any:
-    """A value that a module holds; containers and objects are changed in place, functions and tuples are made anew."""
+def _followed(value: Any, memo: Memo, seen: dict[int, int], depth: int) -> Any:
+    """A value that a module holds; containers and objects are changed in place, functions and tuples are made anew.
+
+    Args:
+        value: of any kind.
+        memo: what takes the place of an object.
+        seen: containers and objects that need not be looked through again to this depth, by id.
+        depth: how many containers and objects deep to look.
+    """
     if id(value) in memo:
         return memo[id(value)]
-    if isinstance(value, nn.Module) or _is_plain(value) or id(value) in seen or depth < 0:
+    if isinstance(value, nn.Module) or _is_plain(value) or seen.get(id(value), -1) >= depth or depth < 0:
         return value
     if _is_function(value):
         return _rebound(value, memo, {})
-    seen.add(id(value))
     if type(value) is tuple:
         parts = [_followed(part, memo, seen, depth - 1) for part in value]
         return value if all(new is old for new, old in zip(parts, value, strict=True)) else tuple(parts)
+    seen[id(value)] = depth
     held = _held(value)
     for key, part in held:
         new = _followed(part, memo, seen, depth - 1)

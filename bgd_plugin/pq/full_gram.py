@@ -23,7 +23,7 @@ _START_BLOCKS = 128
 """Blocks in that sample for each codeword."""
 _POSITION_ITERATIONS = 5
 """Iterations that follow on all blocks, under the positions' own metrics."""
-_SOLVE_ITERATIONS = 4
+_SOLVE_ITERATIONS = 2
 _SOLVE_TOLERANCE = 1e-2
 """Conjugate gradients of a round's codebook: the codes move afterwards, and a more exact solution gains nothing."""
 _STILL = 1e-4

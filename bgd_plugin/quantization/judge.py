@@ -11,7 +11,7 @@ from bgd_plugin.support.processes import largest
 
 __all__ = ["judged"]
 
-_JUDGED = 64
+_JUDGED = 32
 """Samples on which the answers are compared where none were kept aside."""
 
 

@@ -35,8 +35,10 @@ from bgd_plugin.training import distill_
 
 __all__ = ["quantize_layer", "treat_unreached"]
 
-# Rows sampled to measure a layer's error, capped by element count.
-_ERROR_ROWS, _ERROR_NUMBERS = 4096, 4_000_000
+_ERROR_ROWS = 1024, 4096
+"""Rows sampled to measure a layer's error: as many as give a million outputs, within these bounds."""
+_ERROR_NUMBERS = 1 << 20, 4_000_000
+"""These outputs, and the most inputs."""
 
 
 def quantize_layer(
@@ -128,7 +130,8 @@ def _judged_shift(job: Job, found: FoundLayer, fit: FittedLayer, inputs: LayerIn
 
 
 def _error_rows(found: FoundLayer) -> int:
-    return max(1, min(_ERROR_ROWS, _ERROR_NUMBERS // found.columns))
+    (least, most), (outputs, inputs) = _ERROR_ROWS, _ERROR_NUMBERS
+    return max(1, min(most, max(least, outputs // len(found.matrix)), inputs // found.columns))
 
 
 def _inputs(job: Job, walk: Walk | Rerun, found: FoundLayer) -> LayerInputs:

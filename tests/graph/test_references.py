@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bgd_plugin as bgd
-from bgd_plugin.graph import copy_module
+from bgd_plugin.graph import copy_module, references
 from tests.networks import em, same_outputs, vectors
 
 
@@ -141,3 +141,31 @@ def test_layers_that_are_no_part_of_the_network_are_refused_where_they_differ(tm
     assert same_outputs(found, bgd.load(tmp_path / "net", like=built(0)), data)
     with pytest.raises(bgd.errors.CheckpointError, match=r"held\[0\]\[x\]\[weight\].*fingerprint"):
         bgd.load(tmp_path / "net", like=built(1))
+
+
+class _Settings:
+    """What several modules share: found at the end of the way that is searched, and again, nearer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.own = [layer]
+
+
+def test_what_several_modules_share_follows_in_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is looked through once, and again where it is nearer; a tuple is made anew for each."""
+    old, new = nn.Linear(3, 3), nn.Linear(3, 3)
+    settings, pair = _Settings(old), (old, "x")
+    first, second, third = nn.Module(), nn.Module(), nn.Module()
+    first.held, first.pair = [[[[settings]]]], pair
+    second.held, second.pair = [settings], pair
+    third.held, third.pair = settings, pair
+    looked: list[Any] = []
+    held = references._held
+    monkeypatch.setattr(references, "_held", lambda value: [looked.append(value), held(value)][1])
+    references.redirect_(nn.ModuleList([first, second, third]), {id(old): new})
+    assert settings.own[0] is new
+    assert all(module.pair[0] is new for module in (first, second, third))
+    assert pair[0] is old
+    assert sum(value is settings for value in looked) == 3
+    looked.clear()
+    references.redirect_(nn.ModuleList([third, second, first]), {id(new): old})
+    assert settings.own[0] is old and sum(value is settings for value in looked) == 1
