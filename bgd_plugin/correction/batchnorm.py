@@ -202,15 +202,15 @@ def _nearest(norm: Any, shipped: Any, walk: Walk, before: fx.Node, skip: fx.Node
     """
     sigma = (shipped.running_var.double() + shipped.eps).sqrt()
     gain = (1.0 if norm.weight is None else norm.weight.double()) / sigma
-    inverse = gain / (gain.square() + 0.01 * gain.square().mean()).clamp(min=1e-300)
+    inverse = (gain / (gain.square() + 0.01 * gain.square().mean()).clamp(min=1e-300)).float()
     own = (norm.running_var.double() + norm.eps).sqrt()
     low, high = _SCALE_BOUNDS
     fit = LineFit()
 
     def statistics(batches: Sequence[int]) -> Sequence[Tensor]:
         for batch in batches:
-            t = _channels(walk.reference_value(before, batch)).double()
-            t += _channels(walk.drift(skip, batch)).double() * inverse[:, None]
+            t = _channels(walk.drift(skip, batch)) * inverse[:, None]
+            t += _channels(walk.reference_value(before, batch))
             fit.add_(_channels(walk.student_value(before, batch)), t)
         slope, z_mean, t_mean = fit.solved()
         wanted = (sigma / slope.clamp(min=1e-300)).clamp(min=low * own, max=high * own)

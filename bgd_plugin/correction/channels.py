@@ -52,7 +52,10 @@ class ChannelMoments:
 
 
 class LineFit:
-    """The line s z + o nearest to t (least squares) for each channel, over values added batch by batch."""
+    """The line s z + o nearest to t (least squares) for each channel, over values added batch by batch.
+
+    Each batch is summed around its own means, where single precision is enough; sums of batches are in double.
+    """
 
     def __init__(self) -> None:
         self._count = 0
@@ -60,9 +63,16 @@ class LineFit:
 
     def add_(self, z: Tensor, t: Tensor) -> None:
         """Add values z and t, both `[channels, positions]`."""
-        z, t = z.double(), t.double()
-        self._count += z.shape[1]
-        self._sums = self._sums + torch.stack([z.sum(1), t.sum(1), z.square().sum(1), (z * t).sum(1)])
+        count = z.shape[1]
+        if not count:
+            return
+        z_mean, t_mean = z.mean(1), t.mean(1)
+        z, t = z - z_mean[:, None], t - t_mean[:, None]
+        z_sum, t_sum = (z_mean.double() * count + z.sum(1).double(), t_mean.double() * count + t.sum(1).double())
+        square = z.square().sum(1).double() + z_sum.square() / count
+        product = t.mul_(z).sum(1).double() + z_sum * t_sum / count
+        self._count += count
+        self._sums = self._sums + torch.stack([z_sum, t_sum, square, product])
 
     def solved(self) -> tuple[Tensor, Tensor, Tensor]:
         """The slope s, and the means of z and t, over all processes, float64 `[channels]`."""
