@@ -18,6 +18,7 @@ from bgd_plugin.calibration.gram_pooled import PooledGram, pooled_gram
 from bgd_plugin.calibration.inputs import CollectedInputs, LayerInputs, embedding_inputs
 from bgd_plugin.calibration.interception import intercepted, run_module
 from bgd_plugin.calibration.live_values import Walk
+from bgd_plugin.calibration.recording import Records
 from bgd_plugin.calibration.replay import Recorder, Replayer
 from bgd_plugin.calibration.rerun import Rerun
 from bgd_plugin.calibration.rows import InputSample, PairedRows, paired_pieces, sampled_inputs
@@ -38,6 +39,7 @@ __all__ = [
     "PairedRows",
     "PooledGram",
     "Recorder",
+    "Records",
     "Replayer",
     "Rerun",
     "ThinHead",

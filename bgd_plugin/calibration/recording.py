@@ -20,7 +20,7 @@ from bgd_plugin.calibration.replay import Recorder
 from bgd_plugin.calibration.watch import Watch
 from bgd_plugin.pq.blocks import Geometry
 
-__all__ = ["ANSWER", "Print", "Recording", "fingerprint", "input_identity", "recorded", "same_print"]
+__all__ = ["ANSWER", "Print", "Recording", "Records", "fingerprint", "input_identity", "recorded", "same_print"]
 
 ANSWER = "answer"
 """The reader of values that go into the network's output."""
@@ -62,6 +62,19 @@ class Recording:
     branches: set[str] = field(default_factory=set)
     prints: dict[str, list[Print]] = field(default_factory=dict)
     decisions: list[tuple[Any, list[Tensor]]] = field(default_factory=list)
+
+
+@dataclass
+class Records:
+    """What is known of the float network's runs.
+
+    Attributes:
+        runs: of each batch.
+        written: paths of the modules to whose state the network's code writes.
+    """
+
+    runs: list[Recording] = field(default_factory=list)
+    written: set[str] = field(default_factory=set)
 
 
 @torch.no_grad()

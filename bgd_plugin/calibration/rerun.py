@@ -21,7 +21,7 @@ from bgd_plugin.calibration.inputs import CollectedInputs, SharedInputs
 from bgd_plugin.calibration.interception import intercepted, run_module
 from bgd_plugin.calibration.partial import PartialRun
 from bgd_plugin.calibration.pieces import Kept, Pieces, freed, revived
-from bgd_plugin.calibration.recording import ANSWER, Recording, fingerprint, recorded, same_print
+from bgd_plugin.calibration.recording import ANSWER, Recording, Records, fingerprint, recorded, same_print
 from bgd_plugin.calibration.store import BatchStore
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import module_or_none, state_kept
@@ -48,6 +48,8 @@ class Rerun:
         weights: of the layers, by name.
         norms: paths of the batch norms.
         finishes: whether `finish` will be called.
+        records: of another walk over the same batches, with a network, layers and norms of the same names and the same
+            float weights; None: a run of the network on each batch makes them.
 
     Attributes:
         order: names of layers and paths of batch norms in the order in which they first run.
@@ -56,6 +58,7 @@ class Rerun:
         strayed: layers before which the compressed network ran other operators than the float one, so that their inputs
             could not be compared.
         is_whole: whether each run is of the whole network, because with kept outputs it did not reproduce the inputs.
+        records: of the float network's runs.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Rerun:
         norms: Sequence[str],
         *,
         finishes: bool = False,
+        records: Records | None = None,
     ) -> None:
         self.student, self.reference = student, reference
         # one run serves both if they are the same network
@@ -79,8 +83,10 @@ class Rerun:
         self.is_whole = False
         store = self.batches.store
         self._own = store.claim(self, [student, reference])
-        self._written: set[str] = set()  # modules to whose state the network's code writes
-        self._recordings = [self._recorded(batch, norms) for batch in range(len(self.batches))]
+        self.records = Records() if records is None else records
+        self._recordings = self.records.runs
+        for batch in range(len(self._recordings), len(self.batches)):
+            self._recordings.append(self._recorded(batch, norms))
         self._pieces = Pieces(self._recordings)
         self.order = self._pieces.order
         self._stored: list[set[str]] = [set() for _ in self._recordings]
@@ -204,12 +210,12 @@ class Rerun:
     def _recorded(self, batch: int, norms: Sequence[str]) -> Recording:
         with self._timed(batch), state_kept(self.reference.named_modules()) as written:
             recording = recorded(self.reference, self.batches[batch], self._weights, norms)
-        self._written |= written
+        self.records.written |= written
         return recording
 
     def _fresh(self, network: nn.Module) -> AbstractContextManager[Any]:
         """Each run begins with the network's state as it came, whichever runs there have been before."""
-        parts = ((path, module_or_none(network, path)) for path in self._written)
+        parts = ((path, module_or_none(network, path)) for path in self.records.written)
         return state_kept([(path, module) for path, module in parts if module is not None])
 
     def _collect(self, names: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from bgd_plugin.calibration import Batch, Batches
+from bgd_plugin.calibration import Batch, Batches, Records
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.graph import FoundLayer, following_batchnorm
 from bgd_plugin.planning.survey import Survey
@@ -36,6 +36,7 @@ class Job:
         run: progress on disk.
         bar: the progress bar.
         log: collects the seconds and notes of the steps.
+        records: of the float network's runs on the batches, by the names of layers and norms; kept for further passes.
     """
 
     student: nn.Module
@@ -49,6 +50,7 @@ class Job:
     run: Run
     bar: Any
     log: Log
+    records: dict[Any, Records] = field(default_factory=dict)
 
     def batchnorm_after(self, found: FoundLayer) -> str | None:
         """Path of the batch norm that is the only reader of a layer's output."""

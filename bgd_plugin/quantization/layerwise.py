@@ -79,7 +79,10 @@ def _by_runs(job: Job, logits: list[Tensor]) -> Outcomes:
     indices = {found.name: index for index, found in enumerate(job.survey.found)}
     norms = [path for path, module in job.student.named_modules() if normalizes(module)]
     weights = {found.name: found.weight for found in job.survey.found}
-    walk = Rerun(job.student, job.reference, job.batches, weights, norms, finishes=bool(job.config.distillation))
+    known, finishes = (tuple(weights), tuple(norms)), bool(job.config.distillation)
+    records = job.records.get(known)
+    walk = Rerun(job.student, job.reference, job.batches, weights, norms, finishes=finishes, records=records)
+    job.records[known] = walk.records
     require_same_layers(walk.order)
     corrections = NormCorrection(job.student, job.config.batchnorm, job.log.timed)
     outcomes: Outcomes = []

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from bgd_plugin.calibration import Batch, Batches, Forward, take_aside_
+from bgd_plugin.calibration import Batch, Batches, Forward, Records, take_aside_
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.graph import batchnorms_in_parts, copy_module, isolated_weights, untouched
 from bgd_plugin.planning.budget import AIM, Budget
@@ -56,6 +56,7 @@ class Task:
         energy: share of the layers' errors that is expected to be left.
         shown: the measured divergence of each pass, and the share that was left in it.
         fits: of the last pass, by layer name; the next one fits layers of other sizes only.
+        records: of the float network's runs, see `Job`.
         log: the seconds of what is done once for all passes.
     """
 
@@ -74,6 +75,7 @@ class Task:
     energy: float = 1.0
     shown: list[tuple[float, float]] = field(default_factory=list)
     fits: Fits = field(default_factory=dict)
+    records: dict[Any, Records] = field(default_factory=dict)
     log: Log = field(default_factory=Log)
 
     def once(self) -> Pass:
@@ -193,6 +195,7 @@ class Task:
             run=run,
             bar=bar,
             log=log,
+            records=self.records,
         )
 
     def _settled(self, student: nn.Module, survey: Survey) -> nn.Module:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bgd_plugin.pq.feedback import damped, encode_with_feedback, nearest
+from bgd_plugin.pq.feedback import cholesky, damped, encode_with_feedback, factors, nearest
 from bgd_plugin.pq.least_squares import output_objective
 
 
@@ -149,3 +149,34 @@ def test_weights_that_meet_only_zeros_leave_the_others_their_codewords() -> None
     codebook[:, 4] = weight[:, 4]
     codes = encode_with_feedback(weight, codebook, gram, damping=1.0)
     assert torch.equal(codebook[codes.flatten(), 4], weight[:, 4])
+
+
+def test_a_factor_that_single_precision_cannot_have_is_computed_in_double() -> None:
+    kinds = set()
+    for seed in range(20):
+        x = torch.randn(12, 24, generator=torch.Generator().manual_seed(seed))
+        for gram in (x.T @ x + 1.2e-6 * torch.eye(24), x.T @ x + torch.eye(24)):
+            if int(torch.linalg.cholesky_ex(gram.double()).info) == 0:
+                root = cholesky(gram)
+                torch.testing.assert_close((root @ root.mT).float(), gram, rtol=1e-5, atol=1e-5)
+                assert (root.dtype == torch.float64) == (int(torch.linalg.cholesky_ex(gram).info) > 0)
+                kinds.add(root.dtype)
+    assert kinds == {torch.float32, torch.float64}
+    with pytest.raises(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        cholesky(-torch.eye(3))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from([1e-12, 1.0, 1e9]), st.sampled_from([1, 3, 4]))
+def test_factors_in_single_precision_are_those_in_double(seed: int, unit: float, block_size: int) -> None:
+    """Of damped Grams with columns of all sizes, as they come from few inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 20, 36, generator=generator).relu() * torch.logspace(-6, 0, 36) * unit**0.5
+    exact = damped((x.mT @ x).double(), 0.2)
+    metrics, inverse = factors(exact.float(), block_size)
+    wanted_metrics, wanted_inverse = factors(exact, block_size)
+    scale = exact.diagonal(dim1=1, dim2=2).sqrt().float()
+    assert metrics.dtype == torch.float32
+    inverses = [part.float() * scale.unsqueeze(2) for part in (inverse, wanted_inverse)]
+    torch.testing.assert_close(*inverses, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(metrics, wanted_metrics.float(), rtol=1e-4, atol=1e-4 * float(scale.max()))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import pytest
 import torch
 
+from bgd_plugin.pq import gram
 from bgd_plugin.pq.gram import Moments, MomentSums
 from tests.pq.test_target_asymmetric import drifted_layer
 
@@ -91,3 +95,65 @@ def test_pieces_that_wait_are_summed_as_they_were(weighted: bool) -> None:
     found, all_at_once = sums.means_(), one.means_()
     for name in NAMES:
         torch.testing.assert_close(getattr(found, name), getattr(all_at_once, name), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_several_processes_have_the_moments_of_all_positions(monkeypatch: pytest.MonkeyPatch, weighted: bool) -> None:
+    """Each with positions around a mean of its own, one with none; threads stand for processes."""
+    generator = torch.Generator().manual_seed(8)
+    inputs, outputs = (torch.randn(2, 90, n, generator=generator, dtype=torch.float64) for n in (6, 4))
+    inputs[:, 50:] += 100
+    outputs[:, 50:] -= 30
+    times = torch.randint(1, 4, (90,), generator=generator).double()
+    barrier, given = threading.Barrier(3), dict[int, Any]()
+
+    def summed(value: Any) -> Any:
+        given[threading.get_ident()] = value
+        barrier.wait()
+        parts = list(given.values())
+        found = sum(parts) if isinstance(value, float) else [sum(part) for part in zip(*parts, strict=True)]
+        barrier.wait()
+        return found
+
+    def sum_(tensors: Any) -> None:
+        for tensor, found in zip(tensors, summed([t.clone() for t in tensors]), strict=True):
+            tensor.copy_(found)
+
+    monkeypatch.setattr(gram, "processes", lambda: 3)
+    monkeypatch.setattr(gram, "total", lambda value: summed(float(value)))
+    monkeypatch.setattr(gram, "sum_", sum_)
+    found: list[Moments] = []
+
+    def process(places: slice) -> None:
+        sums = MomentSums()
+        for start in range(places.start, places.stop, 20):
+            piece = slice(start, min(start + 20, places.stop))
+            sums.add_(inputs[:, piece], outputs[:, piece], times[piece] if weighted else None)
+        sums.add_(inputs[:, :0], outputs[:, :0], times[:0] if weighted else None)
+        sums.share_()
+        found.append(sums.means_())
+
+    threads = [threading.Thread(target=process, args=(slice(*ends),)) for ends in ((0, 50), (50, 90), (0, 0))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    repeats = times.long() if weighted else torch.ones(90, dtype=torch.long)
+    alone = Moments.of(inputs.repeat_interleave(repeats, 1), outputs.repeat_interleave(repeats, 1))
+    assert len(found) == 3
+    for one in found:
+        for name in NAMES:
+            torch.testing.assert_close(getattr(one, name), getattr(alone, name))
+
+
+def test_joined_sums_leave_their_parts_as_they_were() -> None:
+    generator = torch.Generator().manual_seed(9)
+    inputs, outputs = (torch.randn(1, 80, n, generator=generator) + 3 for n in (6, 4))
+    first, last = MomentSums(), MomentSums()
+    first.add_(inputs[:, :30], outputs[:, :30])
+    last.add_(inputs[:, 30:], outputs[:, 30:])
+    joined = first.joined(last).means_()
+    for found, places in ((joined, slice(0, 80)), (first.means_(), slice(0, 30)), (last.means_(), slice(30, 80))):
+        for name in NAMES:
+            wanted = getattr(Moments.of(inputs[:, places], outputs[:, places]), name)
+            torch.testing.assert_close(getattr(found, name), wanted, rtol=1e-4, atol=1e-5)

@@ -113,3 +113,19 @@ def test_the_objective_never_rises(dtype: torch.dtype) -> None:
     assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(losses))
     assert losses[-1] < 0.8 * losses[0]
     assert changed < 100
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("iterations", [0, 3])
+def test_a_sweep_goes_on_from_the_slope_of_the_codebook(groups: int, iterations: int) -> None:
+    weight, gram = layer(groups, 6, 12)
+    gram = damped(gram, 0.01)
+    codes = torch.randint(0, 8, (6 * groups, 3), generator=torch.Generator().manual_seed(2))
+    start = random_codebook(8, 4)
+    codebook, slope = solve_codebook(weight, codes, gram, start, iterations=iterations)
+    assert torch.equal(codebook, start) == (iterations == 0)
+    away = (weight - codebook[codes].flatten(1)).reshape(groups, 6, 12)
+    torch.testing.assert_close(slope, away @ gram)
+    found, changed = refine_codes(weight, codebook, codes, gram)
+    further, number = refine_codes(weight, codebook, codes, gram, slope=slope)
+    assert torch.equal(found, further) and changed == number

@@ -99,3 +99,16 @@ def test_noise_is_not_aimed_at() -> None:
     change = ridge_change(weight, *fitted.around_mean(), damping=0.2)
     assert best_step(weight, change, *judging.around_mean()) < 0.1
     assert best_step(weight, torch.zeros_like(change), *judging.around_mean()) == 1.0
+
+
+@pytest.mark.parametrize("unit", [1e-18, 1.0, 1e15])
+def test_single_precision_gives_the_same_change_whatever_the_units(unit: float) -> None:
+    """With columns of all sizes, of which some see almost nothing, and outputs of any size."""
+    generator = torch.Generator().manual_seed(2)
+    sizes = torch.logspace(-4, 0, 40) * unit
+    inputs = torch.randn(2, 60, 40, generator=generator).relu() * sizes
+    outputs, weight = torch.randn(2, 60, 5, generator=generator), torch.randn(10, 40, generator=generator) / unit
+    change = ridge_change(weight, *Moments.of(inputs, outputs).around_mean(), damping=0.2)
+    exact = ridge_change(weight.double(), *Moments.of(inputs.double(), outputs.double()).around_mean(), damping=0.2)
+    assert change.dtype == torch.float32 and exact.dtype == torch.float64
+    torch.testing.assert_close(change.double() * sizes[:, None], exact * sizes[:, None], rtol=1e-3, atol=1e-4)

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, fx, nn
 
 import bgd_plugin as bgd
 from bgd_plugin import BGDConfig
+from bgd_plugin.calibration import collect_batches, rerun
 from bgd_plugin.files import format as file_format
 from bgd_plugin.graph import finding_layers
 from bgd_plugin.quantization import one_pass, prepare, quality
@@ -91,6 +93,48 @@ def test_each_further_pass_for_a_bound_takes_one_more_copy(
     assert "after 3 passes" in result.report.notes[-1]
     assert (counted["copy"], counted["shared copy"], rehearsed["it"]) == (1, 3, 1)
     assert counted["find"] == (0 if network is Branching else 1)  # which is looked at without a graph
+
+
+def test_a_further_pass_over_the_same_layers_knows_the_runs_of_a_network_without_a_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(quality, "_is_good_enough", lambda report, limit, is_first: False)
+    monkeypatch.setattr(quality, "_same_sizes", lambda one, other: False)
+    monkeypatch.setattr(one_pass, "_SMALLER", 2.0)
+    made, passes = Counter[str](), []  # how often the network was recorded in a pass, and the names of its layers
+    recorded, fitted = rerun.recorded, one_pass.Task._fitted
+    monkeypatch.setattr(rerun, "recorded", lambda *given: (made.update(["run"]), recorded(*given))[1])
+
+    def counting(task: one_pass.Task, *given: Any) -> Any:
+        before = made["run"]
+        result = fitted(task, *given)
+        passes.append((made["run"] - before, {found.name for found in result.survey.found}))
+        return result
+
+    monkeypatch.setattr(one_pass.Task, "_fitted", counting)
+    bgd.quantize(randomized(Branching()), images(size=12), BGDConfig(rounds=1), progress=False)
+    assert len(passes) == 3 and passes[0][0] > 0
+    for number, (runs, names) in enumerate(passes):
+        assert (runs == 0) == any(names == other for _, other in passes[:number])
+    assert any(runs == 0 for runs, _ in passes)
+
+
+@torch.no_grad()
+def test_a_walk_with_the_records_of_another_gives_the_same_inputs() -> None:
+    network = randomized(Branching()).eval()
+    weights = {name: m.weight for name, m in network.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    norms = [name for name, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    walks: list[rerun.Rerun] = []
+    for _ in range(2):
+        batches = collect_batches(images(size=12), network, device=torch.device("cpu"), forward=None)
+        records = walks[0].records if walks else None
+        walks.append(rerun.Rerun(network, network, batches, weights, norms, records=records))
+    first, second = walks
+    assert first.order == second.order and first.records is second.records
+    for name in first.order:
+        if name in weights:
+            for one, other in zip(first.inputs(name), second.inputs(name), strict=True):
+                assert torch.equal(one[0], other[0]) and one[1] == other[1]
 
 
 def test_a_graph_is_fitted_as_it_is(counted: Counter[str]) -> None:
