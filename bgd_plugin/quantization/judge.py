@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from bgd_plugin.calibration import first_samples
 from bgd_plugin.graph import set_modes, untouched
 from bgd_plugin.planning.answers import Answers, compare_answers
@@ -13,6 +15,8 @@ __all__ = ["judged"]
 
 _JUDGED = 32
 """Samples on which the answers are compared where none were kept aside."""
+_TOKENS = 2048
+"""Tokens of texts that are enough then."""
 
 
 def judged(job: Job, measure: Measure | None = None) -> Answers:
@@ -33,4 +37,5 @@ def judged(job: Job, measure: Measure | None = None) -> Answers:
             batches,
             kept_aside=has_aside and not job.config.finetuning,
             measure=measure,
+            enough_tokens=math.inf if has_aside else _TOKENS,
         )

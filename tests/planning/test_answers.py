@@ -48,6 +48,22 @@ def test_tokens_that_do_not_count_are_left_out() -> None:
     )
 
 
+@pytest.mark.parametrize(("tokens", "samples"), [(1, 4), (20, 4), (25, 6), (1000, 10)])
+def test_enough_tokens_of_four_texts_or_more(tokens: int, samples: int) -> None:
+    """Six of each text; images, and maps of pixels, are compared all the same."""
+    for shape, found in (((10, 6, 5), samples), ((10, 5), 10), ((10, 5, 6, 6), 10)):
+        one, other = torch.randn(shape), torch.randn(shape)
+        batches = [Batch((numbers,), {}) for numbers in torch.arange(10).split(2)]
+        answers = compare_answers(
+            lambda b, one=one: SimpleNamespace(logits=one[b.args[0]]),
+            lambda b, other=other: SimpleNamespace(logits=other[b.args[0]]),
+            batches,
+            kept_aside=False,
+            enough_tokens=tokens,
+        )
+        assert answers.samples == found and answers.measure == "KL divergence"
+
+
 def test_an_output_without_logits_by_relative_error() -> None:
     boxes = torch.randn(5, 3, 4)
     answers = _compare(lambda n: [boxes[n] * 1.1, n], lambda n: [boxes[n], n], [2, 3])

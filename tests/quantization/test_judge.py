@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from bgd_plugin.support.log import Log
 
 @pytest.mark.parametrize(
     ("own", "others", "finetuning", "is_aside", "samples"),
-    [(2, 2, None, True, 2), (0, 0, None, False, 64), (2, 0, None, False, 64), (2, 2, "yes", False, 2)],
+    [(2, 2, None, True, 2), (0, 0, None, False, 32), (2, 0, None, False, 32), (2, 2, "yes", False, 2)],
 )
 def test_samples_kept_aside_judge_where_every_process_has_some(
     own: int, others: int, finetuning: Any, is_aside: bool, samples: int, monkeypatch: pytest.MonkeyPatch
@@ -41,5 +42,6 @@ def test_samples_kept_aside_judge_where_every_process_has_some(
         log=Log(),
     )
     assert judge.judged(job, "measure") == "answers"  # type: ignore[arg-type, comparison-overlap]
-    assert given == {"kept_aside": is_aside, "measure": "measure", "samples": samples}
+    tokens = 2048 if samples == 32 else math.inf
+    assert given == {"kept_aside": is_aside, "measure": "measure", "samples": samples, "enough_tokens": tokens}
     assert modes == [False] and student.training and "answers" in job.log.seconds
