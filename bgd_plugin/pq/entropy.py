@@ -32,7 +32,7 @@ _TRIALS, _PASSES, _LAST_RESORTS = 4, 3, 12
 _NEAR, _CLOSE = 0.01, 0.003
 _MARGIN = 0.002
 _MORE = 0.01
-_LONGEST_STEP = 4.0
+_LONGEST_STEP, _STEEPEST = 4.0, 4.0
 _LEVEL_ITERATIONS = 12
 
 
@@ -215,11 +215,11 @@ def _searched(task: _Task, some: _Task, most_bytes: int) -> _Coded:
 def _next(points: list[tuple[float, float]], aim: float, weights: int) -> float:
     """The logarithm of λ at which the bytes are expected to be right; at high rate a bit less makes it four times λ."""
     at, size = points[-1]
-    slope = -16.0 / weights
+    slope = usual = -16.0 / weights
     if len(points) > 1:
         before, other = points[-2]
         if abs(size - other) > 1e-4 * aim and (at - before) * (size - other) < 0:
-            slope = (at - before) / (size - other)
+            slope = max(_STEEPEST * usual, (at - before) / (size - other))  # levels may keep the bytes for a while
     step = (aim - size) * slope
     return at + max(-_LONGEST_STEP, min(_LONGEST_STEP, step))
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bgd_plugin.support.processes import processes, sum_, total
+from bgd_plugin.support.processes import sum_, total
 
 __all__ = ["MomentSums", "Moments"]
 
@@ -176,15 +176,14 @@ class MomentSums:
         """Sum over all processes; every process gets the result."""
         self._flush()
         whole = total(self._count)
-        if processes() > 1 and self._sums:
-            means = [self._count / (whole or 1) * mean for mean in self._means]
-            sum_(means)
-            apart = [mine - mean for mine, mean in zip(self._means, means, strict=True)]
+        means = [self._count / (whole or 1) * mean for mean in self._means]
+        sum_(means)
+        apart = [mine - mean for mine, mean in zip(self._means, means, strict=True)]
+        if any(bool(other.any()) for other in apart):
             for mine, other in zip(self._sums, apart, strict=True):
                 _add_outer_(mine, self._count * apart[0], other)
-            sum_(self._sums)
-            self._means = means
-        self._count = whole
+        sum_(self._sums)
+        self._means, self._count = means, whole
 
     def joined(self, other: MomentSums) -> MomentSums:
         """The sums over the positions of both."""

@@ -119,7 +119,6 @@ def test_several_processes_have_the_moments_of_all_positions(monkeypatch: pytest
         for tensor, found in zip(tensors, summed([t.clone() for t in tensors]), strict=True):
             tensor.copy_(found)
 
-    monkeypatch.setattr(gram, "processes", lambda: 3)
     monkeypatch.setattr(gram, "total", lambda value: summed(float(value)))
     monkeypatch.setattr(gram, "sum_", sum_)
     found: list[Moments] = []

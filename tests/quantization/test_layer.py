@@ -101,9 +101,14 @@ def test_a_row_of_the_report_has_what_the_shift_of_its_bias_gained(monkeypatch: 
     assert {layer.name: layer.bias_gain for layer in report.layers}.items() >= {"fc": 0.25, "conv1": None}.items()
 
 
-@pytest.mark.parametrize(("columns", "rows"), [(10, 4096), (2000, 2000), (10**9, 1)])
-def test_rows_that_tell_the_error_are_capped_by_numbers(columns: int, rows: int) -> None:
-    assert step._error_rows(SimpleNamespace(columns=columns)) == rows  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("outputs", "columns", "rows"),
+    [(64, 10, 4096), (512, 10, 2048), (4096, 10, 1024), (64, 2000, 2000), (64, 10**9, 1)],
+)
+def test_rows_that_tell_the_error_give_a_million_outputs(outputs: int, columns: int, rows: int) -> None:
+    """A thousand rows at the least, and no more than four million inputs."""
+    found = SimpleNamespace(columns=columns, matrix=range(outputs))
+    assert step._error_rows(found) == rows  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("keeps", [True, False])

@@ -51,7 +51,7 @@ def test_without_a_graph_the_run_knows_what_follows(distilled: bool, monkeypatch
         CONFIG, distillation=bgd.DistillationConfig(steps=1, batch_size=4) if distilled else None
     )
     report = bgd.quantize(randomized(_Branching()), vectors(4), config, progress=False).report
-    assert given == [{"finishes": distilled}]
+    assert given == [{"finishes": distilled, "records": None}]
     assert [name for name in compared[0] if name in ("a", "after", "head")] == ["a", "after", "head"]
     assert any("batch norm" in note for note in report.notes)
     assert report.seconds["forward"] > 0

@@ -263,14 +263,14 @@ def test_each_walk_of_finetuning_has_its_number() -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"kept_aside": 0.0}, {"finetuning": FinetuningConfig(steps=2)}])
 def test_the_report_says_how_the_network_that_is_saved_answers(fields: dict[str, Any]) -> None:
-    """On every eighth sample or so, which the fit has not seen; without them on the first 64."""
+    """On every eighth sample or so, which the fit has not seen; without them on the first 32."""
     model, data = nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 24)).eval(), vectors(5, batch=20)
     model[2].weight.data *= 4
     report, net = (lambda r: (r.report, r.model))(
         bgd.quantize(model, data, BGDConfig(**fields, max_divergence=None), progress=False)
     )
     x = torch.cat(data)
-    places = range(64) if "kept_aside" in fields else [int((p + 0.5) * 100 / 12) for p in range(12)]
+    places = range(32) if "kept_aside" in fields else [int((p + 0.5) * 100 / 12) for p in range(12)]
     with torch.no_grad():
         mine, theirs = (net(x[list(places)]).double(), model(x[list(places)]).double())
     p, q = theirs.log_softmax(1), mine.log_softmax(1)
