@@ -85,7 +85,7 @@ def paired_pieces(
             for values in (drift, stream, outputs)
         )
         if wanted is not None:
-            reference = wanted.unflatten(1, (len(student), -1)).transpose(0, 1)
+            reference = wanted.reshape(len(wanted), len(student), -1).transpose(0, 1)
         else:
             reference = student if theirs is mine else drawn(theirs, geometry, index)
         yield PairedRows(student=student, reference=reference, index=index, pieces=pieces, drift=lost, stream=carried)

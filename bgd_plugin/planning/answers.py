@@ -95,7 +95,7 @@ def compare_answers(
         batches: at least one.
         kept_aside: whether the fit has not used these samples.
         measure: by which they are compared; None: as the reference's outputs are (`planning.outputs`).
-        enough_tokens: of texts whose tokens have logits each; the texts that follow are not looked at.
+        enough_tokens: number of tokens with logits of their own that are enough; texts that follow are not looked at.
     """
     sums, information = _Sums(), Information()
     is_logits = measure != "squared difference"

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -208,8 +209,8 @@ def _copied(windows: Tensor, where: tuple[Tensor, ...], kernel_size: Sequence[in
     shape = (len(where[0]), *windows.shape[len(where) :]) if where else windows.shape
     result = windows.new_empty(shape)
     for offset in itertools.product(*map(range, kernel_size)):
-        part = windows[(..., *offset)]
-        result[(..., *offset)] = part[where] if where else part
+        place: tuple[Any, ...] = (..., *offset)
+        result[place] = windows[place][where] if where else windows[place]
     return result
 
 

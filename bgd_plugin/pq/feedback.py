@@ -214,11 +214,13 @@ def cholesky(gram: Tensor) -> Tensor:
     Raises:
         LinAlgError: H is not positive definite.
     """
+    factor: Tensor
     if gram.dtype != torch.float64:
         factor, failed = torch.linalg.cholesky_ex(gram)
         if not bool(failed.any()):
             return factor
-    return torch.linalg.cholesky(gram.double())
+    factor = torch.linalg.cholesky(gram.double())
+    return factor
 
 
 def factors(gram: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -233,7 +235,8 @@ def factors(gram: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
         block_size: d, a divisor of the columns.
 
     Returns:
-        both in the Gram's dtype; in float64 where rounding to single precision leaves it not positive definite.
+        `[groups, blocks_per_row, d, d]` and `[groups, columns, columns]`, in the Gram's dtype; in float64 where rounding
+        to single precision leaves it not positive definite.
     """
     root = cholesky(gram.flip((1, 2))).flip((1, 2))
     metrics = diagonal_blocks(root, block_size).clone()

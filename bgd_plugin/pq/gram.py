@@ -75,7 +75,11 @@ class Moments:
         )
 
     def around_mean(self) -> tuple[Tensor, Tensor]:
-        """`covariance` and `cross`: what the weight has to fit if a bias or a batch norm fits the means."""
+        """`covariance` and `cross`: what the weight has to fit if a bias or a batch norm fits the means.
+
+        Returns:
+            `[groups, columns, columns]` and `[groups, columns, rows_per_group]`, which others may hold, too.
+        """
         return self.covariance, self.cross
 
     def around_zero(self) -> tuple[Tensor, Tensor]:
@@ -119,7 +123,10 @@ class MomentSums:
 
     @property
     def squares(self) -> list[Tensor]:
-        """What overflows where squares of inputs or outputs do: `sums`, and the squared means in their dtype."""
+        """What overflows where squares of inputs or outputs do: `sums`, and the squared means in their dtype.
+
+        Of the shapes of `Moments`' fields: `covariance`, `cross`, `mean` and `output_mean`.
+        """
         return [*self.sums, *(mean.to(self._sums[0]).square() for mean in self._means)]
 
     def add_(self, inputs: Tensor, outputs: Tensor, weights: Tensor | None = None) -> None:
