@@ -235,8 +235,8 @@ def factors(gram: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
         block_size: d, a divisor of the columns.
 
     Returns:
-        `[groups, blocks_per_row, d, d]` and `[groups, columns, columns]`, in the Gram's dtype; in float64 where rounding
-        to single precision leaves it not positive definite.
+        `[groups, blocks_per_row, d, d]` and `[groups, columns, columns]`, in the Gram's dtype; in float64 where
+        rounding to single precision leaves it not positive definite.
     """
     root = cholesky(gram.flip((1, 2))).flip((1, 2))
     metrics = diagonal_blocks(root, block_size).clone()

@@ -16,8 +16,8 @@ _MODEL = 12 * BLOCKS * 4 * WIDTH_OF_BLOCK**2 / 2**20
 _VALUES = 9 * 4 * TOKENS * WIDTH_OF_BLOCK * BATCHES / 2**20  # of a block: what its layers read, and its output
 _BLOCK_GRAM = 4 * (4 * WIDTH_OF_BLOCK) ** 2 / 2**20
 LIMITS = {
-    # two copies, twice the values of one block in both networks, and eight Grams; the values of all eight blocks would be
-    # four times as many
+    # two copies, twice the values of one block in both networks, and eight Grams; the values of all eight blocks would
+    # be four times as many
     "transformer": 2 * _MODEL + 4 * _VALUES + 8.5 * _BLOCK_GRAM,
     "full": 8.5 * _GRAM,  # eight, and what is small on a wide layer
     "em": (LAYERS + 12) * _LAYER,  # a copy of the network, and twelve layers
