@@ -18,13 +18,10 @@ from torch import Tensor, fx, nn
 
 from bgd_plugin.calibration import (
     Batch,
-    Batches,
     LayerInputs,
     Rerun,
     Walk,
-    at_first_tokens,
     embedding_inputs,
-    first_samples,
 )
 from bgd_plugin.config import BGDConfig
 from bgd_plugin.errors import CalibrationError
@@ -36,6 +33,7 @@ from bgd_plugin.planning.losses import Sensitivity
 from bgd_plugin.planning.outputs import Measure, Scale
 from bgd_plugin.planning.perturbation import Perturbation, bias_of, has_channel_rows, perturbed
 from bgd_plugin.planning.reference import Reference
+from bgd_plugin.planning.samples import few_samples, spread
 from bgd_plugin.planning.window_error import window_error
 from bgd_plugin.pq.forms import TRELLIS
 from bgd_plugin.pq.full_gram import positions_as_groups
@@ -45,9 +43,6 @@ from bgd_plugin.support.seeds import seeded
 __all__ = ["Measured", "first_node", "measure_layers", "measure_sensitivities"]
 
 _SAMPLES = 16  # that run to the network's end once for each layer
-_SAMPLES_OF_MOMENTS = 100  # at the least: a layer's facts are those of 4,096 rows of its inputs
-_BATCHES_OF_MOMENTS = 8  # at the least: data may be sorted by class
-_TEXTS, _TOKENS = 2, 64  # of which only so many, where a language model's logits do not depend on later ones
 _RUNS = 6  # over all batches, at most, that a network that is no graph takes to its end besides
 _SAMPLED_BLOCKS = 1 << 13
 _REFERENCE_CODEBOOK = 256
@@ -133,9 +128,9 @@ def _along_graph(
     measure: Measure | None,
 ) -> dict[str, Measured]:
     assert isinstance(network, fx.GraphModule)
-    few = _few(network, batches, _SAMPLES)
+    few, tokens = few_samples(network, batches, _SAMPLES)
     reference = Reference.of(network, few, measure)
-    wide, narrow = Walk(network, _spread(batches)), Walk(network, few)
+    wide, narrow = Walk(network, spread(batches, tokens)), Walk(network, few)
     waiting = {first_node(wide, layer): layer for layer in layers if not layer.hidden}
     found: dict[str, Measured] = {}
     for node, _ in zip(wide.nodes(waiting), narrow.nodes(waiting), strict=True):
@@ -173,12 +168,12 @@ def _by_runs(
     of these runs come to a few runs over all batches.
     """
     samples = sum(batch.size for batch in batches)
-    few = _few(network, batches, max(1, min(_SAMPLES, 2 * _RUNS * samples // max(1, len(layers)))))
+    few, tokens = few_samples(network, batches, max(1, min(_SAMPLES, 2 * _RUNS * samples // max(1, len(layers)))))
     reference = Reference.of(network, few, measure)
     norms = batchnorms_in_parts(network) if config.batchnorm != "keep" else {}
     weights = {layer.name: layer.weight for layer in layers if layer.kind != "embedding"}
     wide, narrow = (
-        Rerun(network, network, _spread(batches), weights, []),
+        Rerun(network, network, spread(batches, tokens), weights, []),
         Rerun(network, network, few, weights, [], finishes=True),
     )
     by_name = {layer.name: layer for layer in layers}
@@ -201,30 +196,6 @@ def _by_runs(
             found[name] = _measured(narrow, facts, reference, config, generator)
         step()
     return found
-
-
-def _few(network: nn.Module, batches: Sequence[Batch], count: int) -> Batches:
-    """The samples that run to the network's end: `count`, or where texts may end early, no less than two of them."""
-    some = _some_of(batches, count)
-    short = at_first_tokens(network, some, _TOKENS)
-    if short is None:
-        return some
-    return Batches.of(short, some.store.bound_bytes) if count >= _TEXTS else _few(network, batches, _TEXTS)
-
-
-def _some_of(batches: Sequence[Batch], count: int) -> Batches:
-    """The first samples, with values of their own: they take an eighth of what all batches may take in memory."""
-    bound = Batches.of(batches).store.bound_bytes
-    return Batches.of(first_samples(batches, count), None if bound is None else max(1, bound // 8))
-
-
-def _spread(batches: Sequence[Batch]) -> Sequence[Batch]:
-    """Every so manieth batch: as many as moments are taken of, all over the data."""
-    step = min(sum(batch.size for batch in batches) // _SAMPLES_OF_MOMENTS, len(batches) // _BATCHES_OF_MOMENTS)
-    if step < 2:
-        return batches
-    chosen = (batches[index] for index in range(0, len(batches), step))
-    return Batches.of(chosen, Batches.of(batches).store.bound_bytes)
 
 
 def _measured(

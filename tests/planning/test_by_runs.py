@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 import bgd_plugin as bgd
 from bgd_plugin.calibration import collect_batches
 from bgd_plugin.graph import find_layers, front_end
+from bgd_plugin.planning import samples as samples_module
 from bgd_plugin.planning import sensitivity
 from tests.calibration.test_rerun import WIDTH, Block, Products, Routed, data, untraceable
 from tests.networks import randomized
@@ -121,7 +122,7 @@ def test_the_fewer_samples_the_more_layers_are_run_to_the_end(
         assert number == expected
         raise _Enough
 
-    monkeypatch.setattr(sensitivity, "first_samples", asked)
+    monkeypatch.setattr(samples_module, "first_samples", asked)
     model = _Many(count, is_traceable=is_traceable).eval()
     network = front_end(model).network
     layers = find_layers(network)[0]

@@ -12,24 +12,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bgd_plugin import BGDConfig
 from bgd_plugin.calibration import Batch
 from bgd_plugin.graph import copy_module, find_layers, isolate_weights_, trace
-from bgd_plugin.planning import sensitivity
+from bgd_plugin.planning import samples, sensitivity
 from bgd_plugin.planning.sensitivity import measure_sensitivities
 from tests.networks import randomized, vectors
 
 
 @pytest.mark.parametrize(
-    ("sizes", "chosen"),
+    ("sizes", "tokens", "chosen"),
     [
-        ([4] * 25, range(25)),  # too few samples to leave any out
-        ([4] * 63, range(0, 63, 2)),
-        ([4] * 125, range(0, 125, 5)),
-        ([500] * 3, range(3)),  # too few batches
-        ([500] * 40, range(0, 40, 5)),
+        ([4] * 25, 1, range(25)),  # too few samples to leave any out
+        ([4] * 63, 1, range(0, 63, 2)),
+        ([4] * 125, 1, range(0, 125, 5)),
+        ([500] * 3, 1, range(3)),  # too few batches
+        ([500] * 40, 1, range(0, 40, 5)),
+        ([1] * 28, 512, range(0, 28, 3)),  # texts, of which eight have tokens enough
+        ([1] * 28, 100, range(28)),
+        ([1] * 90, 100, range(0, 90, 2)),
+        ([1] * 28, 10**6, range(0, 28, 3)),
+        ([4] * 125, 30, range(0, 125, 5)),  # a hundred samples will do
     ],
 )
-def test_moments_are_of_batches_all_over_the_data(sizes: list[int], chosen: Any) -> None:
+def test_moments_are_of_batches_all_over_the_data(sizes: list[int], tokens: int, chosen: Any) -> None:
     batches = [Batch((torch.full((size, 1), float(index)),)) for index, size in enumerate(sizes)]
-    assert [int(batch.args[0][0]) for batch in sensitivity._spread(batches)] == list(chosen)
+    assert [int(batch.args[0][0]) for batch in samples.spread(batches, tokens)] == list(chosen)
 
 
 @pytest.mark.parametrize("traced", [True, False])
@@ -80,5 +85,23 @@ class _Texts(nn.Module):
 )
 def test_texts_that_may_end_early_do_and_two_of_them_are_run(is_causal: bool, count: int, expected: Any) -> None:
     batches = [Batch((x,)) for x in torch.randn(5, 1, 70, 8, generator=torch.Generator().manual_seed(0))]
-    few = sensitivity._few(randomized(_Texts(is_causal=is_causal)), batches, count)
+    few, tokens = samples.few_samples(randomized(_Texts(is_causal=is_causal)), batches, count)
+    assert tokens == (70 if is_causal else 1)
     assert [tuple(batch.args[0].shape) for batch in few] == expected
+
+
+@pytest.mark.parametrize("is_traceable", [True, False])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_moments_are_of_as_many_texts_as_have_tokens_enough(
+    is_traceable: bool, is_causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+    real = sensitivity.spread
+    monkeypatch.setattr(sensitivity, "spread", lambda batches, tokens: (given.append(tokens), real(batches, tokens))[1])
+    network = randomized(_Texts(is_causal=is_causal))
+    network = trace(copy_module(network)).eval() if is_traceable else network.eval()
+    batches = [Batch((x,)) for x in torch.randn(5, 1, 70, 8, generator=torch.Generator().manual_seed(0))]
+    layers = find_layers(network)[0]
+    isolate_weights_(network, layers)
+    found = measure_sensitivities(network, batches, layers, BGDConfig(max_divergence=None), lambda: None)
+    assert set(found) == {"body", "head"} and set(given) == {70 if is_causal else 1}
