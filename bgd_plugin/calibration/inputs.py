@@ -29,6 +29,7 @@ __all__ = [
 _SPARSE = 16
 """A sample has so many times the rows that are drawn from it: neighbours tell much the same."""
 _PLAIN = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear
+_EXACT = torch.float32, torch.float64
 _EMBEDDING_ROWS = 5
 """Of a fit's inputs, one in five is held out."""
 
@@ -139,13 +140,14 @@ class LayerInputs:
     def outputs(self) -> Callable[[int], Tensor] | None:
         """The float network's outputs in a batch; None where they may be others than those of inputs and weight.
 
-        That is, where the layer's module is no plain one of torch, has a bias or hooks, or is called several times.
+        That is, where the layer's module is no plain one of torch, has a bias or hooks, or is called several times; or
+        where it computes in half precision, which rounds them.
         """
         node = self._calls[0]
         if self._hidden is not None or len(self._calls) > 1 or node.op != "call_module" or self._walk.reference is None:
             return None
         module: Any = module_at(self._walk.reference, str(node.target))
-        is_plain = type(module) in _PLAIN and module.bias is None
+        is_plain = type(module) in _PLAIN and module.bias is None and module.weight.dtype in _EXACT
         if not is_plain or module._forward_hooks or module._forward_pre_hooks or self._walk.current is not node:
             return None
         return functools.partial(self._walk.reference_output, node)

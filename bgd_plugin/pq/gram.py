@@ -123,11 +123,12 @@ class MomentSums:
 
     @property
     def squares(self) -> list[Tensor]:
-        """What overflows where squares of inputs or outputs do: `sums`, and the squared means in their dtype.
+        """What is not finite where values or squares of inputs are not: `sums`, the squared means, the outputs' means.
 
-        Of the shapes of `Moments`' fields: `covariance`, `cross`, `mean` and `output_mean`.
+        Of the shapes of `Moments`' fields, in their order but for `cross`, which is the second; in the sums' dtype.
         """
-        return [*self.sums, *(mean.to(self._sums[0]).square() for mean in self._means)]
+        sums = self.sums
+        return [*sums, self._means[0].to(sums[0]).square(), self._means[1].to(sums[0])] if sums else []
 
     def add_(self, inputs: Tensor, outputs: Tensor, weights: Tensor | None = None) -> None:
         """Add the moments of some positions.

@@ -31,8 +31,8 @@ class _Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.first(x))
         for _ in range(self.calls):
-            x = self.act(self.layer(x))
-        return self.last(x)
+            x = self.act(self.layer(x.to(self.layer.weight.dtype)))  # type: ignore[arg-type, union-attr]
+        return self.last(x.float())
 
 
 class _Tracer(fx.Tracer):
@@ -96,6 +96,7 @@ def test_the_layer_runs_once_all_the_same_and_what_follows_gets_its_values() -> 
 OTHERS = {
     "a bias": lambda: _Net(nn.Conv2d(8, 8, 1)),
     "a class of its own": lambda: _Net(_Doubled(8, 8, 1, bias=False)),
+    "half precision": lambda: _Net(nn.Conv2d(8, 8, 1, bias=False).to(torch.bfloat16)),
     "several calls": lambda: _Net(nn.Conv2d(8, 8, 1, bias=False), calls=2),
 }
 
