@@ -204,8 +204,8 @@ def _copied(windows: Tensor, where: tuple[Tensor, ...], kernel_size: Sequence[in
 
     Where nothing is chosen (`()`), and the kernel is a single position, no copy is needed.
     """
-    if math.prod(kernel_size) == 1 and not where:
-        return windows
+    if math.prod(kernel_size) == 1:
+        return windows[where] if where else windows
     shape = (len(where[0]), *windows.shape[len(where) :]) if where else windows.shape
     result = windows.new_empty(shape)
     for offset in itertools.product(*map(range, kernel_size)):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.encoding.stream import encoded
-from bgd_plugin.pq.entropy import fit_entropy
+from bgd_plugin.pq.entropy import _next, fit_entropy
 from bgd_plugin.pq.full_gram import fit_full
 from bgd_plugin.pq.least_squares import output_objective
 
@@ -89,6 +89,17 @@ def test_dead_columns_and_groups_are_coded() -> None:
     gram[1] = 0
     fit = fit_entropy(_weight(60, 40), gram, 900)
     assert bool(torch.isfinite(fit.codebook).all())
+
+
+@pytest.mark.parametrize("flat", [0.0, 0.1, 8.0])
+def test_the_search_takes_no_leap_where_levels_keep_the_bytes(flat: float) -> None:
+    """From two points of next to the same bytes it goes no farther than four times what is usual for the bytes."""
+    weights, aim, size = 19_200, 5_170.0, 5_458.0
+    usual = 16 / weights * (size - aim)
+    step = _next([(-6.1, size + flat), (-5.85, size)], aim, weights) + 5.85
+    assert usual <= step <= 4 * usual + 1e-9
+    steep = _next([(-6.1, size + 2000), (-5.85, size)], aim, weights) + 5.85
+    assert steep == pytest.approx(0.25 / 2000 * (size - aim))
 
 
 def test_too_few_bytes_are_refused() -> None:
