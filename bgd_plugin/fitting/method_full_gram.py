@@ -20,6 +20,7 @@ from bgd_plugin.nn import storable
 from bgd_plugin.pq.forms import TRELLIS
 from bgd_plugin.pq.full_gram import fit_full
 from bgd_plugin.pq.gram import Moments, MomentSums
+from bgd_plugin.pq.maps import Maps
 from bgd_plugin.pq.masked import masked
 from bgd_plugin.pq.target_asymmetric import asymmetric_target, best_step, ridge_change
 from bgd_plugin.support.seeds import seeded
@@ -74,7 +75,12 @@ def _gathered(context: LayerContext, weight: Tensor | None, generator: torch.Gen
         if context.skip is not None:
             assert piece.drift is not None
             outputs = with_drift(outputs, piece.drift, context.skip.gain)
-        cut = _rows_to_fit(piece.student.shape[1], piece.index, piece.pieces)
+        cut = _rows_to_fit(outputs.shape[1], piece.index, piece.pieces)
+        if isinstance(piece.inputs, Maps) and cut in (0, outputs.shape[1]):
+            mine, other = (fitted, heldout) if cut else (heldout, fitted)
+            mine.add_maps_(piece.inputs, outputs)
+            other.add_(outputs.new_empty(1, 0, columns), outputs[:, :0])  # processes share sums of nothing, too
+            continue
         first, last = (None, None) if weights is None else (weights[:cut], weights[cut:])
         fitted.add_(piece.student[:, :cut], outputs[:, :cut], first)
         heldout.add_(piece.student[:, cut:], outputs[:, cut:], last)

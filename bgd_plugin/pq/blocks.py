@@ -24,6 +24,7 @@ __all__ = [
     "decode",
     "from_blocks",
     "input_blocks",
+    "padded",
     "sample_inputs",
     "to_blocks",
     "unfold_inputs",
@@ -243,7 +244,7 @@ def _windows(x: Tensor, geometry: Geometry) -> Tensor:
         x = x.unsqueeze(0)
     if x.dim() != dimensions + 2:
         raise ValueError(f"an input of shape {tuple(x.shape)} does not suit {dimensions} spatial dimensions")
-    windows = _pad(x, geometry)
+    windows = padded(x, geometry)
     for i in range(dimensions):
         span = geometry.dilation[i] * (geometry.kernel_size[i] - 1) + 1
         if windows.shape[2 + i] < span:
@@ -252,9 +253,9 @@ def _windows(x: Tensor, geometry: Geometry) -> Tensor:
     return windows.movedim(1, dimensions + 1)
 
 
-def _pad(x: Tensor, geometry: Geometry) -> Tensor:
-    """Pad all spatial dimensions of `[batch, C_in, *spatial]`; `functional.pad` takes the last dimension first."""
-    pads = [amount for pair in reversed(geometry.padding) for amount in pair]
+def padded(x: Tensor, geometry: Geometry) -> Tensor:
+    """An input `[batch, C_in, *spatial]` with the padding of a geometry around it, of the same dtype."""
+    pads = [amount for pair in reversed(geometry.padding) for amount in pair]  # the last dimension first
     if not any(pads):
         return x
     mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bgd_plugin.pq.maps import Maps
 from bgd_plugin.support.processes import sum_, total
 
 __all__ = ["MomentSums", "Moments"]
@@ -108,6 +109,7 @@ class MomentSums:
         self._means: list[Tensor] = []
         self._sums: list[Tensor] = []
         self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._maps: list[tuple[Maps, Tensor]] = []
 
     @property
     def count(self) -> float:
@@ -147,6 +149,21 @@ class MomentSums:
         if sum(x.numel() + y.numel() for x, y, _ in self._waiting) >= most:
             self._flush()
 
+    def add_maps_(self, maps: Maps, outputs: Tensor) -> None:
+        """Add the moments of all positions of a convolution's inputs.
+
+        Args:
+            maps: of one group.
+            outputs: `[1, positions, rows_per_group]`.
+        """
+        if self._maps and not maps.fits(self._maps[0][0]):
+            self._flush()
+        self._maps.append((maps, outputs.clone()))
+        columns, rows = maps.columns, outputs.shape[2]
+        waiting = sum(m.values.numel() + y.numel() for m, y in self._maps)
+        if waiting >= max(_WAITING, 2 * columns * (columns + rows)):
+            self._flush()
+
     def _flush(self) -> None:
         """Add the pieces that wait, all at once."""
         waiting, self._waiting = self._waiting, []
@@ -156,16 +173,35 @@ class MomentSums:
             self._add_(inputs, outputs, torch.cat(weights) if weights else None)
         elif waiting:
             self._add_(*waiting[0])
+        if self._maps:
+            first, *others = (maps for maps, _ in self._maps)
+            wanted = torch.cat([y for _, y in self._maps], 1)
+            self._maps = []
+            self._add_all_(first.joined(others), wanted)
+
+    def _add_all_(self, maps: Maps, outputs: Tensor) -> None:
+        """Add the moments of all positions of some maps, computed around their own mean."""
+        if not maps.is_less_work():
+            for inputs, some in maps.parts(outputs, 2 * (maps.columns + outputs.shape[2])):
+                self._add_(inputs, some, None)
+            return
+        count, first = maps.positions, maps.values.flatten(0, -2).mean(0)
+        maps, (y, first_output, output_rest) = maps.shifted(first), _centred(outputs, None, maps.positions)
+        firsts = [first.repeat_interleave(maps.columns // len(first)).unsqueeze(0), first_output]
+        self._add_centred_(count, firsts, [maps.means(), output_rest], [maps.gram(), maps.cross(y)])
 
     def _add_(self, inputs: Tensor, outputs: Tensor, weights: Tensor | None) -> None:
         """Add the moments of some positions, computed around their own mean."""
         count = inputs.shape[1] if weights is None else float(weights.double().sum())
         roots = None if weights is None else weights.sqrt().to(inputs).unsqueeze(1)
         (x, first, rest), (y, first_output, output_rest) = (_centred(v, roots, count) for v in (inputs, outputs))
-        sums = [_gram(x), x.mT @ y]
-        for part, other in zip(sums, (rest, output_rest), strict=True):
-            _add_outer_(part, -count * rest, other)
-        self._join_(count, [first.double() + rest, first_output.double() + output_rest], sums)
+        self._add_centred_(count, [first, first_output], [rest, output_rest], [_gram(x), x.mT @ y])
+
+    def _add_centred_(self, count: float, firsts: list[Tensor], rests: list[Tensor], sums: list[Tensor]) -> None:
+        """Add sums of products of values less `firsts`, whose means are `rests`."""
+        for part, other in zip(sums, rests, strict=True):
+            _add_outer_(part, -count * rests[0], other)
+        self._join_(count, [first.double() + rest for first, rest in zip(firsts, rests, strict=True)], sums)
 
     def _join_(self, count: float, means: list[Tensor], sums: list[Tensor]) -> None:
         """Add moments of other positions; `sums` is kept or read, not both."""

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bgd_plugin.calibration import CollectedInputs, paired_pieces, sampled_inputs
+import bgd_plugin as bgd
+from bgd_plugin.calibration import CollectedInputs, PairedRows, paired_pieces, sampled_inputs
 from bgd_plugin.calibration import rows as row_module
-from bgd_plugin.pq.blocks import Geometry
+from bgd_plugin.pq.blocks import Geometry, unfold_inputs
+from bgd_plugin.pq.maps import Maps
 
 LINEAR = Geometry.linear()
 
@@ -84,3 +86,53 @@ def test_two_processes_draw_what_one_with_all_the_data_draws(rank: int, monkeypa
     for mine, theirs in zip(half, whole[rank::2], strict=True):
         assert (mine.index, mine.pieces) == (theirs.index, theirs.pieces)
         assert torch.equal(mine.student, theirs.student)
+
+
+def _convolved(count: int, share: int, **given: object) -> tuple[list[PairedRows], list[Tensor], list[Tensor]]:
+    """Pieces of a convolution's inputs, two samples of 36 positions each, and all its rows and outputs."""
+    generator = torch.Generator().manual_seed(0)
+    geometry = Geometry.of((3, 3), 1, 1, 1, 1)
+    values = [torch.randn(2, 5, 6, 6, generator=generator) for _ in range(count)]
+    outputs = [torch.randn(2, 4, 6, 6, generator=generator) for _ in range(count)]
+    inputs = CollectedInputs("layer", *([[(x, geometry)] for x in values] for _ in range(2)))
+    pieces = list(
+        paired_pieces(inputs, count * share, torch.Generator().manual_seed(1), outputs=outputs.__getitem__, **given)  # type: ignore[arg-type]
+    )
+    rows = [unfold_inputs(x, geometry) for x in values]
+    return pieces, rows, [y.movedim(1, -1).reshape(1, -1, 4) for y in outputs]
+
+
+@pytest.mark.parametrize("share", [36, 50, 72, 100])
+def test_pieces_of_up_to_twice_their_share_are_maps_of_all_positions(share: int) -> None:
+    pieces, rows, outputs = _convolved(3, share)
+    for piece, mine, theirs in zip(pieces, rows, outputs, strict=True):
+        assert isinstance(piece.inputs, Maps)
+        assert torch.equal(piece.student, mine)
+        assert torch.equal(piece.reference, theirs)
+
+
+def test_what_else_is_drawn_is_taken_whole_with_the_maps() -> None:
+    drift = [torch.randn(2, 4, 6, 6) for _ in range(3)]
+    pieces, _, _ = _convolved(3, 40, drift=drift.__getitem__)
+    for piece, lost in zip(pieces, drift, strict=True):
+        assert piece.drift is not None
+        assert torch.equal(piece.drift, lost.movedim(1, -1).reshape(-1, 4))
+
+
+@pytest.mark.parametrize("case", ["many positions", "weights"])
+def test_else_rows_are_drawn(case: str) -> None:
+    given = {"stream": lambda _: torch.ones(2, 4, 6, 6)} if case == "weights" else {}
+    pieces, rows, outputs = _convolved(3, 40 if case == "weights" else 35, **given)
+    for piece, mine, theirs in zip(pieces, rows, outputs, strict=True):
+        assert isinstance(piece.inputs, Tensor)
+        assert piece.student.shape[1] in (35, 40)
+        places = [int((mine[0] == row).all(1).nonzero()) for row in piece.student[0]]
+        assert torch.equal(piece.reference[0], theirs[0][places])
+
+
+def test_maps_that_are_not_finite_name_the_layer() -> None:
+    geometry = Geometry.of((3, 3), 1, 1, 1, 1)
+    calls = [[(torch.full((2, 5, 6, 6), torch.nan), geometry)]]
+    inputs = CollectedInputs("the.layer", calls, calls)
+    with pytest.raises(bgd.errors.CalibrationError, match=r"the\.layer"):
+        list(paired_pieces(inputs, 72, torch.Generator(), outputs=lambda _: torch.ones(2, 4, 6, 6)))
