@@ -254,7 +254,15 @@ def _windows(x: Tensor, geometry: Geometry) -> Tensor:
 
 
 def padded(x: Tensor, geometry: Geometry) -> Tensor:
-    """An input `[batch, C_in, *spatial]` with the padding of a geometry around it, of the same dtype."""
+    """An input with the padding of a geometry around it; the input itself if there is none.
+
+    Args:
+        x: `[batch, C_in, *spatial]`.
+        geometry: how the layer reads it.
+
+    Returns:
+        `[batch, C_in, *padded spatial]`, of the same dtype.
+    """
     pads = [amount for pair in reversed(geometry.padding) for amount in pair]  # the last dimension first
     if not any(pads):
         return x
