@@ -25,6 +25,7 @@ _SUMMED = 50
 _STARTED = 1 << 19
 """Multiplications in the time in which one product of matrices, or one sum, starts."""
 _MANY = 1 << 20
+"""Samples of which the sums themselves are a small part of the work."""
 _MOST_OFFSETS = 64
 """Of kernels with more, the places between edges are too many to go through."""
 
@@ -169,7 +170,7 @@ class Maps:
         return self.values[(slice(None), *(slice(*span) for span in cell))].reshape(-1, self.values.shape[-1])
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _is_less_work(samples: int, sizes: tuple[int, ...], kernel_size: tuple[int, ...], channels: int) -> bool:
     """Whether so many samples' Gram takes less time by distances than by all pairs of columns."""
     work, area = 0, channels * channels
@@ -206,8 +207,9 @@ def _cells(
     for size, kernel, distance in zip(sizes, kernel_size, apart, strict=True):
         starts, span = range(max(0, -distance), kernel - max(0, distance)), size - kernel + 1
         edges = sorted({edge for start in starts for edge in (start, start + span)})
-        cells = [(a, b, [s for s in starts if s <= a and b <= s + span]) for a, b in itertools.pairwise(edges)]
-        dimensions.append([cell for cell in cells if cell[2]])  # windows shorter than the kernel leave gaps
+        dimensions.append(
+            [(a, b, [s for s in starts if s <= a and b <= s + span]) for a, b in itertools.pairwise(edges)]
+        )
     return [
         ([(a, b) for a, b, _ in cell], list(itertools.product(*(seeing for _, _, seeing in cell))))
         for cell in itertools.product(*dimensions)

@@ -25,7 +25,7 @@ CASES = {
     "smaller than the kernel": ((2, 2), (3, 3), 1),
     "one position": ((3, 3), (3, 3), 0),
     "one wide position": ((1, 9), (1, 7), 0),
-    "gaps between windows": ((5,), (5,), 0),
+    "one position of a line": ((5,), (5,), 0),
 }
 
 
