@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -14,12 +15,13 @@ from bgd_plugin.jit.switch import enabled
 from bgd_plugin.jit.threads import share_rows
 from bgd_plugin.jit.vectors import fma, load, splat
 
-__all__ = ["LARGEST_BLOCK", "can_search", "search"]
+__all__ = ["LANES", "LARGEST_BLOCK", "POINTS", "can_search", "nearest_codes", "search", "searched"]
 
 LARGEST_BLOCK = 32
 """Weights in a block above which torch's matrix product is as fast."""
-_LANES = 16
-_POINTS = 4
+LANES = 16
+"""Codewords that are compared at once."""
+POINTS = 4
 """Points compared at once, which share the loads of the codewords."""
 
 
@@ -45,15 +47,27 @@ def search(points: Tensor, codebooks: Tensor) -> Tensor:
     points = points.contiguous()
     groups, count, width = points.shape
     codes = torch.empty(groups, count, dtype=torch.int64)
-    chunks = -(-codebooks.shape[1] // _LANES)
-    spare = chunks * _LANES - codebooks.shape[1]
-    words = functional.pad(-2 * codebooks.mT, (0, spare)).contiguous()
-    norms = functional.pad(codebooks.square().sum(2), (0, spare), value=torch.inf)
+    words, norms = searched(codebooks)
+    chunks = norms.shape[-1] // LANES
     program, operands = _program(width), (points, words, norms, codes)
     for group in range(groups):
         addresses = [x.data_ptr() + group * x.stride(0) * x.element_size() for x in operands]
         share_rows(count, chunks, program, partial(_call, addresses, chunks))
     return codes
+
+
+def searched(codebooks: Tensor) -> tuple[Tensor, Tensor]:
+    """What a search reads of codewords: them times -2, column by column, and their squared norms.
+
+    Args:
+        codebooks: `[..., codebook_size, block_size]`, float32.
+
+    Returns:
+        `[..., block_size, n]` and `[..., n]`, n being a multiple of `LANES`; norms of what is no codeword are infinite.
+    """
+    spare = -codebooks.shape[-2] % LANES
+    words = functional.pad(-2 * codebooks.mT, (0, spare)).contiguous()
+    return words, functional.pad(codebooks.square().sum(-1), (0, spare), value=torch.inf)
 
 
 def _call(addresses: list[int], chunks: int, first: int, last: int) -> list[tuple[int, ...]]:
@@ -67,10 +81,10 @@ def _program(block_size: int) -> Any:
 
     module, builder, a = define("nearest", ("points", "words", "norms", "codes"), ("first", "last", "chunks"))
     whole = ir.IntType(64)
-    count = builder.and_(builder.sub(a["last"], a["first"]), whole(-_POINTS))
+    count = builder.and_(builder.sub(a["last"], a["first"]), whole(-POINTS))
     many = builder.add(a["first"], count)
-    with Loop(builder, a["first"], many, _POINTS) as points:
-        _search(builder, a, [builder.add(points.index, whole(i)) for i in range(_POINTS)], block_size)
+    with Loop(builder, a["first"], many, POINTS) as points:
+        _search(builder, a, [builder.add(points.index, whole(i)) for i in range(POINTS)], block_size)
     with Loop(builder, many, a["last"]) as rest:
         _search(builder, a, [rest.index], block_size)
     builder.ret_void()
@@ -78,40 +92,55 @@ def _program(block_size: int) -> Any:
 
 
 def _search(builder: Any, a: dict[str, Any], points: list[Any], block_size: int) -> None:
-    """The nearest codewords of some points: sixteen codewords at a time, then the least of sixteen lanes."""
     from llvmlite import ir
 
-    whole, numbers = ir.IntType(64), ir.VectorType(ir.IntType(32), _LANES)
+    whole = ir.IntType(64)
     inputs = [
         [
-            splat(builder, load(builder, a["points"], _place(builder, point, block_size, j), 1), _LANES)
+            splat(builder, load(builder, a["points"], _place(builder, point, block_size, j), 1), LANES)
             for j in range(block_size)
         ]
         for point in points
     ]
-    far = ir.Constant(ir.VectorType(ir.FloatType(), _LANES), [float("inf")] * _LANES)
-    lanes = ir.Constant(numbers, list(range(_LANES)))
-    none = ir.Constant(numbers, [0] * _LANES)
-    with Loop(builder, whole(0), a["chunks"], 1, [lanes, *[far] * len(points), *[none] * len(points)]) as chunk:
+    codes = nearest_codes(builder, inputs, a["words"], a["norms"], a["chunks"])
+    for point, code in zip(points, codes, strict=True):
+        builder.store(code, builder.gep(a["codes"], [point], source_etype=whole), align=8)
+
+
+def nearest_codes(builder: Any, inputs: Sequence[Sequence[Any]], words: Any, norms: Any, chunks: Any) -> list[Any]:
+    """Code for the nearest codewords of some points: `LANES` of them at a time, then the least of as many lanes.
+
+    Args:
+        builder: where the code is emitted.
+        inputs: each point's numbers, each of them in all of `LANES` lanes.
+        words: address of the codewords times -2, `[block_size, chunks * LANES]`.
+        norms: address of their squared norms, infinite for codewords that only fill the last chunk.
+        chunks: how many times `LANES` codewords there are.
+
+    Returns:
+        the codes, 64-bit integers.
+    """
+    from llvmlite import ir
+
+    whole, numbers = ir.IntType(64), ir.VectorType(ir.IntType(32), LANES)
+    far = ir.Constant(ir.VectorType(ir.FloatType(), LANES), [float("inf")] * LANES)
+    lanes = ir.Constant(numbers, list(range(LANES)))
+    none = ir.Constant(numbers, [0] * LANES)
+    width = builder.mul(chunks, whole(LANES))
+    with Loop(builder, whole(0), chunks, 1, [lanes, *[far] * len(inputs), *[none] * len(inputs)]) as chunk:
         own, values = chunk.values[0], chunk.values[1:]
-        least, places = values[: len(points)], values[len(points) :]
-        first = builder.mul(chunk.index, whole(_LANES))
-        width = builder.mul(a["chunks"], whole(_LANES))
-        norms = load(builder, a["norms"], first, _LANES)
-        words = [
-            load(builder, a["words"], builder.add(builder.mul(width, whole(j)), first), _LANES)
-            for j in range(block_size)
-        ]
-        distances = [norms] * len(points)
-        for j, word in enumerate(words):
+        least, places = values[: len(inputs)], values[len(inputs) :]
+        first = builder.mul(chunk.index, whole(LANES))
+        distances = [load(builder, norms, first, LANES)] * len(inputs)
+        for j in range(len(inputs[0])):
+            word = load(builder, words, builder.add(builder.mul(width, whole(j)), first), LANES)
             distances = [fma(builder, x[j], word, d) for x, d in zip(inputs, distances, strict=True)]
         nearer = [builder.fcmp_ordered("<", d, best) for d, best in zip(distances, least, strict=True)]
         moved = [builder.select(*three) for three in zip(nearer, distances, least, strict=True)]
         placed = [builder.select(is_nearer, own, place) for is_nearer, place in zip(nearer, places, strict=True)]
-        chunk.carry([builder.add(own, ir.Constant(numbers, [_LANES] * _LANES)), *moved, *placed])
-    for i, point in enumerate(points):
-        code = _least(builder, chunk.values[1 + i], chunk.values[1 + len(points) + i])
-        builder.store(builder.zext(code, whole), builder.gep(a["codes"], [point], source_etype=whole), align=8)
+        chunk.carry([builder.add(own, ir.Constant(numbers, [LANES] * LANES)), *moved, *placed])
+    pairs = zip(chunk.values[1 : 1 + len(inputs)], chunk.values[1 + len(inputs) :], strict=True)
+    return [builder.zext(_least(builder, *pair), whole) for pair in pairs]
 
 
 def _place(builder: Any, point: Any, block_size: int, column: int) -> Any:
@@ -122,7 +151,7 @@ def _least(builder: Any, distances: Any, codes: Any) -> Any:
     """The code of the least distance; of equal ones the lowest."""
     from llvmlite import ir
 
-    lanes = _LANES
+    lanes = LANES
     while lanes > 1:
         lanes //= 2
         kind = ir.VectorType(ir.IntType(32), lanes)

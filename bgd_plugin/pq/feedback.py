@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.jit.nearest import can_search, search
+from bgd_plugin.jit.sweep import can_sweep, encode_
 from bgd_plugin.pq.line import nearest_on_a_line
 from bgd_plugin.pq.masked import masked, nearest_masked
 from bgd_plugin.pq.panels import Panels
@@ -90,6 +91,11 @@ def encode_damped(weight: Tensor, codebook: Tensor, gram: Tensor, mask: Tensor |
     metrics, inverse = (factor.to(weight) for factor in factors(grams.to(weight), block_size))
     rest, kept = Panels(rows.clone(), inverse, block_size), None if mask is None else mask.reshape(rows.shape)
     codes = torch.empty(*rows.shape[:2], rows.shape[2] // block_size, dtype=torch.int64, device=weight.device)
+    if mask is None and can_sweep(rows, codebook):
+        for blocks in rest.spans():
+            carried = encode_(codes[:, :, blocks], *rest.part(blocks), metrics[:, blocks], codebook.to(rows))
+            rest.change_beyond_(blocks, carried)
+        return codes.flatten(0, 1)
     for block in range(codes.shape[2]):
         here = slice(block * block_size, (block + 1) * block_size)
         metric = metrics[:, block]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bgd_plugin.jit.sweep import can_sweep, refine_
 from bgd_plugin.pq.feedback import diagonal_blocks, grouped, nearest
 from bgd_plugin.pq.masked import masked
 from bgd_plugin.pq.panels import Panels
@@ -168,6 +169,14 @@ def refine_codes(
     if slope is None:
         slope = (rows - masked(words[new].reshape(rows.shape), mask)) @ grams
     panels = Panels(slope, grams, block_size)
+    if mask is None and can_sweep(rows, words):
+        turns = inverses @ roots
+        for blocks in panels.spans():
+            turn, root, square = (matrices[:, blocks] for matrices in (turns, roots, own))
+            steps = refine_(new[:, :, blocks], *panels.part(blocks), turn, root, square, words)
+            panels.change_beyond_(blocks, steps)
+        found = new.flatten(0, 1)
+        return found, int((found != codes).sum())
     kept = None if mask is None else mask.reshape(rows.shape)
     for block in range(new.shape[2]):
         here = slice(block * block_size, (block + 1) * block_size)

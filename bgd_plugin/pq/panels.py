@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -41,12 +43,39 @@ class Panels:
         Args:
             factor: a, `[groups, rows, block_size]`.
         """
-        first = block // self._per_panel * self._per_panel
-        last = min(first + self._per_panel, self._blocks)
-        start, here, after, end = (number * self._size for number in (first, block, block + 1, last))
+        blocks = self._panel(block)
+        here, after, end = (number * self._size for number in (block, block + 1, blocks.stop))
         self._waiting.append(factor)
-        if block + 1 < last:
+        if block + 1 < blocks.stop:
             self._values[:, :, after:end] -= factor @ self._matrix[:, here:after, after:end]
             return
-        self._values[:, :, end:] -= torch.cat(self._waiting, 2) @ self._matrix[:, start:end, end:]
+        self.change_beyond_(blocks, torch.cat(self._waiting, 2))
         self._waiting = []
+
+    def spans(self) -> Iterator[slice]:
+        """The blocks of each panel, from left to right: for those who make the changes within a panel themselves."""
+        for block in range(0, self._blocks, self._per_panel):
+            yield self._panel(block)
+
+    def part(self, blocks: slice) -> tuple[Tensor, Tensor]:
+        """The values of some blocks, `[groups, rows, columns]`, and the square of the matrix that is theirs: views."""
+        columns = self._columns(blocks)
+        return self._values[:, :, columns], self._matrix[:, columns, columns]
+
+    def change_beyond_(self, blocks: slice, factors: Tensor) -> None:
+        """Make the changes of a panel's blocks for all columns beyond it.
+
+        Args:
+            blocks: of the panel.
+            factors: a of all of them, `[groups, rows, columns]`.
+        """
+        columns = self._columns(blocks)
+        self._values[:, :, columns.stop :] -= factors @ self._matrix[:, columns, columns.stop :]
+
+    def _panel(self, block: int) -> slice:
+        """The blocks of the panel that a block is in."""
+        first = block // self._per_panel * self._per_panel
+        return slice(first, min(first + self._per_panel, self._blocks))
+
+    def _columns(self, blocks: slice) -> slice:
+        return slice(blocks.start * self._size, blocks.stop * self._size)
