@@ -16,6 +16,8 @@ __all__ = ["Refit", "refitted"]
 
 _DAMPING = 0.01
 _MAX_ROWS = 8192
+_PLENTY = 256
+"""Rows for each column of a channel: what few rows cost is one part in so many of the error that is left."""
 _MAX_ELEMENTS = 30_000_000  # of sampled inputs
 _JUDGED_SHARE = 4  # one row in so many shows what the refit gained, and another one judges it
 
@@ -51,7 +53,7 @@ def refitted(weight: Tensor, inputs: LayerInputs, generator: torch.Generator) ->
     """
     columns = weight[0].numel()
     groups = weight.shape[0] if weight.shape[1] == 1 else 1
-    count = max(16 * columns, min(_MAX_ROWS, _MAX_ELEMENTS // max(1, groups * columns)))
+    count = max(16 * columns, min(_MAX_ROWS, _PLENTY * columns, _MAX_ELEMENTS // max(1, groups * columns)))
     shown: list[tuple[Tensor, Tensor]] = []
     judged: list[tuple[Tensor, Tensor]] = []
     first, last = MomentSums(), MomentSums()

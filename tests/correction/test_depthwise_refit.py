@@ -108,11 +108,13 @@ class _Enough(Exception):
     """What was wanted has been seen."""
 
 
-@pytest.mark.parametrize(("channels", "rows"), [(16, 8192), (4000, 833), (250_000, 144)])
+@pytest.mark.parametrize(
+    ("channels", "size", "rows"), [(16, 3, 2304), (16, 7, 8192), (4000, 3, 833), (250_000, 3, 144)]
+)
 def test_rows_are_sampled_within_a_number_of_elements(
-    monkeypatch: pytest.MonkeyPatch, channels: int, rows: int
+    monkeypatch: pytest.MonkeyPatch, channels: int, size: int, rows: int
 ) -> None:
-    """8,192 rows, or 30 million numbers in all channels together; but 16 rows for each weight of a channel."""
+    """256 for each weight of a channel, 8,192, or 30 million numbers in all channels; but 16 for each weight."""
 
     def asked(inputs: Any, count: int, *_: Any, **__: Any) -> Any:
         assert count == rows
@@ -120,7 +122,7 @@ def test_rows_are_sampled_within_a_number_of_elements(
 
     monkeypatch.setattr(depthwise_refit, "paired_pieces", asked)
     with pytest.raises(_Enough):
-        depthwise_refit.refitted(torch.zeros(channels, 1, 3, 3), CollectedInputs("a", [], []), torch.Generator())
+        depthwise_refit.refitted(torch.zeros(channels, 1, size, size), CollectedInputs("a", [], []), torch.Generator())
 
 
 def test_a_quarter_of_the_rows_shows_the_gain(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,14 +55,15 @@ def _prepared(model: nn.Module, data: list[Tensor]) -> tuple[Any, Any, Any]:
 
 @torch.no_grad()
 def test_the_cost_is_that_of_the_network_with_the_rounded_weight() -> None:
+    """On the first half of the samples; all weights together are tried on all of them."""
     model, data = _delicate()
     batches, front, survey = _prepared(model, data)
     with isolated_weights(front.network, survey.everywhere):
         found = measure_rounding(front.network, batches, survey, LOGITS, 1e-9)
-        exact = torch.cat([front.network(x) for x in data]).log_softmax(1)
+        exact = torch.cat([front.network(x) for x in data[:2]]).log_softmax(1)
     assert list(found) == ["first"]
     model.first.weight.data = as_stored(model.first.weight.detach(), "int8")
-    rough = torch.cat([model(x) for x in data]).log_softmax(1)
+    rough = torch.cat([model(x) for x in data[:2]]).log_softmax(1)
     kl = float((exact.exp() * (exact - rough)).sum(1).mean())
     assert found["first"].per_error(kl) == pytest.approx(kl, rel=0.02)
     assert found["first"].narrow == 1
