@@ -15,7 +15,7 @@ from bgd_plugin.encoding.eight_bit import LEVELS
 from bgd_plugin.files.rounding import as_stored
 from bgd_plugin.graph import FoundLayer
 from bgd_plugin.pq.feedback import cholesky, damped, diagonal_blocks, encode_with_feedback, nearest
-from bgd_plugin.pq.full_gram import positions_as_groups
+from bgd_plugin.pq.positions import positions_as_groups
 
 __all__ = ["LayerFacts", "layer_facts", "narrow_error", "roughly_quantized", "rounding_error", "spread_ratio"]
 

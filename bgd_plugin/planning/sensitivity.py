@@ -36,7 +36,7 @@ from bgd_plugin.planning.reference import Reference
 from bgd_plugin.planning.samples import few_samples, spread
 from bgd_plugin.planning.window_error import window_error
 from bgd_plugin.pq.forms import TRELLIS
-from bgd_plugin.pq.full_gram import positions_as_groups
+from bgd_plugin.pq.positions import positions_as_groups
 from bgd_plugin.pq.rate import RateCurve, entropy_curve, quick_fit, quick_fits, sampled_positions
 from bgd_plugin.support.seeds import seeded
 

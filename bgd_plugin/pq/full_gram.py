@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.pq.em import fit_em
-from bgd_plugin.pq.feedback import damped, diagonal_blocks, encode_damped, grouped, nearest
+from bgd_plugin.pq.feedback import damped, diagonal_blocks, encode_damped, grouped
 from bgd_plugin.pq.least_squares import output_objective, refine_codes, solve_codebook
 from bgd_plugin.pq.masked import fit_masked
+from bgd_plugin.pq.positions import position_codebook, positions_as_groups
 from bgd_plugin.pq.powers import near_one, power_of_two
 
-__all__ = ["FullFit", "fit_full", "fit_positions", "positions_as_groups"]
+__all__ = ["FullFit", "fit_full"]
 
 _START_ITERATIONS = 20
 """Iterations of k-means under the pooled metric, on a sample."""
@@ -170,10 +171,9 @@ def _start(
         kept, _ = positions_as_groups(mask.reshape(rows.shape), diagonal_blocks(grams, block_size))
         return fit_masked(positions, metrics, kept, codebook_size, 2 * _START_ITERATIONS, generator=generator)[0]
     sample = _sample(positions, _START_BLOCKS * codebook_size, generator)
-    start = fit_em(
-        sample, metrics.mean(0), codebook_size, _START_ITERATIONS, generator=generator, compiled=True
-    ).codebook
-    return fit_positions(positions, metrics, start, _POSITION_ITERATIONS)[0]
+    rounds = _START_ITERATIONS if block_size > 1 else 1  # single weights start well spread, and come to rest anyway
+    start = fit_em(sample, metrics.mean(0), codebook_size, rounds, generator=generator, compiled=True).codebook
+    return position_codebook(positions, metrics, start, _POSITION_ITERATIONS)
 
 
 def _sample(positions: Tensor, blocks: int, generator: torch.Generator) -> Tensor:
@@ -183,64 +183,6 @@ def _sample(positions: Tensor, blocks: int, generator: torch.Generator) -> Tenso
         return positions
     chosen = torch.randperm(positions.shape[1], generator=generator, device=generator.device)[:rows]
     return positions[:, chosen.to(positions.device)]
-
-
-def positions_as_groups(rows: Tensor, metrics: Tensor) -> tuple[Tensor, Tensor]:
-    """Treat each block position of each group as a group of its own, with rows of one block.
-
-    Args:
-        rows: `[groups, rows_per_group, columns]`.
-        metrics: `[groups, blocks_per_row, d, d]`.
-
-    Returns:
-        blocks `[groups · blocks_per_row, rows_per_group, d]` and metrics `[groups · blocks_per_row, d, d]`.
-    """
-    blocks = rows.reshape(*rows.shape[:2], -1, metrics.shape[3]).transpose(1, 2)
-    return blocks.flatten(0, 1), metrics.flatten(0, 1)
-
-
-@torch.no_grad()
-def fit_positions(blocks: Tensor, metrics: Tensor, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """K-means with one metric per position p: min Σ_p Σ_v (v − c_a)ᵀ H_p (v − c_a).
-
-    Assign each block to its nearest codeword under H_p, then solve each codeword by least squares over its members,
-    d equations: (Σ_members H_p) c = Σ_members H_p v. Neither step raises the objective, except for a ridge of 1e-6
-    that holds a codeword in place in directions absent from its members' inputs. This initializes the full fit, and is
-    the whole fit for layers too wide for a full Gram. A codeword without members does not move.
-
-    Args:
-        blocks: `[positions, rows_per_position, d]`.
-        metrics: `[positions, d, d]`, symmetric, positive definite.
-        start: `[codebook_size, d]`.
-        iterations: number of iterations.
-
-    Returns:
-        codebook `[codebook_size, d]`, and the nearest codes `[positions, rows_per_position]`.
-    """
-    metrics = metrics.double()
-    roots = torch.linalg.cholesky(metrics).to(blocks)
-    codebook, pulls = start.to(blocks), blocks @ metrics.to(blocks)
-    size, width = codebook.shape
-    identity = torch.eye(width, dtype=torch.float64, device=blocks.device)
-    codes = nearest(blocks, roots, codebook)
-    for _ in range(iterations):
-        counts = _counts(codes, size)
-        matrices = (counts.T @ metrics.flatten(1)).view(size, width, width)
-        sums = torch.zeros_like(codebook).index_add_(0, codes.flatten(), pulls.flatten(0, 1)).double()
-        ridge = 1e-6 * matrices.diagonal(dim1=1, dim2=2).mean(1) + (counts.sum(0) == 0)
-        matrices = matrices + ridge[:, None, None] * identity
-        sums = sums + ridge.unsqueeze(1) * codebook.double()
-        codebook = torch.linalg.solve(matrices, sums.unsqueeze(2)).squeeze(2).to(blocks)
-        codes = nearest(blocks, roots, codebook)
-    return codebook, codes
-
-
-def _counts(codes: Tensor, codebook_size: int) -> Tensor:
-    """How often each position `[positions, n]` uses each codeword: float64 `[positions, codebook_size]`."""
-    positions = codes.shape[0]
-    offsets = codebook_size * torch.arange(positions, device=codes.device).unsqueeze(1)
-    counts = torch.bincount((codes + offsets).flatten(), minlength=positions * codebook_size)
-    return counts.view(positions, codebook_size).double()
 
 
 def _check(rows: Tensor, grams: Tensor, block_size: int) -> None:

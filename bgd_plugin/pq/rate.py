@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bgd_plugin.pq.em import fit_em
-from bgd_plugin.pq.full_gram import fit_positions
+from bgd_plugin.pq.positions import fit_positions
 
 __all__ = [
     "EntropyCurve",

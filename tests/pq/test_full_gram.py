@@ -11,9 +11,9 @@ from torch import Tensor
 
 from bgd_plugin.pq.em import fit_em
 from bgd_plugin.pq.feedback import damped, diagonal_blocks
-from bgd_plugin.pq.full_gram import FullFit, fit_full, fit_positions, positions_as_groups
+from bgd_plugin.pq.full_gram import FullFit, fit_full
 from bgd_plugin.pq.least_squares import output_objective
-from tests.pq.test_feedback import layer, random_codebook
+from tests.pq.test_feedback import layer
 from tests.pq.trails import Trail, watched_trails
 
 
@@ -142,26 +142,6 @@ def test_fewer_distinct_blocks_than_codewords() -> None:
     used = len(fit.codes.unique())
     assert used <= 2
     assert fit.notes == (f"{32 - used} of 32 codewords are not used",)
-
-
-def test_positions_with_their_own_metrics() -> None:
-    """Against a literal version: each block under its own H, each codeword by the normal equations of its members."""
-    weight, gram = layer(2, 30, 12)
-    blocks, metrics = positions_as_groups(weight.reshape(2, 30, 12), diagonal_blocks(gram, 4))
-    assert torch.equal(blocks[4], weight[30:, 4:8])
-    assert torch.equal(metrics[4], gram[1, 4:8, 4:8])
-    start = random_codebook(8, 4)
-    found, codes = fit_positions(blocks, metrics, start, 1)
-    first = fit_positions(blocks, metrics, start, 0)[1]
-    for word in range(8):
-        matrix, side = torch.zeros(4, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
-        for position, row in (first == word).nonzero().tolist():
-            matrix += metrics[position]
-            side += metrics[position] @ blocks[position, row]
-        if bool(matrix.any()):
-            torch.testing.assert_close(found[word], torch.linalg.solve(matrix, side), rtol=1e-3, atol=1e-4)
-    losses = torch.einsum("pnkd,pde,pnke->pnk", blocks[:, :, None] - found, metrics, blocks[:, :, None] - found)
-    assert torch.equal(codes, losses.argmin(2))
 
 
 def test_what_cannot_be_fitted_is_refused() -> None:
