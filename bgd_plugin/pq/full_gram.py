@@ -171,7 +171,7 @@ def _start(
         kept, _ = positions_as_groups(mask.reshape(rows.shape), diagonal_blocks(grams, block_size))
         return fit_masked(positions, metrics, kept, codebook_size, 2 * _START_ITERATIONS, generator=generator)[0]
     sample = _sample(positions, _START_BLOCKS * codebook_size, generator)
-    rounds = _START_ITERATIONS if block_size > 1 else 1  # single weights start well spread, and come to rest anyway
+    rounds = _START_ITERATIONS if block_size > 1 else 1  # single weights start well spread
     start = fit_em(sample, metrics.mean(0), codebook_size, rounds, generator=generator, compiled=True).codebook
     return position_codebook(positions, metrics, start, _POSITION_ITERATIONS)
 

@@ -7,7 +7,6 @@ from torch import Tensor
 
 __all__ = ["nearest_on_a_line", "settled_on_a_line", "spread_on_a_line"]
 
-_ITERATIONS = 300
 _MOST_POINTS = 1 << 22
 _BINS = 8
 """Intervals for each codeword in the estimate of the density."""
@@ -59,8 +58,8 @@ def spread_on_a_line(points: Tensor, count: int) -> Tensor:
     return torch.lerp(borders[after - 1], borders[after], part.clamp(0, 1)).to(points)
 
 
-def settled_on_a_line(points: Tensor, weights: Tensor, start: Tensor) -> Tensor:
-    """Centroids at rest: each is the weighted mean of the points nearest to it, or has none and stays where it was.
+def settled_on_a_line(points: Tensor, weights: Tensor, start: Tensor, iterations: int) -> Tensor:
+    """Centroids each at the weighted mean of the points nearest to it; one that has none stays where it was.
 
     Lloyd's algorithm on points that are sorted once: the sums over a cluster are differences of running sums, so an
     iteration costs a search for each border, whatever the number of points. Of more than four million points, each row
@@ -70,6 +69,7 @@ def settled_on_a_line(points: Tensor, weights: Tensor, start: Tensor) -> Tensor:
         points: `[rows, n]`.
         weights: `[rows, n]`, at least 0.
         start: `[k]`, in any order.
+        iterations: maximum number; fewer are made if the centroids come to rest.
 
     Returns:
         `[k]`, ascending, in the dtype of the points.
@@ -77,14 +77,14 @@ def settled_on_a_line(points: Tensor, weights: Tensor, start: Tensor) -> Tensor:
     **Source**: Lloyd, "Least squares quantization in PCM", IEEE Trans. Inf. Theory 28 (1982).
     """
     step = -(-points.numel() // _MOST_POINTS)
-    ordered, order = points[:, ::step].flatten().double().sort()
-    sorted_weights = weights[:, ::step].flatten().double()[order]
+    ordered, order = points[:, ::step].flatten().sort()
+    sorted_weights, ordered = weights[:, ::step].flatten().double()[order], ordered.double()
     zero = ordered.new_zeros(1)
     counts = torch.cat([zero, sorted_weights.cumsum(0)])
     sums = torch.cat([zero, (sorted_weights * ordered).cumsum(0)])
     centroids = start.double().sort().values
     ends = torch.tensor([0, len(ordered)], device=points.device)
-    for _ in range(_ITERATIONS):
+    for _ in range(iterations):
         borders = torch.searchsorted(ordered, (centroids[1:] + centroids[:-1]) / 2)
         places = torch.cat([ends[:1], borders, ends[1:]])
         members = counts[places].diff()

@@ -74,7 +74,7 @@ def test_on_a_line_it_is_lloyds_algorithm_to_the_end(seed: int) -> None:
     points = torch.randn(6, 30, generator=draw, dtype=torch.float64)
     weights = torch.rand(6, 1, generator=draw, dtype=torch.float64).expand(6, 30)
     start = 3 * torch.randn(9, generator=draw, dtype=torch.float64)  # some have no members
-    found = settled_on_a_line(points, weights, start)
+    found = settled_on_a_line(points, weights, start, 100)
     torch.testing.assert_close(found, _literal(points, weights, start))
 
 
@@ -82,22 +82,22 @@ def test_blocks_of_one_weight_come_to_rest_under_the_weights_of_their_positions(
     weight, gram = layer(1, 60, 8)
     blocks, metrics = positions_as_groups(weight.reshape(1, 60, 8), diagonal_blocks(gram, 1))
     start = random_codebook(6, 1)
-    found = position_codebook(blocks, metrics, start, 1)
+    found = position_codebook(blocks, metrics, start, 20)
     wanted = _literal(blocks.squeeze(2).double(), metrics.reshape(8, 1).double().expand(8, 60), start[:, 0].double())
     torch.testing.assert_close(found[:, 0].double(), wanted, atol=1e-5, rtol=1e-5)
-    assert torch.equal(position_codebook(blocks, metrics, start, 0), start.to(blocks))
+    assert torch.equal(position_codebook(blocks, metrics, start, 0), start.sort(0).values.to(blocks))
 
 
 def test_of_very_many_points_some_of_each_row_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     points = torch.randn(20, 500, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(line, "_MOST_POINTS", 4000)
-    found = settled_on_a_line(points, torch.ones_like(points), torch.linspace(-2, 2, 5))
-    some = settled_on_a_line(points[:, ::3], torch.ones(20, 167), torch.linspace(-2, 2, 5))
+    found = settled_on_a_line(points, torch.ones_like(points), torch.linspace(-2, 2, 5), 20)
+    some = settled_on_a_line(points[:, ::3], torch.ones(20, 167), torch.linspace(-2, 2, 5), 20)
     assert torch.equal(found, some)
 
 
 def test_points_at_the_place_of_a_centroid_and_single_centroids() -> None:
     points = torch.tensor([[0.0, 0.0, 1.0, 1.0, 5.0]])
     weights = torch.tensor([[1.0, 1.0, 1.0, 3.0, 2.0]])
-    assert settled_on_a_line(points, weights, torch.tensor([9.0, 0.0, 1.0])).tolist() == [0.0, 1.0, 5.0]
-    assert settled_on_a_line(points, weights, torch.tensor([7.0])).tolist() == [1.75]
+    assert settled_on_a_line(points, weights, torch.tensor([9.0, 0.0, 1.0]), 9).tolist() == [0.0, 1.0, 5.0]
+    assert settled_on_a_line(points, weights, torch.tensor([7.0]), 9).tolist() == [1.75]
