@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy
 from torch import fx, nn
 
 from bgd_plugin.calibration import Batch, Batches, Forward, Records, take_aside_
@@ -97,6 +98,8 @@ class Task:
         run = self._progress(0) if number == 0 else None  # a folder with another run is refused at once
         if number == 0:
             self._measure()
+        if before is not None and not self._leaves_room(before):
+            return None
         log = Log()
         log.seconds.update(self.log.seconds)
         survey = self.ready.survey
@@ -118,6 +121,19 @@ class Task:
     def _misses(self, before: Pass) -> bool:
         """Whether a pass has missed the bound."""
         return before.report.answers is not None and not before.report.answers.divergence <= before.limit
+
+    def _leaves_room(self, before: Pass) -> bool:
+        """Whether a file that is smaller by enough may keep the bound, by how steep the curve of sizes is there.
+
+        Sizes are chosen anew only then: to try them takes time.
+        """
+        answers, curve = before.report.answers, [p for p in before.survey.curve if p.expected_divergence > 0]
+        if answers is None or self.ready.budget is None or len(curve) < 2 or self._misses(before):
+            return True
+        found = self.ready.budget.sketch.file_size(before.survey.chosen, before.survey.storages)
+        places = numpy.log([found, _SMALLER * found])
+        now, smaller = numpy.interp(places, *numpy.log([(p.file_bytes, p.expected_divergence) for p in curve]).T)
+        return bool(answers.divergence * math.exp(smaller - now) <= AIM * before.limit)
 
     def _is_worth(self, before: Pass, survey: Survey) -> bool:
         """Whether a further pass is needed to keep the bound, or makes the file smaller by enough."""

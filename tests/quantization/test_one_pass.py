@@ -116,6 +116,28 @@ def test_sizes_are_chosen_by_what_the_pass_before_has_shown(monkeypatch: pytest.
     ]
 
 
+@pytest.mark.parametrize(
+    ("divergence", "steepness", "leaves_room"),
+    [(0.005, 2.0, True), (0.005, 20.0, False), (0.0079, 2.0, False), (0.011, 20.0, True)],
+)
+def test_sizes_are_tried_again_only_where_their_curve_leaves_room(
+    divergence: float, steepness: float, leaves_room: bool
+) -> None:
+    """Of a file of 1,000 bytes and a bound of 0.01, at a loss that falls with a power of the bytes."""
+    curve = [
+        SimpleNamespace(file_bytes=size, expected_divergence=size**-steepness) for size in (500, 700, 900, 1100, 2000)
+    ]
+    curve.append(SimpleNamespace(file_bytes=4000, expected_divergence=0.0))
+    survey = SimpleNamespace(chosen="chosen", storages="storages", curve=curve)
+    sketch = SimpleNamespace(file_size=lambda *given: {("chosen", "storages"): 1000}[given])
+    task = _task(ready=SimpleNamespace(budget=SimpleNamespace(sketch=sketch)))
+    answers = SimpleNamespace(divergence=divergence)
+    before = SimpleNamespace(survey=survey, limit=0.01, report=SimpleNamespace(answers=answers))
+    assert task._leaves_room(before) is leaves_room
+    survey.curve = curve[-1:]
+    assert task._leaves_room(before)
+
+
 @pytest.mark.parametrize("has_budget", [True, False])
 def test_samples_are_kept_aside_before_the_others_are_measured(
     has_budget: bool, monkeypatch: pytest.MonkeyPatch
@@ -179,6 +201,7 @@ def test_data_is_measured_once_and_fits_go_to_the_next_pass(is_alike: bool, monk
     survey = SimpleNamespace(notes=("as it is",))
     task = _task(_Watched, ready=SimpleNamespace(survey=survey, budget="budget"), fits="none yet")
     task._is_worth = lambda before, survey: True
+    task._leaves_room = lambda before: True
     task.said = []
     first = task.run(0, None)
     second = task.run(1, first)
@@ -217,9 +240,14 @@ def test_a_further_pass_is_for_the_bound_or_for_a_smaller_file(
     task._fitted = lambda survey, run, log: "a pass"
     answers = None if divergence is None else SimpleNamespace(divergence=divergence)
     before = SimpleNamespace(
-        report=SimpleNamespace(answers=answers), limit=0.01, survey=SimpleNamespace(chosen="before", storages={})
+        report=SimpleNamespace(answers=answers),
+        limit=0.01,
+        survey=SimpleNamespace(chosen="before", storages={}, curve=()),
     )
     assert task.run(1, before) == ("a pass" if is_worth else None)
+    task._leaves_room = lambda before: False
+    task._chosen = None  # not asked for
+    assert task.run(1, before) is None
 
 
 @pytest.mark.parametrize("divergence", [0.02, 0.005])
