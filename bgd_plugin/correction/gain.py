@@ -15,9 +15,9 @@ from bgd_plugin.support.processes import total
 
 __all__ = ["Gain", "judged_pairs", "kept_aside", "output_distance", "some_samples"]
 
-_VALUES = 1 << 19
+_VALUES = 1 << 18
 """Values of a batch that are compared: comparing all took a fifth of a run."""
-_ALL_VALUES = 1 << 21
+_ALL_VALUES = 1 << 20
 """Values that are compared."""
 
 _ROUNDING = 1e-6
@@ -55,7 +55,7 @@ def kept_aside(count: int) -> tuple[range, range]:
 
 
 def some_samples(value: Tensor) -> Tensor:
-    """The first samples of a value `[samples, ...]`, as many as make up half a million numbers; at least one."""
+    """The first samples of a value `[samples, ...]`, as many as make up a quarter of a million numbers; at least one."""
     return value[: max(1, _VALUES // max(1, value[:1].numel()))]
 
 

@@ -11,7 +11,7 @@ from bgd_plugin.calibration import Batch, Batches, at_first_tokens, first_sample
 
 __all__ = ["few_samples", "spread"]
 
-_SAMPLES_OF_MOMENTS = 100  # at the least: a layer's facts are those of 4,096 rows of its inputs
+_SAMPLES_OF_MOMENTS = 64  # at the least: a layer's facts are those of 4,096 rows of its inputs
 _TOKENS_OF_MOMENTS = 4096  # that do as well, of texts
 _BATCHES_OF_MOMENTS = 8  # at the least: data may be sorted by class
 _TEXTS, _TOKENS = 2, 64  # of which only so many, where a language model's logits do not depend on later ones

@@ -21,15 +21,15 @@ from tests.networks import randomized, vectors
     ("sizes", "tokens", "chosen"),
     [
         ([4] * 25, 1, range(25)),  # too few samples to leave any out
-        ([4] * 63, 1, range(0, 63, 2)),
-        ([4] * 125, 1, range(0, 125, 5)),
+        ([4] * 63, 1, range(0, 63, 3)),
+        ([4] * 125, 1, range(0, 125, 7)),
         ([500] * 3, 1, range(3)),  # too few batches
         ([500] * 40, 1, range(0, 40, 5)),
         ([1] * 28, 512, range(0, 28, 3)),  # texts, of which eight have tokens enough
         ([1] * 28, 100, range(28)),
         ([1] * 90, 100, range(0, 90, 2)),
         ([1] * 28, 10**6, range(0, 28, 3)),
-        ([4] * 125, 30, range(0, 125, 5)),  # a hundred samples will do
+        ([4] * 125, 30, range(0, 125, 7)),  # 64 samples will do
     ],
 )
 def test_moments_are_of_batches_all_over_the_data(sizes: list[int], tokens: int, chosen: Any) -> None:
@@ -64,7 +64,7 @@ def test_a_plan_runs_the_whole_network_no_more_often_than_moments_need(traced: b
     isolate_weights_(graph, layers)
     with Rows() as rows:
         found = measure_sensitivities(graph, batches, layers, BGDConfig(max_divergence=None), lambda: None)
-    assert set(found) == {"last"} and 100 <= rows.count <= 300
+    assert set(found) == {"last"} and 64 <= rows.count <= 200
 
 
 class _Texts(nn.Module):
