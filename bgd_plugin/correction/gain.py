@@ -55,7 +55,7 @@ def kept_aside(count: int) -> tuple[range, range]:
 
 
 def some_samples(value: Tensor) -> Tensor:
-    """The first samples of a value `[samples, ...]`, as many as make up a quarter of a million numbers; at least one."""
+    """The first samples of a value `[samples, ...]`, as many as make up 262,144 numbers; at least one."""
     return value[: max(1, _VALUES // max(1, value[:1].numel()))]
 
 
