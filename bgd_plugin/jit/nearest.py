@@ -46,7 +46,7 @@ def search(points: Tensor, codebooks: Tensor) -> Tensor:
     """
     points = points.contiguous()
     groups, count, width = points.shape
-    codes = torch.empty(groups, count, dtype=torch.int64)
+    codes = torch.empty(groups, count, dtype=torch.int64, device=points.device)
     words, norms = searched(codebooks)
     chunks = norms.shape[-1] // LANES
     program, operands = _program(width), (points, words, norms, codes)

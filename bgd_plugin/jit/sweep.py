@@ -101,7 +101,7 @@ def _sweep_(
     (groups, rows, columns), block_size = values.shape, codebook.shape[1]
     lanes, spare = _lanes(block_size), -columns % LANES + LANES
     values = functional.pad(values, (0, spare))
-    block = torch.arange(columns) // block_size
+    block = torch.arange(columns, device=values.device) // block_size
     later = functional.pad(matrix * (block > block.unsqueeze(1)), (0, spare))
     turns, extra, words = (functional.pad(x, (0, lanes - block_size)) for x in (turns, extra, codebook))
     tables, norms = searched(moved)

@@ -60,6 +60,7 @@ def _by_multipliers(layers: Sequence[Sequence[Option]], bound: float) -> tuple[i
     for row, options in enumerate(layers):
         sizes[row, : len(options)] = [option.size_bytes for option in options]
         losses[row, : len(options)] = [option.loss for option in options]
+    losses = numpy.where(numpy.isnan(losses), numpy.inf, losses)
     low, picks = int(sizes[:, 0].sum()), [len(options) - 1 for options in layers]
     below, above = math.log(_PRICES[0]), math.log(_PRICES[1])  # of bytes per nat
     for _ in range(_TRIALS):

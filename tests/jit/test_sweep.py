@@ -109,6 +109,14 @@ def test_values_without_a_number_end_and_codes_are_codes() -> None:
     assert torch.equal(codes[clean], wanted[clean])
 
 
+def test_another_default_device_is_no_trouble() -> None:
+    weight, codebook, gram = _layer(1, 6, 10, 4, 20)
+    codes = encode_with_feedback(weight, codebook, gram, damping=0.01)
+    with torch.device("meta"):
+        assert torch.equal(encode_with_feedback(weight, codebook, gram, damping=0.01), codes)
+        refine_codes(weight, codebook, codes, gram)
+
+
 def test_what_it_takes() -> None:
     values, codebook = torch.zeros(1, 3, 8), torch.zeros(5, 4)
     assert can_sweep(values, codebook)

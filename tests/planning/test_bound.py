@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -40,6 +41,11 @@ def test_nothing_smaller_keeps_the_bound(layers: list[list[Option]], bound: floa
     assert loss <= bound
     every = [_totals(layers, p) for p in itertools.product(*(range(len(options)) for options in layers))]
     assert size == min(s for s, found in every if found <= bound)
+
+
+def test_an_option_whose_loss_is_no_number_is_not_chosen() -> None:
+    lost = [Option(layer=None, size_bytes=size, loss=loss) for size, loss in ((1, math.inf), (2, math.nan), (9, 0.0))]
+    assert fewest_bytes([lost, _layer([3], [0.5, 0.4, 0.3, 0.2])], 0.6) == [2, 0]
 
 
 @given(st.lists(LAYER, min_size=1, max_size=4))
