@@ -44,14 +44,14 @@ def spread_on_a_line(points: Tensor, count: int) -> Tensor:
     Proc. IRE 39 (1951).
     """
     step = max(1, len(points) // (_BINS * count))
-    ordered = points.sort().values.double()
+    ordered = points.sort().values.double().cpu()  # elsewhere running sums differ from run to run
     borders = torch.cat([ordered[:-1:step], ordered[-1:]])
     # With as many points in each interval, the density is proportional to 1 / width.
     shares = borders.diff().pow(2 / 3)
     places = torch.cat([shares.new_zeros(1), shares.cumsum(0)])
     if not places[-1] > 0:
         return ordered[:count].to(points)
-    wanted = (torch.arange(count, dtype=torch.float64, device=points.device) + 0.5) * (places[-1] / count)
+    wanted = (torch.arange(count, dtype=torch.float64, device=ordered.device) + 0.5) * (places[-1] / count)
     after = torch.searchsorted(places, wanted).clamp(1, len(places) - 1)
     widths = (places[after] - places[after - 1]).clamp(min=1e-300)
     part = (wanted - places[after - 1]) / widths
@@ -77,13 +77,13 @@ def settled_on_a_line(points: Tensor, weights: Tensor, start: Tensor, iterations
     **Source**: Lloyd, "Least squares quantization in PCM", IEEE Trans. Inf. Theory 28 (1982).
     """
     step = -(-points.numel() // _MOST_POINTS)
-    ordered, order = points[:, ::step].flatten().sort()
-    sorted_weights, ordered = weights[:, ::step].flatten().double()[order], ordered.double()
+    ordered, order = points[:, ::step].flatten().cpu().sort()  # as above
+    sorted_weights, ordered = weights[:, ::step].flatten().cpu().double()[order], ordered.double()
     zero = ordered.new_zeros(1)
     counts = torch.cat([zero, sorted_weights.cumsum(0)])
     sums = torch.cat([zero, (sorted_weights * ordered).cumsum(0)])
-    centroids = start.double().sort().values
-    ends = torch.tensor([0, len(ordered)], device=points.device)
+    centroids = start.cpu().double().sort().values
+    ends = torch.tensor([0, len(ordered)], device="cpu")
     for _ in range(iterations):
         borders = torch.searchsorted(ordered, (centroids[1:] + centroids[:-1]) / 2)
         places = torch.cat([ends[:1], borders, ends[1:]])
