@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -23,6 +23,7 @@ __all__ = [
     "define",
     "pieces",
     "read_codes",
+    "rows_together",
     "vector_lanes",
     "vector_registers",
 ]
@@ -111,6 +112,23 @@ class Loop:
             phi.add_incoming(value, last)
         builder.branch(self._head)
         builder.position_at_end(self._end)
+
+
+def rows_together(builder: Any, first: Any, last: Any, together: int) -> Iterator[list[Any]]:
+    """Generated loops over the rows from `first` to `last`: over so many `together`, then one by one over the rest.
+
+    The body of a `for` statement over this emits the code of both loops; it gets the rows' indices.
+
+    Args:
+        builder: at the place of the loops.
+        first, last: 64-bit integers.
+        together: number of rows, a power of two.
+    """
+    whole = first.type
+    many = builder.add(first, builder.and_(builder.sub(last, first), whole(-together)))
+    for start, stop, step in ((first, many, together), (many, last, 1)):
+        with Loop(builder, start, stop, step) as loop:
+            yield [builder.add(loop.index, whole(i)) for i in range(step)]
 
 
 def read_codes(builder: Any, codes: Any, first: Any, count: int, bits: int) -> list[Any]:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bgd_plugin.jit.llvm import Loop, compiled, define
+from bgd_plugin.jit.llvm import Loop, compiled, define, rows_together
 from bgd_plugin.jit.switch import enabled
 from bgd_plugin.jit.threads import share_rows
 from bgd_plugin.jit.vectors import fma, load, splat
 
-__all__ = ["LANES", "LARGEST_BLOCK", "POINTS", "can_search", "nearest_codes", "search", "searched"]
+__all__ = ["LANES", "LARGEST_BLOCK", "POINTS", "addresses_in", "can_search", "nearest_codes", "search", "searched"]
 
 LARGEST_BLOCK = 32
 """Weights in a block above which torch's matrix product is as fast."""
@@ -51,8 +51,7 @@ def search(points: Tensor, codebooks: Tensor) -> Tensor:
     chunks = norms.shape[-1] // LANES
     program, operands = _program(width), (points, words, norms, codes)
     for group in range(groups):
-        addresses = [x.data_ptr() + group * x.stride(0) * x.element_size() for x in operands]
-        share_rows(count, chunks, program, partial(_call, addresses, chunks))
+        share_rows(count, chunks, program, partial(_call, addresses_in(group, operands), chunks))
     return codes
 
 
@@ -70,6 +69,16 @@ def searched(codebooks: Tensor) -> tuple[Tensor, Tensor]:
     return words, functional.pad(codebooks.square().sum(-1), (0, spare), value=torch.inf)
 
 
+def addresses_in(group: int, operands: Sequence[Tensor]) -> list[int]:
+    """Where in memory a group's part of each operand is.
+
+    Args:
+        group: index of the group.
+        operands: each `[groups, ...]`; those that all groups share are expanded.
+    """
+    return [x.data_ptr() + group * x.stride(0) * x.element_size() for x in operands]
+
+
 def _call(addresses: list[int], chunks: int, first: int, last: int) -> list[tuple[int, ...]]:
     return [(*addresses, first, last, chunks)]
 
@@ -77,21 +86,15 @@ def _call(addresses: list[int], chunks: int, first: int, last: int) -> list[tupl
 @cache
 def _program(block_size: int) -> Any:
     """`codes[i] = argmin_c (norms[c] + Σ_j points[i, j] · words[j, c])` for points `first` to `last`."""
-    from llvmlite import ir
-
     module, builder, a = define("nearest", ("points", "words", "norms", "codes"), ("first", "last", "chunks"))
-    whole = ir.IntType(64)
-    count = builder.and_(builder.sub(a["last"], a["first"]), whole(-POINTS))
-    many = builder.add(a["first"], count)
-    with Loop(builder, a["first"], many, POINTS) as points:
-        _search(builder, a, [builder.add(points.index, whole(i)) for i in range(POINTS)], block_size)
-    with Loop(builder, many, a["last"]) as rest:
-        _search(builder, a, [rest.index], block_size)
+    for points in rows_together(builder, a["first"], a["last"], POINTS):
+        _search(builder, a, points, block_size)
     builder.ret_void()
     return compiled(module)
 
 
 def _search(builder: Any, a: dict[str, Any], points: list[Any], block_size: int) -> None:
+    """Store the codes of some points."""
     from llvmlite import ir
 
     whole = ir.IntType(64)

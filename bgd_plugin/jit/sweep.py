@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bgd_plugin.jit.llvm import Loop, compiled, define
-from bgd_plugin.jit.nearest import LANES, POINTS, nearest_codes, searched
+from bgd_plugin.jit.llvm import Loop, compiled, define, rows_together
+from bgd_plugin.jit.nearest import LANES, POINTS, addresses_in, nearest_codes, searched
 from bgd_plugin.jit.switch import enabled
 from bgd_plugin.jit.threads import share_rows
-from bgd_plugin.jit.vectors import constant, fma, load, splat, store, total, zero
+from bgd_plugin.jit.vectors import constant, fma, load, splat, spread, store, total, zero
 
 __all__ = ["can_sweep", "encode_", "refine_"]
 
@@ -57,7 +57,9 @@ def encode_(codes: Tensor, values: Tensor, matrix: Tensor, metrics: Tensor, code
         a, `[groups, rows, columns]`.
     """
     centre = codebook.mean(0)  # float32 loses accuracy in differences of large numbers
-    return _sweep_(False, codes, values, matrix, metrics, (codebook - centre) @ metrics, codebook, centre)
+    return _sweep_(
+        False, codes, values, matrix, metrics, (codebook - centre) @ metrics, codebook, centre.expand(len(values), -1)
+    )
 
 
 def refine_(
@@ -96,7 +98,7 @@ def _sweep_(
 
     Args:
         moved: the codewords as they are compared, `[groups, blocks, codebook_size, block_size]`.
-        extra: own Grams if codes are refined, else the centre.
+        extra: own Grams if codes are refined, else the centre; `[groups, ...]`.
     """
     (groups, rows, columns), block_size = values.shape, codebook.shape[1]
     lanes, spare = _lanes(block_size), -columns % LANES + LANES
@@ -107,15 +109,13 @@ def _sweep_(
     tables, norms = searched(moved)
     chunks = norms.shape[-1] // LANES
     factors = torch.empty_like(values)
-    operands = [x.contiguous() for x in (values, later, turns, tables, norms, words, extra)]
+    words = words.contiguous().expand(groups, -1, -1)
+    own = [x.contiguous() for x in (values, later, turns, tables, norms)]
+    operands = [*own, words, extra.contiguous(), codes, factors]
+    program, numbers = _program(block_size, refines), (codes.shape[2], chunks, values.shape[2], codes.stride(1))
     for group in range(groups):
-        addresses = [
-            x.data_ptr() + (group * x.stride(0) * x.element_size() if len(x) == groups and x.dim() > 2 else 0)
-            for x in (*operands, codes, factors)
-        ]
-        numbers = codes.shape[2], chunks, values.shape[2], codes.stride(1)
-        call = partial(_call, addresses, numbers)
-        share_rows(rows, chunks * codes.shape[2], _program(block_size, refines), call)
+        call = partial(_call, addresses_in(group, operands), numbers)
+        share_rows(rows, chunks * codes.shape[2], program, call)
     return factors[:, :, :columns]
 
 
@@ -136,13 +136,9 @@ def _program(block_size: int, refines: bool) -> Any:
     pointers = ("values", "matrix", "turns", "tables", "norms", "words", "extra", "codes", "factors")
     numbers = ("first", "last", "blocks", "chunks", "stride", "code_stride")
     module, builder, a = define("sweep", pointers, numbers)
-    whole = ir.IntType(64)
-    many = builder.add(a["first"], builder.and_(builder.sub(a["last"], a["first"]), whole(-POINTS)))
-    for start, stop, step in ((a["first"], many, POINTS), (many, a["last"], 1)):
-        with Loop(builder, start, stop, step) as some:
-            rows = [builder.add(some.index, whole(i)) for i in range(step)]
-            with Loop(builder, whole(0), a["blocks"]) as blocks:
-                _visit(builder, a, rows, blocks.index, block_size, refines)
+    for rows in rows_together(builder, a["first"], a["last"], POINTS):
+        with Loop(builder, ir.IntType(64)(0), a["blocks"]) as blocks:
+            _visit(builder, a, rows, blocks.index, block_size, refines)
     builder.ret_void()
     return compiled(module)
 
@@ -277,17 +273,10 @@ def _product(builder: Any, vector: Any, matrix: list[Any]) -> Any:
     """A row vector times a matrix, given by its rows."""
     result = zero(vector.type.count)
     for i, row in enumerate(matrix):
-        result = fma(builder, _lane(builder, vector, i, row.type.count), row, result)
+        result = fma(builder, spread(builder, vector, i, row.type.count), row, result)
     return result
 
 
 def _spread(builder: Any, vector: Any, size: int) -> list[Any]:
     """Each of a vector's first numbers in all lanes."""
-    return [_lane(builder, vector, i, LANES) for i in range(size)]
-
-
-def _lane(builder: Any, vector: Any, place: int, lanes: int) -> Any:
-    from llvmlite import ir
-
-    order = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [place] * lanes)
-    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), order)
+    return [spread(builder, vector, i, LANES) for i in range(size)]

@@ -15,6 +15,7 @@ __all__ = [
     "load",
     "masked",
     "splat",
+    "spread",
     "store",
     "total",
     "transposed",
@@ -102,10 +103,15 @@ def masked(builder: Any, mask: Any, place: Any, x: Any, lanes: int) -> Any:
 
 def splat(builder: Any, number: Any, lanes: int) -> Any:
     """A vector of this number of lanes, all equal to `number`, a vector of one lane."""
+    return spread(builder, number, 0, lanes)
+
+
+def spread(builder: Any, vector: Any, place: int, lanes: int) -> Any:
+    """A vector of this number of lanes, all equal to the one at a place of `vector`, counted from 0."""
     from llvmlite import ir
 
-    places = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
-    return builder.shuffle_vector(number, ir.Constant(number.type, ir.Undefined), places)
+    places = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [place] * lanes)
+    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), places)
 
 
 def total(builder: Any, vector: Any, lanes: int) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from bgd_plugin.jit.llvm import Loop, compiled, define, pieces, read_codes, vector_registers
+from bgd_plugin.jit.llvm import Loop, compiled, define, pieces, read_codes, rows_together, vector_registers
 from bgd_plugin.jit.vectors import fetch, fma, load, masked, total, tree, zero
 
 __all__ = ["dot_program"]
@@ -34,17 +34,11 @@ def dot_program(block_size: int, code_bits: int, has_mask: bool) -> Any:
     The function takes the addresses of input `[columns]`, codebook `[codebook_size, block_size]`, codes, mask (bytes
     `[rows, columns]`, if it has one) and output `[rows]`, then `first`, `last` and `blocks`.
     """
-    from llvmlite import ir
-
     pointers = ("input", "codebook", "codes", "mask", "output")
     module, builder, a = define("dot", pointers, ("first", "last", "blocks"))
     kind = _Kind(builder=builder, a=a, block_size=block_size, code_bits=code_bits, has_mask=has_mask)
-    whole = ir.IntType(64)
-    many = builder.add(a["first"], builder.and_(builder.sub(a["last"], a["first"]), whole(-_ROWS)))
-    with Loop(builder, a["first"], many, _ROWS) as rows:
-        _sum_rows(kind, [builder.add(rows.index, whole(i)) for i in range(_ROWS)])
-    with Loop(builder, many, a["last"]) as rest:
-        _sum_rows(kind, [rest.index])
+    for rows in rows_together(builder, a["first"], a["last"], _ROWS):
+        _sum_rows(kind, rows)
     builder.ret_void()
     return compiled(module)
 

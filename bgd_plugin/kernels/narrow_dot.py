@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from bgd_plugin.jit.llvm import AVAILABLE, Loop, compiled, converts_halves, define
+from bgd_plugin.jit.llvm import AVAILABLE, Loop, compiled, converts_halves, define, rows_together
 from bgd_plugin.jit.vectors import fetch, fma, load, total, tree, vector, zero
 
 __all__ = ["narrow_dot_program"]
@@ -33,15 +33,10 @@ def narrow_dot_program(number_bits: int) -> Any:
     """
     if not AVAILABLE or (number_bits == 16 and not converts_halves()):
         return None
-    from llvmlite import ir
 
     module, builder, a = define("narrow_dot", ("input", "numbers", "output"), ("first", "last", "columns"))
-    whole = ir.IntType(64)
-    many = builder.add(a["first"], builder.and_(builder.sub(a["last"], a["first"]), whole(-_ROWS)))
-    with Loop(builder, a["first"], many, _ROWS) as rows:
-        _sum_rows(builder, a, [builder.add(rows.index, whole(i)) for i in range(_ROWS)], number_bits)
-    with Loop(builder, many, a["last"]) as rest:
-        _sum_rows(builder, a, [rest.index], number_bits)
+    for rows in rows_together(builder, a["first"], a["last"], _ROWS):
+        _sum_rows(builder, a, rows, number_bits)
     builder.ret_void()
     return compiled(module)
 

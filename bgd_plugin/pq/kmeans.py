@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bgd_plugin.jit.nearest import can_search, search
-from bgd_plugin.pq.line import nearest_on_a_line
+from bgd_plugin.pq.line import nearest_on_a_line, running_sums
 
 __all__ = ["KMeans", "cluster_sums", "kmeans"]
 
@@ -212,7 +212,7 @@ def _split(homogeneous: Tensor, codes: Tensor, source: int, target: int, generat
     points = homogeneous[members, :-1].double()
     mean = points.mean(0)
     distances = (points - mean).square().sum(1)
-    cumulated = distances.cumsum(0)
+    cumulated = running_sums(distances)
     draw = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device).item()
     chosen = int(torch.searchsorted(cumulated, cumulated[-1:] * draw, right=True).clamp(max=len(members) - 1))
     nearer = (points - points[chosen]).square().sum(1) < distances

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["nearest_on_a_line", "settled_on_a_line", "spread_on_a_line"]
+__all__ = ["nearest_on_a_line", "running_sums", "settled_on_a_line", "spread_on_a_line"]
 
 _MOST_POINTS = 1 << 22
 _BINS = 8
@@ -27,6 +27,17 @@ def nearest_on_a_line(points: Tensor, centroids: Tensor) -> Tensor:
     return order[torch.bucketize(points.contiguous(), borders)]
 
 
+def running_sums(values: Tensor) -> Tensor:
+    """The sums of the first values, `[n]` as they are; made on the CPU, since elsewhere floats differ from run to run.
+
+    On a GPU torch refuses them where deterministic algorithms are asked for.
+
+    Args:
+        values: `[n]`.
+    """
+    return values.cpu().cumsum(0).to(values.device)
+
+
 def spread_on_a_line(points: Tensor, count: int) -> Tensor:
     """Initial centroids with a density proportional to the cube root of the points' density.
 
@@ -44,14 +55,14 @@ def spread_on_a_line(points: Tensor, count: int) -> Tensor:
     Proc. IRE 39 (1951).
     """
     step = max(1, len(points) // (_BINS * count))
-    ordered = points.sort().values.double().cpu()  # elsewhere running sums differ from run to run
+    ordered = points.sort().values.double()
     borders = torch.cat([ordered[:-1:step], ordered[-1:]])
     # With as many points in each interval, the density is proportional to 1 / width.
     shares = borders.diff().pow(2 / 3)
-    places = torch.cat([shares.new_zeros(1), shares.cumsum(0)])
+    places = torch.cat([shares.new_zeros(1), running_sums(shares)])
     if not places[-1] > 0:
         return ordered[:count].to(points)
-    wanted = (torch.arange(count, dtype=torch.float64, device=ordered.device) + 0.5) * (places[-1] / count)
+    wanted = (torch.arange(count, dtype=torch.float64, device=points.device) + 0.5) * (places[-1] / count)
     after = torch.searchsorted(places, wanted).clamp(1, len(places) - 1)
     widths = (places[after] - places[after - 1]).clamp(min=1e-300)
     part = (wanted - places[after - 1]) / widths
@@ -77,11 +88,11 @@ def settled_on_a_line(points: Tensor, weights: Tensor, start: Tensor, iterations
     **Source**: Lloyd, "Least squares quantization in PCM", IEEE Trans. Inf. Theory 28 (1982).
     """
     step = -(-points.numel() // _MOST_POINTS)
-    ordered, order = points[:, ::step].flatten().cpu().sort()  # as above
+    ordered, order = points[:, ::step].flatten().cpu().sort()  # small steps, and many
     sorted_weights, ordered = weights[:, ::step].flatten().cpu().double()[order], ordered.double()
     zero = ordered.new_zeros(1)
-    counts = torch.cat([zero, sorted_weights.cumsum(0)])
-    sums = torch.cat([zero, (sorted_weights * ordered).cumsum(0)])
+    counts = torch.cat([zero, running_sums(sorted_weights)])
+    sums = torch.cat([zero, running_sums(sorted_weights * ordered)])
     centroids = start.cpu().double().sort().values
     ends = torch.tensor([0, len(ordered)], device="cpu")
     for _ in range(iterations):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.encoding.tables import NEXT_STATE, contexts
+from bgd_plugin.pq.line import running_sums
 from bgd_plugin.pq.trellis import encode_trellis
 
 __all__ = ["Coding", "Moves", "block_moves", "chosen_moves", "code_lengths", "walk_moves", "walk_rate"]
@@ -197,7 +198,8 @@ def chosen_moves(moves: Moves, most_changes: float, most_energy: float, most_bit
         order = torch.where(wanted, gain / moves.energy.clamp(min=1e-30), -torch.inf).argsort(
             descending=True, stable=True
         )
-        fits = (moves.changes[order].cumsum(0) <= most_changes) & (moves.energy[order].cumsum(0) <= most_energy)
+        fits = running_sums(moves.changes[order]) <= most_changes
+        fits &= running_sums(moves.energy[order]) <= most_energy
         taken = torch.zeros_like(wanted)
         taken[order] = fits & wanted[order]
         if float(moves.bits[taken].sum()) <= most_bits:

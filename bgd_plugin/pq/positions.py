@@ -8,7 +8,7 @@ from torch import Tensor
 from bgd_plugin.pq.feedback import nearest
 from bgd_plugin.pq.line import settled_on_a_line
 
-__all__ = ["fit_positions", "position_codebook", "positions_as_groups"]
+__all__ = ["position_codebook", "positions_as_groups"]
 
 _RELAXATION = 1.8
 """Codewords move so many times as far as to the best place for their members: between 1 and 2 this never raises the
@@ -29,25 +29,6 @@ def positions_as_groups(rows: Tensor, metrics: Tensor) -> tuple[Tensor, Tensor]:
     """
     blocks = rows.reshape(*rows.shape[:2], -1, metrics.shape[3]).transpose(1, 2)
     return blocks.flatten(0, 1), metrics.flatten(0, 1)
-
-
-@torch.no_grad()
-def fit_positions(blocks: Tensor, metrics: Tensor, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """`position_codebook`, with the same arguments, and each block's nearest codeword.
-
-    This is the whole fit for layers too wide for a full Gram.
-
-    Args:
-        blocks: `[positions, rows_per_position, d]`.
-        metrics: `[positions, d, d]`, symmetric, positive definite.
-        start: `[codebook_size, d]`.
-        iterations: number of iterations.
-
-    Returns:
-        codebook `[codebook_size, d]`, and the nearest codes `[positions, rows_per_position]`.
-    """
-    codebook = position_codebook(blocks, metrics, start, iterations)
-    return codebook, nearest(blocks, torch.linalg.cholesky(metrics.double()).to(blocks), codebook)
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from bgd_plugin.pq.em import fit_em
-from bgd_plugin.pq.positions import fit_positions
+from bgd_plugin.pq.feedback import cholesky, nearest
+from bgd_plugin.pq.positions import position_codebook
 
 __all__ = [
     "EntropyCurve",
@@ -169,7 +170,8 @@ def quick_fit(blocks: Tensor, metrics: Tensor, codebook_size: int, *, generator:
     """
     rounds = _START_ITERATIONS if blocks.shape[2] > 1 else _ITERATIONS  # single weights start well spread
     start = fit_em(blocks, metrics.mean(0), codebook_size, rounds, generator=generator, compiled=True).codebook
-    codebook, codes = fit_positions(blocks, metrics, start, _ITERATIONS)
+    codebook = position_codebook(blocks, metrics, start, _ITERATIONS)
+    codes = nearest(blocks, cholesky(metrics.double()).to(blocks), codebook)
     difference = blocks - functional.embedding(codes, codebook)
     error = float(((difference @ metrics.to(difference)) * difference).sum(dtype=torch.float64))
     return QuickFit(codebook=codebook, error=error / blocks.numel())

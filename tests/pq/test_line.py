@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bgd_plugin.pq import line
 from bgd_plugin.pq.em import fit_em
 from bgd_plugin.pq.feedback import nearest
-from bgd_plugin.pq.line import nearest_on_a_line, spread_on_a_line
+from bgd_plugin.pq.line import nearest_on_a_line, running_sums, spread_on_a_line
 
 
 def _generator() -> torch.Generator:
@@ -47,3 +50,12 @@ def test_weights_of_few_values_are_no_trouble(values: list[float]) -> None:
     assert bool(torch.isfinite(start).all())
     fit = fit_em(points.view(1, -1, 1), torch.eye(1), 8, 20, generator=_generator())
     torch.testing.assert_close(fit.codebook[fit.codes, 0].flatten(), points)
+
+
+def test_running_sums_of_floats_are_made_nowhere_else() -> None:
+    """Elsewhere than on a CPU torch has no deterministic ones; those of whole numbers are `.long()`."""
+    values = torch.randn(50, dtype=torch.float64, generator=_generator())
+    assert torch.equal(running_sums(values), values.cumsum(0))
+    files = sorted(Path(line.__file__).parent.glob("*.py"))
+    found = [(file.name, text) for file in files for text in file.read_text().splitlines() if ".cumsum(" in text]
+    assert [name for name, text in found if ".long()" not in text] == ["line.py"]

@@ -27,3 +27,19 @@ def test_they_are_those_of_one_block_after_another(
         plain[:, :, here.stop :] -= factor @ matrix[:, here, here.stop :]
         seen.append(block)
     assert len(seen) == columns // block_size
+
+
+def test_who_changes_a_panel_from_within_changes_the_columns_beyond_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(panels, "_COLUMNS", 8)
+    values, matrix = torch.randn(2, 5, 20).double(), torch.randn(2, 20, 20).double()
+    one, other = Panels(values.clone(), matrix, 4), Panels(values.clone(), matrix, 4)
+    for blocks in other.spans():
+        own, square = other.part(blocks)
+        factors = []
+        for place, block in enumerate(range(blocks.start, blocks.stop)):
+            here = slice(4 * place, 4 * place + 4)
+            torch.testing.assert_close(own[:, :, here], one[block])
+            factors.append(own[:, :, here].tanh())
+            own[:, :, here.stop :] -= factors[-1] @ square[:, here, here.stop :]
+            one.change_(block, one[block].tanh())
+        other.change_beyond_(blocks, torch.cat(factors, 2))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from bgd_plugin.pq import line, positions
-from bgd_plugin.pq.feedback import diagonal_blocks
+from bgd_plugin.pq.feedback import diagonal_blocks, nearest
 from bgd_plugin.pq.line import settled_on_a_line
-from bgd_plugin.pq.positions import fit_positions, position_codebook, positions_as_groups
+from bgd_plugin.pq.positions import position_codebook, positions_as_groups
 from tests.pq.test_feedback import layer, random_codebook
 
 
@@ -22,8 +22,9 @@ def test_positions_with_their_own_metrics() -> None:
     assert torch.equal(blocks[4], weight[30:, 4:8])
     assert torch.equal(metrics[4], gram[1, 4:8, 4:8])
     start = random_codebook(8, 4)
-    found, codes = fit_positions(blocks, metrics, start, 1)
-    first = fit_positions(blocks, metrics, start, 0)[1]
+    roots = torch.linalg.cholesky(metrics)
+    found, first = position_codebook(blocks, metrics, start, 1), nearest(blocks, roots, start)
+    codes = nearest(blocks, roots, found)
     for word in range(8):
         matrix, side = torch.zeros(4, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
         for position, row in (first == word).nonzero().tolist():
@@ -36,8 +37,8 @@ def test_positions_with_their_own_metrics() -> None:
 
 
 def _loss(blocks: Tensor, metrics: Tensor, start: Tensor, iterations: int) -> float:
-    codebook, codes = fit_positions(blocks, metrics, start, iterations)
-    errors = blocks - codebook[codes]
+    codebook = position_codebook(blocks, metrics, start, iterations)
+    errors = blocks - codebook[nearest(blocks, torch.linalg.cholesky(metrics), codebook)]
     return float(torch.einsum("pnd,pde,pne->", errors, metrics, errors))
 
 
