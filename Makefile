@@ -31,7 +31,7 @@ FRAMEWORKS_STAMP := $(if $(FRAMEWORKS),$(VENV)/.bgd-plugin-frameworks-installed)
 TEST_ENVIRONMENT := $(if $(FRAMEWORKS),BGD_FRAMEWORKS=required)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-web test test-slow check format docs docs-serve bench-adapters bench-export bench-export_zoo bench-fidelity bench-budget bench-default bench-distributed bench-em bench-fashion bench-fashion_methods bench-fashion_finetuned bench-lite0 bench-memory bench-pruning bench-resnet18 bench-fuzz bench-kills bench-shapes bench-zoo wheel clean distclean
+.PHONY: help install demo demo-web test test-slow check format docs docs-serve bench-adapters bench-export bench-export_zoo bench-fidelity bench-budget bench-default bench-distributed bench-em bench-fashion bench-fashion_methods bench-fashion_finetuned bench-lite0 bench-memory bench-pruning bench-resnet18 bench-sweeps bench-fuzz bench-kills bench-shapes bench-zoo wheel clean distclean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -109,12 +109,13 @@ docs-serve: $(STAMP)
 ## make bench-lite0    EfficientNet-Lite0 at one size: what each step of the method brings, and training
 ## make bench-memory   peak memory of a ResNet-18 at 224 px under a bound
 ## make bench-pruning  half of the channels pruned, a short finetuning, quantization: size and accuracy
+## make bench-sweeps   the steps of a layer's fit: compiled sweeps, k-means' steps
 ## make bench-resnet18 a whole ResNet-18 at 224 px: CPU time, calibration work, memory
 ## make bench-fuzz     200,000 hostile files through load and inspect
 ## make bench-kills    a run that is killed 50 times, and its bytes
 ## make bench-shapes   a small Mask R-CNN on generated pictures: box and mask AP before, after, finetuned
 ## make bench-zoo      every torchvision model: layers found, bytes, whether it comes back
-bench-budget bench-distributed bench-em bench-fashion bench-fashion_methods bench-fashion_finetuned bench-lite0 bench-memory bench-pruning bench-resnet18 bench-fuzz bench-kills bench-shapes bench-zoo: bench-%: $(STAMP)
+bench-budget bench-distributed bench-em bench-fashion bench-fashion_methods bench-fashion_finetuned bench-lite0 bench-memory bench-pruning bench-resnet18 bench-sweeps bench-fuzz bench-kills bench-shapes bench-zoo: bench-%: $(STAMP)
 	$(RUN) -m tests.benchmarks.$* $(BENCH_ARGS)
 
 ## make bench-export   bytes, latency and memory of exported ONNX files beside dense ones

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 import bgd_plugin as bgd
 from bgd_plugin.calibration import LayerInputs
+from bgd_plugin.pq import feedback, positions
 from tests.networks import FunctionalNet, SmallResNet, images, randomized
 
 pytest.importorskip("torchvision", reason="the benchmarks' networks are torchvision's")
 
+from tests.benchmarks import sweeps
 from tests.benchmarks.layer_error import layer_errors
 from tests.benchmarks.lite0 import Crops, arms, stages
 from tests.benchmarks.peers import language_page
@@ -96,6 +98,14 @@ def test_layer_errors_fall_with_the_default_method() -> None:
     assert (layer.name, layer.weights) == ("2", 96 * 128)
     assert 0 < layer.error["default"] < layer.error["paper"] < 1
     assert 0 < layer.gain < 1
+
+
+def test_sweeps_are_timed_both_ways_and_leave_things_as_they_were(capsys: pytest.CaptureFixture[str]) -> None:
+    before = feedback.can_sweep, positions._RELAXATION, positions._ON_A_LINE
+    sweeps.main(["--layers", "0"])
+    (row,) = capsys.readouterr().out.splitlines()[2:]
+    assert row.startswith("576×576") and row.count("→") == 3
+    assert (feedback.can_sweep, positions._RELAXATION, positions._ON_A_LINE) == before
 
 
 def test_a_new_row_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
