@@ -79,6 +79,15 @@ def test_no_choice_raises_the_loss() -> None:
     assert changed < codes.numel() / 50
 
 
+def test_codes_whose_loss_cannot_be_told_stay() -> None:
+    weight, codebook, gram = _layer(1, 6, 10, 4, 20)
+    codes = torch.randint(1, 20, (6, 10), generator=torch.Generator().manual_seed(0))
+    slope = (weight - codebook[codes].flatten(1))[None] @ gram
+    slope[0, 2] = torch.nan
+    found, _ = refine_codes(weight, codebook, codes, gram, slope=slope)
+    assert [torch.equal(x, y) for x, y in zip(found, codes, strict=True)] == [row == 2 for row in range(6)]
+
+
 def test_what_is_given_stays_as_it_is() -> None:
     weight, codebook, gram = _layer(2, 6, 30, 4, 32)
     codes = torch.zeros(12, 30, dtype=torch.int64)

@@ -13,6 +13,7 @@ import bgd_plugin as bgd
 from bgd_plugin.calibration import collect_batches
 from bgd_plugin.files.rounding import as_stored, round_weights_
 from bgd_plugin.graph import find_layers, front_end, isolated_weights
+from bgd_plugin.planning import rounded
 from bgd_plugin.planning.outputs import LOGITS
 from bgd_plugin.planning.perturbation import changed, holders
 from bgd_plugin.planning.rounded import _rounded_alone, can_be_narrow, measure_rounding, narrow_bytes, roundings
@@ -54,14 +55,16 @@ def _prepared(model: nn.Module, data: list[Tensor]) -> tuple[Any, Any, Any]:
 
 
 @torch.no_grad()
-def test_the_cost_is_that_of_the_network_with_the_rounded_weight() -> None:
+def test_the_cost_is_that_of_the_network_with_the_rounded_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the first half of the samples; all weights together are tried on all of them."""
     model, data = _delicate()
     batches, front, survey = _prepared(model, data)
+    alone: list[int] = []
+    monkeypatch.setattr(rounded, "_rounded_alone", lambda *given: alone.append(len(given[1])) or _rounded_alone(*given))
     with isolated_weights(front.network, survey.everywhere):
         found = measure_rounding(front.network, batches, survey, LOGITS, 1e-9)
         exact = torch.cat([front.network(x) for x in data[:2]]).log_softmax(1)
-    assert list(found) == ["first"]
+    assert list(found) == ["first"] and alone == [len(batches) // 2]
     model.first.weight.data = as_stored(model.first.weight.detach(), "int8")
     rough = torch.cat([model(x) for x in data[:2]]).log_softmax(1)
     kl = float((exact.exp() * (exact - rough)).sum(1).mean())
