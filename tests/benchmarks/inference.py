@@ -4,7 +4,8 @@ Run `python -m tests.benchmarks.inference` (`make bench-inference`). All arms of
 An arm's time is the quickest eighth of its turns, since whatever else the machine does only adds time; the spread is
 that of the ratios to float in the same turn. Weights are quantized without data and by one round of k-means
 (`quantize_weights`, blocks of 4 and 256 codewords unless said): other codes are as fast. `--trellis` gives linear
-layers trellis codes instead. `--clock cpu` counts the process's CPU-seconds instead of the wall clock.
+layers trellis codes instead. `--clock cpu` counts the process's CPU-seconds instead of the wall clock. A linear layer
+runs as in a network, one of eight in a turn: each finds Python's code in the caches, and its own weights in memory.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Timing:
 
 
 def compare(
-    subject: str, arms: dict[str, Arm], rounds: int, clock: Callable[[], float], calls: int = 1
+    subject: str, arms: dict[str, Arm], rounds: int, clock: Callable[[], float], calls: int = 1, layers: int = 1
 ) -> list[Timing]:
     """Let the arms take turns, and compare each with the arm "float".
 
@@ -60,6 +61,7 @@ def compare(
         rounds: of all arms.
         clock: in seconds.
         calls: of an arm in its turn. One finds what the arms before it have left in the caches.
+        layers: that an arm runs in a call; times are of one of them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(rounds + 1):
@@ -68,7 +70,7 @@ def compare(
             for _ in range(calls):
                 call()
             if number:  # the first turn compiles and measures
-                seconds[name].append((clock() - start) / calls)
+                seconds[name].append((clock() - start) / (calls * layers))
     found, quickest = [], {name: sorted(values)[len(values) // 8] for name, values in seconds.items()}
     for name, values in seconds.items():
         ratios = [base / own for base, own in zip(seconds["float"], values, strict=True)]
@@ -86,17 +88,40 @@ def compare(
     return found
 
 
-def layer_arms(size: int, block_size: int | None, batch: int) -> dict[str, Arm]:
-    """A square linear layer: float, quantized through the kernels, plainly; with trellis codes if no block size."""
-    dense = nn.Linear(size, size).eval()
-    if block_size is None:
-        codes = torch.randint(0, 256, (code_bytes_per_column(size), size), dtype=torch.uint8)
-        layer = quantized(dense, torch.rand(size), codes, form="trellis").eval()
-    else:
-        layer = quantized(dense, torch.randn(256, block_size), torch.randint(0, 256, (size, size // block_size)))
-    assert isinstance(layer, PQLinear)
+def layer_arms(size: int, block_size: int | None, batch: int, layers: int) -> dict[str, Arm]:
+    """Square linear layers, one after another: float, quantized through the kernels, plainly.
+
+    Args:
+        size: inputs and outputs of a layer.
+        block_size: None: trellis codes.
+        batch: inputs at once.
+        layers: number of them, each with weights of its own, all with the same input.
+    """
+    dense = [nn.Linear(size, size).eval() for _ in range(layers)]
+    coded = [_coded(layer, block_size) for layer in dense]
     x = torch.randn(batch, size)
-    return {"float": lambda: dense(x), "kernels": lambda: layer(x), "plain": _plain(layer, x)}
+
+    def run(layers: list[Any]) -> None:
+        for layer in layers:
+            layer(x)
+
+    def plain() -> None:
+        with kernels.disabled():
+            run(coded)
+
+    return {"float": lambda: run(dense), "kernels": lambda: run(coded), "plain": plain}
+
+
+def _coded(dense: nn.Linear, block_size: int | None) -> PQLinear:
+    """A layer of the same size with random codes."""
+    rows, size = dense.weight.shape
+    if block_size is None:
+        codes = torch.randint(0, 256, (code_bytes_per_column(rows), size), dtype=torch.uint8)
+        layer = quantized(dense, torch.rand(rows), codes, form="trellis").eval()
+    else:
+        layer = quantized(dense, torch.randn(256, block_size), torch.randint(0, 256, (rows, size // block_size)))
+    assert isinstance(layer, PQLinear)
+    return layer
 
 
 def network_arms(model: nn.Module, inputs: Any, others: bool, codes: str) -> dict[str, Arm]:
@@ -172,7 +197,8 @@ def timings(options: Any) -> Iterator[list[Timing]]:
                 form = f"d={block_size}" if block_size else "trellis"
                 name = f"linear {options.size}x{options.size}, {form}, batch {batch}"
                 rounds = options.rounds if batch < 64 else max(3, options.rounds // 4)
-                yield compare(name, layer_arms(options.size, block_size, batch), rounds, clock, options.calls)
+                arms = layer_arms(options.size, block_size, batch, options.layers)
+                yield compare(name, arms, rounds, clock, options.calls, options.layers)
     for name, build in NETWORKS.items():
         if name in options.subjects:
             model, subjects = build()
@@ -187,8 +213,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--subjects", nargs="+", default=["layers", *NETWORKS], choices=["layers", *NETWORKS])
     parser.add_argument("--size", type=int, default=4096, help="rows and columns of the layers")
+    parser.add_argument("--layers", type=int, default=8, help="linear layers that run one after another in a turn")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--calls", type=int, default=1, help="of each arm in its turn; with one, caches are cold")
+    parser.add_argument("--calls", type=int, default=1, help="of each arm in its turn")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--others", action="store_true", help="torch.compile, onnxruntime and optimum-quanto, too")
