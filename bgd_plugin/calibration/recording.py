@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bgd_plugin.calibration.batches import Batch
 from bgd_plugin.calibration.branch import BranchEnd
+from bgd_plugin.calibration.course import Course
 from bgd_plugin.calibration.interception import intercepted, run_module
 from bgd_plugin.calibration.readers import Dataflow, is_plain, tensors_in
 from bgd_plugin.calibration.replay import Recorder
@@ -48,6 +49,8 @@ class Recording:
         branches: layers whose output is added to a skip connection.
         prints: fingerprints of each layer's inputs.
         decisions: see `Recorder`.
+        is_fixed: whether its course depends on shapes alone (see `calibration.course`).
+        is_borrowed: whether it is that of another batch of these shapes; it then has no prints.
     """
 
     order: list[str] = field(default_factory=list)
@@ -62,6 +65,26 @@ class Recording:
     branches: set[str] = field(default_factory=set)
     prints: dict[str, list[Print]] = field(default_factory=dict)
     decisions: list[tuple[Any, list[Tensor]]] = field(default_factory=list)
+    is_fixed: bool = False
+    is_borrowed: bool = False
+
+    def borrowed(self) -> Recording:
+        """The same for another batch, whose run takes this course."""
+        return replace(self, prints={}, is_borrowed=True)
+
+    def agrees(self, calls: Mapping[str, Sequence[tuple[Tensor, Geometry]]], strayed: bool) -> bool:
+        """Whether a later run of the network, up to some layers, gave them the same inputs as the recorded one.
+
+        Of a run whose course was borrowed, only the number of inputs is known.
+
+        Args:
+            calls: of each layer, the inputs, of any shape, and their geometries.
+            strayed: whether the run executed other operators.
+        """
+        if self.is_borrowed:
+            return not strayed and all(len(own) == self.counts[name] for name, own in calls.items())
+        prints = {name: [fingerprint(x) for x, _ in own] for name, own in calls.items()}
+        return all(same_print(own, self.prints.get(name, [])) for name, own in prints.items())
 
 
 @dataclass
@@ -71,10 +94,12 @@ class Records:
     Attributes:
         runs: of each batch.
         written: paths of the modules to whose state the network's code writes.
+        fixed: recordings whose course depends on shapes alone, by `shapes_of` of their batch.
     """
 
     runs: list[Recording] = field(default_factory=list)
     written: set[str] = field(default_factory=set)
+    fixed: dict[Hashable, Recording] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -93,10 +118,12 @@ def recorded(network: nn.Module, batch: Batch, weights: Mapping[str, Tensor], no
     with contextlib.ExitStack() as stack:
         stack.enter_context(intercepted(network, paths, observer.on_module))
         stack.enter_context(watch)
+        stack.enter_context(observer.course)
         answer = batch.call(network)
         observer.flow.read(ANSWER, tensors_in(answer))
     observer.recording.readers = observer.flow.readers
     observer.recording.decisions = observer.recorder.decisions
+    observer.recording.is_fixed = observer.course.is_fixed and not observer.recorder.decisions
     return observer.recording
 
 
@@ -111,6 +138,7 @@ class _Observer:
         self.recording = Recording()
         self.recorder = Recorder()
         self.flow = Dataflow()
+        self.course = Course()
         self._end = BranchEnd()
         self._norms = set(norms)
         self._running: list[str] = []
@@ -121,6 +149,7 @@ class _Observer:
         ended = self._end.before(operator, args)
         if ended is not None:
             self.recording.branches.add(ended[0])
+        self.course.computes(operator, args)
         result = self.recorder.compute(operator, args, kwargs)
         self._end.after(result)
         self.flow.computed(operator, (args, kwargs), result)
