@@ -16,7 +16,7 @@ from tests.networks import FunctionalNet, SmallResNet, images, randomized
 
 pytest.importorskip("torchvision", reason="the benchmarks' networks are torchvision's")
 
-from tests.benchmarks import sweeps
+from tests.benchmarks import inference, sweeps
 from tests.benchmarks.layer_error import layer_errors
 from tests.benchmarks.lite0 import Crops, arms, stages
 from tests.benchmarks.peers import language_page
@@ -106,6 +106,23 @@ def test_sweeps_are_timed_both_ways_and_leave_things_as_they_were(capsys: pytest
     (row,) = capsys.readouterr().out.splitlines()[2:]
     assert row.startswith("576×576") and row.count("→") == 3
     assert (feedback.can_sweep, positions._RELAXATION, positions._ON_A_LINE) == before
+
+
+@pytest.mark.parametrize("block_size", [4, None])
+def test_times_of_layers_in_a_turn_are_of_one_of_them(block_size: int | None) -> None:
+    ran: list[int] = []
+    hook = nn.modules.module.register_module_forward_hook(lambda *given: ran.append(given[1][0].shape[0]))
+    try:
+        arms = inference.layer_arms(64, block_size, 2, 3)
+        for name in ("float", "kernels", "plain"):
+            arms[name]()
+            assert ran == [2] * 3, name
+            ran.clear()
+    finally:
+        hook.remove()
+    ticks = iter(range(0, 1000, 12))  # each look at the clock is 12 seconds after the one before
+    found = inference.compare("it", {"float": lambda: None}, 2, lambda: next(ticks), calls=2, layers=3)
+    assert [row.milliseconds for row in found] == [2000.0]
 
 
 def test_a_new_row_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
