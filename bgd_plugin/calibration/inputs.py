@@ -176,6 +176,7 @@ class CollectedInputs(LayerInputs):
         name: the layer's, for errors.
         student, reference: for each batch the input of each call, and the call's geometry.
         shared: set if other layers have the same inputs.
+        outputs: see `LayerInputs.outputs`.
     """
 
     def __init__(
@@ -184,17 +185,18 @@ class CollectedInputs(LayerInputs):
         student: Sequence[Sequence[tuple[Tensor, Geometry]]],
         reference: Sequence[Sequence[tuple[Tensor, Geometry]]],
         shared: SharedInputs | None = None,
+        outputs: Callable[[int], Tensor] | None = None,
     ) -> None:
         self.name, self.shared = name, shared
-        self._student, self._reference = student, reference
+        self._student, self._reference, self._outputs = student, reference, outputs
 
     def __len__(self) -> int:
         return sum(len(calls) for calls in self._student)
 
     @property
-    def outputs(self) -> None:
-        """The float network's outputs are not at hand."""
-        return None
+    def outputs(self) -> Callable[[int], Tensor] | None:
+        """The float network's outputs in a batch, without bias; None if they are not at hand."""
+        return self._outputs
 
     @property
     def batches(self) -> Sequence[int]:

@@ -6,6 +6,7 @@ Pieces are nested: a model, its encoder, an encoder layer, its attention, a proj
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bgd_plugin.calibration.recording import Recording
+from bgd_plugin.calibration.returned import Returned
 
 __all__ = ["Kept", "Pieces", "freed", "kept", "revived"]
 
@@ -56,6 +58,7 @@ class Pieces:
             path: max(place[name] for name in found) for path, found in contents.items() if path and path not in unfit
         }
         self.contents = {path: contents[path] for path in self.last}
+        self._inside: dict[str, set[str]] = {}
         self._readers = [self._resolved(recording) for recording in recordings]
 
     def finished(self, place: int) -> set[str]:
@@ -83,6 +86,51 @@ class Pieces:
                 break
             group.append(other)
         return group
+
+    def stretch(self, place: int, most_bytes: float) -> tuple[list[list[str]], str]:
+        """What a run can find in one go from a place in `order` on: the rest of a piece.
+
+        Args:
+            place: index in `order`.
+            most_bytes: that the inputs in all batches may take.
+
+        Returns:
+            groups of layers that have the same input, and norms, one by one; and the path of the largest piece that
+            contains the place and whose inputs take no more than that, or "" for the group at the place alone.
+        """
+        taken = itertools.accumulate(sum(r.sizes[name] for r in self._recordings) for name in self.order[place:])
+        most = place + sum(size <= most_bytes for size in taken)
+        around = [p for p, found in self.contents.items() if self.order[place] in found and self.last[p] < most]
+        through = max(around, key=lambda path: (self.last[path], len(self.contents[path])), default="")
+        end = self.last[through] + 1 if through else place + 1
+        groups: list[list[str]] = []
+        while place < end:
+            groups.append(self.together(self.order[place]))
+            place += len(groups[-1])
+        return groups, through
+
+    def returning(self, batch: int, name: str) -> tuple[str, Returned] | None:
+        """The largest piece that returns a layer's output, as the batch at this index shows, and its form of it.
+
+        Args:
+            batch: its index.
+            name: of the layer, the last one in the piece.
+        """
+        recording, place = self._recordings[batch], self.order.index(name)
+        found = [
+            path
+            for path, returned in recording.returned.items()
+            if returned.layer == name and self.last.get(path) == place and name in recording.contents.get(path, ())
+        ]
+        largest = max(found, key=lambda path: len(self.contents[path]), default=None)
+        return None if largest is None else (largest, recording.returned[largest])
+
+    def inside(self, path: str) -> set[str]:
+        """Pieces that have no other layers and norms than the piece at `path`, which is not one of them."""
+        if path not in self._inside:
+            around = self.contents.get(path, set())
+            self._inside[path] = {p for p, found in self.contents.items() if p != path and found <= around}
+        return self._inside[path]
 
     def blocks(self, layers: Collection[str], most: int) -> list[str]:
         """The largest pieces with one to `most` of these layers, in the order in which they run.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,10 +18,11 @@ from bgd_plugin.calibration.course import Course
 from bgd_plugin.calibration.interception import intercepted, run_module
 from bgd_plugin.calibration.readers import Dataflow, is_plain, tensors_in
 from bgd_plugin.calibration.replay import Recorder
+from bgd_plugin.calibration.returned import LastOutput, Returned, input_identity
 from bgd_plugin.calibration.watch import Watch
 from bgd_plugin.pq.blocks import Geometry
 
-__all__ = ["ANSWER", "Print", "Recording", "Records", "fingerprint", "input_identity", "recorded", "same_print"]
+__all__ = ["ANSWER", "Print", "Recording", "Records", "fingerprint", "recorded", "same_print"]
 
 ANSWER = "answer"
 """The reader of values that go into the network's output."""
@@ -39,12 +40,14 @@ class Recording:
     Attributes:
         order: names of layers and paths of norms, in the order in which they ran.
         counts: how often each layer computed on an input (table look-ups not counted), and each norm ran.
+        sizes: bytes of these inputs; one that a layer shares with the layer before it counts once.
         calls: how often each module ran.
         contents: for each module, the layers and norms that ran inside it.
         parents: for each module, the module inside which it ran; "" for none.
         spans: for each module, the number of decisions taken before it ran and after.
         readers: see `Dataflow.readers`; layers and norms by name, modules by path.
         unfit: modules whose output cannot replace a run: they write to their arguments, or return more than tensors.
+        returned: for modules that return what the last layer in them returns, what that is.
         shares: for each layer, the layer right before it that had the same input.
         branches: layers whose output is added to a skip connection.
         prints: fingerprints of each layer's inputs.
@@ -55,12 +58,14 @@ class Recording:
 
     order: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    sizes: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
     contents: dict[str, set[str]] = field(default_factory=dict)
     parents: dict[str, str] = field(default_factory=dict)
     spans: dict[str, tuple[int, int]] = field(default_factory=dict)
     readers: dict[str, set[str]] = field(default_factory=dict)
     unfit: set[str] = field(default_factory=set)
+    returned: dict[str, Returned] = field(default_factory=dict)
     shares: dict[str, str] = field(default_factory=dict)
     branches: set[str] = field(default_factory=set)
     prints: dict[str, list[Print]] = field(default_factory=dict)
@@ -112,7 +117,7 @@ def recorded(network: nn.Module, batch: Batch, weights: Mapping[str, Tensor], no
         weights: of the layers, by name, each of its layer's own shape.
         norms: paths of the batch norms.
     """
-    observer = _Observer(norms)
+    observer = _Observer(weights, norms)
     watch = Watch(weights, observer.on_layer, observer)
     paths = [path for path, module in network.named_modules() if path and _can_be_watched(module)]
     with contextlib.ExitStack() as stack:
@@ -134,12 +139,13 @@ def _can_be_watched(module: nn.Module) -> bool:
 class _Observer:
     """Observes the layers, modules and operators of one run, and records the network's decisions."""
 
-    def __init__(self, norms: Sequence[str]) -> None:
+    def __init__(self, layers: Collection[str], norms: Sequence[str]) -> None:
         self.recording = Recording()
         self.recorder = Recorder()
         self.flow = Dataflow()
         self.course = Course()
         self._end = BranchEnd()
+        self._output = LastOutput(layers)
         self._norms = set(norms)
         self._running: list[str] = []
         self._last: tuple[str, Tensor, tuple[Any, ...] | None] | None = None
@@ -170,6 +176,7 @@ class _Observer:
             recording.prints.setdefault(name, []).append(recording.prints[self._last[0]][-1])
         else:
             recording.prints.setdefault(name, []).append(fingerprint(x))
+            recording.sizes[name] += x.nbytes
         self._last = (name, x, identity)  # x is kept alive, so that no other tensor gets its address
 
     def on_module(self, path: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -181,6 +188,7 @@ class _Observer:
         if path in self._norms:
             self._note(path)
             recording.counts[path] += 1
+            recording.sizes[path] += sum(t.nbytes for t in given)
             self.flow.read(path, given)
         before, versions = len(self.recorder.decisions), [_version(t) for t in given]
         with self._within(path):
@@ -188,6 +196,9 @@ class _Observer:
         recording.spans[path] = (before, len(self.recorder.decisions))
         if versions != [_version(t) for t in given] or not is_plain(output):
             recording.unfit.add(path)
+        returned = self._output.returned_by(path, output, recording.order)
+        if returned is not None:
+            recording.returned[path] = returned
         self.flow.left(path, (args, kwargs), output)
         return output
 
@@ -203,13 +214,6 @@ class _Observer:
             self.recording.contents.setdefault(path, set()).add(name)
         if name in self._norms:
             self.recording.contents.setdefault(name, set()).add(name)
-
-
-def input_identity(x: Tensor) -> tuple[Any, ...] | None:
-    """A key of a tensor x of any shape: equal for two handles of one unchanged tensor; None if that is unknown."""
-    if x.is_inference():
-        return None
-    return (x.data_ptr(), x.dtype, x.shape, x.stride(), x._version, x.device)
 
 
 def fingerprint(x: Tensor) -> Print:

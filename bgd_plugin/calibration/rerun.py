@@ -3,34 +3,35 @@
 Without a graph there are no live values to continue from, but a network consists of modules, and a module's output can
 be kept and returned in place of another run. So each run stops at the layers to be fitted next; a module whose layers
 are all fitted returns its kept output. However many layers there are, each module is computed once in the compressed
-network and once in the float one, except for operators between the layers of one block, such as attention.
+network and once in the float one, except for operators between the layers of one block, such as attention, which the
+compressed network computes once more. The float network does not wait for fits: one run finds the inputs of all layers
+of a block, as long as they take no more than the bound on memory; the store moves them to its file where they must.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
 from bgd_plugin.calibration.batches import Batch, Batches, given_number
 from bgd_plugin.calibration.course import shapes_of
+from bgd_plugin.calibration.findings import Findings
 from bgd_plugin.calibration.inputs import CollectedInputs, SharedInputs
 from bgd_plugin.calibration.interception import intercepted, run_module
-from bgd_plugin.calibration.partial import PartialRun
-from bgd_plugin.calibration.pieces import Kept, Pieces, freed, revived
+from bgd_plugin.calibration.partial import PartialRun, Request
+from bgd_plugin.calibration.pieces import Kept, Pieces, revived
 from bgd_plugin.calibration.recording import ANSWER, Recording, Records, recorded
-from bgd_plugin.calibration.store import BatchStore
+from bgd_plugin.calibration.side import Side
 from bgd_plugin.errors import CalibrationError
-from bgd_plugin.graph import module_or_none, state_kept
-from bgd_plugin.pq.blocks import Geometry
+from bgd_plugin.graph import state_kept
 
 __all__ = ["Rerun"]
 
-_Call = tuple[Tensor, Geometry]
 _FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError)
 
 
@@ -74,8 +75,6 @@ class Rerun:
         records: Records | None = None,
     ) -> None:
         self.student, self.reference = student, reference
-        # one run serves both if they are the same network
-        self._sides = {"reference": reference} if student is reference else {"student": student, "reference": reference}
         self.batches = Batches.of(batches)
         self._weights, self._norms = weights, set(norms)
         self.seconds = 0.0
@@ -83,20 +82,33 @@ class Rerun:
         self.strayed: set[str] = set()
         self.is_whole = False
         store = self.batches.store
-        self._own = store.claim(self, [student, reference])
+        own = store.claim(self, [student, reference])
         self.records = Records() if records is None else records
         self._recordings = self.records.runs
         for batch in range(len(self._recordings), len(self.batches)):
             self._recordings.append(self._recorded(batch, norms))
         self._pieces = Pieces(self._recordings)
         self.order = self._pieces.order
-        self._stored: list[set[str]] = [set() for _ in self._recordings]
-        self._always_done = set() if finishes else {ANSWER}
+        # one run serves both if they are the same network
+        networks = {"reference": reference} if student is reference else {"student": student, "reference": reference}
+        self._ends = student is not reference or not finishes
+        self._sides = {
+            side: Side(
+                network,
+                self.batches,
+                self._recordings,
+                self._pieces,
+                prefix=f"{own}{side}",
+                written=self.records.written,
+                done=() if finishes else {ANSWER},
+                ends=self._ends and not finishes,
+            )
+            for side, network in networks.items()
+        }
+        self._findings = Findings(store, own, [*self._sides])
+        self._place = 0
         self._group: list[str] = []
         self._shared: SharedInputs | None = None
-        self._blanks: dict[Any, Tensor] = {}
-        for batch in range(len(self.batches)):
-            store.open(batch).update({f"{self._own}{side} kept": {} for side in self._sides})
 
     def times(self, name: str) -> int:
         """How often the layer or norm of this name runs in the calibration data."""
@@ -121,8 +133,9 @@ class Rerun:
             self._group = self._pieces.together(name)
             self._shared = SharedInputs(name=name) if len(self._group) > 1 else None
             self._collect(self._group)
-        student, reference = (self._calls(side, name) for side in ("student", "reference"))
-        return CollectedInputs(name, student, reference if paired else student, self._shared)
+        student, reference = (self._findings.calls(side, name) for side in ("student", "reference"))
+        known = self._findings.products(name) if paired and self._group == [name] else None
+        return CollectedInputs(name, student, reference if paired else student, self._shared, known)
 
     def skip(self, name: str) -> tuple[Callable[[int], Tensor], Callable[[int], Tensor]] | None:
         """The skip connection behind a layer: its drift, and its values in the float network.
@@ -134,20 +147,18 @@ class Rerun:
             for each batch, by index, the float network's values minus the compressed one's, and the float network's,
             both in the shape of the layer's output; None where there is no such skip.
         """
-        sides = [_Calls(self.batches.store, f"{self._own}{self._side(s)} skip", "") for s in ("student", "reference")]
-        if self._group != [name]:
+        sides = self._findings.skips(name) if self._group == [name] else None
+        if sides is None:
             return None
-        for mine, theirs in zip(*sides, strict=True):
-            if mine is None or theirs is None or mine.shape != theirs.shape:
-                return None
-        return lambda batch: sides[1][batch] - sides[0][batch], lambda batch: sides[1][batch]
+        mine, theirs = sides
+        return lambda batch: theirs[batch] - mine[batch], lambda batch: theirs[batch]
 
     def norm_inputs(self, path: str) -> tuple[list[Tensor], list[Tensor]]:
         """The inputs `[N, C, ...]` of the batch norm at `path` in the compressed and in the float network, by batch."""
         self._group = [path]
         self._collect(self._group)
         student, reference = (
-            [x for calls in self._calls(side, path) for x, _ in calls] for side in ("student", "reference")
+            [x for calls in self._findings.calls(side, path) for x, _ in calls] for side in ("student", "reference")
         )
         return student, reference
 
@@ -167,45 +178,29 @@ class Rerun:
         Raises:
             CalibrationError: the network fails on a batch.
         """
-        position = self._pieces.first(path)
-        finished, done = self._pieces.finished(position), {*self.order[:position], *self._always_done}
-        watched = {name: self._weights[name] for name in self.order[position : position + 1] if name in self._weights}
+        place = self._pieces.first(path)
+        self._sides["reference"].go_back(place)
+        watched = self.order[place : place + 1]
+        requests = dict.fromkeys(self._sides, self._request([watched] if watched else []))
         result = []
-        for batch, recording in enumerate(self._recordings):
-            content = self.batches.store.open(batch)
-            runs = {}
-            for side, network in self._sides.items():
-                outputs: Kept = content[f"{self._own}{side} kept"]
-                with self._timed(batch):
-                    run = PartialRun(
-                        network, self.batches[batch], recording, [*watched], watched, outputs, finished, self._blanks
-                    )
-                    with self._fresh(network):
-                        runs[side] = run.up_to(path)
-            if self.is_whole or not self._is_as_recorded(recording, runs["reference"]):
-                self.is_whole = True
+        for batch in range(len(self.batches)):
+            runs = None if self.is_whole else self._run(batch, watched, requests, place, path)
+            if runs is None:
                 return []
-            self._stored[batch] |= runs["reference"].stored
-            self._keep(batch, content, runs, done)
-            mine, theirs = runs[self._side("student")], runs["reference"]
+            mine, theirs = runs.get("student", runs["reference"]), runs["reference"]
             if mine.given is not None and theirs.given is not None and not mine.strayed:
                 result.append((mine.given, theirs.answer))
         return result
 
-    def _calls(self, side: str, name: str) -> _Calls:
-        return _Calls(self.batches.store, f"{self._own}{self._side(side)} inputs", name)
-
-    def _side(self, side: str) -> str:
-        return side if side in self._sides else "reference"
-
     def finish(self, batch: int) -> Any:
         """The compressed network's output for the batch at this index. Gradients are kept."""
-        held: Kept = {} if self.is_whole else self.batches.store.open(batch)[f"{self._own}{self._side('student')} kept"]
+        side = self._sides.get("student", self._sides["reference"])
+        held: Kept = {} if self.is_whole else side.kept(batch)
 
         def answer(path: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return revived(held[path], self._blanks) if path in held else run_module(module, args, kwargs)
+            return revived(held[path], side.blanks) if path in held else run_module(module, args, kwargs)
 
-        with self._fresh(self.student), intercepted(self.student, held, answer):
+        with side.fresh(), intercepted(self.student, held, answer):
             return self.batches[batch].call(self.student)
 
     def _recorded(self, batch: int, norms: Sequence[str]) -> Recording:
@@ -220,51 +215,63 @@ class Rerun:
             records.fixed.setdefault(shapes, recording)
         return recording
 
-    def _fresh(self, network: nn.Module) -> AbstractContextManager[Any]:
-        """Each run begins with the network's state as it came, whichever runs there have been before."""
-        parts = ((path, module_or_none(network, path)) for path in self.records.written)
-        return state_kept([(path, module) for path, module in parts if module is not None])
+    def _request(self, groups: Sequence[Sequence[str]], **options: Any) -> Request:
+        """Ask for the inputs of groups of layers and norms."""
+        weights = {name: self._weights[name] for group in groups for name in group if name in self._weights}
+        return Request(groups=groups, weights=weights, **options)
 
     def _collect(self, names: Sequence[str]) -> None:
-        """Run up to some layers, or a norm, and keep their inputs."""
-        self.place = names[0]
-        position = self.order.index(names[0])
-        done = {*self.order[:position], *self._always_done}
-        finished = set() if self.is_whole else self._pieces.finished(position)
-        weights = {name: self._weights[name] for name in names if name in self._weights}
-        for batch, recording in enumerate(self._recordings):
-            content = self.batches.store.open(batch)
-            runs = {}
-            for side, network in self._sides.items():
-                outputs: Kept = {} if self.is_whole else content[f"{self._own}{side} kept"]
-                with self._timed(batch):
-                    run = PartialRun(
-                        network, self.batches[batch], recording, names, weights, outputs, finished, self._blanks
-                    )
-                    with self._fresh(network):
-                        runs[side] = run.go()
-            if not self.is_whole and not self._is_as_recorded(recording, runs["reference"]):
-                self.is_whole = True  # and again from the first batch: the kept outputs are not reliable
-                self._collect(names)
-                return
-            self._stored[batch] |= runs["reference"].stored
-            self._keep(batch, content, runs, done)
+        """Run up to some layers, or a norm, and keep their inputs.
 
-    def _keep(self, batch: int, content: dict[str, Any], runs: Mapping[str, PartialRun], done: set[str]) -> None:
-        """Keep the inputs found by the two runs, and only those kept outputs that are still needed."""
-        mine, theirs = (runs[self._side(side)].calls for side in ("student", "reference"))
-        has_strayed = any(run.strayed for run in runs.values())
-        for name in mine:
-            if has_strayed or [x.shape for x, _ in mine[name]] != [x.shape for x, _ in theirs[name]]:
-                self.strayed |= {name} if has_strayed else set()
-                theirs[name] = mine[name]
-        for side in self._sides:
-            outputs = {} if self.is_whole else content[f"{self._own}{side} kept"]
-            content[f"{self._own}{side} kept"] = freed(
-                self._pieces, batch, outputs, done=done, stored=self._stored[batch]
-            )
-            content[f"{self._own}{side} inputs"] = runs[side].calls
-            content[f"{self._own}{side} skip"] = {"": runs[side].skip}
+        On batches whose recording is borrowed, the float network finds those of a whole stretch in one run. On the
+        others it runs as the compressed one does, so that what was recorded shows whether kept outputs are reliable.
+        """
+        self.place = names[0]
+        place = self.order.index(names[0])
+        reference = self._sides["reference"]
+        if place < self._place:
+            reference.go_back(place)
+        self._place = place
+        near = {side: self._request([names], gives_products=self._ends and side == "reference") for side in self._sides}
+        far, behind = dict(near), {side: request for side, request in near.items() if side != "reference"}
+        if self._ends and not self.is_whole:
+            bound = self.batches.store.bound_bytes
+            groups, through = self._pieces.stretch(place, math.inf if bound is None else bound)
+            far["reference"] = self._request(groups, gives_products=True, through=through)
+        self._findings.clear(names)
+        for batch, recording in enumerate(self._recordings):
+            requests = behind if place < reference.ahead[batch] else far if recording.is_borrowed else near
+            if self._run(batch, names, requests, place) is None:
+                self._collect(names)  # and again from the first batch: the kept outputs are not reliable
+                return
+
+    def _run(
+        self, batch: int, names: Sequence[str], requests: Mapping[str, Request], place: int, piece: str = ""
+    ) -> dict[str, PartialRun] | None:
+        """Run each side on a batch, and keep what is found.
+
+        Args:
+            batch: its index.
+            names: the layers, or the norm, that are asked for now.
+            requests: by side.
+            place: of these names in `order`.
+            piece: up to which to run; "" for none.
+
+        Returns:
+            by side; None if kept outputs do not reproduce the float network's inputs, which `is_whole` then tells.
+        """
+        runs = {}
+        for side, request in requests.items():
+            with self._timed(batch):
+                runs[side] = self._sides[side].run(batch, request, place, piece=piece, is_whole=self.is_whole)
+        recording, theirs = self._recordings[batch], runs.get("reference")
+        if theirs is not None and not self.is_whole and not self._is_as_recorded(recording, theirs):
+            self.is_whole = True
+            self._sides["reference"].go_back(place)
+            return None
+        if self._findings.put(self.batches.store.open(batch), runs, names):
+            self.strayed |= {*names}
+        return runs
 
     def _is_as_recorded(self, recording: Recording, run: PartialRun) -> bool:
         """Whether the float network's inputs are those of its whole run."""
@@ -280,19 +287,3 @@ class Rerun:
             raise CalibrationError(f"the network fails on calibration batch {number}: {error}") from error
         finally:
             self.seconds += time.perf_counter() - start
-
-
-class _Calls(Sequence[Any]):
-    """The inputs of one layer or norm, batch by batch."""
-
-    def __init__(self, store: BatchStore, entry: str, name: str) -> None:
-        self._store, self._entry, self._name = store, entry, name
-
-    def __len__(self) -> int:
-        return len(self._store)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._store.open(index)[self._entry][self._name]
-
-    def __iter__(self) -> Iterator[Any]:
-        return (self[index] for index in range(len(self)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bgd_plugin.calibration import Batch
-from bgd_plugin.calibration.partial import PartialRun
+from bgd_plugin.calibration.partial import PartialRun, Request
 from bgd_plugin.calibration.recording import Recording, recorded
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
@@ -59,11 +59,15 @@ def _setting() -> tuple[_Net, dict[str, Tensor], Recording]:
     return network, weights, found  # type: ignore[return-value]
 
 
+def _request(network: Any, names: list[str], **options: Any) -> Request:
+    weights = {name: network.get_submodule(name).weight for name in names if name in NAMES}
+    return Request(groups=[names], weights=weights, **options)
+
+
 def _run(names: list[str], outputs: Any = None, finished: Any = ()) -> tuple[PartialRun, _Net, dict[str, Any]]:
-    network, weights, recording = _setting()
-    watched = {name: network.get_submodule(name).weight for name in names if name in weights}
+    network, _, recording = _setting()
     kept = {} if outputs is None else outputs
-    return PartialRun(network, Batch((X,)), recording, names, watched, kept, finished, {}), network, kept  # type: ignore[arg-type]
+    return PartialRun(network, Batch((X,)), recording, _request(network, names), kept, finished, {}), network, kept
 
 
 def _literal(path: str) -> list[Tensor]:
@@ -85,7 +89,7 @@ def test_it_finds_the_inputs_of_a_whole_run_and_stops(names: list[str]) -> None:
         expected = _literal(name)
         assert len(run.calls[name]) == len(expected)
         assert all(torch.equal(x, other) for (x, _), other in zip(run.calls[name], expected, strict=True))
-    assert network.calls == (1 if names == ["last"] and run.skip is None and network.calls else 0)
+    assert network.calls == (1 if names == ["last"] and not run.skips and network.calls else 0)
     assert not run.strayed
 
 
@@ -101,18 +105,17 @@ def test_layers_with_one_input_share_a_copy_and_others_do_not() -> None:
 def test_the_skip_is_found_behind_a_single_layer_that_ends_a_branch() -> None:
     run, *_ = _run(["inner.out"])
     run.go()
-    assert run.skip is not None and torch.equal(run.skip, X)
+    assert run.skips.keys() == {"inner.out"} and torch.equal(run.skips["inner.out"], X)
     for names in (["inner.q"], ["twice"], ["inner.q", "inner.k"]):
         run, *_ = _run(names)
-        assert run.go().skip is None
+        assert not run.go().skips
 
 
 def test_a_layer_that_runs_twice_ends_no_branch() -> None:
     network, _weights, recording = _setting()
     recording.branches.add("twice")
-    watched = {"twice": network.twice.weight}
-    run = PartialRun(network, Batch((X,)), recording, ["twice"], watched, {}, (), {}).go()  # type: ignore[arg-type]
-    assert run.skip is None and len(run.calls["twice"]) == 2
+    run = PartialRun(network, Batch((X,)), recording, _request(network, ["twice"]), {}, (), {}).go()
+    assert not run.skips and len(run.calls["twice"]) == 2
 
 
 def test_what_does_not_run_on_this_batch_runs_nothing() -> None:
@@ -120,7 +123,7 @@ def test_what_does_not_run_on_this_batch_runs_nothing() -> None:
     ran: list[int] = []
     network.register_forward_pre_hook(lambda *_: ran.append(1))
     recording.counts.clear()
-    run = PartialRun(network, Batch((X,)), recording, ["last"], {"last": network.last.weight}, {}, (), {}).go()
+    run = PartialRun(network, Batch((X,)), recording, _request(network, ["last"]), {}, (), {}).go()
     assert not ran and run.calls == {"last": []}
 
 
@@ -154,6 +157,5 @@ def test_up_to_a_piece_it_gives_arguments_and_answer() -> None:
 def test_a_run_that_executes_other_operators_has_strayed() -> None:
     network, _weights, recording = _setting()
     recording.decisions.clear()
-    watched = {"last": network.last.weight}
-    run = PartialRun(network, Batch((X,)), recording, ["last"], watched, {}, (), {}).go()
+    run = PartialRun(network, Batch((X,)), recording, _request(network, ["last"]), {}, (), {}).go()
     assert run.strayed

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bgd_plugin.calibration import Batch
-from bgd_plugin.calibration.recording import ANSWER, Recording, fingerprint, input_identity, recorded, same_print
+from bgd_plugin.calibration.recording import ANSWER, Recording, fingerprint, recorded, same_print
+from bgd_plugin.calibration.returned import input_identity
 
 
 class _Inner(nn.Module):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bgd_plugin.calibration import Batch, Batches, Rerun
+from bgd_plugin.calibration import Batch, Batches, BatchStore, Rerun
+from bgd_plugin.calibration.findings import Findings
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import copy_module
 from bgd_plugin.pq.blocks import Geometry
@@ -109,22 +110,40 @@ def test_inputs_of_norms_come_from_both_networks_batch_by_batch() -> None:
 
 @pytest.mark.parametrize(("shape", "strays"), [((2, 3), False), ((1, 3), False), ((2, 3), True)])
 def test_where_networks_part_the_students_inputs_stand_for_both(shape: Any, strays: bool) -> None:
-    rerun: Any = object.__new__(Rerun)
-    rerun.__dict__.update(_own="walk ", _sides={"student": 0, "reference": 0}, strayed=set(), is_whole=False)
-    rerun.__dict__.update(_pieces=None, _stored=[set()])
-    geometry = Geometry.linear()
-    own, other = torch.ones(2, 3), torch.zeros(shape)
-    runs = {
-        "student": SimpleNamespace(calls={"a": [(own, geometry)]}, strayed=strays, skip="mine"),
-        "reference": SimpleNamespace(calls={"a": [(other, geometry)]}, strayed=False, skip="theirs"),
+    store, geometry = BatchStore(), Geometry.linear()
+    store.append({})
+    own, other, skip, product = torch.ones(2, 3), torch.zeros(shape), torch.ones(2, 4), torch.zeros(2, 4)
+    runs: Any = {
+        "student": _run([(own, geometry)], strayed=strays, skips={"a": skip}),
+        "reference": _run([(other, geometry)], strayed=False, skips={"a": skip}, products={"a": product}),
     }
-    content: dict[str, Any] = {"walk student kept": {}, "walk reference kept": {}}
-    rerun._keep(0, content, runs, set())
+    findings = Findings(store, "walk ", ["student", "reference"])
+    assert findings.put(store.open(0), runs, ["a"]) is strays
     parted = strays or shape != (2, 3)
-    assert content["walk student inputs"]["a"][0][0] is own
-    assert content["walk reference inputs"]["a"][0][0] is (own if parted else other)
-    assert rerun.strayed == ({"a"} if strays else set())
-    assert (content["walk student skip"], content["walk reference skip"]) == ({"": "mine"}, {"": "theirs"})
+    assert findings.calls("student", "a")[0][0][0] is own
+    assert findings.calls("reference", "a")[0][0][0] is (own if parted else other)
+    assert (findings.products("a") is None) is parted
+    skips = findings.skips("a")
+    assert skips is not None and skips[0][0] is skips[1][0] is skip
+
+
+def test_what_is_not_in_all_batches_is_not_found() -> None:
+    store, x = BatchStore(), torch.ones(2, 3)
+    findings = Findings(store, "walk ", ["student", "reference"])
+    for batch, (skips, products) in enumerate([({"a": x}, {"a": x, "b": x}), ({}, {"b": x})]):
+        store.append({})
+        run = _run([(x, Geometry.linear())], skips=skips, products=products)
+        run.calls["b"] = run.calls["a"]
+        findings.put(store.open(batch), {"student": run, "reference": run}, ["a", "b"])
+    assert findings.skips("a") is None and findings.products("a") is None and findings.skips("c") is None
+    found = findings.products("b")
+    assert found is not None and found(1) is x
+    findings.clear(["b"])
+    assert findings.products("b") is None
+
+
+def _run(calls: list[Any], *, strayed: bool = False, skips: Any = None, products: Any = None) -> Any:
+    return SimpleNamespace(calls={"a": calls}, strayed=strayed, skips=skips or {}, products=products or {})
 
 
 def test_a_network_that_fails_names_the_callers_batch() -> None:
