@@ -60,29 +60,47 @@ class Findings:
         return has_strayed
 
     def clear(self, names: Sequence[str]) -> None:
-        """Begin anew with these layers: no batch has been run."""
+        """Begin anew with some layers, or a norm: no batch has been run.
+
+        Args:
+            names: of these.
+        """
         for name in names:
             self._skips[name] = self._products[name] = 0
 
     def calls(self, side: str, name: str) -> Sequence[list[Any]]:
-        """The inputs of a layer or norm, and their geometries, batch by batch."""
+        """The inputs of a layer or norm, of any shape, and their geometries.
+
+        Args:
+            side: "student" or "reference".
+            name: of the layer or norm.
+
+        Returns:
+            for each batch, a list of pairs.
+        """
         return self._shelf(side, "calls", name)
 
     def skips(self, name: str) -> tuple[Sequence[Tensor], Sequence[Tensor]] | None:
-        """What a layer's outputs are added to in the compressed and in the float network; None if not in all batches.
+        """What a layer's outputs are added to in the compressed and in the float network.
 
         Args:
             name: the layer's.
+
+        Returns:
+            for each batch, a tensor of the output's shape, on either side; None if there is none in some batch.
         """
         if self._skips.get(name) != len(self._store):
             return None
         return self._shelf("student", "skips", name), self._shelf("reference", "skips", name)
 
     def products(self, name: str) -> Callable[[int], Tensor] | None:
-        """The float network's outputs of a layer, without bias, of the batch at an index; None if not of all batches.
+        """The float network's inputs of a layer times its weight, `[positions, rows]`, of the batch at an index.
 
         Args:
             name: the layer's.
+
+        Returns:
+            a function of the index; None if they are not known of all batches.
         """
         has_all = self._products.get(name) == len(self._store)
         return self._shelf("reference", "products", name).__getitem__ if has_all else None

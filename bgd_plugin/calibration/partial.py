@@ -161,7 +161,7 @@ class PartialRun:
             self.skips[ended[0]] = ended[1].detach().clone()
             self._branch = ""
             self._end_if_over()
-        is_read = self._left or self._product or self._through
+        is_read = self._left or self._product or self._through or self._piece
         blank = None if is_read or not self._branch else self._end.blank(operator, args)
         result = self._replayer.compute(operator, args, kwargs) if blank is None else blank
         self._end.after(result)
@@ -242,10 +242,10 @@ def _product_of(weight: Tensor, operator: Any, args: Any, kwargs: Any, result: A
 
 def _is_all(x: Tensor, argument: Tensor, version: int) -> bool:
     """Whether x has the values of an argument, whose version was this one, in their order."""
-    if x.is_inference() or argument.is_inference() or not (x.is_contiguous() and argument.is_contiguous()):
+    mine, theirs = input_identity(x), input_identity(argument)
+    if mine is None or theirs is None or mine[:2] != theirs[:2] or x._version != version:
         return False
-    is_same = x.data_ptr() == argument.data_ptr() and x.dtype == argument.dtype
-    return is_same and x.numel() == argument.numel() and x._version == version
+    return x.numel() == argument.numel() and x.is_contiguous() and argument.is_contiguous()
 
 
 def _version(tensor: Tensor) -> int:

@@ -179,6 +179,7 @@ class Rerun:
             CalibrationError: the network fails on a batch.
         """
         place = self._pieces.first(path)
+        self._begin(place)
         self._sides["reference"].go_back(place)
         watched = self.order[place : place + 1]
         requests = dict.fromkeys(self._sides, self._request([watched] if watched else []))
@@ -220,6 +221,13 @@ class Rerun:
         weights = {name: self._weights[name] for group in groups for name in group if name in self._weights}
         return Request(groups=groups, weights=weights, **options)
 
+    def _begin(self, place: int) -> None:
+        """What was found from this place in `order` on is found anew."""
+        if place < self._place:
+            for side in self._sides.values():
+                side.go_back(place, is_sure=True)
+        self._place = place
+
     def _collect(self, names: Sequence[str]) -> None:
         """Run up to some layers, or a norm, and keep their inputs.
 
@@ -228,10 +236,7 @@ class Rerun:
         """
         self.place = names[0]
         place = self.order.index(names[0])
-        reference = self._sides["reference"]
-        if place < self._place:
-            reference.go_back(place)
-        self._place = place
+        self._begin(place)
         near = {side: self._request([names], gives_products=self._ends and side == "reference") for side in self._sides}
         far, behind = dict(near), {side: request for side, request in near.items() if side != "reference"}
         if self._ends and not self.is_whole:
@@ -239,8 +244,9 @@ class Rerun:
             groups, through = self._pieces.stretch(place, math.inf if bound is None else bound)
             far["reference"] = self._request(groups, gives_products=True, through=through)
         self._findings.clear(names)
+        ahead = self._sides["reference"].ahead
         for batch, recording in enumerate(self._recordings):
-            requests = behind if place < reference.ahead[batch] else far if recording.is_borrowed else near
+            requests = behind if place < ahead[batch] else far if recording.is_borrowed else near
             if self._run(batch, names, requests, place) is None:
                 self._collect(names)  # and again from the first batch: the kept outputs are not reliable
                 return

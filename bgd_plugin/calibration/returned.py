@@ -73,4 +73,7 @@ def input_identity(x: Tensor) -> tuple[Any, ...] | None:
     """A key of a tensor x of any shape: equal for two handles of one unchanged tensor; None if that is unknown."""
     if x.is_inference():
         return None
-    return (x.data_ptr(), x.dtype, x.shape, x.stride(), x._version, x.device)
+    try:
+        return (x.data_ptr(), x.dtype, x.shape, x.stride(), x._version, x.device)
+    except RuntimeError:  # inside torch.func's transforms tensors have no memory
+        return None

@@ -71,12 +71,18 @@ class Side:
         result: Kept = self._batches.store.open(batch)[self._entry]
         return result
 
-    def go_back(self, place: int) -> None:
-        """Forget what was found ahead of this place in the pieces' order."""
+    def go_back(self, place: int, *, is_sure: bool = False) -> None:
+        """Forget what was found from this place in the pieces' order on, and what is kept on those batches.
+
+        Args:
+            place: in the order.
+            is_sure: whether something was found from there on in all batches, or only where `ahead` says so.
+        """
         for batch, ahead in enumerate(self.ahead):
-            if ahead > place:
-                self.ahead[batch] = place
+            if is_sure or ahead > place:
+                self.ahead[batch] = min(ahead, place)
                 self._stored[batch].clear()
+                self._due.pop(batch, None)
                 self._batches.store.open(batch)[self._entry] = {}
 
     def fresh(self) -> AbstractContextManager[Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bgd_plugin.calibration import Batch
-from bgd_plugin.calibration.partial import PartialRun, Request
+from bgd_plugin.calibration.partial import PartialRun, Request, _product_of
 from bgd_plugin.calibration.recording import Recording, recorded
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
@@ -159,3 +159,60 @@ def test_a_run_that_executes_other_operators_has_strayed() -> None:
     recording.decisions.clear()
     run = PartialRun(network, Batch((X,)), recording, _request(network, ["last"]), {}, (), {}).go()
     assert run.strayed
+
+
+def test_a_block_that_is_a_layer_before_a_skip_gives_its_output() -> None:
+    run, network, _ = _run(["inner.out"])
+    run.up_to("inner.out")
+    assert run.given is not None and torch.equal(run.answer, network.inner.out(run.given[0][0])) and run.answer.any()
+
+
+def test_companions_are_known_from_the_first_of_them() -> None:
+    run, network, _ = _run(["inner.q", "inner.k"])
+    ran: list[str] = []
+    for name in ("q", "k"):
+        network.inner.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
+    run.go()
+    assert not ran and run.calls["inner.q"][0][0] is run.calls["inner.k"][0][0]
+
+
+def test_a_run_goes_on_to_products_skips_and_the_end_of_a_piece() -> None:
+    network, _, recording = _setting()
+    groups = [["inner.q", "inner.k"], ["inner.out"]]
+    weights = {name: network.get_submodule(name).weight for group in groups for name in group}
+    outputs: dict[str, Any] = {}
+    request = Request(groups=groups, weights=weights, gives_products=True, through="inner")
+    run = PartialRun(network, Batch((X,)), recording, request, outputs, (), {}).go()
+    assert {name: len(calls) for name, calls in run.calls.items()} == {"inner.q": 1, "inner.k": 1, "inner.out": 1}
+    x = run.calls["inner.out"][0][0]
+    torch.testing.assert_close(run.products, {"inner.out": x @ weights["inner.out"].mT})
+    assert torch.equal(run.skips["inner.out"], X) and run.shapes == {"inner.out": x.shape}
+    with torch.no_grad():
+        assert torch.equal(outputs["inner"], network.inner(X)) and run.stored == {"inner"} and network.calls == 0
+    without = PartialRun(network, Batch((X,)), recording, _request(network, ["inner.out"]), {}, (), {}).go()
+    assert not without.products and without.skips
+
+
+aten: Any = torch.ops.aten
+W, B = torch.randn(3, 4), torch.randn(3)
+
+
+@pytest.mark.parametrize(
+    ("operator", "args", "kwargs", "is_product"),
+    [
+        (aten.mm.default, (X, W.mT), {}, True),
+        (aten.addmm.default, (B, X, W.mT), {}, True),
+        (aten.addmm.default, (B, X, W.mT), {"beta": 2}, False),
+        (aten.addmm.default, (torch.ones(2, 3), X, W.mT), {}, False),
+        (aten.mm.default, (X, 2 * W.mT), {}, False),
+        (aten.mm.default, (X, W.mT[:, :2]), {}, False),
+        (aten.mm.default, (X, W.view(4, 3)), {}, False),
+        (aten.mul.Tensor, (X, X), {}, False),
+    ],
+)
+def test_only_a_layers_own_product_counts(operator: Any, args: Any, kwargs: Any, is_product: bool) -> None:
+    found = _product_of(W, operator, args, kwargs, operator(*args, **kwargs))
+    assert (found is not None) is is_product
+    if found is not None:
+        torch.testing.assert_close(found, X @ W.mT)
+    assert _product_of(W.unsqueeze(0), operator, args, kwargs, operator(*args, **kwargs)) is None
