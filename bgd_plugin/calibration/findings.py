@@ -26,6 +26,7 @@ class Findings:
 
     def __init__(self, store: BatchStore, prefix: str, sides: Sequence[str]) -> None:
         self._store, self._prefix, self._sides = store, prefix, sides
+        self._calls: dict[str, int] = {}
         self._products: dict[str, int] = {}
         self._skips: dict[str, int] = {}
 
@@ -55,6 +56,7 @@ class Findings:
                 theirs["products"].pop(name, None)
             skips = [side["skips"].get(name) for side in (mine, theirs)]
             fits = skips[0] is not None and skips[1] is not None and skips[0].shape == skips[1].shape
+            self._calls[name] = self._calls.get(name, 0) + len(inputs[0])
             self._skips[name] = self._skips.get(name, 0) + fits
             self._products[name] = self._products.get(name, 0) + (name in theirs["products"])
         return has_strayed
@@ -66,7 +68,7 @@ class Findings:
             names: of these.
         """
         for name in names:
-            self._skips[name] = self._products[name] = 0
+            self._calls[name] = self._skips[name] = self._products[name] = 0
 
     def calls(self, side: str, name: str) -> Sequence[list[Any]]:
         """The inputs of a layer or norm, of any shape, and their geometries.
@@ -79,6 +81,14 @@ class Findings:
             for each batch, a list of pairs.
         """
         return self._shelf(side, "calls", name)
+
+    def count(self, name: str) -> int:
+        """How many inputs of a layer or norm have been found in the compressed network, in all batches.
+
+        Args:
+            name: of the layer or norm.
+        """
+        return self._calls.get(name, 0)
 
     def skips(self, name: str) -> tuple[Sequence[Tensor], Sequence[Tensor]] | None:
         """What a layer's outputs are added to in the compressed and in the float network.

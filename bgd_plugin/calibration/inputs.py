@@ -177,6 +177,7 @@ class CollectedInputs(LayerInputs):
         student, reference: for each batch the input of each call, and the call's geometry.
         shared: set if other layers have the same inputs.
         outputs: see `LayerInputs.outputs`.
+        count: of all inputs; None: counted when it is asked for.
     """
 
     def __init__(
@@ -186,12 +187,14 @@ class CollectedInputs(LayerInputs):
         reference: Sequence[Sequence[tuple[Tensor, Geometry]]],
         shared: SharedInputs | None = None,
         outputs: Callable[[int], Tensor] | None = None,
+        count: int | None = None,
     ) -> None:
         self.name, self.shared = name, shared
         self._student, self._reference, self._outputs = student, reference, outputs
+        self._count = count
 
     def __len__(self) -> int:
-        return sum(len(calls) for calls in self._student)
+        return sum(len(calls) for calls in self._student) if self._count is None else self._count
 
     @property
     def outputs(self) -> Callable[[int], Tensor] | None:

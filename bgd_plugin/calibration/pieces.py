@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from bgd_plugin.calibration.recording import Recording
 from bgd_plugin.calibration.returned import Returned
+from bgd_plugin.calibration.trees import leaves, mapped
 
 __all__ = ["Kept", "Pieces", "freed", "kept", "revived"]
 
@@ -200,12 +201,12 @@ def revived(output: Any, blanks: dict[Any, Tensor]) -> Any:
             blanks[leaf] = torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
         return blanks[leaf]
 
-    return pytree.tree_map(alive, output)
+    return mapped(alive, output)
 
 
 def _has_values(output: Any) -> bool:
     """Whether a kept output still has its values."""
-    return not any(isinstance(leaf, _Gone) for leaf in pytree.tree_leaves(output))
+    return not any(isinstance(leaf, _Gone) for leaf in leaves(output))
 
 
 def _merged(known: list[str], seen: list[str]) -> list[str]:

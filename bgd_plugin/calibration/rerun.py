@@ -135,7 +135,8 @@ class Rerun:
             self._collect(self._group)
         student, reference = (self._findings.calls(side, name) for side in ("student", "reference"))
         known = self._findings.products(name) if paired and self._group == [name] else None
-        return CollectedInputs(name, student, reference if paired else student, self._shared, known)
+        count = self._findings.count(name)
+        return CollectedInputs(name, student, reference if paired else student, self._shared, known, count)
 
     def skip(self, name: str) -> tuple[Callable[[int], Tensor], Callable[[int], Tensor]] | None:
         """The skip connection behind a layer: its drift, and its values in the float network.

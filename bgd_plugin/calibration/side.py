@@ -56,6 +56,7 @@ class Side:
         self._entry, self._found = f"{prefix} kept", f"{prefix} found"
         self._written, self._done, self._ends = written, done, ends
         self._stored: list[set[str]] = [set() for _ in self.ahead]
+        self._inside: list[set[str]] = [set() for _ in self.ahead]  # of pieces that are kept: they do not run
         self._due: dict[int, tuple[str, torch.Size, str, Returned]] = {}
         self._blanks: dict[Any, Tensor] = {}
         for batch in range(len(batches)):
@@ -82,6 +83,7 @@ class Side:
             if is_sure or ahead > place:
                 self.ahead[batch] = min(ahead, place)
                 self._stored[batch].clear()
+                self._inside[batch].clear()
                 self._due.pop(batch, None)
                 self._batches.store.open(batch)[self._entry] = {}
 
@@ -104,7 +106,7 @@ class Side:
         outputs: Kept = {} if is_whole else content[self._entry]
         recording, arguments = self._recordings[batch], self._batches[batch]
         end = place + len(request.names) if request.through else place
-        finished: set[str] = set() if is_whole else self._pieces.finished(end)
+        finished: set[str] = set() if is_whole else self._pieces.finished(end) - self._inside[batch]
         due = None if is_whole or request.through or piece else self._returning(batch, request)
         around = request.through if due is None else due[0]
         with self.fresh():
@@ -125,6 +127,7 @@ class Side:
         if request.through:
             self.ahead[batch] = end
         stored |= run.stored
+        self._inside[batch].update(*map(self._pieces.inside, run.stored))
         done = {*self._pieces.order[:end], *self._done}
         content[self._entry] = {} if is_whole else freed(self._pieces, batch, outputs, done=done, stored=stored)
         return run
@@ -145,3 +148,4 @@ class Side:
         if isinstance(output, Tensor):
             content[self._entry][path] = returned.holding(output.detach())
             self._stored[batch].add(path)
+            self._inside[batch] |= self._pieces.inside(path)

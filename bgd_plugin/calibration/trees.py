@@ -10,7 +10,8 @@ from torch.utils import _pytree as pytree
 
 __all__ = ["leaves", "mapped"]
 
-_LEAVES = (Tensor, int, float, bool, str, type(None))
+_LEAVES: set[type] = {Tensor, int, float, bool, str, type(None)}
+"""Kinds that have been found to be leaves, asked about many thousand times."""
 
 
 def leaves(tree: Any) -> Iterator[Any]:
@@ -24,6 +25,8 @@ def leaves(tree: Any) -> Iterator[Any]:
     elif kind is list or kind is tuple:
         for value in tree:
             yield from leaves(value)
+    elif _is_leaf(tree):
+        yield tree
     else:
         yield from pytree.tree_leaves(tree)
 
@@ -39,4 +42,13 @@ def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
         return [mapped(function, value) for value in tree]
     if kind is tuple:
         return tuple([mapped(function, value) for value in tree])
-    return pytree.tree_map(function, tree)
+    return function(tree) if _is_leaf(tree) else pytree.tree_map(function, tree)
+
+
+def _is_leaf(tree: Any) -> bool:
+    """Whether pytree takes a value for a leaf, which then all of its kind are; a kind is looked at once."""
+    found = pytree.tree_leaves(tree)
+    is_leaf = len(found) == 1 and found[0] is tree
+    if is_leaf:
+        _LEAVES.add(type(tree))
+    return is_leaf
