@@ -159,8 +159,7 @@ class BatchStore:
         if self._fits(item) and not item.mapped:
             self._resident_bytes += item.bytes
         else:
-            self._spill(item, memories)
-            self._moved_bytes += item.bytes
+            self._moved_bytes += self._spill(item, memories)
             if self._moved_bytes >= self._trimmed_bytes:  # it takes a millisecond
                 self._moved_bytes = 0
                 give_back_memory()
@@ -175,11 +174,12 @@ class BatchStore:
         exempt = set().union(*self._exempt.values())
         return {address: memory for address, memory in memories.items() if address not in exempt and address}
 
-    def _spill(self, item: _Item, memories: dict[int, torch.UntypedStorage]) -> None:
+    def _spill(self, item: _Item, memories: dict[int, torch.UntypedStorage]) -> int:
+        """Move a batch to the file, where parts of it may lie already; returns the bytes that this frees in memory."""
         extents = {address: extent for address, (extent, _) in item.mapped.items()}
-        for address, memory in memories.items():
-            if address not in extents:
-                extents[address] = self._file.write(memory)
+        new = {address: memory for address, memory in memories.items() if address not in extents}
+        for address, memory in new.items():
+            extents[address] = self._file.write(memory)
         moved: dict[int, _OnFile] = {}
 
         def out(t: Any) -> Any:
@@ -193,6 +193,7 @@ class BatchStore:
         item.content = mapped(out, item.content)
         item.mapped = {}
         item.is_spilled = True
+        return _size(new)
 
     def _load(self, item: _Item) -> None:
         """Load into memory if there is room; otherwise map."""
