@@ -17,10 +17,12 @@ from bgd_plugin.errors import CheckpointError, ConfigError
 from bgd_plugin.files.rotated import make_rotated_, rotated_in
 from bgd_plugin.graph import (
     FoundLayer,
+    Replaced,
     baked,
     copy_module,
     find_layers,
     fold_parametrizations_,
+    follow_,
     install_,
     swap_,
     widen_,
@@ -122,9 +124,11 @@ def transplant_(model: nn.Module, compressed: nn.Module, *, statistics_only: boo
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     same = {name: group for group in names.values() for name in group}
+    replaced: Replaced = []
     for path, layer in layers.items():
         for target in [path, *(name for name in same.get(path, ()) if name not in layers)]:
-            swap_(model, target, layer)
+            swap_(model, target, layer, replaced)
+    follow_(model, replaced)
     owners = dict(model.named_modules(remove_duplicate=False))
     for path, module in compressed.named_modules(remove_duplicate=False):
         owner = owners.get(path)

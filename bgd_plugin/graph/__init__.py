@@ -17,8 +17,10 @@ from bgd_plugin.graph.pickling import make_picklable_
 from bgd_plugin.graph.place import layer_at
 from bgd_plugin.graph.references import followed
 from bgd_plugin.graph.replace import (
+    Replaced,
     become_,
     float_module,
+    follow_,
     install_,
     isolate_weights_,
     isolated_weights,
@@ -37,6 +39,7 @@ __all__ = [
     "Front",
     "LeftLayer",
     "PQTracer",
+    "Replaced",
     "added_to",
     "attribute",
     "baked",
@@ -49,6 +52,7 @@ __all__ = [
     "find_layers",
     "float_module",
     "fold_parametrizations_",
+    "follow_",
     "followed",
     "following_batchnorm",
     "following_batchnorm_node",

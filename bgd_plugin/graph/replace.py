@@ -27,8 +27,10 @@ from bgd_plugin.pq.forms import BLOCKS
 from bgd_plugin.pq.layout import AS_IT_IS, Layout
 
 __all__ = [
+    "Replaced",
     "become_",
     "float_module",
+    "follow_",
     "install_",
     "isolate_weights_",
     "isolated_weights",
@@ -37,6 +39,9 @@ __all__ = [
     "release_",
     "swap_",
 ]
+
+Replaced = list[tuple[nn.Module, nn.Module]]
+"""Modules that have been replaced, and what is in their places now."""
 
 
 def module_paths(root: nn.Module, module: nn.Module) -> list[str]:
@@ -51,10 +56,16 @@ def float_module(root: nn.Module, target: str, layout: Layout = AS_IT_IS) -> nn.
     return module_at(root, target) if parameter is None else FloatWeight(parameter, layout)
 
 
-def swap_(root: nn.Module, target: str, module: nn.Module) -> None:
+def swap_(root: nn.Module, target: str, module: nn.Module, replaced: Replaced | None = None) -> None:
     """Replace the module at `target`, under each of its paths, or the parameter there, by `module`.
 
     The hooks of a replaced layer are kept, and other references to it, in lists and functions, follow.
+
+    Args:
+        root: changed in place.
+        target: path of the module or parameter.
+        module: takes its place.
+        replaced: of many replacements; references follow all of them at once when `follow_` is called with it.
     """
     owner_path, _, name = target.rpartition(".")
     owner = module_at(root, owner_path)
@@ -69,7 +80,24 @@ def swap_(root: nn.Module, target: str, module: nn.Module) -> None:
     for path in module_paths(root, old):
         owner_path, _, name = path.rpartition(".")
         module_at(root, owner_path)._modules[name] = module
-    redirect_(root, {id(old): module})
+    if replaced is None:
+        follow_(root, [(old, module)])
+    else:
+        replaced.append((old, module))
+
+
+def follow_(root: nn.Module, replaced: Replaced) -> None:
+    """Let references to replaced modules, in a network's lists and functions, follow.
+
+    Args:
+        root: changed in place.
+        replaced: see `swap_`.
+    """
+    memo: dict[int, nn.Module] = {}
+    for old, module in reversed(replaced):  # one that has been replaced in its turn gives way to the last one
+        memo[id(old)] = memo.get(id(module), module)
+    if memo:
+        redirect_(root, memo)
 
 
 def become_(old: nn.Module, module: nn.Module) -> nn.Module:
@@ -96,6 +124,7 @@ def install_(
     codes: Tensor,
     mask: Tensor | None = None,
     form: str = BLOCKS,
+    replaced: Replaced | None = None,
 ) -> list[PQModule]:
     """Insert a layer's product-quantized modules: its own, and one with the same tensors for each tied layer.
 
@@ -106,6 +135,7 @@ def install_(
             `[rows, blocks_per_row]` for blocks.
         mask: bool, the shape of the layer's matrix; false where the decoded weight is zero. None: nowhere.
         form: of the codes, "blocks" or "trellis".
+        replaced: see `swap_`.
     """
     modules: list[PQModule] = []
     for target in (layer.target, *layer.tied):
@@ -113,7 +143,7 @@ def install_(
         if modules:
             module.codebook, module.codes = modules[0].codebook, modules[0].codes
         modules.append(module)
-        swap_(network, target, module)
+        swap_(network, target, module, replaced)
     return modules
 
 
@@ -172,6 +202,7 @@ def materialize_(network: nn.Module, paths: Collection[str] | None = None) -> nn
         `network`.
     """
     weights: dict[int, nn.Parameter] = {}  # tied layers share one
+    replaced: Replaced = []
     for path, module in list(network.named_modules()):
         if paths is not None and path not in paths:
             continue
@@ -179,7 +210,7 @@ def materialize_(network: nn.Module, paths: Collection[str] | None = None) -> nn
             narrow: Any = module
             if id(module.numbers) not in weights:
                 weights[id(module.numbers)] = module.as_parameter()
-            swap_(network, path, widened(narrow, weights[id(module.numbers)]))
+            swap_(network, path, widened(narrow, weights[id(module.numbers)]), replaced)
         if not isinstance(module, PQModule):
             continue
         weight = weights.setdefault(id(module.codebook), restored_parameter(module))
@@ -187,7 +218,8 @@ def materialize_(network: nn.Module, paths: Collection[str] | None = None) -> nn
             _restore_parameter(network, path, weight)
         else:
             layer: Any = module
-            swap_(network, path, materialized(layer, weight))
+            swap_(network, path, materialized(layer, weight), replaced)
+    follow_(network, replaced)
     if isinstance(network, fx.GraphModule):
         for node in network.graph.nodes:
             node.meta.pop("nn_module_stack", None)  # has the classes before the replacement; exporters rely on it

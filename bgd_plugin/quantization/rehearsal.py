@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from bgd_plugin.calibration import Batch, Watch, answers_of, first_difference
 from bgd_plugin.errors import CalibrationError, ConfigError
 from bgd_plugin.files.attributes import dict_entries, note_scratch_, other_tensors
-from bgd_plugin.graph import FoundLayer, install_, untouched
+from bgd_plugin.graph import FoundLayer, Replaced, follow_, install_, untouched
 from bgd_plugin.nn import PQModule
 from bgd_plugin.planning.survey import Survey
 from bgd_plugin.support.processes import largest
@@ -133,9 +133,11 @@ def _tried(
     reason = ""
     with untouched(own) as (trial,):
         installed: dict[str, list[PQModule]] = {}
+        replaced: Replaced = []
         try:
             for layer in found:
-                installed[layer.name] = _install_exactly_(trial, layer)
+                installed[layer.name] = _install_exactly_(trial, layer, replaced)
+            follow_(trial, replaced)
             reason = first_difference(answers_of(trial, batches), wanted, "its answers")
         except CalibrationError as error:
             reason = str(error)
@@ -143,13 +145,13 @@ def _tried(
     return reason or ("it does so on another process" if largest(bool(reason)) else ""), read
 
 
-def _install_exactly_(network: nn.Module, layer: FoundLayer) -> list[PQModule]:
-    """Put quantized modules in the place of a layer whose decoded weight is the layer's own."""
+def _install_exactly_(network: nn.Module, layer: FoundLayer, replaced: Replaced) -> list[PQModule]:
+    """Put quantized modules in the place of a layer whose decoded weight is the layer's own; see `swap_`."""
     matrix = layer.matrix.detach()
     columns = layer.columns
     codebook = matrix.new_zeros(2, columns)
     codes = torch.zeros(layer.rows, 1, dtype=torch.uint8, device=matrix.device)
-    modules = install_(network, layer, codebook, codes)
+    modules = install_(network, layer, codebook, codes, replaced=replaced)
     for module in modules:
         kind = type(module)
         module.__class__ = type(kind.__name__, (kind,), {"matrix": property(_exact), "__module__": kind.__module__})

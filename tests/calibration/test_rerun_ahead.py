@@ -198,7 +198,7 @@ def _hooked(kind: str) -> Callable[[], nn.Module]:
         if kind == "changes the output":
             layer.register_forward_hook(lambda _m, _a, y: 2 * y)
         elif kind == "writes to the output":
-            layer.register_forward_hook(lambda _m, _a, y: y.mul_(2) and None if y.numel() == 1 else y.mul_(2))
+            layer.register_forward_hook(lambda _m, _a, y: y.mul_(2))
         elif kind == "changes the input":
             layer.register_forward_pre_hook(lambda _m, args: (args[0] + 1,))
         elif kind == "writes to the input":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bgd_plugin.graph import find_layers, isolate_weights_, module_paths, swap_, trace
+from bgd_plugin.graph import Replaced, find_layers, follow_, isolate_weights_, module_paths, swap_, trace
 from bgd_plugin.nn import FloatWeight
 from tests.networks import FunctionalNet, TwiceNet, images, same_outputs
 
@@ -53,3 +56,19 @@ def test_an_isolated_weight_stands_right_before_its_first_call() -> None:
     assert targets == ["first", "w"]
     assert order.index("relu") < order.index("w") < order.index("linear")
     assert not [node for node in graph_module.graph.nodes if node.op == "get_attr"]
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_references_follow_one_by_one_or_all_at_once(at_once: bool) -> None:
+    """One that is replaced twice gives way to the last one."""
+    network: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    network.held = [network[0], {"x": network[1]}]
+    first, second, last = (nn.Linear(4, 4) for _ in range(3))
+    replaced: Replaced = []
+    for target, module in (("0", first), ("1", second), ("0", last)):
+        swap_(network, target, module, replaced if at_once else None)
+    if at_once:
+        assert network.held[0] is not last and network[0] is last
+        follow_(network, replaced)
+    assert network.held[0] is last and network.held[1]["x"] is second
+    follow_(network, [])
