@@ -4,14 +4,14 @@ Without a graph there are no live values to continue from, but a network consist
 be kept and returned in place of another run. So each run stops at the layers to be fitted next; a module whose layers
 are all fitted returns its kept output. However many layers there are, each module is computed once in the compressed
 network and once in the float one, except for operators between the layers of one block, such as attention, which the
-compressed network computes once more. The float network does not wait for fits: one run finds the inputs of all layers
-of a block, as long as they take no more than the bound on memory; the store moves them to its file where they must.
+compressed network may compute once more. Where a module returns what its last layer does, not even these: the output is
+computed from the inputs on which that layer was fitted. The float network does not wait for fits: one run finds the
+inputs of all layers of a block, if they take no more than the bound on memory; the store moves to its file what has to.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -27,6 +27,7 @@ from bgd_plugin.calibration.partial import PartialRun, Request
 from bgd_plugin.calibration.pieces import Kept, Pieces, revived
 from bgd_plugin.calibration.recording import ANSWER, Recording, Records, recorded
 from bgd_plugin.calibration.side import Side
+from bgd_plugin.calibration.store import DEFAULT_BOUND_BYTES
 from bgd_plugin.errors import CalibrationError
 from bgd_plugin.graph import state_kept
 
@@ -182,7 +183,8 @@ class Rerun:
         place = self._pieces.first(path)
         self._begin(place)
         self._sides["reference"].go_back(place)
-        watched = self.order[place : place + 1]
+        watched, self._group = self.order[place : place + 1], []
+        self._findings.clear(watched)
         requests = dict.fromkeys(self._sides, self._request([watched] if watched else []))
         result = []
         for batch in range(len(self.batches)):
@@ -242,7 +244,8 @@ class Rerun:
         far, behind = dict(near), {side: request for side, request in near.items() if side != "reference"}
         if self._ends and not self.is_whole:
             bound = self.batches.store.bound_bytes
-            groups, through = self._pieces.stretch(place, math.inf if bound is None else bound)
+            most = DEFAULT_BOUND_BYTES if bound is None else min(bound, DEFAULT_BOUND_BYTES)
+            groups, through = self._pieces.stretch(place, most)
             far["reference"] = self._request(groups, gives_products=True, through=through)
         self._findings.clear(names)
         ahead = self._sides["reference"].ahead

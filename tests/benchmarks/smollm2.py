@@ -8,7 +8,6 @@ matrix products, in units of one forward pass over all calibration windows.
 """
 
 import argparse
-import functools
 import glob
 import html
 import importlib.util
@@ -30,9 +29,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bgd_plugin as bgd
-from bgd_plugin.calibration import rerun, side
+from bgd_plugin.calibration import replay, side
 from bgd_plugin.support.tables import mib
 
+_aten: Any = torch.ops.aten
+_PRODUCTS = (_aten.mm.default, _aten.addmm.default, _aten.bmm.default)
 HANDBOOK = "/usr/share/doc/debian-handbook/html/en-US"
 
 
@@ -43,10 +44,14 @@ class Multiplications(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if operator._schema.name in ("aten::mm", "aten::addmm", "aten::bmm"):
-            left, right = [a for a in args if isinstance(a, Tensor)][-2:]
+    def add(self, operator: Any, args: Any) -> None:
+        """Count those of one operator."""
+        if operator in _PRODUCTS:
+            left, right = args[-2:]
             self.count += left.numel() * right.shape[-1]
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.add(operator, args)
         return operator(*args, **(kwargs or {}))
 
 
@@ -55,23 +60,22 @@ def counted_runs() -> Iterator[Multiplications]:
     """Count what the networks' runs during a calibration multiply, and nothing of the fits."""
     counter = Multiplications()
 
-    def counting(run: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(run)
-        def wrapper(*arguments: Any, **options: Any) -> Any:
-            with counter:
-                return run(*arguments, **options)
+    def counting(compute: Callable[..., Any]) -> Callable[..., Any]:
+        def computed(self: Any, operator: Any, args: Any, kwargs: Any) -> Any:
+            counter.add(operator, args)
+            return compute(self, operator, args, kwargs)
 
-        return wrapper
+        return computed
 
-    def computed(module: Any, x: Tensor) -> Any:  # by the layer's own kernels, which no mode sees
+    def known(module: Any, x: Tensor) -> Any:  # by the layer's own kernels, which are no operators
         counter.count += x.numel() * module.out_features
         return output_of(module, x)
 
     output_of = side.output_of
     with (
-        mock.patch.object(rerun, "recorded", counting(rerun.recorded)),
-        mock.patch.object(side.PartialRun, "go", counting(side.PartialRun.go)),
-        mock.patch.object(side, "output_of", computed),
+        mock.patch.object(replay.Recorder, "compute", counting(replay.Recorder.compute)),
+        mock.patch.object(replay.Replayer, "compute", counting(replay.Replayer.compute)),
+        mock.patch.object(side, "output_of", known),
     ):
         yield counter
 

@@ -305,7 +305,10 @@ def test_layers_may_be_asked_for_again_and_blocks_in_between() -> None:
                 found = _given(walk.reference, path, x)
                 torch.testing.assert_close(arguments[0], found)
                 torch.testing.assert_close(answer, module_at(walk.reference, path)(found))
-    _require_literal(walk, "layers.2.mlp.down", data)
+    for name in ("layers.2.mlp.gate", "layers.2.mlp.down"):
+        _require_literal(walk, name, data)
+        assert len(walk.block_runs("layers.2.mlp" if name.endswith("gate") else "layers.2.mlp.down")) == 2
+        _require_literal(walk, name, data)
     assert len(walk.block_runs("layers.0")) == 2 and not walk.is_whole
 
 
