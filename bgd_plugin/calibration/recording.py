@@ -196,7 +196,7 @@ class _Observer:
         recording.spans[path] = (before, len(self.recorder.decisions))
         if versions != [_version(t) for t in given] or not is_plain(output):
             recording.unfit.add(path)
-        returned = self._output.returned_by(path, output, recording.order)
+        returned = self._output.returned_by(path, output)
         if returned is not None:
             recording.returned[path] = returned
         self.flow.left(path, (args, kwargs), output)

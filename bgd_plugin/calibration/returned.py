@@ -6,7 +6,7 @@ the layer was fitted.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ class Returned:
 
 
 class LastOutput:
-    """In a run, the output of the layer that ran last.
+    """In a run, the output of the layer that ran last, in whichever module.
 
     Args:
         layers: names of the layers; those that are no modules return nothing.
@@ -47,19 +47,18 @@ class LastOutput:
         self._layers = layers
         self._found: tuple[str, Tensor, tuple[Any, ...]] | None = None
 
-    def returned_by(self, path: str, output: Any, order: Sequence[str]) -> Returned | None:
-        """What a module returns, if it is what the last layer in it has returned.
+    def returned_by(self, path: str, output: Any) -> Returned | None:
+        """What a module returns, if it is what the last layer has returned.
 
         Args:
             path: of the module.
             output: its own.
-            order: of the layers and norms that have run.
         """
         if path in self._layers:
             identity = input_identity(output) if isinstance(output, Tensor) else None
-            self._found = None if identity is None or order[-1:] != [path] else (path, output, identity)
+            self._found = None if identity is None else (path, output, identity)
             return None
-        if self._found is None or order[-1] != self._found[0]:
+        if self._found is None:
             return None
         leaves, form = pytree.tree_flatten(output)
         places = [place for place, leaf in enumerate(leaves) if leaf is not None]

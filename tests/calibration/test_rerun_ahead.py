@@ -51,7 +51,9 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norms[0](x))[0]
         y = self.mlp(self.norms[1](x))
-        return x + (y if isinstance(y, Tensor) else y[0])
+        if isinstance(y, tuple):
+            y = y[0] if y[1] is None else y[0] * y[1]
+        return x + y
 
 
 class Net(nn.Module):
@@ -190,6 +192,19 @@ def test_each_network_multiplies_once(bound: int | None, monkeypatch: pytest.Mon
     groups = 3 * 4 + 1
     assert [runs[False, batch] for batch in range(3)] == [groups] * 3 and runs[True, 0] == groups
     assert runs[True, 1] == runs[True, 2] <= (4 if bound is None else 3 * 2 + 1)
+
+
+def test_outputs_inside_a_module_whose_output_will_be_known_are_not_kept() -> None:
+    data = _data(5, 5)
+    walk = _walk(Net(), data)
+    for name in walk.order:
+        walk.inputs(name)
+        for batch in range(len(data)):
+            entries = walk.batches.store.open(batch)
+            kept = [path for entry, held in entries.items() if entry.endswith(" kept") for path in held]
+            assert not [path for path in kept if ".attention." in path or ".mlp." in path]
+            if name.endswith("gate"):
+                assert kept.count(name.replace("mlp.gate", "attention")) == (2 if not batch else 1)
 
 
 def _hooked(kind: str) -> Callable[[], nn.Module]:
