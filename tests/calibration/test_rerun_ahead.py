@@ -169,8 +169,8 @@ class _Multiplications(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("bound", [None, 20_000])
-def test_each_network_multiplies_once(bound: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("bound", "stretches"), [(None, 4), (4_000, 7)])
+def test_each_network_multiplies_once(bound: int | None, stretches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first batch's float network runs as often as the compressed one, so that the record can be compared."""
     network, data = Net(), _data(5, 5, 5)
     run, spent, runs = Side.run, Counter[tuple[bool, int]](), Counter[tuple[bool, int]]()
@@ -191,10 +191,10 @@ def test_each_network_multiplies_once(bound: int | None, monkeypatch: pytest.Mon
     assert max(count for (is_reference, batch), count in spent.items() if batch or not is_reference) <= whole.count
     groups = 3 * 4 + 1
     assert [runs[False, batch] for batch in range(3)] == [groups] * 3 and runs[True, 0] == groups
-    assert runs[True, 1] == runs[True, 2] <= (4 if bound is None else 3 * 2 + 1)
+    assert runs[True, 1] == runs[True, 2] == stretches
 
 
-def test_outputs_inside_a_module_whose_output_will_be_known_are_not_kept() -> None:
+def test_no_more_is_held_than_later_runs_need() -> None:
     data = _data(5, 5)
     walk = _walk(Net(), data)
     for name in walk.order:
@@ -203,6 +203,8 @@ def test_outputs_inside_a_module_whose_output_will_be_known_are_not_kept() -> No
             entries = walk.batches.store.open(batch)
             kept = [path for entry, held in entries.items() if entry.endswith(" kept") for path in held]
             assert not [path for path in kept if ".attention." in path or ".mlp." in path]
+            found = [name for entry, held in entries.items() if entry.endswith(" found") for name in held["calls"]]
+            assert min(map(walk.order.index, found)) == walk.order.index(walk.together(name)[0])
             if name.endswith("gate"):
                 assert kept.count(name.replace("mlp.gate", "attention")) == (2 if not batch else 1)
 
@@ -311,8 +313,8 @@ def test_layers_may_be_asked_for_again_and_blocks_in_between() -> None:
     torch.manual_seed(0)
     data = _data(5, 5)
     walk = _walk(Net(), data)
-    later, earlier = "layers.1.mlp.gate", "layers.0.attention.q"
-    for name in (earlier, later, later, earlier, later):
+    later, earlier = "layers.1.mlp.down", "layers.0.attention.out"
+    for name in (earlier, later, later, "layers.0.attention.q", earlier, "layers.1.mlp.gate", later):
         _require_literal(walk, name, data)
     with torch.no_grad():
         for path in ("layers.1.mlp", "layers.2"):
@@ -346,5 +348,9 @@ def test_a_network_beside_itself_goes_ahead_unless_its_answer_is_asked_for() -> 
         for name in walk.order:
             _require_literal(walk, name, data) if not finishes else walk.inputs(name)
             if finishes:
-                for batch, x in enumerate(data):
-                    torch.testing.assert_close(walk.finish(batch), network(x))
+                weight = module_at(network, name).weight
+                with torch.no_grad():  # as if the layer were quantized, as long as its loss is measured
+                    weight.mul_(2)  # type: ignore[operator]
+                    for batch, x in enumerate(data):
+                        torch.testing.assert_close(walk.finish(batch), network(x))
+                    weight.div_(2)  # type: ignore[operator]
