@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import bgd_plugin as bgd
 from bgd_plugin.calibration import BatchStore
+from bgd_plugin.calibration import store as store_module
 from bgd_plugin.calibration.spill import SpillFile
 from bgd_plugin.calibration.store import Shelf
 from tests.networks import FunctionalNet, SmallResNet, TwiceNet, images, randomized, vectors
@@ -330,3 +331,18 @@ def test_a_shelf_is_one_entry_of_each_batch() -> None:
     store = _filled(1, 3)
     shelf = Shelf(store, "x")
     assert len(shelf) == 3 and [float(x[0]) for x in shelf] == [0.0, 1.0, 2.0] and float(shelf[1][0]) == 1.0
+
+
+def test_memory_is_given_back_after_what_was_written_and_not_what_was_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(store_module, "give_back_memory", lambda: given.append(1))
+    store = BatchStore(1000)
+    store._trimmed_bytes = 12_000
+    for _ in range(3):
+        store.append({"x": torch.zeros(2000)})
+    for number in (0, 1, 2, 0, 1, 2, 0, 1):
+        store.open(number)
+    assert len(given) == 1  # of 24,000 bytes
+    store.open(0)["y"] = torch.zeros(5000)
+    store.open(1)
+    assert len(given) == 2
