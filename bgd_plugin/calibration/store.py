@@ -29,7 +29,7 @@ DEFAULT_BOUND_BYTES = 1 << 29
 _TRIMMED_BYTES = 1 << 26, 1 << 30
 """Values moved to the file, at least and at most, until the memory that they took is given back to the system.
 
-Between these, twice the bound: memory that is given back costs time when it is used again.
+Between these, half of the bound: memory that is given back costs time when it is used again.
 """
 
 
@@ -77,7 +77,7 @@ class BatchStore:
         self._open: _Item | None = None
         self._resident_bytes = 0  # of the closed batches
         self._moved_bytes = 0  # to the file, since memory was last given back
-        self._trimmed_bytes = min(max((bound_bytes or 0) * 2, _TRIMMED_BYTES[0]), _TRIMMED_BYTES[1])
+        self._trimmed_bytes = min(max((bound_bytes or 0) // 2, _TRIMMED_BYTES[0]), _TRIMMED_BYTES[1])
         self._exempt: dict[str, set[int]] = {}
         self._numbers = itertools.count()
         self._ended: list[str] = []
