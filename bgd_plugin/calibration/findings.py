@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from bgd_plugin.calibration.partial import PartialRun
-from bgd_plugin.calibration.store import BatchStore
+from bgd_plugin.calibration.store import BatchStore, Shelf
 
 __all__ = ["Findings"]
 
@@ -116,23 +116,18 @@ class Findings:
         return self._shelf("reference", "products", name).__getitem__ if has_all else None
 
     def _shelf(self, side: str, kind: str, name: str) -> Sequence[Any]:
-        return _Shelf(self._store, self._entry(side), kind, name)
+        return _Found(self._store, self._entry(side), kind, name)
 
     def _entry(self, side: str) -> str:
         return f"{self._prefix}{side if side in self._sides else 'reference'} found"
 
 
-class _Shelf(Sequence[Any]):
+class _Found(Shelf):
     """What was found of one layer or norm, batch by batch; reading an element opens its batch."""
 
     def __init__(self, store: BatchStore, entry: str, kind: str, name: str) -> None:
-        self._store, self._entry, self._kind, self._name = store, entry, kind, name
-
-    def __len__(self) -> int:
-        return len(self._store)
+        super().__init__(store, entry)
+        self._kind, self._of = kind, name
 
     def __getitem__(self, index: Any) -> Any:
-        return self._store.open(index)[self._entry][self._kind][self._name]
-
-    def __iter__(self) -> Iterator[Any]:
-        return (self[index] for index in range(len(self)))
+        return super().__getitem__(index)[self._kind][self._of]

@@ -36,6 +36,7 @@ class Side:
     Attributes:
         network: as it was given.
         ahead: for each batch, the place in the pieces' order before which all inputs have been found.
+        blanks: see `revived`.
     """
 
     def __init__(
@@ -58,14 +59,9 @@ class Side:
         self._stored: list[set[str]] = [set() for _ in self.ahead]
         self._inside: list[set[str]] = [set() for _ in self.ahead]  # of pieces that are kept: they do not run
         self._due: dict[int, tuple[str, torch.Size, str, Returned]] = {}
-        self._blanks: dict[Any, Tensor] = {}
+        self.blanks: dict[Any, Tensor] = {}
         for batch in range(len(batches)):
             batches.store.open(batch)[self._entry] = {}
-
-    @property
-    def blanks(self) -> dict[Any, Tensor]:
-        """See `revived`."""
-        return self._blanks
 
     def kept(self, batch: int) -> Kept:
         """The outputs that stand for runs on the batch at this index."""
@@ -119,7 +115,7 @@ class Side:
                 request,
                 outputs,
                 finished - self._pieces.inside(around),
-                self._blanks,
+                self.blanks,
             )
             run = run.up_to(piece) if piece else run.go()
         if due is not None and request.names[0] in run.shapes:
